@@ -1,0 +1,44 @@
+# The commands of the project. `make quickstart` and `make test` need nothing but Python 3.11 or newer and this folder.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# `constraints.txt` pins what was tested; `make install CONSTRAINTS=` takes the newest that requirements.txt allows.
+CONSTRAINTS ?= -c constraints.txt
+QUICKSTART = outputs/quickstart
+
+.PHONY: install install-dev quickstart test test-slow quality style benchmark
+
+install: $(VENV)/installed
+install-dev: $(VENV)/installed-dev
+
+$(VENV)/installed: requirements.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -r requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -r requirements-dev.txt
+	touch $@
+
+quickstart: install
+	$(BIN)/python train_diffit.py --config configs/train/quickstart.yaml --output_dir $(QUICKSTART) --overwrite_output_dir
+	rm -rf $(QUICKSTART)/samples
+	$(BIN)/python sample_diffit.py --model_path $(QUICKSTART) --output_dir $(QUICKSTART)/samples \
+		--class_labels all --num_images_per_class 10 --guidance_scale 1.5 --batch_size 100
+
+test: install-dev
+	$(BIN)/python -m pytest
+
+test-slow: install-dev
+	$(BIN)/python -m pytest -m slow
+
+quality: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: install-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: install-dev
+	$(BIN)/python -m benchmarks.training_step

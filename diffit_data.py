@@ -1,0 +1,595 @@
+# Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Images to tensors, and the endless stream of positions that training reads.
+
+Two ideas hold this file together:
+
+* An `ImageTable` is a HuggingFace data set whose images are not decoded yet, wherever they come from: a hub data set,
+  parquet, a folder, a zip. Decoding happens here, so that a bad image is reported by its name.
+* Randomness is a function of the position in the stream, not a state. Position p of a table of n images is image
+  `permutation(seed, p // n)[p % n]`, and everything else drawn for it comes from a generator seeded by (seed, p).
+  Data-loader workers therefore hold no state, and a run resumes from one integer.
+
+Shapes: B batch, C channels, H/W height/width in pixels, n images in the table.
+"""
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
+from torch.utils.data import Sampler, default_collate
+
+IMAGE_EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+# Independent streams of random numbers for one (seed, position).
+PERMUTATION, AUGMENTATION, DIFFUSION = range(3)
+
+
+class BadImageError(ValueError):
+    """An image that cannot be read as asked; the message names its file."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stream of positions
+
+
+def position_generator(seed: int, position: int, stream: int) -> np.random.Generator:
+    """Random numbers as a function of (seed, position): numpy's counter-based Philox, the same on every machine.
+
+    Args:
+        seed: any int from 0 to 2**64 - 1.
+        position: any int from 0 to 2**64 - 1.
+        stream: `PERMUTATION`, `AUGMENTATION` or `DIFFUSION`; different ones are independent.
+    """
+    return np.random.Generator(np.random.Philox(key=[seed, position], counter=[0, 0, 0, stream]))
+
+
+class PositionStream:
+    """Which image stands at which position: epoch after epoch, each in an order of its own.
+
+    Args:
+        num_images: images n in the table.
+        seed: of the permutations.
+    """
+
+    def __init__(self, num_images: int, seed: int):
+        self.num_images = num_images
+        self.seed = seed
+        self._epoch, self._permutation = None, None
+
+    def index(self, position: int) -> int:
+        """Index in [0, n) of the image at a position: `permutation(seed, position // n)[position % n]`."""
+        epoch, offset = divmod(position, self.num_images)
+        if epoch != self._epoch:
+            self._permutation = position_generator(self.seed, epoch, PERMUTATION).permutation(self.num_images)
+            self._epoch = epoch
+        return int(self._permutation[offset])
+
+
+class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Endless micro-batches of (position, index) for one process; does its own sharding.
+
+    Each micro-batch of all processes together covers the next `num_processes * batch_size` positions, so an optimizer
+    step covers the same positions however they are shared among processes and accumulation.
+
+    Args:
+        stream: order of the images.
+        batch_size: images per micro-batch and process B.
+        start_position: first position to read.
+        num_processes: number of processes.
+        process_index: of this process, in [0, num_processes).
+    """
+
+    def __init__(
+        self,
+        stream: PositionStream,
+        batch_size: int,
+        start_position: int = 0,
+        num_processes: int = 1,
+        process_index: int = 0,
+    ):
+        self.stream = stream
+        self.batch_size = batch_size
+        self.start_position = start_position
+        self.num_processes = num_processes
+        self.process_index = process_index
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        first = self.start_position + self.process_index * self.batch_size
+        while True:
+            yield [(p, self.stream.index(p)) for p in range(first, first + self.batch_size)]
+            first += self.num_processes * self.batch_size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where images come from
+
+
+@dataclass(frozen=True)
+class ImageTable:
+    """Images and labels, not decoded.
+
+    Attributes:
+        rows: data set of n rows with the columns `image` ({"bytes", "path"}) and, if there are labels, `label`.
+        source: what the user named: a folder, a file or a data set; used in messages.
+        class_names: name of each class, or None if there are no labels.
+        archive: the zip that the paths are in, or None.
+    """
+
+    rows: Dataset
+    source: str
+    class_names: tuple[str, ...] | None
+    archive: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def label(self, index: int) -> int:
+        """Class of an image, in [0, number of classes)."""
+        return self.rows[index]["label"]
+
+    def read(self, index: int) -> tuple[str, bytes]:
+        """A name for messages and the undecoded bytes of an image.
+
+        Raises:
+            BadImageError: if the file cannot be read.
+        """
+        image = self.rows[index]["image"]
+        path = image["path"]
+        name = f"row {index} of {self.source}" + (f" ({path})" if path else "")
+        if image["bytes"] is not None:
+            return name, image["bytes"]
+        try:
+            if self.archive is not None:
+                return f"{path} in {self.archive}", _open_zip(self.archive).read(path)
+            return path, Path(path).read_bytes()
+        except (OSError, zipfile.BadZipFile, KeyError) as error:
+            raise BadImageError(f"cannot read image {name}: {error}") from error
+
+    def select(self, indices: list[int]) -> "ImageTable":
+        """The table of these rows, in this order."""
+        return replace(self, rows=self.rows.select(indices))
+
+
+_open_zips: dict[str, tuple[int, zipfile.ZipFile]] = {}
+
+
+def _open_zip(path: str) -> zipfile.ZipFile:
+    # One handle for each process: a forked worker must not share its parent's file offset.
+    pid, handle = _open_zips.get(path, (None, None))
+    if pid != os.getpid():
+        handle = zipfile.ZipFile(path)
+        _open_zips[path] = (os.getpid(), handle)
+    return handle
+
+
+def load_image_table(
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    dataset_split: str = "train",
+    train_data_dir: str | None = None,
+    train_data_file: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    cache_dir: str | None = None,
+) -> ImageTable:
+    """Finds the images and labels of one of the three sources. Nothing is decoded.
+
+    Args:
+        dataset_name: hub name, or local path for `datasets.load_dataset`.
+        dataset_config_name: its configuration.
+        dataset_split: its split.
+        train_data_dir: folder or zip of images, with class sub-folders, `dataset.json` (StyleGAN and EDM format),
+            `metadata.jsonl`, or parquet files.
+        train_data_file: one parquet file.
+        image_column: column of the images; None: the only one of type `Image`.
+        label_column: column of the labels; None: the only one of type `ClassLabel`, if there is one.
+        cache_dir: of `load_dataset`.
+
+    Raises:
+        ValueError: if there is not exactly one source, or a file or column is missing or ambiguous.
+    """
+    sources = {
+        "--dataset_name": dataset_name,
+        "--train_data_dir": train_data_dir,
+        "--train_data_file": train_data_file,
+    }
+    given = [flag for flag, value in sources.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of {', '.join(sources)}; got {' and '.join(given) or 'none'}")
+
+    if dataset_name is not None:
+        rows = load_dataset(dataset_name, dataset_config_name, split=dataset_split, cache_dir=cache_dir)
+        return _table_from_columns(rows, f"{dataset_name} ({dataset_split})", image_column, label_column)
+    if train_data_file is not None:
+        if not Path(train_data_file).is_file():
+            raise ValueError(f"--train_data_file: no such file: {train_data_file}")
+        rows = _read_parquet([train_data_file], cache_dir)
+        return _table_from_columns(rows, train_data_file, image_column, label_column)
+
+    root = Path(train_data_dir)
+    if root.is_dir():
+        files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    elif zipfile.is_zipfile(root):
+        files = sorted(entry.filename for entry in _open_zip(str(root)).infolist() if not entry.is_dir())
+    else:
+        raise ValueError(f"--train_data_dir: neither a folder nor a zip: {root}")
+    parquet = [name for name in files if name.endswith(".parquet")]
+    if parquet and root.is_dir():
+        rows = _read_parquet([str(root / name) for name in parquet], cache_dir)
+        return _table_from_columns(rows, str(root), image_column, label_column)
+    return _table_from_files(root, files, label_column)
+
+
+def _read_parquet(paths: list[str], cache_dir: str | None) -> Dataset:
+    return load_dataset("parquet", data_files=paths, split="train", cache_dir=cache_dir)
+
+
+def _table_from_columns(rows: Dataset, source: str, image_column: str | None, label_column: str | None) -> ImageTable:
+    if isinstance(rows, DatasetDict):
+        raise ValueError(f"{source}: --dataset_split must name one of {list(rows)}")
+    features = rows.features
+    image_column = _find_column(source, "--image_column", image_column, features, Image, required=True)
+    label_column = _find_column(source, "--label_column", label_column, features, ClassLabel, required=False)
+
+    columns = {image_column: "image"} | ({label_column: "label"} if label_column else {})
+    rows = rows.select_columns(list(columns)).rename_columns(columns).cast_column("image", Image(decode=False))
+    if label_column is None:
+        return ImageTable(rows, source, None)
+    if not isinstance(rows.features["label"], ClassLabel):
+        rows = _encode_labels(rows, source)
+    return ImageTable(rows, source, tuple(rows.features["label"].names))
+
+
+def _find_column(
+    source: str, flag: str, name: str | None, features: Features, kind: type, required: bool
+) -> str | None:
+    if name is not None:
+        if name not in features:
+            raise ValueError(f"{flag} {name}: {source} has the columns {', '.join(features)}")
+        return name
+    candidates = [column for column, feature in features.items() if isinstance(feature, kind)]
+    if len(candidates) > 1:
+        raise ValueError(f"{source} has several columns of type {kind.__name__}, choose by {flag}: {candidates}")
+    if not candidates and required:
+        raise ValueError(f"{source} has no column of type {kind.__name__}; {flag} must name one of {list(features)}")
+    return candidates[0] if candidates else None
+
+
+def _encode_labels(rows: Dataset, source: str) -> Dataset:
+    """Turns a `label` column of ints or strings into `ClassLabel`; ints keep their values."""
+    values = rows.unique("label")
+    if all(isinstance(value, str) for value in values):
+        names = sorted(values)
+        # Through a mapping, since ClassLabel itself would read the string "7" as class number 7.
+        numbers = {name: number for number, name in enumerate(names)}
+        rows = rows.map(lambda row: {"label": numbers[row["label"]]}, features=_with_int_label(rows.features))
+    elif all(isinstance(value, int) and value >= 0 for value in values):
+        names = [str(number) for number in range(max(values) + 1)]
+    else:
+        raise ValueError(
+            f"labels of {source} must be class names or integers from 0 up, got {sorted(map(str, values))[:5]}"
+        )
+    return rows.cast_column("label", ClassLabel(names=names))
+
+
+def _with_int_label(features: Features) -> Features:
+    return Features({**features, "label": Value("int64")})
+
+
+def _table_from_files(root: Path, files: list[str], label_column: str | None) -> ImageTable:
+    """Images in a folder or zip, with the labels that its layout gives.
+
+    Labels come from `dataset.json`, else `metadata.jsonl`, else the names of the first-level sub-folders, provided
+    that every image lies in one.
+    """
+
+    def read_text(name: str) -> str:
+        return (root / name).read_text() if root.is_dir() else _open_zip(str(root)).read(name).decode()
+
+    names = [name for name in files if PurePosixPath(name).suffix.lower() in IMAGE_EXTENSIONS]
+    if not names:
+        raise ValueError(f"--train_data_dir: no images in {root} (extensions: {', '.join(sorted(IMAGE_EXTENSIONS))})")
+    labels = None
+    if "dataset.json" in files:
+        listed = _parse_json(read_text("dataset.json"), f"dataset.json in {root}").get("labels")
+        if listed is not None:
+            labels = dict(_check_listed(listed, names, f"dataset.json in {root}"))
+    elif "metadata.jsonl" in files:
+        records = [_parse_json(line, f"metadata.jsonl in {root}") for line in read_text("metadata.jsonl").splitlines()]
+        column = label_column or "label"
+        listed = [(record.get("file_name"), record.get(column)) for record in records]
+        listed = dict(_check_listed(listed, names, f"metadata.jsonl in {root}"))
+        names = [name for name in names if name in listed]
+        if label_column is not None or any(label is not None for label in listed.values()):
+            labels = listed
+    elif all("/" in name for name in names) and len({name.split("/")[0] for name in names}) > 1:
+        labels = {name: name.split("/")[0] for name in names}
+
+    columns = {"image": [{"bytes": None, "path": name if root.is_file() else str(root / name)} for name in names]}
+    features = {"image": Image(decode=False)}
+    if labels is not None:
+        missing = [name for name in names if labels.get(name) is None]
+        if missing:
+            raise ValueError(f"{root}: {len(missing)} images have no label, the first is {missing[0]}")
+        columns["label"] = [labels[name] for name in names]
+        kind = "string" if isinstance(columns["label"][0], str) else "int64"
+        if any(isinstance(label, str) != (kind == "string") for label in columns["label"]) or any(
+            not isinstance(label, (str, int)) for label in columns["label"]
+        ):
+            raise ValueError(f"{root}: a label must be a class name or a number, one kind for all images")
+        features["label"] = Value(kind)
+    rows = Dataset.from_dict(columns, features=Features(features))
+    archive = str(root) if root.is_file() else None
+    if labels is None:
+        return ImageTable(rows, str(root), None, archive)
+    rows = _encode_labels(rows, str(root))
+    return ImageTable(rows, str(root), tuple(rows.features["label"].names), archive)
+
+
+def _parse_json(text: str, name: str) -> dict:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}: expected an object, got {type(value).__name__}")
+    return value
+
+
+def _check_listed(listed: list, names: list[str], source: str) -> list[tuple[str, int | str | None]]:
+    known = set(names)
+    for entry in listed:
+        if not isinstance(entry, list | tuple) or len(entry) != 2:
+            raise ValueError(f"{source}: expected [file name, label], got {entry!r}")
+        if entry[0] not in known:
+            raise ValueError(f"{source} names an image that is not there: {entry[0]!r}")
+    return listed
+
+
+def split_table(table: ImageTable, validation_fraction: float) -> tuple[ImageTable, ImageTable]:
+    """Splits off a validation set, the same for every seed, so that runs can be compared.
+
+    Args:
+        table: all images.
+        validation_fraction: share in (0, 1) that is held out, at least one image.
+
+    Returns:
+        Training and validation images.
+    """
+    order = PositionStream(len(table), seed=0)
+    num_validation = max(1, round(len(table) * validation_fraction))
+    if num_validation >= len(table):
+        raise ValueError(f"--validation_fraction {validation_fraction} leaves none of {len(table)} images to train on")
+    held_out = {order.index(position) for position in range(num_validation)}
+    training = [index for index in range(len(table)) if index not in held_out]
+    return table.select(training), table.select(sorted(held_out))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding
+
+
+def _open_image(name: str, data: bytes) -> PIL.Image.Image | np.ndarray:
+    if not data:
+        raise BadImageError(f"image is empty (0 bytes): {name}")
+    if data[:6] == b"\x93NUMPY":
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    return PIL.Image.open(io.BytesIO(data))
+
+
+def _has_transparency(image: PIL.Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
+def _natural_channels(image: PIL.Image.Image | np.ndarray) -> int:
+    """Channels that an image has by itself: transparency does not count, it is composed on white."""
+    if isinstance(image, np.ndarray):
+        return 1 if image.ndim == 2 else image.shape[-1]
+    return 1 if image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I") else 3
+
+
+def _planes(image: PIL.Image.Image | np.ndarray, name: str, num_channels: int) -> list[PIL.Image.Image]:
+    """An image as PIL images with values in [0, 255] that together have `num_channels` channels."""
+    if isinstance(image, np.ndarray):
+        if image.dtype not in (np.uint8, np.uint16) or image.ndim not in (2, 3):
+            raise BadImageError(f"array must be uint8 or uint16 of shape H x W or H x W x C: {name}")
+        image = image.reshape(*image.shape[:2], -1).astype(np.float32) * (255 / np.iinfo(image.dtype).max)
+        planes = [PIL.Image.fromarray(image[..., c]) for c in range(image.shape[-1])]
+        planes = planes * num_channels if len(planes) == 1 else planes
+    elif image.mode == "F":
+        raise BadImageError(f"floating point image, whose range is unknown: {name}")
+    elif image.mode.startswith("I"):  # 16 bits, kept as they are rather than cut to 8
+        values = np.asarray(PIL.ImageOps.exif_transpose(image)).astype(np.float32)
+        if values.min() < 0 or values.max() > 65535:
+            raise BadImageError(f"integer image with values outside [0, 65535]: {name}")
+        planes = [PIL.Image.fromarray(values * (255 / 65535))] * num_channels
+    else:
+        image = PIL.ImageOps.exif_transpose(image)
+        if num_channels == 4:
+            return [image.convert("RGBA")]
+        if _has_transparency(image):
+            image = image.convert("RGBA")
+            image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+        planes = [image.convert("L" if num_channels == 1 else "RGB")]
+    if sum(len(plane.getbands()) for plane in planes) != num_channels:
+        raise BadImageError(f"image does not have the {num_channels} channels of --num_channels: {name}")
+    return planes
+
+
+def decode_image(
+    name: str,
+    data: bytes,
+    resolution: tuple[int, int],
+    num_channels: int,
+    crop_position: tuple[float, float] = (0.5, 0.5),
+    flip: bool = False,
+    keep_colour: bool = False,
+) -> torch.Tensor:
+    """Decodes, crops to the aspect ratio of `resolution`, resizes (Lanczos, antialiased) and flips one image.
+
+    Transparency is composed on white unless `num_channels` is 4, EXIF rotation is applied, of an animation the first
+    frame is taken, 16-bit images are scaled, not cut.
+
+    Args:
+        name: used in messages.
+        data: the file's bytes; any format of Pillow, or `.npy` of uint8 or uint16 with any number of channels.
+        resolution: height H and width W of the result.
+        num_channels: channels C of the result.
+        crop_position: where the crop lies in what is left over, (top to bottom, left to right), each in [0, 1].
+        flip: mirror left and right.
+        keep_colour: refuse an image with more channels than `num_channels` rather than drop its colours.
+
+    Returns:
+        Shape (C, H, W), float32 in [-1, 1].
+
+    Raises:
+        BadImageError: names the image, for a file that is empty, truncated, no image or of an unusable mode.
+    """
+    height, width = resolution
+    try:
+        image = _open_image(name, data)
+        if keep_colour and _natural_channels(image) > num_channels:
+            raise BadImageError(
+                f"image has colours, but the first ones were grayscale (--num_channels {num_channels} was chosen by "
+                f"them; give it to convert): {name}"
+            )
+        planes = _planes(image, name, num_channels)
+    except BadImageError:
+        raise
+    except (OSError, ValueError, SyntaxError, EOFError, PIL.Image.DecompressionBombError) as error:
+        raise BadImageError(f"cannot decode image {name}: {error}") from error
+    image_width, image_height = planes[0].size
+    scale = min(image_height / height, image_width / width)
+    top = (image_height - height * scale) * crop_position[0]
+    left = (image_width - width * scale) * crop_position[1]
+    box = (left, top, left + width * scale, top + height * scale)
+    if box != (0, 0, width, height):
+        planes = [plane.resize((width, height), PIL.Image.Resampling.LANCZOS, box=box) for plane in planes]
+    pixels = np.concatenate([np.asarray(plane, np.float32).reshape(height, width, -1) for plane in planes], axis=-1)
+    if flip:
+        pixels = pixels[:, ::-1]
+    pixels = (pixels / 127.5 - 1).clip(-1, 1).transpose(2, 0, 1)  # (C, H, W)
+    return torch.from_numpy(np.ascontiguousarray(pixels))
+
+
+def detect_num_channels(table: ImageTable, num_images: int = 64) -> int:
+    """Channels that the images have, by a look at some that are evenly spread: the most that one of them has.
+
+    Raises:
+        BadImageError: if none of them can be opened.
+    """
+    found, last_error = [], None
+    for index in np.linspace(0, len(table) - 1, min(num_images, len(table))).astype(int):
+        try:
+            name, data = table.read(int(index))
+            found.append(_natural_channels(_open_image(name, data)))
+        except (BadImageError, OSError, ValueError) as error:
+            last_error = error if isinstance(error, BadImageError) else BadImageError(f"cannot decode {name}: {error}")
+    if not found:
+        raise last_error
+    return max(found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors for training
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """What training needs at a position of the stream: an image, its label, and the random numbers drawn for it.
+
+    Args:
+        table: where the images are.
+        stream: order of the images, for replacing bad ones.
+        resolution: height and width in pixels.
+        num_channels: channels C; None: what the images have, and colour among grayscale is an error.
+        center_crop: crop the centre rather than a random place.
+        random_flip: mirror half of the images left and right.
+        on_bad_image: `"error"`, or `"skip"`: take the next readable image of the permutation and report the name.
+    """
+
+    def __init__(
+        self,
+        table: ImageTable,
+        stream: PositionStream,
+        resolution: tuple[int, int],
+        num_channels: int | None = None,
+        center_crop: bool = False,
+        random_flip: bool = False,
+        on_bad_image: str = "error",
+    ):
+        self.table = table
+        self.stream = stream
+        self.resolution = resolution
+        self.keep_colour = num_channels is None
+        self.num_channels = num_channels or detect_num_channels(table)
+        self.center_crop = center_crop
+        self.random_flip = random_flip
+        self.on_bad_image = on_bad_image
+
+    def __getitem__(self, position_and_index: tuple[int, int]) -> dict:
+        """Everything for one position, a function of (seed, position) alone.
+
+        Returns:
+            A dictionary: `position`; `pixel_values`, shape (C, H, W), float32 in [-1, 1]; `class_labels`, int (absent
+            without labels); `noise`, standard normal, shape (C, H, W), float32; `time_uniform` and
+            `dropout_uniform`, float32 in [0, 1), from which timestep and label dropout follow; `bad_images`, messages
+            about images that were skipped.
+
+        Raises:
+            BadImageError: names the file, unless bad images are skipped.
+        """
+        position, index = position_and_index
+        bad_images = []
+        while True:
+            try:
+                pixel_values = self._load_image(position, index)
+                break
+            except BadImageError as error:
+                if self.on_bad_image != "skip":
+                    raise
+                bad_images.append(str(error))
+                if len(bad_images) > len(self.table):
+                    raise BadImageError(f"no readable image in {self.table.source}; the last: {error}") from error
+                index = self.stream.index(position + len(bad_images))
+        rng = position_generator(self.stream.seed, position, DIFFUSION)
+        item = {
+            "position": position,
+            "pixel_values": pixel_values,
+            "time_uniform": torch.tensor(rng.random(dtype=np.float32)),
+            "dropout_uniform": torch.tensor(rng.random(dtype=np.float32)),
+            "noise": torch.from_numpy(rng.standard_normal(tuple(pixel_values.shape), dtype=np.float32)),
+            "bad_images": bad_images,
+        }
+        if self.table.class_names is not None:
+            item["class_labels"] = self.table.label(index)
+        return item
+
+    def _load_image(self, position: int, index: int) -> torch.Tensor:
+        rng = position_generator(self.stream.seed, position, AUGMENTATION)
+        flip, *crop_position = rng.random(3)
+        name, data = self.table.read(index)
+        return decode_image(
+            name,
+            data,
+            self.resolution,
+            self.num_channels,
+            (0.5, 0.5) if self.center_crop else tuple(crop_position),
+            flip=self.random_flip and flip < 0.5,
+            keep_colour=self.keep_colour,
+        )
+
+
+def collate(items: list[dict]) -> dict:
+    """Stacks items of `ImageDataset` to a batch: shapes gain B in front, `bad_images` becomes one list."""
+    bad_images = [message for item in items for message in item["bad_images"]]
+    batch = default_collate([{key: value for key, value in item.items() if key != "bad_images"} for item in items])
+    return batch | {"bad_images": bad_images}

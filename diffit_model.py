@@ -1,0 +1,820 @@
+# Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
+"""DiffiT, the Diffusion Vision Transformer (Hatamizadeh et al., ECCV 2024, arXiv 2312.02139v3), for diffusers.
+
+`DiffiTUNet2DModel` is the image-space network of the paper, a U-shaped transformer with the interface of diffusers'
+`UNet2DModel`. Equation numbers are those of version 3 of the paper. Where the paper is silent, a comment says what
+we do instead. This file stands alone: torch and diffusers, and xformers only if that attention backend is chosen.
+
+Shapes: B batch, C channels, H/W height/width (pixels or latents), G windows per image (1 = global attention),
+N tokens in a window, D hidden size of the tokens, T size of the time token, h attention heads, d size of a head.
+"""
+
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.resnet import Upsample2D
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from diffusers.utils import is_xformers_available, logging
+from torch import nn
+
+# A saved folder is loaded as remote code, under another module name. One fixed name keeps `model_index.json`,
+# `auto_map` and pickles valid wherever the file was loaded from.
+sys.modules.setdefault("diffit_model", sys.modules[__name__])
+
+logger = logging.get_logger(__name__)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Windows and relative positions
+
+
+def partition_windows(feature_map: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
+    """Cuts a feature map into non-overlapping windows of tokens (local attention, section 3.2).
+
+    Args:
+        feature_map: shape (B, C, H, W).
+        window: height and width of a window; they divide H and W.
+
+    Returns:
+        Tokens, shape (B * G, N, C) with N = window height * window width; the windows of an image follow each other.
+    """
+    batch, channels, height, width = feature_map.shape
+    rows, columns = height // window[0], width // window[1]
+    feature_map = feature_map.reshape(batch, channels, rows, window[0], columns, window[1])
+    return feature_map.permute(0, 2, 4, 3, 5, 1).reshape(batch * rows * columns, window[0] * window[1], channels)
+
+
+def merge_windows(tokens: torch.Tensor, window: tuple[int, int], height: int, width: int) -> torch.Tensor:
+    """Puts windows of tokens back together: the inverse of `partition_windows`.
+
+    Args:
+        tokens: shape (B * G, N, C).
+        window: height and width of a window; they divide `height` and `width`.
+        height: height of the feature map.
+        width: width of the feature map.
+
+    Returns:
+        Feature map, shape (B, C, H, W), contiguous.
+    """
+    rows, columns = height // window[0], width // window[1]
+    tokens = tokens.reshape(-1, rows, columns, *window, tokens.shape[-1])
+    return tokens.permute(0, 5, 1, 3, 2, 4).reshape(-1, tokens.shape[-1], height, width)
+
+
+def relative_position_index(window: tuple[int, int]) -> torch.Tensor:
+    """Row of the relative position bias table for each pair of tokens in a window (indexed as in Swin).
+
+    Args:
+        window: height and width of a window.
+
+    Returns:
+        Integers in [0, (2 * height - 1) * (2 * width - 1)), shape (N, N).
+    """
+    height, width = window
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    rows, columns = rows.flatten(), columns.flatten()  # (N)
+    row_offset = rows[:, None] - rows[None, :] + height - 1  # (N, N)
+    column_offset = columns[:, None] - columns[None, :] + width - 1  # (N, N)
+    return row_offset * (2 * width - 1) + column_offset
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention core: one readable definition, and diffusers' backends
+
+
+def plain_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The definition that every backend must match, and the backend `_native_math`. DiffiT v3, Eq. 6.
+
+    Args:
+        query: shape (B, N, h, d).
+        key: shape (B, N, h, d).
+        value: shape (B, N, h, d).
+        bias: relative position bias, shape (1 or B, h, N, N), or None.
+
+    Returns:
+        softmax(Q K^T / sqrt(d) + B) V, shape (B, N, h, d).
+    """
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, h, N, d)
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (B, h, N, N)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    return (scores.softmax(dim=-1).to(value.dtype) @ value).transpose(1, 2)
+
+
+def align_bias_for_xformers(bias: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Lays a bias out as xformers' kernels want it: one per batch entry, the stride of a row a multiple of 8.
+
+    Args:
+        bias: in the dtype of the query (a cast afterwards would lose the alignment), shape (1, h, N, N).
+        batch_size: number of windows B.
+
+    Returns:
+        The same numbers, shape (B, h, N, N); a view, so no memory for the B copies.
+    """
+    num_tokens = bias.shape[-1]
+    bias = F.pad(bias, (0, -num_tokens % 8))  # (1, h, N, N rounded up to 8)
+    return bias.expand(batch_size, -1, -1, -1)[..., :num_tokens]
+
+
+def xformers_unsupported_reasons(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
+) -> list[str]:
+    """Asks the installed xformers whether its operators can run this attention, forward and (if needed) backward.
+
+    Args:
+        query: shape (B, N, h, d).
+        key: shape (B, N, h, d).
+        value: shape (B, N, h, d).
+        bias: shape (B, h, N, N) or None.
+
+    Returns:
+        xformers' own words, one for each rule that is broken; empty if the kernels can run.
+    """
+    try:
+        from xformers.ops.fmha import Inputs, cutlass
+    except ImportError as error:
+        return [f"xformers cannot be imported: {error}"]
+    inputs = Inputs(query, key, value, bias)
+    inputs.validate_inputs()
+    reasons = cutlass.FwOp.not_supported_reasons(inputs)
+    if any(x.requires_grad for x in (query, key, value)):
+        reasons += cutlass.BwOp.not_supported_reasons(inputs)
+    elif bias is not None and bias.requires_grad:
+        # xformers looks at query, key and value alone and would leave the bias without a gradient, in silence.
+        reasons.append("only the bias requires grad")
+    return list(dict.fromkeys(reasons))
+
+
+class DiffiTAttnProcessor:
+    """Attention core, softmax(Q K^T / sqrt(d) + B) V, under diffusers' backend names.
+
+    `_attention_backend` is what `set_attention_backend` sets; None means diffusers' process-wide default. Backends:
+    `native` (PyTorch's SDPA), `_native_math` (`plain_attention`), `xformers`, `flex`, and any other name of
+    diffusers' dispatcher whose kernel takes a bias.
+    """
+
+    def __init__(self):
+        self._attention_backend = None
+        self._parallel_config = None  # read by diffusers' set_attention_backend
+        self.attention_op = None  # (forward, backward) operators of xformers; None lets xformers choose
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Attends. Shapes as in `plain_attention`, the bias (1, h, N, N) in any float dtype."""
+        backend = self._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
+        if backend == AttentionBackendName._NATIVE_MATH:
+            return plain_attention(query, key, value, bias)
+        if bias is not None:
+            bias = bias.to(query.dtype)
+        if backend == AttentionBackendName.XFORMERS:
+            aligned_bias = None if bias is None else align_bias_for_xformers(bias, query.shape[0])
+            reasons = xformers_unsupported_reasons(query, key, value, aligned_bias)
+            if not reasons:
+                import xformers.ops
+
+                return xformers.ops.memory_efficient_attention(query, key, value, aligned_bias, op=self.attention_op)
+            logger.warning_once(f"xformers cannot run this attention, using `native` (SDPA): {'; '.join(reasons)}")
+            backend = AttentionBackendName.NATIVE
+        return dispatch_attention_fn(query, key, value, attn_mask=bias, backend=backend)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Time-dependent multi-head self-attention
+
+
+class TimeDependentSelfAttention(nn.Module, AttentionModuleMixin):
+    """Time-dependent multi-head self-attention (TMSA) with relative position bias, DiffiT v3 Eq. 3-6.
+
+    Queries, keys and values are linear in the image tokens and in the time token. With one time token per image that
+    is exactly: shift the queries by `q_t`, attend, shift the output by `v_t`. `k_t` adds one number to all logits of
+    a query, which the softmax cancels, and `v_t` leaves the attention unchanged because its rows sum to 1. The
+    weights of all three stay in the state dict, as in the paper and in NVIDIA's checkpoints.
+
+    Args:
+        hidden_size: size D of the tokens.
+        time_embed_dim: size T of the time token.
+        num_attention_heads: heads h.
+        attention_head_dim: size d of a head; h * d need not equal D.
+        window: height and width of a window in tokens.
+    """
+
+    _default_processor_cls = DiffiTAttnProcessor
+    _available_processors = [DiffiTAttnProcessor]
+    _supports_qkv_fusion = False  # always fused
+
+    def __init__(
+        self,
+        hidden_size: int,
+        time_embed_dim: int,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        window: tuple[int, int],
+    ):
+        super().__init__()
+        self.num_attention_heads = num_attention_heads
+        self.attention_head_dim = attention_head_dim
+        self.window = window
+        attention_width = num_attention_heads * attention_head_dim
+
+        self.qkv = nn.Linear(hidden_size, 3 * attention_width)  # W_qs, W_ks, W_vs
+        self.qkv_temb = nn.Linear(time_embed_dim, 3 * attention_width)  # W_qt, W_kt, W_vt
+        self.proj = nn.Linear(attention_width, hidden_size)
+
+        num_relative_positions = (2 * window[0] - 1) * (2 * window[1] - 1)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(num_relative_positions, num_attention_heads))
+        self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)  # derived
+        self.set_processor(DiffiTAttnProcessor())
+
+    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: tuple | None = None) -> None:
+        """What diffusers' `enable_` and `disable_xformers_memory_efficient_attention` call on each attention.
+
+        Disabling names `native`, not the process-wide default, which may itself be xformers.
+
+        Raises:
+            ModuleNotFoundError: if xformers is not installed.
+            ValueError: if no CUDA device is there.
+        """
+        if valid and not is_xformers_available():
+            raise ModuleNotFoundError("xformers is not installed: `pip install xformers`", name="xformers")
+        if valid and not torch.cuda.is_available():
+            raise ValueError("xformers' memory-efficient attention needs a CUDA device, and none is available")
+        self.processor.attention_op = attention_op if valid else None
+        self.set_attention_backend("xformers" if valid else "native")
+
+    def relative_position_bias(self) -> torch.Tensor:
+        """The bias B of Eq. 6, shape (1, h, N, N), contiguous; it does not depend on time."""
+        bias = self.relative_position_bias_table[self.relative_position_index]  # (N, N, h)
+        return bias.permute(2, 0, 1).contiguous()[None]
+
+    def forward(self, spatial_tokens: torch.Tensor, time_token: torch.Tensor) -> torch.Tensor:
+        """Attends within each window.
+
+        Args:
+            spatial_tokens: image tokens, `x_s` in the paper, the windows of an image one after the other;
+                shape (B * G, N, D).
+            time_token: embedding of the timestep (and class), `x_t` in the paper; shape (B, T).
+
+        Returns:
+            Attended tokens, shape (B * G, N, D), same dtype as `spatial_tokens`.
+
+        Raises:
+            ValueError: if N is not the number of tokens in a window, or B * G is no multiple of B.
+        """
+        num_windows, num_tokens, _ = spatial_tokens.shape
+        batch = time_token.shape[0]
+        if num_tokens != self.window[0] * self.window[1]:
+            raise ValueError(
+                f"expected windows of {self.window[0]} x {self.window[1]} tokens, got {num_tokens} tokens"
+            )
+        if num_windows % batch != 0:
+            raise ValueError(f"{num_windows} windows cannot be shared among {batch} time tokens")
+        heads = (self.num_attention_heads, self.attention_head_dim)
+
+        # DiffiT v3, Eq. 3-5, less k_t
+        spatial_qkv = self.qkv(spatial_tokens).reshape(batch, -1, num_tokens, 3, *heads)  # (B, G, N, 3, h, d)
+        query, key, value = spatial_qkv.unbind(3)  # 3 x (B, G, N, h, d)
+        temporal_qkv = self.qkv_temb(time_token).reshape(batch, 1, 1, 3, *heads)  # (B, 1, 1, 3, h, d)
+        query_shift, _, value_shift = temporal_qkv.unbind(3)  # 3 x (B, 1, 1, h, d)
+        query = query + query_shift
+
+        # DiffiT v3, Eq. 6
+        query, key, value = (x.flatten(0, 1) for x in (query, key, value))  # (B * G, N, h, d)
+        hidden_states = self.processor(query, key, value, self.relative_position_bias())  # (B * G, N, h, d)
+        hidden_states = hidden_states.unflatten(0, (batch, -1)) + value_shift  # (B, G, N, h, d)
+        return self.proj(hidden_states.reshape(num_windows, num_tokens, -1))  # (B * G, N, D)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks
+
+
+class DiffiTMLP(nn.Module):
+    """Two linear layers with a tanh-approximated GELU between them.
+
+    Args:
+        hidden_size: size D of the tokens.
+        mlp_ratio: hidden width as a multiple of D.
+    """
+
+    def __init__(self, hidden_size: int, mlp_ratio: float):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, int(hidden_size * mlp_ratio))
+        self.act = nn.GELU(approximate="tanh")
+        self.fc2 = nn.Linear(int(hidden_size * mlp_ratio), hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Maps tokens of shape (B, N, D) to tokens of shape (B, N, D)."""
+        return self.fc2(self.act(self.fc1(hidden_states)))
+
+
+class DiffiTBlock(nn.Module):
+    """DiffiT transformer block: TMSA and MLP, each behind a LayerNorm. DiffiT v3, Eq. 7-8.
+
+    Args:
+        hidden_size: size D of the tokens.
+        time_embed_dim: size T of the time token.
+        num_attention_heads: heads h.
+        attention_head_dim: size d of a head.
+        window: height and width of a window in tokens.
+        mlp_ratio: width of the MLP as a multiple of D.
+        dropout: probability in [0, 1) on the output of each branch. Not in the paper: follows ViT.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        time_embed_dim: int,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        window: tuple[int, int],
+        mlp_ratio: float,
+        dropout: float,
+    ):
+        super().__init__()
+        # No scale and shift: the linear layer behind each norm has them already. NVIDIA's checkpoints agree.
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.attn = TimeDependentSelfAttention(
+            hidden_size, time_embed_dim, num_attention_heads, attention_head_dim, window
+        )
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.mlp = DiffiTMLP(hidden_size, mlp_ratio)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden_states: torch.Tensor, time_token: torch.Tensor) -> torch.Tensor:
+        """Maps tokens of shape (B * G, N, D) and time tokens of shape (B, T) to tokens of shape (B * G, N, D)."""
+        hidden_states = hidden_states + self.dropout(self.attn(self.norm1(hidden_states), time_token))  # Eq. 7
+        return hidden_states + self.dropout(self.mlp(self.norm2(hidden_states)))  # Eq. 8
+
+
+class DiffiTResBlock(nn.Module):
+    """DiffiT residual block: one convolution, then a DiffiT block on windows. DiffiT v3, Eq. 9-10.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output, the size D of the tokens.
+        time_embed_dim: size T of the time token.
+        num_attention_heads: heads h.
+        attention_head_dim: size d of a head.
+        window: height and width of a window.
+        mlp_ratio: width of the MLP as a multiple of `out_channels`.
+        dropout: probability in [0, 1).
+        norm_num_groups: groups of the GroupNorm; divides `in_channels`.
+        norm_eps: epsilon of the GroupNorm.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        time_embed_dim: int,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        window: tuple[int, int],
+        mlp_ratio: float,
+        dropout: float,
+        norm_num_groups: int,
+        norm_eps: float,
+    ):
+        super().__init__()
+        self.window = window
+        self.norm = nn.GroupNorm(norm_num_groups, in_channels, eps=norm_eps)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.block = DiffiTBlock(
+            out_channels, time_embed_dim, num_attention_heads, attention_head_dim, window, mlp_ratio, dropout
+        )
+        # Not in the paper: a 1x1 convolution where the widths of the two ends differ, as in DDPM.
+        same_width = in_channels == out_channels
+        self.conv_shortcut = nn.Identity() if same_width else nn.Conv2d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, hidden_states: torch.Tensor, time_token: torch.Tensor) -> torch.Tensor:
+        """Maps a feature map of shape (B, C_in, H, W) and time tokens of shape (B, T) to one of (B, C_out, H, W)."""
+        height, width = hidden_states.shape[-2:]
+        residual = self.conv_shortcut(hidden_states)  # (B, C_out, H, W)
+        hidden_states = self.conv(F.silu(self.norm(hidden_states)))  # (B, C_out, H, W), Eq. 9
+        tokens = self.block(partition_windows(hidden_states, self.window), time_token)  # (B * G, N, D)
+        return merge_windows(tokens, self.window, height, width) + residual  # (B, C_out, H, W), Eq. 10
+
+
+class DiffiTStage(nn.Module):
+    """The DiffiT ResBlocks at one resolution.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        num_layers: number of ResBlocks.
+        **block_kwargs: what every `DiffiTResBlock` takes besides its channels.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, num_layers: int, **block_kwargs):
+        super().__init__()
+        self.gradient_checkpointing = False
+        self.resblocks = nn.ModuleList(
+            DiffiTResBlock(in_channels if i == 0 else out_channels, out_channels, **block_kwargs)
+            for i in range(num_layers)
+        )
+
+    def forward(self, hidden_states: torch.Tensor, time_token: torch.Tensor) -> torch.Tensor:
+        """Maps a feature map of shape (B, C_in, H, W) and time tokens of shape (B, T) to one of (B, C_out, H, W)."""
+        for resblock in self.resblocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden_states = self._gradient_checkpointing_func(resblock, hidden_states, time_token)
+            else:
+                hidden_states = resblock(hidden_states, time_token)
+        return hidden_states
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image-space network
+
+
+class DiffiTUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin):
+    """The U-shaped DiffiT for images (section 3.2 and appendices H.1, I.1), with the interface of `UNet2DModel`.
+
+    Encoder, bottleneck and mirrored decoder, made of DiffiT ResBlocks; a convolution between two resolutions; a skip
+    at each resolution, from what enters the down-sampler to what leaves the up-sampler opposite. Time enters only
+    through the time token.
+
+    Args:
+        sample_size: height and width of the images in pixels, one int if square. Pipelines read it; with
+            `window_size=None` it fixes the size of the input.
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        flip_sin_to_cos: cosines before sines in the timestep embedding.
+        freq_shift: shift of the frequencies of the timestep embedding.
+        time_embedding_dim: size T of the time token; None means 4 * `block_out_channels[0]`.
+        block_out_channels: channels of each resolution, from the full one to the bottleneck, each half the size of
+            the one before.
+        layers_per_block: ResBlocks per resolution, one int for all or one for each. The decoder mirrors them.
+        window_size: side of the attention windows, the same at every resolution; None means global attention.
+        num_attention_heads: heads, one int for all resolutions or one for each. Not in the paper; None means
+            channels / `attention_head_dim`, or 4 if that is None too.
+        attention_head_dim: size of a head; None means channels / `num_attention_heads`. With both given, the width
+            of the attention need not equal the channels.
+        mlp_ratio: width of the MLPs as a multiple of the channels. Not in the paper: follows ViT.
+        dropout: probability in [0, 1) on the output of each attention and MLP.
+        norm_num_groups: groups of the GroupNorms; divides every channel width. Not in the paper: follows DDPM.
+        norm_eps: epsilon of the GroupNorms.
+        skip_merge: how a skip joins the decoder, `"concat"` or `"add"`. Not in the paper.
+        zero_init_output: start with an output of zero. Not in the paper: follows DDPM.
+        num_class_embeds: number of classes, or None for an unconditional network. One more row, with the index
+            `num_class_embeds`, is the null class for classifier-free guidance.
+
+    Raises:
+        ValueError: if the arguments do not fit each other; the message names them.
+    """
+
+    __module__ = "diffit_model"
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["DiffiTResBlock"]
+    _repeated_blocks = ["DiffiTResBlock"]
+    _skip_layerwise_casting_patterns = ["conv_in", "time_embedding", "class_embedding", "norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] | None = None,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        flip_sin_to_cos: bool = True,
+        freq_shift: int = 0,
+        time_embedding_dim: int | None = None,
+        block_out_channels: tuple[int, ...] = (128, 256, 256),
+        layers_per_block: int | tuple[int, ...] = 2,
+        window_size: int | None = 4,
+        num_attention_heads: int | tuple[int, ...] | None = None,
+        attention_head_dim: int | None = None,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        norm_num_groups: int = 32,
+        norm_eps: float = 1e-5,
+        skip_merge: str = "concat",
+        zero_init_output: bool = True,
+        num_class_embeds: int | None = None,
+    ):
+        super().__init__()
+        num_stages = len(block_out_channels)
+        layers = _one_per_stage("layers_per_block", layers_per_block, num_stages)
+        heads = _attention_heads(num_attention_heads, attention_head_dim, block_out_channels)
+        windows = _stage_windows(window_size, sample_size, num_stages)
+        self._check_config()
+        time_embed_dim = time_embedding_dim or 4 * block_out_channels[0]
+
+        # tokenizer
+        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], kernel_size=3, padding=1)
+
+        # time token
+        self.time_proj = Timesteps(block_out_channels[0], flip_sin_to_cos, freq_shift)
+        self.time_embedding = TimestepEmbedding(block_out_channels[0], time_embed_dim, act_fn="silu")
+        self.class_embedding = None
+        if num_class_embeds is not None:
+            self.class_embedding = nn.Embedding(num_class_embeds + 1, time_embed_dim)
+
+        def build_stage(index: int, in_width: int) -> DiffiTStage:
+            width = block_out_channels[index]
+            return DiffiTStage(
+                in_width,
+                width,
+                layers[index],
+                time_embed_dim=time_embed_dim,
+                num_attention_heads=heads[index],
+                attention_head_dim=attention_head_dim or width // heads[index],
+                window=windows[index],
+                mlp_ratio=mlp_ratio,
+                dropout=dropout,
+                norm_num_groups=norm_num_groups,
+                norm_eps=norm_eps,
+            )
+
+        # encoder, bottleneck, decoder
+        self.down_blocks = nn.ModuleList()
+        self.downsamplers = nn.ModuleList()
+        for i in range(num_stages - 1):
+            width, next_width = block_out_channels[i : i + 2]
+            self.down_blocks.append(build_stage(i, width))
+            self.downsamplers.append(nn.Conv2d(width, next_width, kernel_size=3, stride=2, padding=1))
+        self.mid_block = build_stage(num_stages - 1, block_out_channels[-1])
+        self.upsamplers = nn.ModuleList()
+        self.up_blocks = nn.ModuleList()
+        for i in reversed(range(num_stages - 1)):
+            width, previous_width = block_out_channels[i : i + 2]
+            self.upsamplers.append(Upsample2D(previous_width, use_conv=True, out_channels=width))
+            self.up_blocks.append(build_stage(i, 2 * width if skip_merge == "concat" else width))
+
+        # head
+        self.conv_norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[0], eps=norm_eps)
+        self.conv_out = nn.Conv2d(block_out_channels[0], out_channels, kernel_size=3, padding=1)
+
+        self._initialize_weights()
+
+    def _check_config(self) -> None:
+        config = self.config
+        for name in ("in_channels", "out_channels"):
+            if config[name] < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {config[name]}")
+        for width in config.block_out_channels:
+            if width % config.norm_num_groups != 0:
+                raise ValueError(
+                    f"`norm_num_groups` {config.norm_num_groups} must divide every width of `block_out_channels` "
+                    f"{tuple(config.block_out_channels)}"
+                )
+        if not 0 <= config.dropout < 1:
+            raise ValueError(f"`dropout` must be in [0, 1), got {config.dropout}")
+        if config.skip_merge not in ("concat", "add"):
+            raise ValueError(f"`skip_merge` must be 'concat' or 'add', got {config.skip_merge!r}")
+        if config.num_class_embeds is not None and config.num_class_embeds < 1:
+            raise ValueError(f"`num_class_embeds` must be at least 1 or None, got {config.num_class_embeds}")
+
+    def _initialize_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):  # as in NVIDIA's latent model; the paper is silent
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, TimeDependentSelfAttention):
+                nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)  # as in Swin
+        if self.class_embedding is not None:
+            nn.init.normal_(self.class_embedding.weight, std=0.02)
+        if self.config.zero_init_output:
+            nn.init.zeros_(self.conv_out.weight)
+            nn.init.zeros_(self.conv_out.bias)
+
+    def _check_inputs(self, sample: torch.Tensor, class_labels: torch.Tensor | None) -> None:
+        height, width = sample.shape[-2:]
+        scale = 2 ** (len(self.config.block_out_channels) - 1)
+        if self.config.window_size is None:
+            expected = _height_and_width(self.config.sample_size)
+            if (height, width) != expected:
+                raise ValueError(
+                    f"the relative bias of global attention (`window_size=None`) ties this network to images of "
+                    f"{expected[0]} x {expected[1]}, got {height} x {width}"
+                )
+        elif height % (scale * self.config.window_size) or width % (scale * self.config.window_size):
+            raise ValueError(
+                f"height and width must be multiples of {scale * self.config.window_size} "
+                f"({len(self.config.block_out_channels)} resolutions, windows of {self.config.window_size}), "
+                f"got {height} x {width}"
+            )
+        if class_labels is None:
+            return
+        if self.class_embedding is None:
+            raise ValueError("`class_labels` were given to an unconditional network (`num_class_embeds` is None)")
+        if class_labels.dtype not in (torch.int64, torch.int32) or class_labels.shape != sample.shape[:1]:
+            raise ValueError(
+                f"`class_labels` must be integers of shape ({sample.shape[0]},), got {class_labels.dtype} of shape "
+                f"{tuple(class_labels.shape)}"
+            )
+        # Looking at labels on an accelerator stalls it, so there it is done at inference only.
+        if class_labels.device.type == "cpu" or not self.training:
+            num_classes = self.config.num_class_embeds
+            if class_labels.min() < 0 or class_labels.max() > num_classes:
+                raise ValueError(
+                    f"`class_labels` must be in [0, {num_classes}] ({num_classes} is the null class), "
+                    f"got {class_labels.min().item()} to {class_labels.max().item()}"
+                )
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple[torch.Tensor]:
+        """Predicts what the network was trained for (noise, image or velocity) from noisy images.
+
+        Args:
+            sample: noisy images, about unit variance; shape (B, in_channels, H, W).
+            timestep: timestep in [0, number of training timesteps), integer or fractional, one for all or one per
+                image; a number, or a tensor of shape () or (1,) or (B,).
+            class_labels: classes in [0, num_class_embeds], the last being the null class; integers of shape (B,).
+                None means the null class for all.
+            return_dict: return a `UNet2DOutput` rather than a tuple.
+
+        Returns:
+            `UNet2DOutput` whose `sample`, or a tuple whose first entry, has shape (B, out_channels, H, W).
+
+        Raises:
+            ValueError: if the network cannot divide H x W (the message names the multiple that it must be), if labels
+                are given to an unconditional network, or if labels are out of range.
+        """
+        self._check_inputs(sample, class_labels)
+        batch = sample.shape[0]
+
+        # 1. time token
+        timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(batch)  # (B)
+        time_token = self.time_embedding(self.time_proj(timesteps).to(sample.dtype))  # (B, T)
+        if self.class_embedding is not None:
+            if class_labels is None:
+                class_labels = torch.full((batch,), self.config.num_class_embeds, device=sample.device)  # (B)
+            time_token = time_token + self.class_embedding(class_labels)  # (B, T)
+
+        # 2. tokenizer
+        hidden_states = self.conv_in(sample)  # (B, C, H, W)
+
+        # 3. encoder
+        skips = []
+        for stage, downsampler in zip(self.down_blocks, self.downsamplers, strict=True):
+            hidden_states = stage(hidden_states, time_token)  # (B, C, H, W)
+            skips.append(hidden_states)
+            hidden_states = downsampler(hidden_states)  # (B, C', H/2, W/2)
+
+        # 4. bottleneck
+        hidden_states = self.mid_block(hidden_states, time_token)  # (B, C, H, W)
+
+        # 5. decoder
+        for upsampler, stage in zip(self.upsamplers, self.up_blocks, strict=True):
+            hidden_states = upsampler(hidden_states)  # (B, C', 2H, 2W)
+            skip = skips.pop().to(hidden_states.device)  # elsewhere under a `device_map` over several devices
+            if self.config.skip_merge == "concat":
+                hidden_states = torch.cat([hidden_states, skip], dim=1)  # (B, 2C, H, W)
+            else:
+                hidden_states = hidden_states + skip  # (B, C, H, W)
+            hidden_states = stage(hidden_states, time_token)  # (B, C, H, W)
+
+        # 6. head: GroupNorm and convolution, without an activation, as in the paper
+        output = self.conv_out(self.conv_norm_out(hidden_states))  # (B, out_channels, H, W)
+
+        return UNet2DOutput(sample=output) if return_dict else (output,)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
+        """As in diffusers, without its warning about `auto_map`, which only `AutoModel` reads."""
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs) -> None:
+        """As in diffusers, and puts this file beside the weights, so that the folder loads anywhere."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        target = Path(save_directory, "diffit_model.py")
+        if is_main_process and target.resolve() != Path(__file__).resolve():
+            shutil.copyfile(__file__, target)
+
+
+DiffiTUNet2DModel.register_for_auto_class("AutoModel")
+
+
+def _one_per_stage(name: str, value: int | tuple[int, ...], num_stages: int) -> tuple[int, ...]:
+    values = (value,) * num_stages if isinstance(value, int) else tuple(value)
+    if len(values) != num_stages or min(values) < 1:
+        raise ValueError(f"`{name}` must be one positive int or one per resolution ({num_stages}), got {value}")
+    return values
+
+
+def _attention_heads(
+    num_attention_heads: int | tuple[int, ...] | None, attention_head_dim: int | None, widths: tuple[int, ...]
+) -> tuple[int, ...]:
+    if num_attention_heads is not None or attention_head_dim is None:
+        heads = _one_per_stage("num_attention_heads", num_attention_heads or 4, len(widths))
+        if attention_head_dim is None and any(width % n for width, n in zip(widths, heads, strict=True)):
+            raise ValueError(
+                f"`num_attention_heads` {heads} must divide `block_out_channels` {tuple(widths)}, "
+                "or `attention_head_dim` must be given"
+            )
+        return heads
+    if any(width % attention_head_dim for width in widths):
+        raise ValueError(
+            f"`attention_head_dim` {attention_head_dim} must divide `block_out_channels` {tuple(widths)}, "
+            "or `num_attention_heads` must be given"
+        )
+    return tuple(width // attention_head_dim for width in widths)
+
+
+def _height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _stage_windows(
+    window_size: int | None, sample_size: int | tuple[int, int] | None, num_stages: int
+) -> list[tuple[int, int]]:
+    if window_size is not None:
+        if window_size < 1:
+            raise ValueError(f"`window_size` must be at least 1, or None for global attention, got {window_size}")
+        return [(window_size, window_size)] * num_stages
+    if sample_size is None:
+        raise ValueError("global attention (`window_size=None`) needs `sample_size`")
+    height, width = _height_and_width(sample_size)
+    multiple = 2 ** (num_stages - 1)
+    if height % multiple or width % multiple:
+        raise ValueError(
+            f"`sample_size` must be a multiple of {multiple} ({num_stages} resolutions), got {sample_size}"
+        )
+    return [(height // 2**i, width // 2**i) for i in range(num_stages)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a saved folder or a config file holds
+
+MODEL_CLASSES = {"DiffiTUNet2DModel": DiffiTUNet2DModel, "UNet2DModel": UNet2DModel}
+
+
+def model_class(config: dict) -> type[ModelMixin]:
+    """The class that a `config.json` was written for.
+
+    Args:
+        config: contents of a `config.json`; without `_class_name` it means `DiffiTUNet2DModel`.
+
+    Raises:
+        ValueError: if `_class_name` is none of `MODEL_CLASSES`.
+    """
+    name = config.get("_class_name", "DiffiTUNet2DModel")
+    if name not in MODEL_CLASSES:
+        raise ValueError(f"`_class_name` must be one of {', '.join(MODEL_CLASSES)}, got {name!r}")
+    return MODEL_CLASSES[name]
+
+
+def choose_attention_backend(model: nn.Module, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """What `auto` means: xformers where its operators are there and take this model's attention, otherwise native.
+
+    Args:
+        model: a network with DiffiT attention, or any other module.
+        device: where it will run.
+        dtype: float type of queries, keys and values.
+
+    Returns:
+        The backend's name, `"xformers"` or `"native"`, and the reason in words.
+    """
+    if device.type != "cuda":
+        return "native", f"xformers needs CUDA, the device is {device.type}"
+    attentions = [module for module in model.modules() if isinstance(module, TimeDependentSelfAttention)]
+    if not attentions:
+        return "native", "the model has no DiffiT attention"
+    for attention in attentions:
+        shape = (1, math.prod(attention.window), attention.num_attention_heads, attention.attention_head_dim)
+        probe = torch.empty(shape, device=device, dtype=dtype, requires_grad=True)
+        bias = torch.empty(1, shape[2], shape[1], shape[1], device=device, dtype=dtype, requires_grad=True)
+        reasons = xformers_unsupported_reasons(probe, probe, probe, align_bias_for_xformers(bias, 1))
+        if reasons:
+            return "native", "; ".join(reasons)
+    return "xformers", "its operators take this model's attention"
+
+
+def set_attention_backend(model: ModelMixin, backend: str) -> None:
+    """Sets the backend of this model alone: diffusers' method of that name also changes the whole process's default.
+
+    Args:
+        model: its attention modules take the backend; `UNet2DModel` knows only `native` and `xformers`.
+        backend: a name of diffusers' dispatcher.
+
+    Raises:
+        ValueError: if the model has no such backend.
+    """
+    if isinstance(model, UNet2DModel):
+        if backend not in ("native", "xformers"):
+            raise ValueError(f"UNet2DModel has the attention backends native and xformers, not {backend!r}")
+        if backend == "xformers":
+            model.enable_xformers_memory_efficient_attention()
+        return
+    for module in model.modules():
+        if isinstance(module, TimeDependentSelfAttention):
+            module.set_attention_backend(backend)

@@ -1,0 +1,217 @@
+# Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Samples images by seed and class from a folder that `train_diffit.py` wrote.
+
+    python sample_diffit.py --model_path outputs/quickstart --output_dir samples --seeds 0-99 --class_labels 3
+    accelerate launch sample_diffit.py --model_path outputs/emoji32 --output_dir samples --seeds 0-9999 --save_npz
+
+The noise of a seed depends on the seed alone. Images that exist are kept, so a stopped run goes on.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from accelerate import PartialState
+from diffusers.utils import make_image_grid
+from tqdm.auto import tqdm
+
+from diffit_model import choose_attention_backend, model_class, set_attention_backend
+from diffit_pipeline import SCHEDULERS, DiffiTPipeline, null_label
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def seed_list(text: str) -> list[int]:
+    """Seeds from numbers and ranges: `0-63,100` is 0, 1, ..., 63, 100."""
+    seeds = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
+            raise argparse.ArgumentTypeError(f"expected numbers and ranges such as 0-63,100, got {part!r}")
+        seeds += range(first, last + 1)
+    return list(dict.fromkeys(seeds))
+
+
+def grid_size(text: str) -> tuple[int, int]:
+    """Columns and rows from `8x8`."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"expected COLUMNSxROWS such as 8x8, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def positive_int(text: str) -> int:
+    """An int from 1 up."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line and checks what can be checked before a model is loaded."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model_path", required=True, help="folder that training wrote, or hub name")
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--seeds", type=seed_list, help="such as 0-63,100; default 0-63, or as many as are needed")
+    parser.add_argument("--class_labels", help="numbers or names, separated by commas; `all` for every class")
+    parser.add_argument(
+        "--num_images_per_class", type=positive_int, help="this many images of each class, with a seed of its own each"
+    )
+    parser.add_argument("--scheduler", choices=sorted(SCHEDULERS), default="ddim")
+    parser.add_argument("--num_inference_steps", type=positive_int, default=50)
+    parser.add_argument("--eta", type=float, default=0.0, help="of DDIM: 0 deterministic, 1 as much noise as DDPM")
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="1 = off, one forward pass a step")
+    parser.add_argument("--batch_size", type=positive_int, default=64, help="images per forward pass and process")
+    parser.add_argument("--grid", type=grid_size, help="COLUMNSxROWS of grid.png; default: all, almost square")
+    parser.add_argument("--save_npz", action="store_true", help="samples.npz in the format of the ADM evaluators")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
+    parser.add_argument(
+        "--attention_backend", choices=("auto", "native", "_native_math", "xformers", "flex"), default="auto"
+    )
+    args = parser.parse_args(argv)
+    if not 0 <= args.eta <= 1:
+        parser.error(f"--eta must be in [0, 1], got {args.eta}")
+    if args.eta > 0 and args.scheduler != "ddim":
+        parser.error(f"--eta is of --scheduler ddim, got {args.scheduler}")
+    if args.guidance_scale < 0:
+        parser.error(f"--guidance_scale must not be negative, got {args.guidance_scale}")
+    if args.class_labels is None and (args.guidance_scale != 1 or args.num_images_per_class):
+        parser.error("--guidance_scale and --num_images_per_class need --class_labels")
+    return args
+
+
+def list_images(args: argparse.Namespace, pipeline: DiffiTPipeline) -> list[dict]:
+    """What is to be drawn, a row for each image: file name, seed and class.
+
+    Without --num_images_per_class every seed is drawn once, with the classes taking turns; with it, each class takes
+    the next so many seeds.
+
+    Raises:
+        ValueError: names the flag if classes do not exist or seeds do not suffice.
+    """
+    labels = None
+    if args.class_labels is not None:
+        if args.class_labels == "all":
+            labels = list(range(null_label(pipeline.unet) or 0))
+        else:
+            labels = [label.strip() for label in args.class_labels.split(",")]
+        labels = pipeline.label_ids(labels)
+    if args.num_images_per_class:
+        wanted = args.num_images_per_class * len(labels)
+        seeds = args.seeds or list(range(wanted))
+        if len(seeds) < wanted:
+            raise ValueError(f"--seeds gives {len(seeds)} seeds, {len(labels)} classes need {wanted}")
+        pairs = [(seed, labels[i // args.num_images_per_class]) for i, seed in enumerate(seeds[:wanted])]
+    else:
+        seeds = args.seeds or list(range(64))
+        pairs = [(seed, None if labels is None else labels[i % len(labels)]) for i, seed in enumerate(seeds)]
+    rows = []
+    for seed, label in pairs:
+        prefix = "" if label is None else f"class_{label:03d}_"
+        rows.append({"file": f"{prefix}seed_{seed:08d}.png", "seed": seed, "class": label})
+        if label is not None and pipeline.config.id2label:
+            rows[-1]["class_name"] = pipeline.config.id2label[str(label)]
+    return rows
+
+
+def check_settings(output_dir: Path, settings: dict) -> None:
+    """Refuses to mix images of other settings into a folder.
+
+    Raises:
+        ValueError: names the setting that differs.
+    """
+    file = output_dir / "samples.json"
+    if not file.is_file():
+        return
+    earlier = json.loads(file.read_text())["arguments"]
+    differ = [key for key in settings if settings[key] != earlier.get(key)]
+    if differ:
+        was = ", ".join(f"--{key} {earlier.get(key)}, now {settings[key]}" for key in differ)
+        raise ValueError(f"--output_dir {output_dir} holds images drawn with other settings ({was}): choose another")
+
+
+@torch.no_grad()
+def draw(args: argparse.Namespace, pipeline: DiffiTPipeline, rows: list[dict], output_dir: Path) -> None:
+    """Draws images in batches of exactly --batch_size, the last one padded, and writes each as a PNG."""
+    batch_size = args.batch_size
+    progress = tqdm(total=len(rows), desc="sampling", disable=not PartialState().is_main_process)
+    for i in range(0, len(rows), batch_size):
+        batch = rows[i : i + batch_size]
+        padded = batch + [batch[-1]] * (batch_size - len(batch))
+        images = pipeline(
+            class_labels=None if batch[0]["class"] is None else [row["class"] for row in padded],
+            batch_size=batch_size,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            eta=args.eta,
+            generator=[torch.Generator().manual_seed(row["seed"]) for row in padded],
+            output_type="pil",
+        ).images
+        for row, image in zip(batch, images, strict=False):
+            temporary = output_dir / f".{row['file']}.{os.getpid()}.tmp"
+            image.save(temporary, format="png")
+            temporary.replace(output_dir / row["file"])  # an image is there whole or not at all
+        progress.update(len(batch))
+    progress.close()
+
+
+def write_summary(args: argparse.Namespace, rows: list[dict], output_dir: Path) -> None:
+    """Writes the grid and, if asked for, the npz."""
+    columns, grid_rows = args.grid or (0, 0)
+    if args.grid is None:
+        per_class = args.num_images_per_class
+        columns = per_class or math.ceil(math.sqrt(len(rows)))
+        grid_rows = math.ceil(len(rows) / columns)
+    images = [PIL.Image.open(output_dir / row["file"]) for row in rows[: columns * grid_rows]]
+    blank = PIL.Image.new(images[0].mode, images[0].size)
+    make_image_grid(images + [blank] * (columns * grid_rows - len(images)), grid_rows, columns).save(
+        output_dir / "grid.png"
+    )
+    if args.save_npz:
+        pixels = np.stack([np.asarray(PIL.Image.open(output_dir / row["file"]).convert("RGB")) for row in rows])
+        labels = [] if rows[0]["class"] is None else [np.array([row["class"] for row in rows], np.int64)]
+        np.savez(output_dir / "samples.npz", pixels, *labels)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Loads the model, shares the images among the processes, and draws those that are not there yet."""
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    pipeline = DiffiTPipeline.from_folder(args.model_path, model_class, args.scheduler, DTYPES[args.dtype])
+    pipeline.to(state.device)
+    pipeline.set_progress_bar_config(disable=True)
+    backend = args.attention_backend
+    if backend == "auto":
+        backend, _ = choose_attention_backend(pipeline.unet, state.device, DTYPES[args.dtype])
+    set_attention_backend(pipeline.unet, backend)
+
+    rows = list_images(args, pipeline)
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    same = ("model_path", "scheduler", "num_inference_steps", "eta", "guidance_scale", "dtype")
+    check_settings(output_dir, {key: getattr(args, key) for key in same})
+    state.wait_for_everyone()
+    if state.is_main_process:
+        summary = {"arguments": vars(args), "images": rows}
+        (output_dir / "samples.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+    missing = [row for row in rows if not (output_dir / row["file"]).is_file()]
+    state.wait_for_everyone()  # all processes must have looked before one writes
+    draw(args, pipeline, missing[state.process_index :: state.num_processes], output_dir)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        write_summary(args, rows, output_dir)
+        print(f"{len(rows)} images ({len(missing)} new) and their grid: {output_dir / 'grid.png'}")
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(parse_args())

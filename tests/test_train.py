@@ -1,0 +1,589 @@
+"""The training script: flags, loss, resume, what it writes."""
+
+import json
+import math
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TINY_CONFIG, run, start, train
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train_diffit
+from diffit_model import DiffiTUNet2DModel
+from diffit_pipeline import DiffiTPipeline
+
+QUICKSTART = ["--config", str(ROOT / "configs/train/quickstart.yaml")]
+
+
+def refusal(arguments: list[str], capsys) -> str:
+    """What the parser says about wrong arguments."""
+    with pytest.raises(SystemExit) as error:
+        train_diffit.parse_args(arguments)
+    assert error.value.code == 2
+    return capsys.readouterr().err
+
+
+def logged(run_dir: Path) -> EventAccumulator:
+    events = EventAccumulator(str(run_dir / "logs" / "train_diffit"), size_guidance={"scalars": 0})
+    return events.Reload()
+
+
+def assert_same_files(first: Path, second: Path, names: list[str]) -> None:
+    """Bitwise equal tensors in files of two checkpoints."""
+    for name in names:
+        if name.endswith(".pt"):
+            a, b = (torch.load(path / name, weights_only=True) for path in (first, second))
+            a, b = ({(i, k): v for i, s in x["state"].items() for k, v in s.items()} for x in (a, b))
+        else:
+            a, b = load_file(first / name), load_file(second / name)
+        assert a.keys() == b.keys() and len(a) > 0
+        for key in a:
+            assert torch.equal(a[key], b[key]), f"{name}: {key}"
+
+
+STATES = [f"{folder}/diffusion_pytorch_model.safetensors" for folder in ("unet", "unet_ema")] + ["optimizer.pt"]
+
+
+# --- flags
+
+
+def test_misspelt_flag_is_named(capsys):
+    assert "--learning_rat" in refusal([*QUICKSTART, "--learning_rat", "1"], capsys)
+
+
+def test_abbreviated_flag_is_refused(capsys):
+    assert "--learning" in refusal([*QUICKSTART, "--learning", "1"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("learning_rat: 1e-4", ["'learning_rat'", "did you mean 'learning_rate'"]),
+        ("learning_rate: fast", ["--learning_rate", "'fast'"]),
+        ("prediction_type: noise", ["--prediction_type", "noise"]),
+        ("center_crop: no", ["center_crop", "true or false"]),
+        ("train_batch_size: 0", ["--train_batch_size", "0"]),
+        ("train_batch_size: [1, 2]", ["train_batch_size", "one value"]),
+        ("model_kwargs: 3", ["model_kwargs", "mapping"]),
+        ("- a", ["flag: value"]),
+        ("a: [", ["not valid YAML"]),
+    ],
+)
+def test_wrong_config_file_is_refused(line, words, tmp_path, capsys):
+    file = tmp_path / "wrong.yaml"
+    file.write_text(line + "\n")
+    message = refusal(["--config", str(file)], capsys)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--max_train_steps=10", "--num_train_epochs=1"], ["--max_train_steps", "--num_train_epochs"]),
+        (["--num_train_epochs=1"], ["--max_train_steps", "--num_train_epochs"]),  # the file has the other one
+        (["--train_data_dir=a", "--dataset_name=b"], ["--train_data_dir", "--dataset_name"]),
+        (["--global_batch_size=8", "--gradient_accumulation_steps=2"], ["--global_batch_size"]),
+        (["--mixed_precision=fp16"], ["--mixed_precision fp16", "bf16"]),
+        (["--label_dropout=1.5"], ["--label_dropout", "1.5"]),
+        (["--resolution=0x8"], ["--resolution", "0x8"]),
+        (["--lr_scheduler=piecewise_constant"], ["--lr_step_rules"]),
+        (["--overwrite_output_dir", "--resume_from_checkpoint=latest"], ["--overwrite_output_dir"]),
+        (["--validation_split=test"], ["--validation_split", "--dataset_name"]),
+        (["--config", "missing.yaml"], ["missing.yaml"]),
+    ],
+)
+def test_wrong_command_line_is_refused(arguments, words, capsys):
+    message = refusal([*QUICKSTART, *arguments], capsys)
+    assert all(word in message for word in words), message
+
+
+def test_order_is_defaults_config_command_line(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "model_config: a.json\ntrain_data_dir: b\nmax_train_steps: 5\nlearning_rate: 1e-5\nuse_ema: false\n"
+        "model_kwargs:\n  dropout: 0.1\n  block_out_channels: [8, 16]\n"
+    )
+    args = train_diffit.parse_args(["--config", str(file), "--max_train_steps=7", "--model_kwargs", "dropout=0.2"])
+    assert (args.max_train_steps, args.learning_rate, args.use_ema, args.adam_beta1) == (7, 1e-5, False, 0.9)
+    assert args.model_kwargs == ["dropout=0.1", "block_out_channels=[8, 16]", "dropout=0.2"]
+
+
+def test_data_on_the_command_line_replaces_that_of_the_config(tmp_path):
+    args = train_diffit.parse_args([*QUICKSTART, "--train_data_dir=mine"])
+    assert (args.train_data_dir, args.train_data_file) == ("mine", None)
+
+
+@pytest.mark.parametrize(
+    ("duration", "steps"),
+    [(["--num_train_epochs=2.5"], 15), (["--max_train_kimg=0.03"], 8), (["--max_train_steps=3"], 3)],
+)
+def test_duration_becomes_steps(duration, steps):
+    base = ["--model_config=a.json", "--train_data_dir=b"]
+    args = train_diffit.parse_args(base + duration)
+    args.global_batch_size = 4
+    train_diffit.resolve_duration(args, num_images=24)
+    assert args.max_train_steps == steps
+
+
+@pytest.mark.parametrize(
+    ("pair", "words"),
+    [
+        ("window=4", ["'window'", "did you mean"]),
+        ("window_size=0", ["window_size"]),
+        ("norm_num_groups=3", ["norm_num"]),
+    ],
+)
+def test_wrong_model_kwargs_are_refused(pair, words, train_args):
+    with pytest.raises(ValueError) as error:
+        train([*train_args, "--model_kwargs", pair])
+    assert all(word in str(error.value) for word in words)
+
+
+def test_global_batch_that_does_not_divide_is_refused(train_args):
+    with pytest.raises(ValueError, match="--global_batch_size 10"):
+        train([*train_args, "--global_batch_size=10"])
+
+
+def test_world_size_without_a_launcher_is_refused(train_args, monkeypatch):
+    # accelerate would take one process for the only one: rank 0 of 1, twice.
+    monkeypatch.setattr(train_diffit, "Accelerator", lambda **kwargs: __import__("accelerate").Accelerator(cpu=False))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes"):
+        train(train_args)
+
+
+def test_labels_that_are_missing_are_refused(train_args, image_folder):
+    with pytest.raises(ValueError, match="--class_conditional"):
+        train([*train_args, f"--train_data_dir={image_folder / 'red'}"])
+
+
+def test_channels_that_differ_from_the_config_are_refused(train_args):
+    with pytest.raises(ValueError, match="--num_channels 1"):
+        train([*train_args, "--model_kwargs", "in_channels=1"])
+
+
+def test_dry_run_prints_sizes_and_writes_nothing(train_args, capsys, tmp_path):
+    train([*train_args, "--dry_run"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    model = DiffiTUNet2DModel(**TINY_CONFIG, num_class_embeds=3)
+    assert printed["parameters"] == sum(p.numel() for p in model.parameters())
+    assert printed["training_flops_per_image"] > 6 * 64 * 8 * 8 * 9  # more than one convolution
+    assert (printed["learning_rate"], printed["global_batch_size"]) == (1e-3, 4)
+    assert not (tmp_path / "run").exists()
+
+
+# --- loss
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("snr_gamma", [None, 5.0])
+def test_loss_equals_its_formula(prediction_type, snr_gamma):
+    torch.manual_seed(0)
+    scheduler = DDPMScheduler(prediction_type=prediction_type)
+    clean, noise, prediction = torch.randn(3, 4, 2, 8, 8, dtype=torch.float64).unbind()
+    timesteps = torch.tensor([0, 10, 500, 999])
+    loss = train_diffit.compute_loss(prediction, scheduler, clean, noise, timesteps, snr_gamma)
+    for i, t in enumerate(timesteps):
+        a = scheduler.alphas_cumprod[t].double()
+        target = {
+            "epsilon": noise[i],
+            "sample": clean[i],
+            "v_prediction": a.sqrt() * noise[i] - (1 - a).sqrt() * clean[i],
+        }
+        snr = a / (1 - a)
+        cap = snr if snr_gamma is None else min(snr, torch.tensor(snr_gamma))
+        weight = {"epsilon": cap / snr, "sample": cap, "v_prediction": cap / (snr + 1)}[prediction_type]
+        weight = 1.0 if snr_gamma is None else weight
+        expected = weight * (prediction[i] - target[prediction_type]).pow(2).mean()
+        torch.testing.assert_close(loss[i].double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_timesteps_cover_the_range_evenly():
+    uniform = (torch.arange(4000) + 0.5) / 4000
+    timesteps = train_diffit.batch_timesteps(uniform, 1000)
+    assert timesteps.bincount(minlength=1000).tolist() == [4] * 1000
+
+
+def test_label_dropout_takes_the_null_class():
+    batch = {"class_labels": torch.tensor([1, 2, 3]), "dropout_uniform": torch.tensor([0.05, 0.5, 0.09])}
+    assert train_diffit.batch_labels(batch, 0.1, null=7).tolist() == [7, 2, 7]
+    assert train_diffit.batch_labels(batch, 0.1, null=None) is None
+
+
+# --- a run equals a plain loop, and what it writes
+
+
+def test_training_equals_a_plain_loop(train_args, tmp_path):
+    """A loop written here, without accelerate, data loader or our loss: a wrong gradient average cannot hide."""
+    from diffit_data import ImageDataset, PositionStream, load_image_table
+
+    arguments = [
+        *train_args,
+        "--global_batch_size=8",
+        "--max_train_steps=3",
+        "--label_dropout=0.3",
+        "--num_channels=3",
+    ]
+    train(arguments)
+
+    torch.manual_seed(0)
+    model = DiffiTUNet2DModel(**TINY_CONFIG, num_class_embeds=3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
+    table = load_image_table(train_data_dir=arguments[1].split("=")[1])
+    dataset = ImageDataset(table, PositionStream(24, seed=0), (8, 8), 3)
+    losses = []
+    for step in range(3):
+        items = [dataset[(p, dataset.stream.index(p))] for p in range(8 * step, 8 * step + 8)]
+        clean, noise = (torch.stack([item[key] for item in items]) for key in ("pixel_values", "noise"))
+        t = torch.tensor([int(item["time_uniform"] * 1000) for item in items])
+        labels = torch.tensor([3 if item["dropout_uniform"] < 0.3 else item["class_labels"] for item in items])
+        a = alphas[t].reshape(-1, 1, 1, 1)
+        prediction = model(a.sqrt() * clean + (1 - a).sqrt() * noise, t, labels).sample
+        loss = (prediction - noise).pow(2).mean()
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1, step / 2)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    run_losses = [event.value for event in logged(tmp_path / "run").Scalars("train/loss")]
+    np.testing.assert_allclose(run_losses, losses, rtol=1e-5)
+    trained = load_file(tmp_path / "run/checkpoint-3/unet/diffusion_pytorch_model.safetensors")
+    for name, parameter in model.named_parameters():
+        if "qkv" not in name:  # gradients that are truly zero move under Adam by amplified rounding
+            torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-3, atol=2e-5, msg=name)
+
+
+@pytest.fixture(scope="module")
+def finished_run(tiny_model_config, image_folder, tmp_path_factory) -> Path:
+    """A class-conditional run with everything on, and what it left."""
+    run_dir = tmp_path_factory.mktemp("finished")
+    train(
+        [
+            f"--model_config={tiny_model_config}",
+            f"--train_data_dir={image_folder}",
+            f"--output_dir={run_dir}",
+            "--class_conditional",
+            "--train_batch_size=4",
+            "--max_train_steps=6",
+            "--lr_warmup_steps=0",
+            "--checkpointing_steps=2",
+            "--checkpoints_total_limit=2",
+            "--validation_steps=3",
+            "--validation_fraction=0.25",
+            "--num_validation_images=6",
+            "--validation_inference_steps=2",
+            "--validation_guidance_scale=1.5",
+            "--logging_steps=2",
+            "--hub_token=hf_secret",
+        ]
+    )
+    return run_dir
+
+
+def test_folder_has_the_layout_of_diffusers(finished_run):
+    names = {path.name for path in finished_run.iterdir()}
+    assert {"model_index.json", "unet", "scheduler", "README.md", "training_args.yaml", "sample_grid.png"} <= names
+    assert {name for name in names if name.startswith("checkpoint")} == {"checkpoint-4", "checkpoint-6"}
+    assert not [name for name in names if name.startswith("tmp")]
+
+
+def test_pipeline_folder_holds_the_ema_weights(finished_run):
+    name = "diffusion_pytorch_model.safetensors"
+    final = load_file(finished_run / "unet" / name)
+    ema, raw = (load_file(finished_run / "checkpoint-6" / folder / name) for folder in ("unet_ema", "unet"))
+    assert all(torch.equal(final[key], ema[key]) for key in final)
+    assert any(not torch.equal(ema[key], raw[key]) for key in raw)
+
+
+def test_tensorboard_has_all_numbers(finished_run):
+    events = logged(finished_run)
+    tags = events.Tags()
+    expected = ["loss", "grad_norm", "learning_rate", "ema_decay", "images_per_second", "peak_memory_gib", "kimg"]
+    assert {f"train/{name}" for name in expected} <= set(tags["scalars"])
+    assert {f"validation/loss_quartile_{i}" for i in (1, 2, 3, 4)} <= set(tags["scalars"])
+    assert any(tag.startswith("train_by_timestep/") for tag in tags["scalars"])
+    assert [event.step for event in events.Images("samples")] == [3, 6]
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6]
+    assert events.Scalars("train/learning_rate")[-1].value == pytest.approx(1e-4)
+
+
+def test_previews_are_written_as_png(finished_run):
+    assert sorted(path.name for path in (finished_run / "previews").iterdir()) == [
+        "step_00000003.png",
+        "step_00000006.png",
+    ]
+    assert PIL.Image.open(finished_run / "previews/step_00000006.png").size == (24, 16)
+
+
+def test_token_is_written_nowhere(finished_run):
+    files = [path for path in finished_run.rglob("*") if path.is_file()]
+    assert not [path for path in files if b"hf_secret" in path.read_bytes()]
+
+
+def test_model_card_says_what_and_how(finished_run):
+    card = (finished_run / "README.md").read_text()
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["library_name"] == "diffusers" and "diffit" in header["tags"]
+    for words in ("18 images", "blue, green, red", "trust_remote_code=True", "sample_grid.png", "6 of 6"):
+        assert words in card
+
+
+def test_arguments_as_yaml_repeat_the_run(finished_run, tmp_path):
+    file = finished_run / "training_args.yaml"
+    values = yaml.safe_load(file.read_text())
+    assert values["learning_rate"] == 1e-4 and values["train_batch_size"] == 4
+    assert "hub_token" not in values
+
+
+def test_class_conditional_folder_loads_as_our_pipeline_without_this_repository(finished_run, tmp_path):
+    script = (
+        "import sys\n"
+        "from diffusers import AutoModel, DiffusionPipeline\n"
+        f"pipe = DiffusionPipeline.from_pretrained({str(finished_run)!r}, trust_remote_code=True)\n"
+        "assert type(pipe).__name__ == 'DiffiTPipeline', type(pipe)\n"
+        "images = pipe(class_labels=['red', 2], num_inference_steps=2, guidance_scale=2.0).images\n"
+        "assert images[0].size == (8, 8)\n"
+        f"pipe.save_pretrained({str(tmp_path / 'again')!r})\n"
+        f"again = DiffusionPipeline.from_pretrained({str(tmp_path / 'again')!r}, trust_remote_code=True)\n"
+        "assert type(again).__name__ == 'DiffiTPipeline'\n"
+        "assert again.label_ids('red') == pipe.label_ids('red') == [2]\n"
+        f"unet = AutoModel.from_pretrained({str(finished_run / 'unet')!r}, trust_remote_code=True)\n"
+        "assert type(unet).__name__ == 'DiffiTUNet2DModel'\n"
+        f"DiffusionPipeline.from_pretrained({str(finished_run)!r}, unet=unet, trust_remote_code=True)\n"
+        "assert 'train_diffit' not in sys.modules\n"
+    )
+    run(["-c", script], cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
+
+
+def test_unconditional_folder_loads_as_a_plain_ddpm_pipeline(train_args, tmp_path):
+    train([*train_args, "--no-class_conditional", "--max_train_steps=2"])
+    script = (
+        "from diffusers import DDPMPipeline, DiffusionPipeline\n"
+        f"pipe = DiffusionPipeline.from_pretrained({str(tmp_path / 'run')!r}, trust_remote_code=True)\n"
+        "assert type(pipe) is DDPMPipeline, type(pipe)\n"
+        "assert pipe(batch_size=2, num_inference_steps=2).images[1].size == (8, 8)\n"
+    )
+    run(["-c", script], cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert type(DDPMPipeline.from_pretrained(tmp_path / "run", trust_remote_code=True)) is DDPMPipeline
+
+
+def test_peer_trains_under_the_same_recipe(train_args, tmp_path):
+    config = {
+        "_class_name": "UNet2DModel",
+        "sample_size": 8,
+        "block_out_channels": [8, 16],
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+    }
+    file = tmp_path / "peer.json"
+    file.write_text(json.dumps(config))
+    train([*train_args, f"--model_config={file}", "--max_train_steps=2", "--validation_guidance_scale=2"])
+    pipe = DiffiTPipeline.from_folder(str(tmp_path / "run"), lambda config: getattr(diffusers, config["_class_name"]))
+    assert type(pipe.unet) is UNet2DModel
+    assert pipe.unet.config.num_class_embeds == 4  # three classes and the null class
+
+
+def test_validation_loss_is_the_same_each_time(train_args, tmp_path):
+    """Fixed images, timesteps and noise: with a learning rate of 0 nothing moves."""
+    train([*train_args, "--learning_rate=0", "--validation_steps=2", "--validation_fraction=0.25"])
+    values = [event.value for event in logged(tmp_path / "run").Scalars("validation/loss")]
+    assert len(values) == 2 and values[0] == values[1]
+
+
+def test_bad_image_stops_training_by_name_or_is_skipped(train_args, image_folder, tmp_path, caplog):
+    folder = tmp_path / "data"
+    shutil.copytree(image_folder, folder)
+    (folder / "red" / "broken.png").write_bytes(b"no image")
+    arguments = [*train_args, f"--train_data_dir={folder}", "--max_train_steps=7"]
+    with pytest.raises(ValueError, match="broken.png"):
+        train(arguments)
+    train([*arguments, "--on_bad_image=skip", "--overwrite_output_dir"])
+    assert "broken.png" in caplog.text
+    assert logged(tmp_path / "run").Scalars("train/bad_images")[-1].value == 1
+
+
+def test_out_of_memory_names_the_flags_that_help():
+    message = train_diffit.explain_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert "--train_batch_size" in message and "--gradient_checkpointing" in message
+    assert train_diffit.explain_out_of_memory(ValueError("something else")) is None
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--mixed_precision=bf16", "--gradient_checkpointing"],
+        ["--prediction_type=v_prediction", "--beta_schedule=squaredcos_cap_v2", "--snr_gamma=5"],
+        ["--no-use_ema", "--deterministic", "--allow_tf32", "--lr_scheduler=cosine"],
+        ["--resolution=8x16", "--center_crop", "--random_flip", "--num_channels=1", "--report_to=none"],
+    ],
+)
+def test_flags_train_to_a_finite_loss(flags, train_args, tmp_path):
+    train([*train_args, "--max_train_steps=2", *flags])
+    weights = load_file(tmp_path / "run/unet/diffusion_pytorch_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+@pytest.fixture(autouse=True)
+def deterministic_off():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", [kind.value for kind in train_diffit.SchedulerType])
+def test_every_lr_schedule_steps_once_per_update(name):
+    arguments = ["--model_config=a", "--train_data_dir=b", "--max_train_steps=10", f"--lr_scheduler={name}"]
+    args = train_diffit.parse_args([*arguments, "--lr_warmup_steps=2", "--lr_step_rules=1:5,0.1"])
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = train_diffit.build_lr_scheduler(args, optimizer)
+    rates = []
+    for _ in range(10):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert max(rates) == 1.0
+    assert (
+        rates[9]
+        == {
+            "constant": 1.0,
+            "constant_with_warmup": 1.0,
+            "piecewise_constant": pytest.approx(0.1),
+            "linear": pytest.approx(1 / 8),
+            "polynomial": pytest.approx(1 / 8, abs=1e-5),
+            "cosine": pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8))),
+            "cosine_with_restarts": pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8))),
+        }[name]
+    )
+
+
+# --- fine-tuning
+
+
+def test_finetuning_keeps_weights_and_renews_class_rows_only(finished_run, train_args, image_folder, tmp_path, caplog):
+    folder = tmp_path / "two_classes"
+    for name in ("red", "green"):
+        shutil.copytree(image_folder / name, folder / name)
+    arguments = [argument for argument in train_args if not argument.startswith("--model_config")]
+    train(
+        [
+            *arguments,
+            f"--pretrained_model_name_or_path={finished_run}",
+            f"--train_data_dir={folder}",
+            "--learning_rate=0",
+            "--max_train_steps=1",
+        ]
+    )
+    assert "class rows start anew" in caplog.text
+    name = "diffusion_pytorch_model.safetensors"
+    old, new = load_file(finished_run / "unet" / name), load_file(tmp_path / "run/unet" / name)
+    rows = "class_embedding.weight"
+    assert all(torch.equal(old[key], new[key]) for key in old if key != rows)
+    assert new[rows].shape[0] == 3 and torch.equal(new[rows][2], old[rows][3])  # the null row stays
+
+
+def test_finetuning_with_weights_that_do_not_fit_lists_them(finished_run, train_args):
+    arguments = [argument for argument in train_args if not argument.startswith("--model_config")]
+    with pytest.raises(ValueError, match="conv_in.weight"):
+        train(
+            [
+                *arguments,
+                f"--pretrained_model_name_or_path={finished_run}",
+                "--num_channels=1",
+                "--model_kwargs",
+                "in_channels=1",
+                "out_channels=1",
+            ]
+        )
+
+
+# --- resume
+
+
+def test_used_output_dir_is_refused_without_a_flag(finished_run, train_args):
+    with pytest.raises(ValueError, match="--overwrite_output_dir"):
+        train([*train_args, f"--output_dir={finished_run}"])
+
+
+def test_latest_on_an_empty_folder_starts_afresh(train_args, tmp_path):
+    train([*train_args, "--resume_from_checkpoint=latest", "--max_train_steps=1"])
+    assert (tmp_path / "run/checkpoint-1").is_dir()
+
+
+def test_path_that_is_no_checkpoint_is_refused(train_args, tmp_path):
+    with pytest.raises(ValueError, match="--resume_from_checkpoint"):
+        train([*train_args, f"--resume_from_checkpoint={tmp_path}"])
+
+
+def test_other_seed_or_batch_at_resume_is_refused(train_args):
+    train([*train_args, "--max_train_steps=1"])
+    with pytest.raises(ValueError, match="--seed 0, not 1"):
+        train([*train_args, "--resume_from_checkpoint=latest", "--seed=1"])
+    with pytest.raises(ValueError, match="--global_batch_size 4, not 8"):
+        train([*train_args, "--resume_from_checkpoint=latest", "--global_batch_size=8"])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_killed_and_resumed_run_is_bitwise_the_uninterrupted_one(accumulation, train_args, tmp_path):
+    """24 images and 4 x accumulation per step: the checkpoint lies in the second epoch. Dropout is on."""
+    saved, steps = {1: (8, 16), 2: (4, 8)}[accumulation]
+    arguments = [
+        *train_args,
+        f"--gradient_accumulation_steps={accumulation}",
+        f"--max_train_steps={steps}",
+        f"--checkpointing_steps={saved}",
+        "--random_flip",
+        "--lr_scheduler=cosine",
+        "--model_kwargs",
+        "dropout=0.2",
+    ]
+    train([*arguments, f"--output_dir={tmp_path / 'whole'}"])
+    whole = tmp_path / "whole" / f"checkpoint-{steps}"
+
+    killed = tmp_path / "killed"
+    # A long validation right after the checkpoint gives the time to kill it in the middle of the run.
+    slow = [f"--validation_steps={saved}", "--validation_inference_steps=1000", "--dataloader_num_workers=2"]
+    process = start(["train_diffit.py", *arguments, f"--output_dir={killed}", *slow])
+    while not (killed / f"checkpoint-{saved}").is_dir():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed / f"checkpoint-{steps}").exists()
+
+    for workers in (0, 2):
+        resumed = tmp_path / f"resumed-{workers}"
+        shutil.copytree(killed, resumed)
+        train(
+            [
+                *arguments,
+                f"--output_dir={resumed}",
+                "--resume_from_checkpoint=latest",
+                f"--dataloader_num_workers={workers}",
+            ]
+        )
+        assert_same_files(whole, resumed / f"checkpoint-{steps}", STATES)
+        assert json.loads((whole / "state.json").read_text()) == json.loads(
+            (resumed / f"checkpoint-{steps}" / "state.json").read_text()
+        )
+
+
+def test_tensorboard_steps_after_the_checkpoint_are_purged(train_args, tmp_path):
+    train([*train_args, "--max_train_steps=4", "--checkpointing_steps=2"])
+    checkpoint = tmp_path / "run/checkpoint-2"
+    train([*train_args, f"--resume_from_checkpoint={checkpoint}", "--max_train_steps=4"])
+    steps = [event.step for event in logged(tmp_path / "run").Scalars("train/loss")]
+    assert steps == [1, 2, 3, 4]

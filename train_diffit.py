@@ -1,0 +1,1233 @@
+# Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Trains a DiffiT (or diffusers' UNet2DModel) on images, on one process or many.
+
+    python train_diffit.py --config configs/train/quickstart.yaml
+    accelerate launch train_diffit.py --config configs/train/emoji32.yaml --output_dir outputs/emoji32
+    torchrun --nproc_per_node 4 train_diffit.py --config configs/train/emoji32.yaml --global_batch_size 256
+
+A config file is a list of flags: defaults < --config < command line. `--dry_run` checks everything and stops.
+Randomness is a function of the position in the data stream (see `diffit_data.py`), so a run resumes exactly.
+"""
+
+import argparse
+import contextlib
+import difflib
+import inspect
+import json
+import logging
+import math
+import os
+import re
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+import yaml
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import ProjectConfiguration
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, ModelMixin, UNet2DModel
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import EMAModel, compute_snr
+from diffusers.utils import make_image_grid
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from safetensors.torch import load_file
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+
+from diffit_data import (
+    ImageDataset,
+    ImageTable,
+    PositionStream,
+    StreamBatchSampler,
+    collate,
+    detect_num_channels,
+    load_image_table,
+    position_generator,
+    split_table,
+)
+from diffit_model import choose_attention_backend, model_class, set_attention_backend
+from diffit_pipeline import DiffiTPipeline, null_label
+
+logger = get_logger("train_diffit", log_level="INFO")
+
+DROPOUT = 3  # stream of `position_generator` that seeds dropout inside the network
+TIMESTEP_BINS = 4  # the loss is logged by quartile of the timesteps
+DURATIONS = ("max_train_steps", "num_train_epochs", "max_train_kimg")
+DATA_SOURCES = ("dataset_name", "train_data_dir", "train_data_file")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+def resolution_type(text: str) -> tuple[int, int]:
+    """Height and width in pixels from `N` or `HxW`."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not match or 0 in (size := (int(match[1]), int(match[2] or match[1]))):
+        raise argparse.ArgumentTypeError(f"expected N or HxW with positive numbers, got {text!r}")
+    return size
+
+
+def number_type(kind: type, minimum: float, maximum: float = math.inf, open_ends: bool = False):
+    """An argparse type: an int or a float in [minimum, maximum], or between the two if `open_ends`."""
+
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {text!r}") from None
+        inside = minimum < value < maximum if open_ends else minimum <= value <= maximum
+        if not inside:
+            limits = f"{minimum} and {maximum}" + (", both excluded" if open_ends else "")
+            raise argparse.ArgumentTypeError(f"{value} is not between {limits}")
+        return value
+
+    return parse
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags, in groups. Units: images, optimizer steps, pixels, thousands of images (kimg)."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    flag = argparse.BooleanOptionalAction
+    positive, natural = number_type(int, 1), number_type(int, 0)
+    not_negative, share = number_type(float, 0), number_type(float, 0, 1)
+    parser.add_argument("--config", help="YAML list of flags, e.g. configs/train/quickstart.yaml")
+    parser.add_argument("--dry_run", action=flag, default=False, help="check everything, print sizes and stop")
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--model_config", help="JSON of configs/model/, or a folder saved by save_pretrained")
+    group.add_argument(
+        "--model_kwargs", nargs="+", action="extend", metavar="KEY=VALUE", help="override fields of the model config"
+    )
+    group.add_argument("--pretrained_model_name_or_path", help="start from the weights of a saved folder or hub model")
+    group.add_argument(
+        "--attention_backend", choices=("auto", "native", "_native_math", "xformers", "flex"), default="auto"
+    )
+    group.add_argument("--gradient_checkpointing", action=flag, default=False, help="less memory, more time")
+    group.add_argument("--compile", action=flag, default=False, help="torch.compile, block by block where it can")
+
+    group = parser.add_argument_group("data: one of --dataset_name, --train_data_dir, --train_data_file")
+    group.add_argument("--dataset_name", help="hub name, or local path for datasets.load_dataset")
+    group.add_argument("--dataset_config_name")
+    group.add_argument("--dataset_split", default="train")
+    group.add_argument("--train_data_dir", help="folder or zip of images; dataset.json, metadata.jsonl, parquet too")
+    group.add_argument("--train_data_file", help="a parquet file")
+    group.add_argument("--image_column", help="default: the only one of type Image")
+    group.add_argument("--label_column", help="default: the only one of type ClassLabel; implies --class_conditional")
+    group.add_argument("--class_conditional", action=flag, default=False, help="train on the labels")
+    group.add_argument("--cache_dir", help="of datasets.load_dataset")
+    group.add_argument("--resolution", type=resolution_type, help="N or HxW; default: the model config's sample_size")
+    group.add_argument("--center_crop", action=flag, default=False, help="crop the centre, not a random place")
+    group.add_argument("--random_flip", action=flag, default=False, help="mirror half of the images left and right")
+    group.add_argument("--num_channels", type=positive, help="default: what the images are")
+    group.add_argument("--on_bad_image", choices=("error", "skip"), default="error")
+    group.add_argument("--dataloader_num_workers", type=natural, default=0)
+
+    group = parser.add_argument_group("diffusion")
+    group.add_argument("--prediction_type", choices=("epsilon", "sample", "v_prediction"), default="epsilon")
+    group.add_argument(
+        "--beta_schedule",
+        choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
+        default="linear",
+    )
+    group.add_argument("--num_train_timesteps", type=positive, default=1000)
+    group.add_argument("--snr_gamma", type=number_type(float, 0, open_ends=True), help="min-SNR loss weights, e.g. 5")
+    group.add_argument("--label_dropout", type=share, default=0.1, help="share of labels replaced by the null class")
+
+    group = parser.add_argument_group("batch and duration")
+    group.add_argument("--train_batch_size", type=positive, default=16, help="images per process and micro-batch")
+    group.add_argument("--gradient_accumulation_steps", type=positive, help="default 1")
+    group.add_argument("--global_batch_size", type=positive, help="images per optimizer step; sets the accumulation")
+    group.add_argument("--max_train_steps", type=positive, help="optimizer steps")
+    group.add_argument("--num_train_epochs", type=number_type(float, 0, open_ends=True))
+    group.add_argument("--max_train_kimg", type=number_type(float, 0, open_ends=True), help="thousands of images")
+    group.add_argument("--seed", type=number_type(int, 0, 2**64 - 1), default=0)
+
+    group = parser.add_argument_group("optimizer")
+    group.add_argument("--learning_rate", type=not_negative, default=1e-4)
+    group.add_argument("--lr_scheduler", choices=[s.value for s in SchedulerType], default="constant_with_warmup")
+    group.add_argument("--lr_warmup_steps", type=natural, default=500)
+    group.add_argument("--lr_num_cycles", type=positive, default=1, help="of cosine_with_restarts")
+    group.add_argument("--lr_power", type=not_negative, default=1.0, help="of polynomial")
+    group.add_argument("--lr_step_rules", help='of piecewise_constant, e.g. "1:1000,0.1:2000,0.01"')
+    group.add_argument("--adam_beta1", type=share, default=0.9)
+    group.add_argument("--adam_beta2", type=share, default=0.999)
+    group.add_argument("--adam_weight_decay", type=not_negative, default=0.0)
+    group.add_argument("--adam_epsilon", type=number_type(float, 0, open_ends=True), default=1e-8)
+    group.add_argument("--max_grad_norm", type=number_type(float, 0, open_ends=True), default=1.0)
+    group.add_argument("--use_ema", action=flag, default=True)
+    group.add_argument("--ema_max_decay", type=share, default=0.9999)
+    group.add_argument("--ema_inv_gamma", type=number_type(float, 0, open_ends=True), default=1.0)
+    group.add_argument("--ema_power", type=not_negative, default=0.75)
+
+    group = parser.add_argument_group("precision")
+    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's own config")
+    group.add_argument("--allow_tf32", action=flag, default=False)
+    group.add_argument("--deterministic", action=flag, default=False, help="deterministic algorithms only")
+
+    group = parser.add_argument_group("validation, checkpoints, logs")
+    group.add_argument("--output_dir", default="outputs/diffit")
+    group.add_argument("--overwrite_output_dir", action=flag, default=False, help="delete its checkpoints and logs")
+    group.add_argument("--checkpointing_steps", type=positive, default=500)
+    group.add_argument("--checkpoints_total_limit", type=positive, help="keep so many, delete the oldest")
+    group.add_argument("--resume_from_checkpoint", help="latest, or the path of a checkpoint")
+    group.add_argument("--validation_split", help="split of --dataset_name that is held out")
+    group.add_argument("--validation_fraction", type=number_type(float, 0, 1, open_ends=True), help="held-out share")
+    group.add_argument("--validation_steps", type=positive, default=1000, help="preview, loss, pipeline folder")
+    group.add_argument("--validation_loss_images", type=positive, default=1024, help="most for the held-out loss")
+    group.add_argument("--num_validation_images", type=positive, default=64, help="images in the preview grid")
+    group.add_argument("--validation_inference_steps", type=positive, default=50, help="DDIM steps of the preview")
+    group.add_argument("--validation_guidance_scale", type=not_negative, default=1.0)
+    group.add_argument("--logging_dir", default="logs", help="in --output_dir")
+    group.add_argument("--logging_steps", type=positive, default=10)
+    group.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, all or none")
+
+    group = parser.add_argument_group("hub")
+    group.add_argument("--push_to_hub", action=flag, default=False, help="upload the pipeline folder at the end")
+    group.add_argument("--hub_model_id")
+    group.add_argument("--hub_token", help="default: the saved login; never logged or saved")
+    group.add_argument("--hub_private_repo", action=flag, default=False)
+    return parser
+
+
+def config_file_argv(parser: argparse.ArgumentParser, path: str, skip: set[str]) -> list[str]:
+    """Turns a YAML list of flags into arguments, so that argparse checks keys, types and choices.
+
+    Args:
+        parser: all flags.
+        path: the YAML file: a mapping of long flag names without dashes to values.
+        skip: keys to leave out.
+    """
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        parser.error(f"--config: cannot read {path}: {error.strerror}")
+    try:
+        values = yaml.load(text, Loader=yaml.BaseLoader)  # every scalar stays the string that is written there
+    except yaml.YAMLError as error:
+        parser.error(f"--config: {path} is not valid YAML: {error}")
+    if not isinstance(values, dict):
+        parser.error(f"--config: {path} must be a list of `flag: value`")
+    actions = {action.dest: action for action in parser._actions}
+    argv = []
+    for key, value in values.items():
+        if key not in actions or key in ("config", "help"):
+            similar = difflib.get_close_matches(key, actions, n=1)
+            parser.error(f"{path}: unknown flag {key!r}" + (f", did you mean {similar[0]!r}?" if similar else ""))
+        if key in skip:
+            continue
+        if isinstance(actions[key], argparse.BooleanOptionalAction):
+            if value not in ("true", "false"):
+                parser.error(f"{path}: {key} must be true or false, got {value!r}")
+            argv.append(f"--{key}" if value == "true" else f"--no-{key}")
+        elif actions[key].nargs == "+":
+            if not isinstance(value, dict):
+                parser.error(f"{path}: {key} must be a mapping, got {value!r}")
+            texts = {k: v if isinstance(v, str) else f"[{', '.join(v)}]" for k, v in value.items()}
+            argv += [f"--{key}", *(f"{k}={text}" for k, text in texts.items())]
+        elif not isinstance(value, str) or value == "":
+            parser.error(f"{path}: {key} must be one value, got {value!r}")
+        else:
+            argv.append(f"--{key}={value}")
+    return argv
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads --config and the command line, and checks what can be checked without touching data or models.
+
+    A data source on the command line takes the place of the one in the config file.
+
+    Raises:
+        SystemExit: with a message that names the flag.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = build_parser()
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    config = first.parse_known_args(argv)[0].config
+    if config is not None:
+        flags = {argument.split("=")[0].removeprefix("--") for argument in argv if argument.startswith("--")}
+        skip = set(DATA_SOURCES) if flags & set(DATA_SOURCES) else set()
+        argv = config_file_argv(parser, config, skip) + argv
+    args = parser.parse_args(argv)
+
+    given = [name for name in DURATIONS if getattr(args, name) is not None]
+    if len(given) != 1:
+        got = " and ".join(f"--{name} {getattr(args, name)}" for name in given) or "none"
+        parser.error(f"give exactly one of {', '.join('--' + name for name in DURATIONS)}; got {got}")
+    sources = [name for name in DATA_SOURCES if getattr(args, name) is not None]
+    if len(sources) != 1:
+        got = " and ".join(f"--{name}" for name in sources) or "none"
+        parser.error(f"give exactly one of {', '.join('--' + name for name in DATA_SOURCES)}; got {got}")
+    if args.global_batch_size is not None and args.gradient_accumulation_steps is not None:
+        parser.error("--global_batch_size sets --gradient_accumulation_steps: give only one of them")
+    if args.model_config is None and args.pretrained_model_name_or_path is None:
+        parser.error("give --model_config or --pretrained_model_name_or_path")
+    if args.model_config is not None and args.pretrained_model_name_or_path is not None:
+        parser.error("--pretrained_model_name_or_path brings its own architecture: do not give --model_config as well")
+    if args.validation_split is not None and args.dataset_name is None:
+        parser.error("--validation_split needs --dataset_name; use --validation_fraction")
+    if args.validation_split is not None and args.validation_fraction is not None:
+        parser.error("give --validation_split or --validation_fraction, not both")
+    if args.lr_scheduler == "piecewise_constant" and args.lr_step_rules is None:
+        parser.error("--lr_scheduler piecewise_constant needs --lr_step_rules")
+    if args.overwrite_output_dir and args.resume_from_checkpoint:
+        parser.error("--overwrite_output_dir would delete what --resume_from_checkpoint needs: give one of them")
+    if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
+        parser.error("--mixed_precision fp16 does not exist on a CPU (accelerate would train in fp32): use bf16 or no")
+    if args.report_to not in ("tensorboard", "wandb", "all", "none"):
+        parser.error(f"--report_to: expected tensorboard, wandb, all or none, got {args.report_to!r}")
+    for pair in args.model_kwargs or []:
+        if "=" not in pair:
+            parser.error(f"--model_kwargs: expected KEY=VALUE, got {pair!r}")
+    args.class_conditional = args.class_conditional or args.label_column is not None
+    return args
+
+
+def public_args(args: argparse.Namespace) -> dict:
+    """The arguments as a config file would hold them: without the token, and only what is set."""
+    values = {key: value for key, value in vars(args).items() if key not in ("hub_token", "config", "dry_run")}
+    if args.resolution is not None:
+        values["resolution"] = "x".join(map(str, args.resolution))
+    return {key: value for key, value in values.items() if value is not None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Builders
+
+
+def build_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Sets up the processes and resolves the batch arithmetic into `args`.
+
+    Raises:
+        ValueError: if the launcher's processes do not see each other, or --global_batch_size cannot be shared out.
+    """
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    report_to = None if args.report_to == "none" else args.report_to
+    logging_dir = Path(args.output_dir, args.logging_dir)
+    accelerator = Accelerator(
+        # Without this, several processes on CPUs all believe to be the only one.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=args.mixed_precision,
+        log_with=report_to,
+        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(logging_dir)),
+    )
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != world_size:
+        raise ValueError(
+            f"the launcher started {world_size} processes (WORLD_SIZE), but this one sees "
+            f"{accelerator.num_processes}; see the launch commands in README.md"
+        )
+    images = args.train_batch_size * accelerator.num_processes
+    if args.global_batch_size is not None:
+        if args.global_batch_size % images != 0:
+            raise ValueError(
+                f"--global_batch_size {args.global_batch_size} is no multiple of --train_batch_size "
+                f"{args.train_batch_size} x {accelerator.num_processes} processes"
+            )
+        args.gradient_accumulation_steps = args.global_batch_size // images
+    args.gradient_accumulation_steps = args.gradient_accumulation_steps or 1
+    args.global_batch_size = images * args.gradient_accumulation_steps
+    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
+    return accelerator
+
+
+def build_tables(args: argparse.Namespace) -> tuple[ImageTable, ImageTable | None]:
+    """Training images and, if asked for, held-out ones."""
+    source = {name: getattr(args, name) for name in (*DATA_SOURCES, "dataset_config_name", "cache_dir")}
+    source |= {name: getattr(args, name) for name in ("image_column", "label_column")}
+    table = load_image_table(**source, dataset_split=args.dataset_split)
+    validation = None
+    if args.validation_split is not None:
+        validation = load_image_table(**source, dataset_split=args.validation_split)
+    elif args.validation_fraction is not None:
+        table, validation = split_table(table, args.validation_fraction)
+    if args.class_conditional and table.class_names is None:
+        raise ValueError(f"--class_conditional: {table.source} has no labels")
+    return table, validation
+
+
+def read_model_config(args: argparse.Namespace) -> dict:
+    """The model config with --model_kwargs applied, checked against the constructor.
+
+    Raises:
+        ValueError: names the file or flag and the field.
+    """
+    path = args.model_config or args.pretrained_model_name_or_path
+    if Path(path).is_file():
+        config = json.loads(Path(path).read_text())
+    else:
+        config = dict(UNet2DModel.load_config(path, subfolder=unet_subfolder(path)))  # of any model class
+    known = inspect.signature(model_class(config).__init__).parameters
+    for key in config:
+        if key not in known and not key.startswith("_") and key != "auto_map":
+            raise ValueError(f"{path}: {model_class(config).__name__} has no argument {key!r}")
+    for pair in args.model_kwargs or []:
+        key, value = pair.split("=", 1)
+        if key not in known:
+            similar = difflib.get_close_matches(key, known, n=1)
+            hint = f", did you mean {similar[0]!r}?" if similar else ""
+            raise ValueError(f"--model_kwargs: {model_class(config).__name__} has no argument {key!r}{hint}")
+        config[key] = yaml.safe_load(value)
+    return config
+
+
+def unet_subfolder(path: str) -> str | None:
+    """`"unet"` if a local path is a pipeline folder or anything is on the hub, None for the folder of a model."""
+    return None if Path(path, "config.json").is_file() else "unet"
+
+
+def resolve_model_config(args: argparse.Namespace, config: dict, table: ImageTable) -> dict:
+    """Fills in what follows from data and flags: `sample_size`, channels, classes. Sets `args.resolution`.
+
+    Raises:
+        ValueError: if the config says otherwise, naming the flag to change.
+    """
+    config = dict(config)
+    if args.resolution is None:
+        if config.get("sample_size") is None:
+            raise ValueError("give --resolution: the model config has no sample_size")
+        size = config["sample_size"]
+        args.resolution = (size, size) if isinstance(size, int) else tuple(size)
+    height, width = args.resolution
+    config["sample_size"] = height if height == width else [height, width]
+
+    num_channels = args.num_channels or detect_num_channels(table)
+    for key in ("in_channels", "out_channels"):
+        if config.setdefault(key, num_channels) != num_channels:
+            raise ValueError(
+                f"the model config says {key} {config[key]}, the images of {table.source} have {num_channels}; "
+                f"give --num_channels {config[key]} or another model config"
+            )
+    num_classes = len(table.class_names) if args.class_conditional else None
+    extra_row = 1 if num_classes and config.get("_class_name") == "UNet2DModel" else 0  # see `null_label`
+    num_class_embeds = num_classes + extra_row if num_classes else None
+    stated = config.get("num_class_embeds")
+    if stated not in (None, num_class_embeds) and args.pretrained_model_name_or_path is None:
+        raise ValueError(
+            f"the model config says num_class_embeds {stated}, but the data gives {num_class_embeds} "
+            f"(--class_conditional is {args.class_conditional})"
+        )
+    config["num_class_embeds"] = num_class_embeds
+    return config
+
+
+def build_model(config: dict, pretrained: str | None = None) -> ModelMixin:
+    """A new network, or one that starts from saved weights.
+
+    With another number of classes, the class rows start anew (the null row is kept if there is one), and a log line
+    says so.
+
+    Args:
+        config: complete `config.json`.
+        pretrained: folder or hub name of weights.
+
+    Raises:
+        ValueError: lists the weights that do not fit.
+    """
+    model = model_class(config).from_config(config)
+    if pretrained is None:
+        return model
+    source = model_class(config).from_pretrained(pretrained, subfolder=unet_subfolder(pretrained))
+    weights, wanted = source.state_dict(), model.state_dict()
+    name = "class_embedding.weight"
+    old, new = source.config.num_class_embeds, model.config.num_class_embeds
+    if old != new:
+        logger.warning(f"{pretrained} has num_class_embeds {old}, the data has {new}: class rows start anew")
+        rows = weights.pop(name, None)
+        if new is not None:
+            weights[name] = wanted[name].clone()
+            if rows is not None:
+                weights[name][null_label(model)] = rows[null_label(source)]
+    shapes = [{key: tuple(tensor.shape) for key, tensor in tensors.items()} for tensors in (weights, wanted)]
+    unfit = [key for key in shapes[0] | shapes[1] if shapes[0].get(key) != shapes[1].get(key)]
+    if unfit:
+        raise ValueError(f"weights of {pretrained} do not fit the model config: {', '.join(sorted(unfit)[:8])}")
+    model.load_state_dict(weights)
+    return model
+
+
+def build_noise_scheduler(args: argparse.Namespace) -> DDPMScheduler:
+    """The forward process, and what the saved folder samples with."""
+    return DDPMScheduler(
+        num_train_timesteps=args.num_train_timesteps,
+        beta_schedule=args.beta_schedule,
+        prediction_type=args.prediction_type,
+        timestep_spacing="trailing",  # few-step samplers must start at the last timestep (arXiv 2305.08891)
+    )
+
+
+def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> LambdaLR:
+    """The learning rate over optimizer steps. It stays unprepared: accelerate would step it once per process."""
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        step_rules=args.lr_step_rules,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+
+
+def build_ema(args: argparse.Namespace, model: ModelMixin) -> EMAModel | None:
+    """EMA of the float32 parameters, its decay warming up as 1 - (1 + step / inv_gamma) ** -power."""
+    if not args.use_ema:
+        return None
+    return EMAModel(
+        model.parameters(),
+        decay=args.ema_max_decay,
+        use_ema_warmup=True,
+        inv_gamma=args.ema_inv_gamma,
+        power=args.ema_power,
+        foreach=True,
+    )
+
+
+def resolve_duration(args: argparse.Namespace, num_images: int) -> None:
+    """Turns --num_train_epochs or --max_train_kimg into `args.max_train_steps`, rounded up."""
+    if args.num_train_epochs is not None:
+        args.max_train_steps = math.ceil(args.num_train_epochs * num_images / args.global_batch_size)
+    elif args.max_train_kimg is not None:
+        args.max_train_steps = math.ceil(args.max_train_kimg * 1000 / args.global_batch_size)
+
+
+def training_flops_per_image(config: dict) -> int:
+    """FLOPs (multiplications and additions) of one image forward and backward, counted on the meta device.
+
+    The backward pass counts twice the forward pass.
+    """
+    with torch.device("meta"):
+        model = model_class(config).from_config(config).eval()
+        size = config["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        sample = torch.empty(1, config["in_channels"], height, width)
+        labels = None if config["num_class_embeds"] is None else torch.zeros(1, dtype=torch.long)
+        timestep = torch.zeros(1)
+    if hasattr(model, "_check_inputs"):
+        model._check_inputs = lambda sample, class_labels: None  # meta labels have no values to look at
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(sample, timestep, class_labels=labels)
+    return 3 * counter.get_total_flops()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss
+
+
+def compute_loss(
+    model_pred: torch.Tensor,
+    noise_scheduler: DDPMScheduler,
+    clean_images: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    snr_gamma: float | None = None,
+) -> torch.Tensor:
+    """DDPM loss of each image (DDPM, Eq. 14), with min-SNR weights if asked for (arXiv 2303.09556).
+
+    Args:
+        model_pred: what the network made of the noisy images; shape (B, C, H, W).
+        noise_scheduler: says what the prediction is of: `epsilon`, `sample` or `v_prediction`.
+        clean_images: in [-1, 1]; shape (B, C, H, W).
+        noise: standard normal; shape (B, C, H, W).
+        timesteps: int in [0, number of training timesteps); shape (B).
+        snr_gamma: cap of the signal-to-noise ratio, or None for the plain mean squared error.
+
+    Returns:
+        Shape (B), float32.
+    """
+    prediction_type = noise_scheduler.config.prediction_type
+    if prediction_type == "epsilon":
+        target = noise
+    elif prediction_type == "sample":
+        target = clean_images
+    else:
+        target = noise_scheduler.get_velocity(clean_images, noise, timesteps)
+    loss = F.mse_loss(model_pred.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))  # (B)
+    if snr_gamma is None:
+        return loss
+    snr = compute_snr(noise_scheduler, timesteps)  # (B)
+    weight = snr.clamp(max=snr_gamma)  # of the error of the image
+    if prediction_type == "epsilon":
+        weight = weight / snr
+    elif prediction_type == "v_prediction":
+        weight = weight / (snr + 1)
+    return loss * weight
+
+
+def batch_timesteps(uniform: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:
+    """Timesteps, int in [0, num_train_timesteps), shape (B), from numbers in [0, 1) of shape (B)."""
+    return (uniform.double() * num_train_timesteps).long()
+
+
+def batch_labels(batch: dict, label_dropout: float, null: int | None) -> torch.Tensor | None:
+    """Labels with a share replaced by the null class, shape (B); None for an unconditional network."""
+    if null is None:
+        return None
+    return torch.where(batch["dropout_uniform"] < label_dropout, null, batch["class_labels"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+@contextlib.contextmanager
+def ema_weights(ema_model: EMAModel | None, model: ModelMixin) -> Iterator[None]:
+    """Puts the EMA weights into the network for the duration of a `with` block; without EMA it does nothing."""
+    if ema_model is None:
+        yield
+        return
+    ema_model.store(model.parameters())
+    ema_model.copy_to(model.parameters())
+    try:
+        yield
+    finally:
+        ema_model.restore(model.parameters())
+
+
+def list_checkpoints(output_dir: str) -> list[Path]:
+    """Complete checkpoints `checkpoint-N` of a folder, oldest first."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    model: ModelMixin,
+    ema_model: EMAModel | None,
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: LambdaLR,
+    global_step: int,
+    position: int,
+) -> None:
+    """Writes `checkpoint-N` with all that a resumed run needs, then deletes old ones. To be called by all processes.
+
+    It is written under another name and renamed at the end, so a `checkpoint-N` is complete.
+    """
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        target = Path(args.output_dir, f"checkpoint-{global_step}")
+        temporary = target.with_name(f"tmp-{target.name}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary / "unet")
+        if ema_model is not None:
+            with ema_weights(ema_model, model):
+                model.save_pretrained(temporary / "unet_ema")
+        torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+        state = {
+            "global_step": global_step,
+            "position": position,
+            "global_batch_size": args.global_batch_size,
+            "seed": args.seed,
+            "lr_scheduler": lr_scheduler.state_dict(),
+            "ema_step": None if ema_model is None else ema_model.optimization_step,
+            "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
+        }
+        (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        (temporary / "training_args.yaml").write_text(yaml.safe_dump(public_args(args)))
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+        if args.checkpoints_total_limit is not None:
+            for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    logger.info(f"saved checkpoint-{global_step}")
+
+
+def find_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint means; None starts afresh.
+
+    Raises:
+        ValueError: if it does not exist, or if --output_dir already holds checkpoints and no flag says what to do.
+    """
+    existing = list_checkpoints(args.output_dir)
+    if args.resume_from_checkpoint is None:
+        if existing and not args.overwrite_output_dir:
+            raise ValueError(
+                f"--output_dir {args.output_dir} already holds checkpoints up to {existing[-1].name}: give "
+                "--resume_from_checkpoint latest to go on, or --overwrite_output_dir to delete them"
+            )
+        return None
+    if args.resume_from_checkpoint == "latest":
+        if not existing:
+            logger.info(f"no checkpoint in {args.output_dir}: starting afresh")
+        return existing[-1] if existing else None
+    path = Path(args.resume_from_checkpoint)
+    if not (path / "state.json").is_file():
+        raise ValueError(f"--resume_from_checkpoint {path}: not a checkpoint (no state.json)")
+    return path
+
+
+def load_checkpoint(
+    path: Path,
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    model: ModelMixin,
+    ema_model: EMAModel | None,
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: LambdaLR,
+) -> tuple[int, int]:
+    """Restores what `save_checkpoint` wrote, in every process.
+
+    Returns:
+        `global_step`, and the first position of the stream that has not been trained on.
+
+    Raises:
+        ValueError: names what the checkpoint was trained with where the arguments say otherwise.
+    """
+    state = json.loads((path / "state.json").read_text())
+    for key in ("seed", "global_batch_size"):
+        if state[key] != getattr(args, key):
+            raise ValueError(f"{path} was trained with --{key} {state[key]}, not {getattr(args, key)}")
+    if (ema_model is None) != (state["ema_step"] is None):
+        raise ValueError(f"{path} was trained with --{'no-' if state['ema_step'] is None else ''}use_ema")
+    model.load_state_dict(load_weights(path / "unet"))
+    if ema_model is not None:
+        weights = load_weights(path / "unet_ema")
+        with torch.no_grad():
+            for (name, _), shadow in zip(model.named_parameters(), ema_model.shadow_params, strict=True):
+                shadow.copy_(weights[name])
+        ema_model.optimization_step = state["ema_step"]
+    optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
+    lr_scheduler.load_state_dict(state["lr_scheduler"])
+    if state["scaler"] is not None and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    logger.info(f"resumed from {path} at step {state['global_step']}")
+    return state["global_step"], state["position"]
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the safetensors files in a folder, one file or several shards."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Logs, validation, the pipeline folder
+
+
+def is_due(global_step: int, every: int, last_step: int) -> bool:
+    """Whether periodic work is due after this optimizer step: every so many steps, and at the end."""
+    return global_step % every == 0 or global_step == last_step
+
+
+def log_metrics(
+    accelerator: Accelerator,
+    progress: tqdm,
+    bins: torch.Tensor,
+    grad_norm: torch.Tensor,
+    lr: float,
+    ema_decay: float | None,
+    images_per_second: float,
+    num_bad_images: int,
+    global_step: int,
+    position: int,
+) -> None:
+    """Sends the numbers since the last log to the trackers and the progress bar. To be called by all processes.
+
+    Args:
+        bins: sums of the losses by timestep quartile, and counts; shape (2, TIMESTEP_BINS).
+        images_per_second: of all processes.
+        num_bad_images: skipped by this process so far.
+
+    Raises:
+        RuntimeError: if the loss is not finite.
+    """
+    bins = accelerator.reduce(bins, "sum").cpu()
+    loss = (bins[0].sum() / bins[1].sum()).item()
+    if accelerator.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+    values = {
+        "train/loss": loss,
+        "train/grad_norm": grad_norm.item(),
+        "train/learning_rate": lr,
+        "train/images_per_second": images_per_second,
+        "train/peak_memory_gib": memory,
+        "train/kimg": position / 1000,
+        "train/bad_images": num_bad_images,
+    }
+    if ema_decay is not None:
+        values["train/ema_decay"] = ema_decay
+    for i in range(TIMESTEP_BINS):
+        if bins[1, i] > 0:
+            values[f"train_by_timestep/loss_quartile_{i + 1}"] = (bins[0, i] / bins[1, i]).item()
+    accelerator.log(values, step=global_step)
+    progress.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", img_s=f"{images_per_second:.0f}", refresh=False)
+    if not math.isfinite(loss):
+        raise RuntimeError(f"the loss is {loss} after step {global_step}; lower --learning_rate, or use bf16 or fp32")
+
+
+@torch.no_grad()
+def validation_loss(
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    model: ModelMixin,
+    noise_scheduler: DDPMScheduler,
+    table: ImageTable,
+    num_channels: int,
+) -> dict[str, float]:
+    """Loss on held-out images at fixed noise and evenly spread timesteps, in all and by timestep quartile."""
+    stream = PositionStream(len(table), seed=0)
+    dataset = ImageDataset(table, stream, args.resolution, num_channels, center_crop=True)
+    dataset.on_bad_image = args.on_bad_image
+    num_positions = min(len(table), args.validation_loss_images)
+    positions = [(p, stream.index(p)) for p in range(num_positions)]
+    batches = [positions[i : i + args.train_batch_size] for i in range(0, num_positions, args.train_batch_size)]
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    bins = torch.zeros(2, TIMESTEP_BINS, device=accelerator.device)
+    null = null_label(model)
+    for batch in DataLoader(dataset, batch_sampler=mine, num_workers=args.dataloader_num_workers, collate_fn=collate):
+        uniform = (batch["position"] + 0.5) / num_positions
+        timesteps = batch_timesteps(uniform, args.num_train_timesteps).to(accelerator.device)
+        labels = batch_labels(batch, 0.0, null)
+        labels = None if labels is None else labels.to(accelerator.device)
+        clean_images, noise = (batch[key].to(accelerator.device) for key in ("pixel_values", "noise"))
+        noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)
+        model_pred = model(noisy_images, timesteps, class_labels=labels).sample
+        loss = compute_loss(model_pred, noise_scheduler, clean_images, noise, timesteps)
+        add_to_bins(bins, loss, timesteps, args.num_train_timesteps)
+    bins = accelerator.reduce(bins, "sum").cpu()
+    values = {"validation/loss": (bins[0].sum() / bins[1].sum()).item()}
+    for i in range(TIMESTEP_BINS):
+        if bins[1, i] > 0:
+            values[f"validation/loss_quartile_{i + 1}"] = (bins[0, i] / bins[1, i]).item()
+    return values
+
+
+def add_to_bins(bins: torch.Tensor, loss: torch.Tensor, timesteps: torch.Tensor, num_train_timesteps: int) -> None:
+    """Adds losses of shape (B) to the sums and counts of their timestep quartiles, on the device."""
+    quartile = timesteps * TIMESTEP_BINS // num_train_timesteps  # (B)
+    loss = loss.detach().float()
+    bins.index_add_(1, quartile, torch.stack([loss, torch.ones_like(loss)]))
+
+
+@torch.no_grad()
+def draw_preview(
+    accelerator: Accelerator, args: argparse.Namespace, model: ModelMixin, noise_scheduler: DDPMScheduler
+) -> list[PIL.Image.Image]:
+    """Images of the seeds 0, 1, 2, ..., class after class, drawn by all processes together; the same list in each."""
+    pipeline = DiffiTPipeline(model, DDIMScheduler.from_config(noise_scheduler.config))
+    pipeline.set_progress_bar_config(disable=True)
+    num_images, num_processes = args.num_validation_images, accelerator.num_processes
+    share = math.ceil(num_images / num_processes)
+    seeds = [min(accelerator.process_index * share + i, num_images - 1) for i in range(share)]
+    null = null_label(model)
+    images = []
+    for i in range(0, share, args.train_batch_size):
+        chunk = seeds[i : i + args.train_batch_size]
+        images.append(
+            pipeline(
+                class_labels=None if null is None else [seed % null for seed in chunk],
+                batch_size=len(chunk),
+                num_inference_steps=args.validation_inference_steps,
+                guidance_scale=1.0 if null is None else args.validation_guidance_scale,
+                generator=[torch.Generator().manual_seed(seed) for seed in chunk],
+                output_type="pt",
+            ).images.to(accelerator.device)
+        )
+    images = accelerator.gather(torch.cat(images))[:num_images]  # (num_images, C, H, W)
+    pixels = (images * 255).round().byte().cpu().permute(0, 2, 3, 1).numpy()
+    if pixels.shape[-1] not in (1, 3, 4):
+        pixels = pixels[..., :3] if pixels.shape[-1] > 4 else pixels[..., :1]  # show the first channels
+    return [PIL.Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in pixels]
+
+
+def image_grid(images: list[PIL.Image.Image]) -> PIL.Image.Image:
+    """Puts images of one size side by side in an almost square grid, row by row."""
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    blank = PIL.Image.new(images[0].mode, images[0].size)
+    return make_image_grid(images + [blank] * (rows * columns - len(images)), rows, columns)
+
+
+def log_validation(
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    model: ModelMixin,
+    ema_model: EMAModel | None,
+    noise_scheduler: DDPMScheduler,
+    table: ImageTable,
+    validation_table: ImageTable | None,
+    global_step: int,
+    position: int,
+) -> None:
+    """With the EMA weights: held-out loss, preview grid, and the pipeline folder. To be called by all processes."""
+    model.eval()
+    with ema_weights(ema_model, model):
+        values = {}
+        if validation_table is not None:
+            num_channels = model.config.in_channels
+            values = validation_loss(accelerator, args, model, noise_scheduler, validation_table, num_channels)
+            accelerator.log(values, step=global_step)
+        images = draw_preview(accelerator, args, model, noise_scheduler)
+        if accelerator.is_main_process:
+            grid = image_grid(images)
+            previews = Path(args.output_dir, "previews")
+            previews.mkdir(exist_ok=True)
+            grid.save(previews / f"step_{global_step:08d}.png")
+            stacked = np.asarray(grid.convert("RGB"))[None]
+            for tracker in accelerator.trackers:
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": stacked}, step=global_step, **options)
+            save_pipeline(args, model, noise_scheduler, table, grid, values, global_step, position)
+    model.train()
+    accelerator.wait_for_everyone()
+
+
+def save_pipeline(
+    args: argparse.Namespace,
+    model: ModelMixin,
+    noise_scheduler: DDPMScheduler,
+    table: ImageTable,
+    grid: PIL.Image.Image,
+    validation: dict[str, float],
+    global_step: int,
+    position: int,
+) -> None:
+    """Writes the pipeline folder into --output_dir: weights as they are now, scheduler, arguments, model card."""
+    output_dir = Path(args.output_dir)
+    if args.class_conditional:
+        id2label = {str(number): name for number, name in enumerate(table.class_names)}
+        pipeline = DiffiTPipeline(model, noise_scheduler, id2label=id2label)
+    else:
+        pipeline = DDPMPipeline(model, noise_scheduler)
+        (output_dir / "diffit_pipeline.py").unlink(missing_ok=True)
+    pipeline.save_pretrained(output_dir)
+    (output_dir / "training_args.yaml").write_text(yaml.safe_dump(public_args(args)))
+    grid.save(output_dir / "sample_grid.png")
+    model_card(args, model, table, validation, global_step, position).save(output_dir / "README.md")
+
+
+def model_card(
+    args: argparse.Namespace,
+    model: ModelMixin,
+    table: ImageTable,
+    validation: dict[str, float],
+    global_step: int,
+    position: int,
+) -> ModelCard:
+    """What was trained on what, and how to load it."""
+    name = args.hub_model_id or Path(args.output_dir).name
+    # A path of the machine that trained is of no use to others, so only its last part is told.
+    source = args.dataset_name or Path(table.source).name
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=["diffusers", "diffit", "class-conditional" if args.class_conditional else "unconditional"],
+        datasets=[args.dataset_name] if args.dataset_name and not Path(args.dataset_name).exists() else None,
+    )
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    classes = ""
+    call = "pipeline(batch_size=4, num_inference_steps=1000).images"
+    if args.class_conditional:
+        classes = f"\nClasses: {', '.join(table.class_names[:50])}{', ...' if len(table.class_names) > 50 else ''}.\n"
+        call = f"pipeline(class_labels=[{table.class_names[0]!r}] * 4, num_inference_steps=50).images"
+    rows = {
+        "network": f"`{type(model).__name__}`, {num_parameters / 1e6:.1f} M parameters",
+        "data": f"{source}, {len(table):,} images, {'x'.join(map(str, args.resolution))} pixels",
+        "optimizer steps": f"{global_step:,} of {args.max_train_steps:,}, {args.global_batch_size} images each",
+        "images seen": f"{position:,}",
+        "objective": f"{args.prediction_type}, {args.beta_schedule} betas, {args.num_train_timesteps} timesteps",
+        "weights": f"EMA, decay up to {args.ema_max_decay}" if args.use_ema else "as trained, no EMA",
+    } | ({"held-out loss": f"{validation['validation/loss']:.4f}"} if validation else {})
+    table_text = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return ModelCard(f"""---
+{data.to_yaml()}
+---
+
+# {name}
+
+A diffusion model in the form of DiffiT ([arXiv 2312.02139](https://arxiv.org/abs/2312.02139)), trained with DiffiT
+for diffusers. All arguments: `training_args.yaml`.
+
+| | |
+|---|---|
+{table_text}
+{classes}
+![Samples of the seeds 0, 1, 2, ...](sample_grid.png)
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
+images = {call}
+```
+""")
+
+
+def push_to_hub(args: argparse.Namespace) -> None:
+    """Uploads the pipeline folder, and nothing else of --output_dir."""
+    api = HfApi(token=args.hub_token)
+    repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
+    repo_id = api.create_repo(repo_id, private=args.hub_private_repo, exist_ok=True).repo_id
+    api.upload_folder(
+        repo_id=repo_id,
+        folder_path=args.output_dir,
+        allow_patterns=["*.md", "*.png", "*.py", "*.yaml", "model_index.json", "unet/*", "scheduler/*"],
+        ignore_patterns=["checkpoint-*", "previews/*", "samples/*", f"{args.logging_dir}/*"],
+        commit_message="Upload DiffiT",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def main(args: argparse.Namespace) -> None:
+    """Sets up, resumes, trains and saves."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+    # 1. set up
+    config = read_model_config(args)
+    accelerator = build_accelerator(args)
+    checkpoint = find_checkpoint(args)
+    with accelerator.main_process_first():
+        table, validation_table = build_tables(args)
+    config = resolve_model_config(args, config, table)
+    resolve_duration(args, len(table))
+    if args.dry_run:
+        print_dry_run(accelerator, args, config, table, validation_table)
+        return
+    torch.manual_seed(args.seed)
+    model = build_model(config, args.pretrained_model_name_or_path)
+    noise_scheduler = build_noise_scheduler(args)
+    set_up_model(accelerator, args, model)
+    dataset = ImageDataset(
+        table,
+        PositionStream(len(table), args.seed),
+        args.resolution,
+        args.num_channels,
+        args.center_crop,
+        args.random_flip,
+        args.on_bad_image,
+    )
+    ema_model = build_ema(args, model)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+    lr_scheduler = build_lr_scheduler(args, optimizer)
+
+    # 2. resume
+    global_step, position = 0, 0
+    if checkpoint is not None:
+        states = (model, ema_model, optimizer, lr_scheduler)
+        global_step, position = load_checkpoint(checkpoint, accelerator, args, *states)
+    prepare_output_dir(accelerator, args)
+    if ema_model is not None:
+        ema_model.to(accelerator.device)
+    raw_model, raw_optimizer = model, optimizer
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.init_trackers(
+        "train_diffit",
+        config={key: v if isinstance(v, int | float | str) else str(v) for key, v in public_args(args).items()},
+        init_kwargs={"tensorboard": {"purge_step": global_step + 1}},
+    )
+    sampler = StreamBatchSampler(
+        dataset.stream, args.train_batch_size, position, accelerator.num_processes, accelerator.process_index
+    )
+    batches = iter(
+        DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=args.dataloader_num_workers,
+            collate_fn=collate,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+    )
+    describe_run(accelerator, args, raw_model, table, validation_table)
+
+    # 3. train
+    null = null_label(raw_model)
+    bins = torch.zeros(2, TIMESTEP_BINS, device=accelerator.device)
+    bad_images: set[str] = set()
+    progress = tqdm(total=args.max_train_steps, initial=global_step, disable=not accelerator.is_main_process)
+    progress.set_description("training")
+    steps_since_log, log_time = 0, time.perf_counter()
+    model.train()
+    while global_step < args.max_train_steps:
+        for _ in range(args.gradient_accumulation_steps):
+            batch = next(batches)
+            report_bad_images(batch["bad_images"], bad_images)
+            timesteps = batch_timesteps(batch["time_uniform"], args.num_train_timesteps).to(accelerator.device)
+            labels = batch_labels(batch, args.label_dropout, null)
+            labels = None if labels is None else labels.to(accelerator.device)
+            clean_images, noise = (
+                batch[key].to(accelerator.device, non_blocking=True) for key in ("pixel_values", "noise")
+            )
+            noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)
+            seed_dropout(args.seed, int(batch["position"][0]))
+            with accelerator.accumulate(model):
+                model_pred = model(noisy_images, timesteps, class_labels=labels).sample
+                loss = compute_loss(model_pred, noise_scheduler, clean_images, noise, timesteps, args.snr_gamma)
+                accelerator.backward(loss.mean())
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            add_to_bins(bins, loss, timesteps, args.num_train_timesteps)
+        position += args.global_batch_size
+        if accelerator.optimizer_step_was_skipped:  # fp16 overflow: the images are passed by, nothing else moves on
+            continue
+        lr = lr_scheduler.get_last_lr()[0]
+        lr_scheduler.step()
+        if ema_model is not None:
+            ema_model.step(raw_model.parameters())
+        global_step += 1
+        steps_since_log += 1
+        progress.update()
+
+        if is_due(global_step, args.logging_steps, args.max_train_steps):
+            images_per_second = steps_since_log * args.global_batch_size / (time.perf_counter() - log_time)
+            ema_decay = None if ema_model is None else ema_model.cur_decay_value
+            numbers = (bins, grad_norm, lr, ema_decay, images_per_second, len(bad_images), global_step, position)
+            log_metrics(accelerator, progress, *numbers)
+            bins.zero_()
+            steps_since_log, log_time = 0, time.perf_counter()
+        started = time.perf_counter()
+        if is_due(global_step, args.checkpointing_steps, args.max_train_steps):
+            states = (raw_model, ema_model, raw_optimizer, lr_scheduler)
+            save_checkpoint(accelerator, args, *states, global_step, position)
+        if is_due(global_step, args.validation_steps, args.max_train_steps):
+            tables = (table, validation_table)
+            log_validation(accelerator, args, raw_model, ema_model, noise_scheduler, *tables, global_step, position)
+        log_time += time.perf_counter() - started  # images/s is of training alone
+
+    # 4. finish
+    progress.close()
+    if accelerator.is_main_process:
+        logger.info(f"the trained pipeline is {args.output_dir}")
+        if args.push_to_hub:
+            push_to_hub(args)
+    accelerator.end_training()
+
+
+def set_up_model(accelerator: Accelerator, args: argparse.Namespace, model: ModelMixin) -> None:
+    """Attention backend, gradient checkpointing and compilation, as the flags say; places the model on its device."""
+    model.to(accelerator.device)
+    backend = args.attention_backend
+    if backend == "auto":
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+        backend, reason = choose_attention_backend(model, accelerator.device, dtype)
+        logger.info(f"attention backend: {backend} ({reason})")
+    elif backend == "xformers" and accelerator.device.type != "cuda":
+        raise ValueError(f"--attention_backend xformers needs CUDA, the device is {accelerator.device.type}")
+    elif backend == "flex" and accelerator.device.type == "cpu":
+        raise ValueError("--attention_backend flex cannot train on a CPU: it has no backward pass there")
+    set_attention_backend(model, backend)
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if args.compile:  # in place, so that the names of the weights stay
+        model.compile_repeated_blocks() if model._repeated_blocks else model.compile()
+
+
+def seed_dropout(seed: int, position: int) -> None:
+    """Makes dropout in the network a function of the seed and the first position of the micro-batch."""
+    torch.manual_seed(int(position_generator(seed, position, DROPOUT).integers(2**63)))
+
+
+def prepare_output_dir(accelerator: Accelerator, args: argparse.Namespace) -> None:
+    """Creates --output_dir; with --overwrite_output_dir deletes checkpoints, previews and logs of an earlier run."""
+    if accelerator.is_main_process:
+        if args.overwrite_output_dir:
+            for old in [*list_checkpoints(args.output_dir), Path(args.output_dir, "previews")]:
+                shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(Path(args.output_dir, args.logging_dir), ignore_errors=True)
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+
+
+def report_bad_images(messages: list[str], seen: set[str]) -> None:
+    """Logs each skipped image once."""
+    for message in messages:
+        if message not in seen:
+            seen.add(message)
+            logger.warning(f"skipped ({len(seen)} so far): {message}", main_process_only=False)
+
+
+def describe_run(
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    model: ModelMixin,
+    table: ImageTable,
+    validation_table: ImageTable | None,
+) -> None:
+    """Logs the sizes of the run."""
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    epochs = args.max_train_steps * args.global_batch_size / len(table)
+    held_out = "" if validation_table is None else f", {len(validation_table):,} held out"
+    logger.info(
+        f"{type(model).__name__} with {num_parameters:,} parameters; {len(table):,} images of "
+        f"{'x'.join(map(str, args.resolution))} pixels, {model.config.in_channels} channels{held_out}; "
+        f"{args.max_train_steps:,} steps of {args.global_batch_size} images ({args.train_batch_size} x "
+        f"{accelerator.num_processes} processes x {args.gradient_accumulation_steps} accumulation), "
+        f"{epochs:.1f} epochs"
+    )
+    if table.class_names is not None and not args.class_conditional:
+        logger.info(f"{table.source} has {len(table.class_names)} classes; --class_conditional would train on them")
+
+
+def print_dry_run(
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    config: dict,
+    table: ImageTable,
+    validation_table: ImageTable | None,
+) -> None:
+    """Prints the resolved arguments, parameters and FLOPs. The network exists on the meta device only."""
+    with torch.device("meta"):
+        model = model_class(config).from_config(config)
+    if accelerator.is_main_process:
+        print(yaml.safe_dump(public_args(args)), end="")
+        print(f"model_config_resolved: {json.dumps(config)}")
+        print(f"parameters: {sum(parameter.numel() for parameter in model.parameters())}")
+        print(f"training_flops_per_image: {training_flops_per_image(config)}")
+    describe_run(accelerator, args, model, table, validation_table)
+
+
+def explain_out_of_memory(error: Exception) -> str | None:
+    """A message naming the flags that help, if an error says that memory ran out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        return (
+            f"out of memory: {error}\nWhat helps: a smaller --train_batch_size (with --global_batch_size the training "
+            "stays the same), --gradient_checkpointing, --mixed_precision bf16, a smaller --resolution"
+        )
+    return None
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (ValueError, RuntimeError, MemoryError) as error:
+        explanation = explain_out_of_memory(error)
+        if explanation:
+            sys.exit(explanation)
+        raise
