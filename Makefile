@@ -41,4 +41,4 @@ style: install-dev
 	$(BIN)/ruff format .
 
 benchmark: install-dev
-	$(BIN)/python -m benchmarks.training_step
+	$(BIN)/python benchmarks/training_step.py

@@ -12,10 +12,12 @@ Two ideas hold this file together:
 Shapes: B batch, C channels, H/W height/width in pixels, n images in the table.
 """
 
+import glob
 import io
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -24,7 +26,8 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from torch.utils.data import Sampler, default_collate
 
 IMAGE_EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -118,23 +121,27 @@ class ImageTable:
     """Images and labels, not decoded.
 
     Attributes:
-        rows: data set of n rows with the columns `image` ({"bytes", "path"}) and, if there are labels, `label`.
+        rows: data set with the column `image` ({"bytes", "path"}).
         source: what the user named: a folder, a file or a data set; used in messages.
-        class_names: name of each class, or None if there are no labels.
+        indices: row of each of the n images in `rows`.
+        labels: class of each row, in [0, number of classes), or None if there are no labels.
+        class_names: name of each class, or None.
         archive: the zip that the paths are in, or None.
     """
 
     rows: Dataset
     source: str
-    class_names: tuple[str, ...] | None
+    indices: np.ndarray
+    labels: np.ndarray | None = None
+    class_names: tuple[str, ...] | None = None
     archive: str | None = None
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.indices)
 
     def label(self, index: int) -> int:
         """Class of an image, in [0, number of classes)."""
-        return self.rows[index]["label"]
+        return int(self.labels[self.indices[index]])
 
     def read(self, index: int) -> tuple[str, bytes]:
         """A name for messages and the undecoded bytes of an image.
@@ -142,21 +149,27 @@ class ImageTable:
         Raises:
             BadImageError: if the file cannot be read.
         """
-        image = self.rows[index]["image"]
+        row = int(self.indices[index])
+        image = self.rows[row]["image"] or {"bytes": None, "path": None}
         path = image["path"]
-        name = f"row {index} of {self.source}" + (f" ({path})" if path else "")
+        if self.archive is not None:
+            name = f"{path} in {self.archive}"
+        elif image["bytes"] is None and path is not None:
+            name = path
+        else:
+            name = f"row {row} of {self.source}" + (f" ({path})" if path else "")
         if image["bytes"] is not None:
             return name, image["bytes"]
+        if path is None:
+            raise BadImageError(f"no image in {name}")
         try:
-            if self.archive is not None:
-                return f"{path} in {self.archive}", _open_zip(self.archive).read(path)
-            return path, Path(path).read_bytes()
-        except (OSError, zipfile.BadZipFile, KeyError) as error:
+            return name, _open_zip(self.archive).read(path) if self.archive is not None else Path(path).read_bytes()
+        except (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             raise BadImageError(f"cannot read image {name}: {error}") from error
 
     def select(self, indices: list[int]) -> "ImageTable":
-        """The table of these rows, in this order."""
-        return replace(self, rows=self.rows.select(indices))
+        """The table of these images, in this order."""
+        return replace(self, indices=self.indices[indices])
 
 
 _open_zips: dict[str, tuple[int, zipfile.ZipFile]] = {}
@@ -222,15 +235,26 @@ def load_image_table(
         files = sorted(entry.filename for entry in _open_zip(str(root)).infolist() if not entry.is_dir())
     else:
         raise ValueError(f"--train_data_dir: neither a folder nor a zip: {root}")
+    files = [name for name in files if not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))]
     parquet = [name for name in files if name.endswith(".parquet")]
-    if parquet and root.is_dir():
-        rows = _read_parquet([str(root / name) for name in parquet], cache_dir)
-        return _table_from_columns(rows, str(root), image_column, label_column)
-    return _table_from_files(root, files, label_column)
+    if not parquet or root.is_file():
+        return _table_from_files(root, files, label_column)
+    other_splits = [name for name in parquet if PurePosixPath(name).name.startswith(("test", "val"))]
+    if other_splits and len(other_splits) < len(parquet):
+        raise ValueError(
+            f"--train_data_dir {root} holds several splits ({other_splits[0]}): use --dataset_name {root} with "
+            "--dataset_split, or --train_data_file"
+        )
+    rows = _read_parquet([str(root / name) for name in parquet], cache_dir)
+    return _table_from_columns(rows, str(root), image_column, label_column)
 
 
 def _read_parquet(paths: list[str], cache_dir: str | None) -> Dataset:
-    return load_dataset("parquet", data_files=paths, split="train", cache_dir=cache_dir)
+    files = [glob.escape(os.path.abspath(path)) for path in paths]  # `datasets` takes them for patterns
+    try:
+        return load_dataset("parquet", data_files=files, split="train", cache_dir=cache_dir)
+    except (DatasetGenerationError, OSError, ValueError) as error:
+        raise ValueError(f"cannot read parquet {', '.join(paths)}: {error.__cause__ or error}") from error
 
 
 def _table_from_columns(rows: Dataset, source: str, image_column: str | None, label_column: str | None) -> ImageTable:
@@ -239,14 +263,19 @@ def _table_from_columns(rows: Dataset, source: str, image_column: str | None, la
     features = rows.features
     image_column = _find_column(source, "--image_column", image_column, features, Image, required=True)
     label_column = _find_column(source, "--label_column", label_column, features, ClassLabel, required=False)
+    kind = features[image_column]
+    if not isinstance(kind, Image) and getattr(kind, "dtype", None) not in ("binary", "large_binary", "string"):
+        raise ValueError(f"--image_column {image_column} of {source} holds no images but {kind}")
 
-    columns = {image_column: "image"} | ({label_column: "label"} if label_column else {})
-    rows = rows.select_columns(list(columns)).rename_columns(columns).cast_column("image", Image(decode=False))
+    images = rows.select_columns([image_column]).rename_columns({image_column: "image"})
+    images = images.cast_column("image", Image(decode=False))
+    indices = np.arange(len(images))
     if label_column is None:
-        return ImageTable(rows, source, None)
-    if not isinstance(rows.features["label"], ClassLabel):
-        rows = _encode_labels(rows, source)
-    return ImageTable(rows, source, tuple(rows.features["label"].names))
+        return ImageTable(images, source, indices)
+    kind = features[label_column]
+    names = kind.names if isinstance(kind, ClassLabel) else None
+    labels, names = _encode_labels(list(rows[label_column]), f"--label_column {label_column} of {source}", names)
+    return ImageTable(images, source, indices, labels, names)
 
 
 def _find_column(
@@ -264,95 +293,100 @@ def _find_column(
     return candidates[0] if candidates else None
 
 
-def _encode_labels(rows: Dataset, source: str) -> Dataset:
-    """Turns a `label` column of ints or strings into `ClassLabel`; ints keep their values."""
-    values = rows.unique("label")
-    if all(isinstance(value, str) for value in values):
-        names = sorted(values)
-        # Through a mapping, since ClassLabel itself would read the string "7" as class number 7.
+def _encode_labels(
+    values: list[int | str], source: str, names: list[str] | None = None
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Class of each image and the names of the classes, from class names or from numbers, which keep their values."""
+    distinct = set(values)
+    if distinct and all(isinstance(value, str) for value in distinct):
+        numeric = all(value.isdecimal() for value in distinct)
+        names = sorted(distinct, key=(lambda name: (int(name), name)) if numeric else None)  # "2" before "10"
         numbers = {name: number for number, name in enumerate(names)}
-        rows = rows.map(lambda row: {"label": numbers[row["label"]]}, features=_with_int_label(rows.features))
-    elif all(isinstance(value, int) and value >= 0 for value in values):
-        names = [str(number) for number in range(max(values) + 1)]
+        values = [numbers[value] for value in values]
+    elif all(type(value) is int and 0 <= value < len(names or range(value + 1)) for value in distinct):
+        names = names or [str(number) for number in range(max(distinct) + 1)]
     else:
-        raise ValueError(
-            f"labels of {source} must be class names or integers from 0 up, got {sorted(map(str, values))[:5]}"
-        )
-    return rows.cast_column("label", ClassLabel(names=names))
-
-
-def _with_int_label(features: Features) -> Features:
-    return Features({**features, "label": Value("int64")})
+        wrong = sorted(str(value) for value in distinct if type(value) is not int or value < 0)
+        raise ValueError(f"{source}: labels must be class names or integers from 0 up, one kind, got {wrong[:5]}")
+    return np.array(values, np.int64), tuple(names)
 
 
 def _table_from_files(root: Path, files: list[str], label_column: str | None) -> ImageTable:
     """Images in a folder or zip, with the labels that its layout gives.
 
     Labels come from `dataset.json`, else `metadata.jsonl`, else the names of the first-level sub-folders, provided
-    that every image lies in one.
+    that every image lies in one and there are several.
     """
 
-    def read_text(name: str) -> str:
-        return (root / name).read_text() if root.is_dir() else _open_zip(str(root)).read(name).decode()
+    def read_bytes(name: str) -> bytes:
+        return (root / name).read_bytes() if root.is_dir() else _open_zip(str(root)).read(name)
 
     names = [name for name in files if PurePosixPath(name).suffix.lower() in IMAGE_EXTENSIONS]
     if not names:
         raise ValueError(f"--train_data_dir: no images in {root} (extensions: {', '.join(sorted(IMAGE_EXTENSIONS))})")
     labels = None
     if "dataset.json" in files:
-        listed = _parse_json(read_text("dataset.json"), f"dataset.json in {root}").get("labels")
+        source = f"dataset.json in {root}"
+        listed = _parse_json(read_bytes("dataset.json"), source).get("labels")
         if listed is not None:
-            labels = dict(_check_listed(listed, names, f"dataset.json in {root}"))
+            labels = _check_listed(listed, names, source)
     elif "metadata.jsonl" in files:
-        records = [_parse_json(line, f"metadata.jsonl in {root}") for line in read_text("metadata.jsonl").splitlines()]
+        source = f"metadata.jsonl in {root}"
+        lines = [line for line in read_bytes("metadata.jsonl").split(b"\n") if line.strip()]
+        records = [_parse_json(line, source) for line in lines]
         column = label_column or "label"
-        listed = [(record.get("file_name"), record.get(column)) for record in records]
-        listed = dict(_check_listed(listed, names, f"metadata.jsonl in {root}"))
+        if label_column is not None and not any(column in record for record in records):
+            raise ValueError(f"--label_column {label_column}: {source} has no such key")
+        listed = _check_listed([[record.get("file_name"), record.get(column)] for record in records], names, source)
         names = [name for name in names if name in listed]
-        if label_column is not None or any(label is not None for label in listed.values()):
+        if not names:
+            raise ValueError(f"{source} names no image")
+        if any(label is not None for label in listed.values()):
             labels = listed
     elif all("/" in name for name in names) and len({name.split("/")[0] for name in names}) > 1:
         labels = {name: name.split("/")[0] for name in names}
 
-    columns = {"image": [{"bytes": None, "path": name if root.is_file() else str(root / name)} for name in names]}
-    features = {"image": Image(decode=False)}
-    if labels is not None:
-        missing = [name for name in names if labels.get(name) is None]
-        if missing:
-            raise ValueError(f"{root}: {len(missing)} images have no label, the first is {missing[0]}")
-        columns["label"] = [labels[name] for name in names]
-        kind = "string" if isinstance(columns["label"][0], str) else "int64"
-        if any(isinstance(label, str) != (kind == "string") for label in columns["label"]) or any(
-            not isinstance(label, (str, int)) for label in columns["label"]
-        ):
-            raise ValueError(f"{root}: a label must be a class name or a number, one kind for all images")
-        features["label"] = Value(kind)
-    rows = Dataset.from_dict(columns, features=Features(features))
     archive = str(root) if root.is_file() else None
+    paths = names if archive else [str(root / name) for name in names]
+    images = {"image": [{"bytes": None, "path": path} for path in paths]}
+    table = ImageTable(
+        Dataset.from_dict(images, features=Features({"image": Image(decode=False)})),
+        str(root),
+        np.arange(len(names)),
+        archive=archive,
+    )
     if labels is None:
-        return ImageTable(rows, str(root), None, archive)
-    rows = _encode_labels(rows, str(root))
-    return ImageTable(rows, str(root), tuple(rows.features["label"].names), archive)
+        return table
+    missing = [name for name in names if labels.get(name) is None]
+    if missing:
+        raise ValueError(f"{root}: {len(missing)} images have no label, the first is {missing[0]}")
+    numbers, class_names = _encode_labels([labels[name] for name in names], str(root))
+    return replace(table, labels=numbers, class_names=class_names)
 
 
-def _parse_json(text: str, name: str) -> dict:
+def _parse_json(text: bytes, name: str) -> dict:
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
+        value = json.loads(text.decode("utf-8-sig"))
+    except ValueError as error:  # of the encoding, too
         raise ValueError(f"{name} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{name}: expected an object, got {type(value).__name__}")
     return value
 
 
-def _check_listed(listed: list, names: list[str], source: str) -> list[tuple[str, int | str | None]]:
+def _check_listed(listed: list, names: list[str], source: str) -> dict[str, int | str | None]:
+    """Labels by file name, from pairs of the two."""
+    if not isinstance(listed, list):
+        raise ValueError(f"{source}: expected a list of [file name, label], got {listed!r}")
     known = set(names)
     for entry in listed:
-        if not isinstance(entry, list | tuple) or len(entry) != 2:
+        if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
             raise ValueError(f"{source}: expected [file name, label], got {entry!r}")
         if entry[0] not in known:
             raise ValueError(f"{source} names an image that is not there: {entry[0]!r}")
-    return listed
+        if not isinstance(entry[1], int | str | None):
+            raise ValueError(f"{source}: the label of {entry[0]} must be a class name or a number, got {entry[1]!r}")
+    return dict(listed)
 
 
 def split_table(table: ImageTable, validation_fraction: float) -> tuple[ImageTable, ImageTable]:
@@ -381,9 +415,20 @@ def split_table(table: ImageTable, validation_fraction: float) -> tuple[ImageTab
 def _open_image(name: str, data: bytes) -> PIL.Image.Image | np.ndarray:
     if not data:
         raise BadImageError(f"image is empty (0 bytes): {name}")
-    if data[:6] == b"\x93NUMPY":
-        return np.load(io.BytesIO(data), allow_pickle=False)
-    return PIL.Image.open(io.BytesIO(data))
+    if data[:6] != b"\x93NUMPY":
+        try:
+            return PIL.Image.open(io.BytesIO(data))
+        except PIL.UnidentifiedImageError as error:
+            raise BadImageError(f"not an image, or damaged: {name}") from error
+        except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+            raise BadImageError(f"cannot decode image {name}: {error}") from error
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # numpy parses the header as Python: any error may come of it
+        raise BadImageError(f"cannot decode array {name}: {error}") from error
+    if array.dtype not in (np.uint8, np.uint16) or array.ndim not in (2, 3):
+        raise BadImageError(f"array must be uint8 or uint16 of shape H x W or H x W x C: {name}")
+    return array
 
 
 def _has_transparency(image: PIL.Image.Image) -> bool:
@@ -400,8 +445,6 @@ def _natural_channels(image: PIL.Image.Image | np.ndarray) -> int:
 def _planes(image: PIL.Image.Image | np.ndarray, name: str, num_channels: int) -> list[PIL.Image.Image]:
     """An image as PIL images with values in [0, 255] that together have `num_channels` channels."""
     if isinstance(image, np.ndarray):
-        if image.dtype not in (np.uint8, np.uint16) or image.ndim not in (2, 3):
-            raise BadImageError(f"array must be uint8 or uint16 of shape H x W or H x W x C: {name}")
         image = image.reshape(*image.shape[:2], -1).astype(np.float32) * (255 / np.iinfo(image.dtype).max)
         planes = [PIL.Image.fromarray(image[..., c]) for c in range(image.shape[-1])]
         planes = planes * num_channels if len(planes) == 1 else planes
@@ -411,7 +454,9 @@ def _planes(image: PIL.Image.Image | np.ndarray, name: str, num_channels: int) -
         values = np.asarray(PIL.ImageOps.exif_transpose(image)).astype(np.float32)
         if values.min() < 0 or values.max() > 65535:
             raise BadImageError(f"integer image with values outside [0, 65535]: {name}")
-        planes = [PIL.Image.fromarray(values * (255 / 65535))] * num_channels
+        planes = [PIL.Image.fromarray(values * (255 / 65535))] * min(num_channels, 3)
+        if num_channels == 4:
+            planes.append(PIL.Image.new("F", planes[0].size, 255))  # opaque
     else:
         image = PIL.ImageOps.exif_transpose(image)
         if num_channels == 4:
@@ -459,8 +504,8 @@ def decode_image(
         image = _open_image(name, data)
         if keep_colour and _natural_channels(image) > num_channels:
             raise BadImageError(
-                f"image has colours, but the first ones were grayscale (--num_channels {num_channels} was chosen by "
-                f"them; give it to convert): {name}"
+                f"image has colours, but those looked at were grayscale (--num_channels {num_channels} was chosen "
+                f"by them; give it to convert): {name}"
             )
         planes = _planes(image, name, num_channels)
     except BadImageError:
@@ -469,10 +514,10 @@ def decode_image(
         raise BadImageError(f"cannot decode image {name}: {error}") from error
     image_width, image_height = planes[0].size
     scale = min(image_height / height, image_width / width)
-    top = (image_height - height * scale) * crop_position[0]
-    left = (image_width - width * scale) * crop_position[1]
-    box = (left, top, left + width * scale, top + height * scale)
-    if box != (0, 0, width, height):
+    top = max(0.0, image_height - height * scale) * crop_position[0]  # rounding may leave less than nothing
+    left = max(0.0, image_width - width * scale) * crop_position[1]
+    box = (left, top, min(left + width * scale, image_width), min(top + height * scale, image_height))
+    if (image_width, image_height) != (width, height):
         planes = [plane.resize((width, height), PIL.Image.Resampling.LANCZOS, box=box) for plane in planes]
     pixels = np.concatenate([np.asarray(plane, np.float32).reshape(height, width, -1) for plane in planes], axis=-1)
     if flip:
@@ -492,8 +537,8 @@ def detect_num_channels(table: ImageTable, num_images: int = 64) -> int:
         try:
             name, data = table.read(int(index))
             found.append(_natural_channels(_open_image(name, data)))
-        except (BadImageError, OSError, ValueError) as error:
-            last_error = error if isinstance(error, BadImageError) else BadImageError(f"cannot decode {name}: {error}")
+        except BadImageError as error:
+            last_error = error
     if not found:
         raise last_error
     return max(found)
@@ -557,9 +602,11 @@ class ImageDataset(torch.utils.data.Dataset):
                 if self.on_bad_image != "skip":
                     raise
                 bad_images.append(str(error))
-                if len(bad_images) > len(self.table):
+                num_images = len(self.table)
+                if len(bad_images) == num_images:
                     raise BadImageError(f"no readable image in {self.table.source}; the last: {error}") from error
-                index = self.stream.index(position + len(bad_images))
+                epoch_start = position - position % num_images
+                index = self.stream.index(epoch_start + (position + len(bad_images)) % num_images)
         rng = position_generator(self.stream.seed, position, DIFFUSION)
         item = {
             "position": position,

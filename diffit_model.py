@@ -591,9 +591,8 @@ class DiffiTUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin):
             nn.init.zeros_(self.conv_out.weight)
             nn.init.zeros_(self.conv_out.bias)
 
-    def _check_inputs(self, sample: torch.Tensor, class_labels: torch.Tensor | None) -> None:
-        height, width = sample.shape[-2:]
-        scale = 2 ** (len(self.config.block_out_channels) - 1)
+    def check_size(self, height: int, width: int) -> None:
+        """Raises a ValueError that names the multiple H and W must be, if the network cannot divide them."""
         if self.config.window_size is None:
             expected = _height_and_width(self.config.sample_size)
             if (height, width) != expected:
@@ -601,12 +600,16 @@ class DiffiTUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin):
                     f"the relative bias of global attention (`window_size=None`) ties this network to images of "
                     f"{expected[0]} x {expected[1]}, got {height} x {width}"
                 )
-        elif height % (scale * self.config.window_size) or width % (scale * self.config.window_size):
+            return
+        num_stages = len(self.config.block_out_channels)
+        multiple = 2 ** (num_stages - 1) * self.config.window_size
+        if height % multiple or width % multiple:
             raise ValueError(
-                f"height and width must be multiples of {scale * self.config.window_size} "
-                f"({len(self.config.block_out_channels)} resolutions, windows of {self.config.window_size}), "
-                f"got {height} x {width}"
+                f"height and width must be multiples of {multiple} ({num_stages} resolutions, windows of "
+                f"{self.config.window_size}), got {height} x {width}"
             )
+
+    def _check_labels(self, sample: torch.Tensor, class_labels: torch.Tensor | None) -> None:
         if class_labels is None:
             return
         if self.class_embedding is None:
@@ -649,7 +652,8 @@ class DiffiTUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin):
             ValueError: if the network cannot divide H x W (the message names the multiple that it must be), if labels
                 are given to an unconditional network, or if labels are out of range.
         """
-        self._check_inputs(sample, class_labels)
+        self.check_size(*sample.shape[-2:])
+        self._check_labels(sample, class_labels)
         batch = sample.shape[0]
 
         # 1. time token

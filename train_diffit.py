@@ -18,7 +18,6 @@ import logging
 import math
 import os
 import re
-import resource
 import shutil
 import sys
 import time
@@ -27,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import psutil
 import torch
 import torch.nn.functional as F
 import yaml
@@ -55,7 +55,7 @@ from diffit_data import (
     position_generator,
     split_table,
 )
-from diffit_model import choose_attention_backend, model_class, set_attention_backend
+from diffit_model import DiffiTUNet2DModel, choose_attention_backend, model_class, set_attention_backend
 from diffit_pipeline import DiffiTPipeline, null_label
 
 logger = get_logger("train_diffit", log_level="INFO")
@@ -336,6 +336,8 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
             f"the launcher started {world_size} processes (WORLD_SIZE), but this one sees "
             f"{accelerator.num_processes}; see the launch commands in README.md"
         )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # from accelerate's own config
+        raise ValueError("mixed precision fp16 does not exist on a CPU: give --mixed_precision bf16 or no")
     images = args.train_batch_size * accelerator.num_processes
     if args.global_batch_size is not None:
         if args.global_batch_size % images != 0:
@@ -399,7 +401,7 @@ def resolve_model_config(args: argparse.Namespace, config: dict, table: ImageTab
     """Fills in what follows from data and flags: `sample_size`, channels, classes. Sets `args.resolution`.
 
     Raises:
-        ValueError: if the config says otherwise, naming the flag to change.
+        ValueError: if the config says otherwise or the network cannot divide the resolution, naming the flag.
     """
     config = dict(config)
     if args.resolution is None:
@@ -427,6 +429,13 @@ def resolve_model_config(args: argparse.Namespace, config: dict, table: ImageTab
             f"(--class_conditional is {args.class_conditional})"
         )
     config["num_class_embeds"] = num_class_embeds
+    with torch.device("meta"):
+        model = model_class(config).from_config(config)
+    if isinstance(model, DiffiTUNet2DModel):
+        try:
+            model.check_size(height, width)
+        except ValueError as error:
+            raise ValueError(f"--resolution {height}x{width}: {error}") from error
     return config
 
 
@@ -520,10 +529,10 @@ def training_flops_per_image(config: dict) -> int:
         size = config["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
         sample = torch.empty(1, config["in_channels"], height, width)
-        labels = None if config["num_class_embeds"] is None else torch.zeros(1, dtype=torch.long)
         timestep = torch.zeros(1)
-    if hasattr(model, "_check_inputs"):
-        model._check_inputs = lambda sample, class_labels: None  # meta labels have no values to look at
+        # UNet2DModel must be given labels; ours takes None for the null class.
+        needs_labels = isinstance(model, UNet2DModel) and config["num_class_embeds"] is not None
+        labels = torch.zeros(1, dtype=torch.long) if needs_labels else None
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(sample, timestep, class_labels=labels)
     return 3 * counter.get_total_flops()
@@ -616,6 +625,7 @@ def save_checkpoint(
     ema_model: EMAModel | None,
     optimizer: torch.optim.Optimizer,
     lr_scheduler: LambdaLR,
+    num_images: int,
     global_step: int,
     position: int,
 ) -> None:
@@ -638,6 +648,7 @@ def save_checkpoint(
             "position": position,
             "global_batch_size": args.global_batch_size,
             "seed": args.seed,
+            "num_images": num_images,
             "lr_scheduler": lr_scheduler.state_dict(),
             "ema_step": None if ema_model is None else ema_model.optimization_step,
             "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
@@ -689,6 +700,7 @@ def load_checkpoint(
     ema_model: EMAModel | None,
     optimizer: torch.optim.Optimizer,
     lr_scheduler: LambdaLR,
+    num_images: int,
 ) -> tuple[int, int]:
     """Restores what `save_checkpoint` wrote, in every process.
 
@@ -702,6 +714,8 @@ def load_checkpoint(
     for key in ("seed", "global_batch_size"):
         if state[key] != getattr(args, key):
             raise ValueError(f"{path} was trained with --{key} {state[key]}, not {getattr(args, key)}")
+    if state["num_images"] != num_images:
+        raise ValueError(f"{path} was trained on {state['num_images']} images, the data has {num_images}")
     if (ema_model is None) != (state["ema_step"] is None):
         raise ValueError(f"{path} was trained with --{'no-' if state['ema_step'] is None else ''}use_ema")
     model.load_state_dict(load_weights(path / "unet"))
@@ -733,6 +747,19 @@ def is_due(global_step: int, every: int, last_step: int) -> bool:
     return global_step % every == 0 or global_step == last_step
 
 
+def peak_memory(device: torch.device) -> int:
+    """Most memory used so far in bytes: of the GPU, or of this process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def log_metrics(
     accelerator: Accelerator,
     progress: tqdm,
@@ -757,16 +784,12 @@ def log_metrics(
     """
     bins = accelerator.reduce(bins, "sum").cpu()
     loss = (bins[0].sum() / bins[1].sum()).item()
-    if accelerator.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated() / 2**30
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
     values = {
         "train/loss": loss,
         "train/grad_norm": grad_norm.item(),
         "train/learning_rate": lr,
         "train/images_per_second": images_per_second,
-        "train/peak_memory_gib": memory,
+        "train/peak_memory_gib": peak_memory(accelerator.device) / 2**30,
         "train/kimg": position / 1000,
         "train/bad_images": num_bad_images,
     }
@@ -1039,7 +1062,7 @@ def main(args: argparse.Namespace) -> None:
     # 2. resume
     global_step, position = 0, 0
     if checkpoint is not None:
-        states = (model, ema_model, optimizer, lr_scheduler)
+        states = (model, ema_model, optimizer, lr_scheduler, len(table))
         global_step, position = load_checkpoint(checkpoint, accelerator, args, *states)
     prepare_output_dir(accelerator, args)
     if ema_model is not None:
@@ -1064,6 +1087,8 @@ def main(args: argparse.Namespace) -> None:
         )
     )
     describe_run(accelerator, args, raw_model, table, validation_table)
+    if global_step >= args.max_train_steps:
+        logger.info(f"nothing left to train: {checkpoint} is at step {global_step} of {args.max_train_steps}")
 
     # 3. train
     null = null_label(raw_model)
@@ -1114,7 +1139,7 @@ def main(args: argparse.Namespace) -> None:
             steps_since_log, log_time = 0, time.perf_counter()
         started = time.perf_counter()
         if is_due(global_step, args.checkpointing_steps, args.max_train_steps):
-            states = (raw_model, ema_model, raw_optimizer, lr_scheduler)
+            states = (raw_model, ema_model, raw_optimizer, lr_scheduler, len(table))
             save_checkpoint(accelerator, args, *states, global_step, position)
         if is_due(global_step, args.validation_steps, args.max_train_steps):
             tables = (table, validation_table)

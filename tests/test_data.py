@@ -1,23 +1,24 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
 """`diffit_data.py`: the stream of positions, every source of images, decoding, and the tensors for training.
 
-The images are constant grey or simple patterns, written by Pillow into `tmp_path`, so that what is read can be compared
-with what was written. Grey level g of 0..255 is g / 127.5 - 1 in [-1, 1]; where no tolerance stands, equality is exact.
+The images are constant grey, noise or simple patterns, written into `tmp_path`, so that what is read can be compared
+with what was written. Grey level g of 0..255 is g / 127.5 - 1 in [-1, 1]. Where no tolerance stands, equality is
+exact.
 """
 
 import io
 import itertools
 import json
 import struct
-import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
-import datasets
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from torch.utils.data import DataLoader
 
 from diffit_data import (
@@ -39,7 +40,8 @@ from diffit_data import (
 
 DATA = Path(__file__).parents[1] / "data"
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-HALF_STEP = 0.5 / 127.5  # half a grey level in [-1, 1]
+IMAGE, ANIMAL, NUMBER, TEXT = Image(), ClassLabel(names=["cat", "dog"]), Value("int64"), Value("string")
+ROUNDING = 1e-4  # tolerance for float32 arithmetic, in grey levels
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,35 +62,37 @@ def encode_npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def grey(level: int, size: tuple[int, int] = (4, 4)) -> bytes:
-    return encode(PIL.Image.new("L", size, level))
+def constant(mode: str, colour: int | tuple[int, ...], file_format: str = "PNG", **options) -> bytes:
+    """An image file of 4 x 4 equal pixels."""
+    return encode(PIL.Image.new(mode, (4, 4), colour), file_format, **options)
 
 
 def noise_image(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def write_files(root: Path, files: dict[str, bytes | str]) -> Path:
-    """Writes files into a folder, or into a zip if `root` ends in .zip."""
-    if root.suffix == ".zip":
-        with zipfile.ZipFile(root, "w") as archive:
-            for name, data in files.items():
-                archive.writestr(name, data)
-        return root
+def write_files(root: Path, files: dict[str, int | str | bytes]) -> Path:
+    """Writes grey images (given as int), texts and bytes into a folder, or into a zip if `root` ends in .zip."""
     for name, data in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(data.encode() if isinstance(data, str) else data)
+        data = constant("L", data) if isinstance(data, int) else data.encode() if isinstance(data, str) else data
+        if root.suffix == ".zip":
+            with zipfile.ZipFile(root, "a") as archive:
+                archive.writestr(name, data)
+        else:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(data)
     return root
 
 
-def write_parquet(path: Path, columns: dict[str, list], **features) -> Path:
-    """Writes a parquet file; bytes become HuggingFace images, other columns have the type in `features`."""
-    columns = {
-        name: [{"bytes": value, "path": None} if isinstance(value, bytes) else value for value in values]
-        for name, values in columns.items()
-    }
+def write_parquet(path: Path, **columns: tuple[object, list]) -> Path:
+    """Writes a parquet file from (feature, values) of each column; an image is a grey level, bytes or None."""
+    features = Features({name: feature for name, (feature, _) in columns.items()})
+    values = {name: values for name, (_, values) in columns.items()}
+    for name in (name for name, feature in features.items() if feature is IMAGE):
+        files = [constant("L", value) if isinstance(value, int) else value for value in values[name]]
+        values[name] = [None if data is None else {"bytes": data, "path": None} for data in files]
     path.parent.mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(path)
+    Dataset.from_dict(values, features=features).to_parquet(path)
     return path
 
 
@@ -96,16 +100,6 @@ def load(source: Path, **options) -> ImageTable:
     """The table of a folder, a zip or a parquet file."""
     flag = "train_data_file" if source.suffix == ".parquet" else "train_data_dir"
     return load_image_table(**{flag: str(source)}, cache_dir=str(source.parent / "cache"), **options)
-
-
-def contents(table: ImageTable) -> list[tuple[int, str | None]]:
-    """(grey level of the first pixel, class name) of each image of a table."""
-    rows = []
-    for index in range(len(table)):
-        pixels = decode_image(*table.read(index), (4, 4), 1)
-        label = None if table.class_names is None else table.class_names[table.label(index)]
-        rows.append((round((pixels[0, 0, 0].item() + 1) * 127.5), label))
-    return rows
 
 
 def decode(data: bytes, resolution: tuple[int, int], num_channels: int = 3, **options) -> torch.Tensor:
@@ -117,15 +111,20 @@ def levels(pixels: torch.Tensor) -> np.ndarray:
     return ((pixels + 1) * 127.5).permute(1, 2, 0).numpy()
 
 
-def assert_colour(data: bytes, colour: tuple[int, ...], tolerance: float = HALF_STEP) -> None:
-    """All pixels of a 4x4 image decode to `colour`, one level per channel."""
-    expected = (torch.tensor(colour) / 127.5 - 1)[:, None, None].expand(-1, 4, 4)
-    torch.testing.assert_close(decode(data, (4, 4), len(colour)), expected, atol=tolerance, rtol=0)
+def contents(table: ImageTable) -> list[tuple]:
+    """(grey level, label, class name) of each image, or (grey level,) in a table without labels."""
+    rows = []
+    for index in range(len(table)):
+        level = round(float(levels(decode_image(*table.read(index), (4, 4), 1))[0, 0, 0]))
+        rows.append(
+            (level, table.label(index), table.class_names[table.label(index)]) if table.class_names else (level,)
+        )
+    return rows
 
 
 @pytest.fixture
 def class_folder(tmp_path: Path) -> Path:
-    """10 noise images of 6 x 9 pixels, RGB, in two classes."""
+    """10 noise images of 6 x 9 pixels in colour, in the classes `a` and `b`."""
     files = {f"{'ab'[i % 2]}/{i}.png": encode(noise_image(i, 6, 9, 3)) for i in range(10)}
     return write_files(tmp_path / "images", files)
 
@@ -142,37 +141,25 @@ def item_at(dataset: ImageDataset, position: int) -> dict:
 def assert_same(actual: dict, expected: dict) -> None:
     """Equal keys and bitwise equal values."""
     assert actual.keys() == expected.keys()
-    for key in actual:
-        if isinstance(actual[key], torch.Tensor):
-            assert torch.equal(actual[key], expected[key]), key
-        else:
-            assert actual[key] == expected[key], key
+    for key, value in expected.items():
+        assert torch.equal(actual[key], value) if isinstance(value, torch.Tensor) else actual[key] == value, key
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The stream of positions
 
 
-def test_index_is_permutation_in_each_epoch():
-    stream = PositionStream(13, seed=5)
-    for epoch in range(4):
-        assert sorted(stream.index(epoch * 13 + i) for i in range(13)) == list(range(13))
-
-
-def test_index_equals_permutation_of_generator():
+def test_index_is_permutation_of_each_epoch():
     stream = PositionStream(13, seed=5)
     for epoch in (2, 0, 1):
-        expected = position_generator(5, epoch, PERMUTATION).permutation(13)
-        assert [stream.index(epoch * 13 + i) for i in range(13)] == expected.tolist()
+        order = [stream.index(epoch * 13 + i) for i in range(13)]
+        assert sorted(order) == list(range(13))
+        assert order == position_generator(5, epoch, PERMUTATION).permutation(13).tolist()
 
 
 def test_order_differs_between_epochs_and_seeds():
-    orders = {
-        tuple(PositionStream(13, seed).index(epoch * 13 + i) for i in range(13))
-        for seed in range(3)
-        for epoch in range(3)
-    }
-    assert len(orders) == 9
+    orders = {tuple(PositionStream(13, seed).index(13 * e + i) for i in range(13)) for seed in (0, 1) for e in (0, 1)}
+    assert len(orders) == 4
 
 
 def test_position_generator_numbers_are_pinned():
@@ -188,30 +175,29 @@ def test_position_generator_streams_are_independent():
     keys = [(0, 0), (0, 1), (1, 0), (2**64 - 1, 2**64 - 1)]
     draws = [position_generator(*key, stream).random(2000) for key in keys for stream in range(3)]
     correlation = np.corrcoef(draws) - np.eye(len(draws))
-    assert np.abs(correlation).max() < 0.1  # standard deviation of each is 0.022
+    assert np.abs(correlation).max() < 0.1  # 4.5 standard deviations
 
 
 @pytest.mark.parametrize(("num_processes", "batch_size"), [(1, 8), (1, 4), (1, 1), (2, 4), (2, 2), (4, 2), (4, 1)])
 def test_optimizer_step_covers_same_positions_on_any_topology(num_processes, batch_size):
     stream = PositionStream(5, seed=1)
     samplers = [iter(StreamBatchSampler(stream, batch_size, 16, num_processes, r)) for r in range(num_processes)]
+    accumulation = 8 // (num_processes * batch_size)
     for step in range(3):
-        micro_batches = range(8 // (num_processes * batch_size))
-        seen = [pair for _ in micro_batches for sampler in samplers for pair in next(sampler)]
+        seen = [pair for _ in range(accumulation) for sampler in samplers for pair in next(sampler)]
         assert seen == [(p, stream.index(p)) for p in range(16 + 8 * step, 24 + 8 * step)]
 
 
 def test_start_position_resumes_exactly():
     stream = PositionStream(5, seed=1)
     whole = list(itertools.islice(StreamBatchSampler(stream, 2, 0, 2, 1), 6))
-    resumed = list(itertools.islice(StreamBatchSampler(stream, 2, 12, 2, 1), 3))
-    assert resumed == whole[3:]
+    assert list(itertools.islice(StreamBatchSampler(stream, 2, 12, 2, 1), 3)) == whole[3:]
 
 
 @pytest.mark.parametrize("on_bad_image", ["error", "skip"])
 def test_batches_do_not_depend_on_workers(class_folder, on_bad_image):
     if on_bad_image == "skip":
-        write_files(class_folder, {"a/4.png": b"", "b/7.png": b"no image"})
+        write_files(class_folder, {"a/4.png": b"", "b/7.png": "no image"})
     dataset = make_dataset(class_folder, random_flip=True, on_bad_image=on_bad_image)
     batches = []
     for num_workers in (0, 2):
@@ -223,6 +209,15 @@ def test_batches_do_not_depend_on_workers(class_folder, on_bad_image):
         assert_same(actual, expected)
 
 
+def test_workers_do_not_disturb_each_other_in_a_zip(tmp_path):
+    """A forked worker inherits the parent's open zip: were it shared, reads would come from another's file offset."""
+    files = [encode_npy(noise_image(i, 64, 64, 3)) for i in range(16)]
+    table = load(write_files(tmp_path / "z.zip", {f"{i:02d}.npy": data for i, data in enumerate(files)}))
+    assert table.read(0)[1] == files[0]  # opens the zip here, before the workers start
+    reader = DataLoader(range(4000), 16, num_workers=2, collate_fn=lambda ids: [table.read(i % 16)[1] for i in ids])
+    assert all(batch == files for batch in reader)
+
+
 def test_items_do_not_depend_on_order_of_asking(class_folder):
     forward, backward = (make_dataset(class_folder, seed=3, random_flip=True) for _ in range(2))
     expected = {position: item_at(forward, position) for position in range(15)}
@@ -231,156 +226,105 @@ def test_items_do_not_depend_on_order_of_asking(class_folder):
 
 
 def test_random_numbers_depend_on_seed_and_position(class_folder):
-    drawn = [
-        item_at(make_dataset(class_folder, seed), position)["noise"].sum().item()
-        for seed in (0, 1)
-        for position in (0, 10, 20)
-    ]
-    assert len(set(drawn)) == 6
+    datasets = [make_dataset(class_folder, seed) for seed in (0, 1)]
+    drawn = {item_at(dataset, position)["noise"].sum().item() for dataset in datasets for position in (0, 10, 20)}
+    assert len(drawn) == 6
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where images come from
 
-
-def test_flat_folder_has_no_labels(tmp_path):
-    table = load(write_files(tmp_path / "f", {"b.png": grey(2), "a.PNG": grey(1), "notes.txt": "x"}))
-    assert contents(table) == [(1, None), (2, None)]
-
-
-def test_class_folders_give_labels(tmp_path):
-    table = load(write_files(tmp_path / "f", {"dog/x/2.png": grey(2), "cat/1.png": grey(1), "dog/3.png": grey(3)}))
-    assert table.class_names == ("cat", "dog")
-    assert sorted(contents(table)) == [(1, "cat"), (2, "dog"), (3, "dog")]
-
-
-def test_folders_named_like_splits_are_classes(tmp_path):
-    table = load(write_files(tmp_path / "f", {"train/1.png": grey(1), "test/2.png": grey(2)}))
-    assert sorted(contents(table)) == [(1, "train"), (2, "test")]
-
-
-def test_images_at_root_and_in_folders_have_no_labels(tmp_path):
-    table = load(write_files(tmp_path / "f", {"0.png": grey(0), "a/1.png": grey(1), "b/2.png": grey(2)}))
-    assert sorted(contents(table)) == [(0, None), (1, None), (2, None)]
-
-
-@pytest.mark.parametrize("container", ["folder", "archive.zip"])
-def test_dataset_json_gives_labels(tmp_path, container):
-    names = [f"{i // 2:05d}/img{i:08d}.png" for i in range(4)]
-    labels = json.dumps({"labels": [[name, label] for name, label in zip(names, [7, 0, 2, 7], strict=True)]})
-    files = {name: grey(10 * i) for i, name in enumerate(names)} | {"dataset.json": labels}
-    table = load(write_files(tmp_path / container, files))
-    assert contents(table) == [(0, "7"), (10, "0"), (20, "2"), (30, "7")]
-    assert [table.label(i) for i in range(4)] == [7, 0, 2, 7]
+LAYOUTS = {  # name: (files, with a grey level for each image; what is expected)
+    "flat": ({"a.PNG": 1, "b.png": 2, "notes.txt": "x"}, [(1,), (2,)]),
+    "class_folders": ({"dog/x/2.png": 2, "cat/1.png": 1}, [(1, 0, "cat"), (2, 1, "dog")]),
+    "classes_named_like_splits": ({"train/1.png": 1, "test/2.png": 2}, [(1, 1, "train"), (2, 0, "test")]),
+    "root_and_folders": ({"0.png": 0, "a/1.png": 1, "b/2.png": 2}, [(0,), (1,), (2,)]),
+    "dataset_json": (
+        {f"{i // 2:05d}/img{i:08d}.png": i for i in range(3)}
+        | {"dataset.json": json.dumps({"labels": [[f"{i // 2:05d}/img{i:08d}.png", 4 - 2 * i] for i in (2, 0, 1)]})},
+        [(0, 4, "4"), (1, 2, "2"), (2, 0, "0")],
+    ),
+    "dataset_json_null": ({"00000/a.png": 1, "00001/b.png": 2, "dataset.json": '{"labels": null}'}, [(1,), (2,)]),
+    "metadata_int": (
+        {"a.png": 1, "b.png": 2}
+        | {"metadata.jsonl": '{"file_name": "b.png", "label": 1}\n{"file_name": "a.png", "label": 3}\n'},
+        [(1, 3, "3"), (2, 1, "1")],
+    ),
+    "metadata_string": ({"x/a.png": 1, "metadata.jsonl": '{"file_name": "x/a.png", "label": "7"}\n'}, [(1, 0, "7")]),
+    "metadata_without_label": ({"a.png": 1, "metadata.jsonl": '{"file_name": "a.png", "text": "t"}\n'}, [(1,)]),
+}
 
 
 @pytest.mark.parametrize("container", ["folder", "archive.zip"])
-def test_dataset_json_with_null_labels_has_no_labels(tmp_path, container):
-    files = {"00000/a.png": grey(1), "00001/b.png": grey(2), "dataset.json": '{"labels": null}'}
-    assert contents(load(write_files(tmp_path / container, files))) == [(1, None), (2, None)]
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_gives_images_and_labels(tmp_path, layout, container):
+    files, expected = LAYOUTS[layout]
+    assert sorted(contents(load(write_files(tmp_path / container, files)))) == expected
 
 
-def test_zip_of_class_folders_gives_labels(tmp_path):
-    table = load(write_files(tmp_path / "z.zip", {"b/2.png": grey(2), "a/1.png": grey(1), "a/3.png": grey(3)}))
-    assert contents(table) == [(1, "a"), (3, "a"), (2, "b")]
-
-
-@pytest.mark.parametrize(("labels", "names"), [([3, 1], ["3", "1"]), (["zebra", "ant"], ["zebra", "ant"])])
-def test_metadata_jsonl_gives_labels(tmp_path, labels, names):
-    lines = [json.dumps({"file_name": f"x/{i}.png", "label": label}) for i, label in enumerate(labels)]
-    files = {"x/0.png": grey(0), "x/1.png": grey(1), "metadata.jsonl": "\n".join(lines)}
-    assert contents(load(write_files(tmp_path / "f", files))) == list(enumerate(names))
-
-
-def test_metadata_jsonl_without_labels_has_no_labels(tmp_path):
-    files = {"0.png": grey(0), "metadata.jsonl": '{"file_name": "0.png", "text": "a square"}\n'}
-    assert contents(load(write_files(tmp_path / "f", files))) == [(0, None)]
-
-
-def test_metadata_jsonl_label_column_is_used(tmp_path):
-    files = {"0.png": grey(0), "metadata.jsonl": '{"file_name": "0.png", "label": 0, "kind": "square"}\n'}
-    assert contents(load(write_files(tmp_path / "f", files), label_column="kind")) == [(0, "square")]
-
-
-IMAGE, CLASSES = datasets.Image(), datasets.ClassLabel(names=["cat", "dog"])
+def test_metadata_label_column_is_used(tmp_path):
+    files = {"0.png": 0, "metadata.jsonl": '{"file_name": "0.png", "label": 0, "kind": "square"}\n'}
+    assert contents(load(write_files(tmp_path / "f", files), label_column="kind")) == [(0, 0, "square")]
 
 
 @pytest.mark.parametrize("folder", ["f", "set [1]"])  # brackets are a pattern for `datasets`
 def test_folder_of_parquet_files_gives_all_rows(tmp_path, folder):
-    for part, label in enumerate([1, 0]):
-        columns = {"image": [grey(part)], "label": [label]}
-        write_parquet(tmp_path / folder / f"part-{part}.parquet", columns, image=IMAGE, label=CLASSES)
-    assert contents(load(tmp_path / folder)) == [(0, "dog"), (1, "cat")]
+    for part in (0, 1):
+        write_parquet(tmp_path / folder / f"part-{part}.parquet", image=(IMAGE, [part]), label=(ANIMAL, [1 - part]))
+    assert contents(load(tmp_path / folder)) == [(0, 1, "dog"), (1, 0, "cat")]
 
 
-def test_parquet_file_gives_images_and_labels(tmp_path):
-    columns = {"image": [grey(5), grey(6)], "label": [1, 0], "text": ["x", "y"]}
-    path = write_parquet(tmp_path / "a.parquet", columns, image=IMAGE, label=CLASSES, text=datasets.Value("string"))
-    table = load(path)
-    assert table.class_names == ("cat", "dog")
-    assert contents(table) == [(5, "dog"), (6, "cat")]
-
-
-@pytest.mark.parametrize(("split", "expected"), [("train", [(1, "dog")]), ("test", [(2, "cat")])])
-def test_dataset_name_reads_local_parquet_folder(tmp_path, split, expected):
-    for name, level, label in (("train", 1, 1), ("test", 2, 0)):
-        columns = {"image": [grey(level)], "label": [label]}
-        write_parquet(tmp_path / "hub" / f"{name}-0.parquet", columns, image=IMAGE, label=CLASSES)
+@pytest.mark.parametrize(("split", "expected"), [("train", (1, 1, "dog")), ("test", (2, 0, "cat"))])
+def test_dataset_name_reads_local_parquet(tmp_path, split, expected):
+    write_parquet(tmp_path / "hub/train-0.parquet", image=(IMAGE, [1]), label=(ANIMAL, [1]))
+    write_parquet(tmp_path / "hub/test-0.parquet", image=(IMAGE, [2]), label=(ANIMAL, [0]))
     table = load_image_table(dataset_name=str(tmp_path / "hub"), dataset_split=split, cache_dir=str(tmp_path / "c"))
-    assert contents(table) == expected
+    assert contents(table) == [expected]
 
 
 def test_dataset_name_reads_local_image_folder(tmp_path):
-    write_files(tmp_path / "f", {"train/cat/1.png": grey(1), "train/dog/2.png": grey(2)})
+    write_files(tmp_path / "f", {"train/cat/1.png": 1, "train/dog/2.png": 2})
     table = load_image_table(dataset_name=str(tmp_path / "f"), cache_dir=str(tmp_path / "cache"))
-    assert sorted(contents(table)) == [(1, "cat"), (2, "dog")]
+    assert sorted(contents(table)) == [(1, 0, "cat"), (2, 1, "dog")]
 
 
 def test_columns_are_found_by_feature_type(tmp_path):
-    features = {"id": datasets.Value("int64"), "img": IMAGE, "animal": CLASSES}
-    path = write_parquet(tmp_path / "a.parquet", {"id": [9], "img": [grey(3)], "animal": [1]}, **features)
-    assert contents(load(path)) == [(3, "dog")]
+    path = write_parquet(tmp_path / "a.parquet", id=(NUMBER, [9]), img=(IMAGE, [3]), animal=(ANIMAL, [1]))
+    assert contents(load(path)) == [(3, 1, "dog")]
 
 
 def test_two_label_columns_are_ambiguous(tmp_path):
-    features = {"img": IMAGE, "fine": CLASSES, "coarse": CLASSES}
-    path = write_parquet(tmp_path / "a.parquet", {"img": [grey(3)], "fine": [1], "coarse": [0]}, **features)
+    path = write_parquet(tmp_path / "a.parquet", img=(IMAGE, [3]), fine=(ANIMAL, [1]), coarse=(ANIMAL, [0]))
     with pytest.raises(ValueError, match=r"--label_column.*fine.*coarse"):
         load(path)
-    assert contents(load(path, label_column="coarse")) == [(3, "cat")]
+    assert contents(load(path, label_column="coarse")) == [(3, 0, "cat")]
 
 
 @pytest.mark.parametrize(
-    ("labels", "kind", "numbers"),
-    [([5, 0, 2], "int64", [5, 0, 2]), (["b", "c", "a"], "string", [1, 2, 0]), (["7", "9", "8"], "string", [0, 2, 1])],
+    ("feature", "values", "labels"),
+    [(NUMBER, [5, 0, 2], [5, 0, 2]), (TEXT, ["b", "c", "a"], [1, 2, 0]), (TEXT, ["7", "9", "8"], [0, 2, 1])],
 )
-def test_plain_label_columns_are_encoded(tmp_path, labels, kind, numbers):
-    features = {"image": IMAGE, "kind": datasets.Value(kind)}
-    path = write_parquet(tmp_path / "a.parquet", {"image": [grey(i) for i in range(3)], "kind": labels}, **features)
-    table = load(path, label_column="kind")
-    assert contents(table) == [(i, str(label)) for i, label in enumerate(labels)]
-    assert [table.label(i) for i in range(3)] == numbers
+def test_plain_label_column_is_encoded(tmp_path, feature, values, labels):
+    path = write_parquet(tmp_path / "a.parquet", image=(IMAGE, [0, 1, 2]), kind=(feature, values))
+    names = [str(value) for value in values]
+    assert contents(load(path, label_column="kind")) == list(zip([0, 1, 2], labels, names, strict=True))
 
 
 def test_digits_equal_those_of_scikit_learn():
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     table = load_image_table(train_data_file=str(DATA / "digits.parquet"))
     assert len(table) == 1797 and table.class_names == tuple("0123456789")
-    assert table.rows["label"][:] == digits.target.tolist()
-    expected = (digits.images * 255 / 16).round()
-    for index in range(0, 1797, 7):
-        pixels = levels(decode_image(*table.read(index), (8, 8), 1))[..., 0]
-        np.testing.assert_allclose(pixels, expected[index], atol=1e-4)
+    assert table.labels.tolist() == digits.target.tolist()
+    pixels = np.stack([levels(decode_image(*table.read(index), (8, 8), 1))[..., 0] for index in range(1797)])
+    np.testing.assert_allclose(pixels, (digits.images * 255 / 16).round(), atol=ROUNDING)
 
 
 def test_emoji_are_1906_colour_images_in_9_classes():
     table = load_image_table(train_data_file=str(DATA / "noto_emoji_32.parquet"))
-    assert len(table) == 1906 and len(table.class_names) == 9
-    assert set(table.rows["label"][:]) == set(range(9))
+    assert len(table) == 1906 and len(table.class_names) == 9 and set(table.labels) == set(range(9))
+    images = [PIL.Image.open(io.BytesIO(table.read(index)[1])) for index in range(1906)]
+    assert {image.size for image in images} == {(32, 32)} and {image.mode for image in images} <= {"RGB", "RGBA"}
     assert detect_num_channels(table) == 3
-    for index in range(0, 1906, 50):
-        with PIL.Image.open(io.BytesIO(table.read(index)[1])) as image:
-            assert image.size == (32, 32) and image.mode in ("RGB", "RGBA", "P")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -401,72 +345,64 @@ def test_wrong_source_is_named(sources, message):
         load_image_table(**sources)
 
 
-LISTED = '{"labels": [["a.png", 0], ["%s.png", 1]]}'
+WRONG_FILES = {  # name: (files beside the image a.png; what the message names)
+    "missing_image": ({"dataset.json": '{"labels": [["a.png", 0], ["gone.png", 1]]}'}, "dataset.json.*gone.png"),
+    "image_without_label": ({"b.png": 0, "dataset.json": '{"labels": [["a.png", 0]]}'}, "no label.*b.png"),
+    "null_label": ({"dataset.json": '{"labels": [["a.png", null]]}'}, "no label.*a.png"),
+    "mixed_labels": ({"b.png": 0, "dataset.json": '{"labels": [["a.png", 0], ["b.png", "x"]]}'}, "label"),
+    "negative_label": ({"dataset.json": '{"labels": [["a.png", -1]]}'}, "-1"),
+    "cut_json": ({"dataset.json": '{"labels": [['}, "dataset.json.*JSON"),
+    "json_list": ({"dataset.json": "[1]"}, "dataset.json"),
+    "json_labels_number": ({"dataset.json": '{"labels": 5}'}, "dataset.json"),
+    "json_latin1": ({"dataset.json": b'{"labels": [["\xe9.png", 0]]}'}, "dataset.json"),
+    "missing_image_jsonl": ({"metadata.jsonl": '{"file_name": "gone.png"}'}, "metadata.jsonl.*gone.png"),
+    "metadata_without_rows": ({"metadata.jsonl": ""}, "metadata.jsonl"),
+    "no_json": ({"metadata.jsonl": "file_name,label"}, "metadata.jsonl.*JSON"),
+}
 
 
 @pytest.mark.parametrize("container", ["folder", "archive.zip"])
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({"notes.txt": "x"}, "--train_data_dir: no images in .*{root}"),
-        ({"a.png": b"x", "dataset.json": LISTED % "gone"}, "dataset.json.*{root}.*gone.png"),
-        ({"a.png": b"x", "b.png": b"x", "c.png": b"x", "dataset.json": LISTED % "b"}, "{root}.*no label.*c.png"),
-        ({"a.png": b"x", "metadata.jsonl": '{"file_name": "gone.png"}'}, "metadata.jsonl.*{root}.*gone.png"),
-        ({"a.png": b"x", "dataset.json": '{"labels": [['}, "dataset.json.*{root}.*JSON"),
-        ({"a.png": b"x", "dataset.json": "[1]"}, "dataset.json.*{root}"),
-        ({"a.png": b"x", "dataset.json": '{"labels": 5}'}, "dataset.json.*{root}"),
-        ({"a.png": b"x", "dataset.json": b'{"labels": [["\xe9.png", 0]]}'}, "dataset.json.*{root}"),  # Latin-1
-        ({"a.png": b"x", "metadata.jsonl": "file_name,label"}, "metadata.jsonl.*{root}.*JSON"),
-    ],
-    ids=[
-        "no_images",
-        "missing_image",
-        "no_label",
-        "missing_image_jsonl",
-        "cut_json",
-        "list",
-        "number",
-        "latin1",
-        "csv",
-    ],
-)
-def test_wrong_folder_is_named(tmp_path, container, files, message):
-    root = write_files(tmp_path / container, files)
-    with pytest.raises(ValueError, match=message.format(root=container)):
+@pytest.mark.parametrize("wrong", WRONG_FILES)
+def test_wrong_file_is_named(tmp_path, wrong, container):
+    files, message = WRONG_FILES[wrong]
+    root = write_files(tmp_path / container, {"a.png": 0} | files)
+    with pytest.raises(ValueError, match=message) as error:
+        load(root)
+    assert str(root) in str(error.value)
+
+
+@pytest.mark.parametrize("container", ["folder", "archive.zip"])
+def test_folder_without_images_is_named(tmp_path, container):
+    root = write_files(tmp_path / container, {"notes.txt": "x"})
+    with pytest.raises(ValueError, match=f"--train_data_dir: no images in {root}"):
         load(root)
 
 
-@pytest.mark.parametrize("flag", ["image_column", "label_column"])
-def test_unknown_column_is_named(tmp_path, flag):
-    path = write_parquet(tmp_path / "a.parquet", {"image": [grey(0)]}, image=IMAGE)
-    with pytest.raises(ValueError, match=f"--{flag} nope.*image"):
-        load(path, **{flag: "nope"})
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "--image_column.*x"),
+        ({"image_column": "nope"}, "--image_column nope.*x"),
+        ({"image_column": "x"}, "--image_column x"),
+        ({"image_column": "x", "label_column": "nope"}, "--label_column nope.*x"),
+    ],
+)
+def test_wrong_column_names_the_flag(tmp_path, options, message):
+    path = write_parquet(tmp_path / "a.parquet", x=(NUMBER, [1]))
+    with pytest.raises(ValueError, match=message):
+        load(path, **options)
 
 
-def test_no_image_column_names_the_flag(tmp_path):
-    path = write_parquet(tmp_path / "a.parquet", {"x": [1]}, x=datasets.Value("int64"))
-    with pytest.raises(ValueError, match="--image_column.*x"):
-        load(path)
-
-
-def test_image_column_of_numbers_names_the_flag(tmp_path):
-    path = write_parquet(tmp_path / "a.parquet", {"x": [1]}, x=datasets.Value("int64"))
-    with pytest.raises(ValueError, match="--image_column x"):
-        load(path, image_column="x")
-
-
-@pytest.mark.parametrize("kind", [CLASSES, datasets.Value("string")], ids=["class_label", "string"])
-def test_empty_label_in_parquet_is_named(tmp_path, kind):
-    label = 0 if kind is CLASSES else "cat"
-    columns = {"image": [grey(0), grey(1)], "label": [label, None]}
-    path = write_parquet(tmp_path / "a.parquet", columns, image=IMAGE, label=kind)
-    with pytest.raises(ValueError, match="a.parquet"):
+@pytest.mark.parametrize(("feature", "label"), [(ANIMAL, 0), (TEXT, "cat")], ids=["class_label", "string"])
+def test_empty_label_in_parquet_is_named(tmp_path, feature, label):
+    path = write_parquet(tmp_path / "a.parquet", image=(IMAGE, [0, 1]), label=(feature, [label, None]))
+    with pytest.raises(ValueError, match=r"label.*a\.parquet|a\.parquet.*label"):
         load(path, label_column="label")
 
 
 def test_damaged_parquet_is_named(tmp_path):
     write_files(tmp_path, {"a.parquet": "this is not parquet"})
-    with pytest.raises(ValueError, match="a.parquet"):
+    with pytest.raises(ValueError, match=r"a\.parquet"):
         load(tmp_path / "a.parquet")
 
 
@@ -485,84 +421,78 @@ def test_pixels_at_native_size_are_exact(shape):
 
 
 def palette_image(**options) -> bytes:
-    """All pixels have palette entry 1, which is green."""
+    """A palette image whose pixels all have entry 1, which is green."""
     image = PIL.Image.new("P", (4, 4), 1)
     image.putpalette([*RED, *GREEN, *BLUE])
     return encode(image, **options)
 
 
+GREY16 = np.full((4, 4), 32896, np.uint16)  # 128 / 255 of 65535
+COLOURS = {  # name: (file, colour of all its pixels when it is decoded to as many channels)
+    "palette": (palette_image(), GREEN),
+    "palette_other_transparent": (palette_image(transparency=0), GREEN),
+    "palette_transparent": (palette_image(transparency=1), WHITE),
+    "rgba_transparent": (constant("RGBA", (*BLUE, 0)), WHITE),
+    "rgba_half": (constant("RGBA", (*BLUE, 51)), (204, 204, 255)),
+    "rgba_kept": (constant("RGBA", (*BLUE, 51)), (*BLUE, 51)),
+    "grey_alpha": (constant("LA", (0, 51)), (204,)),
+    "grey_alpha_to_3": (constant("LA", (0, 51)), (204, 204, 204)),
+    "grey_to_3": (constant("L", 90), (90, 90, 90)),
+    "grey_to_4": (constant("L", 90), (90, 90, 90, 255)),
+    "colour_to_1": (constant("RGB", RED), (76,)),  # luma of ITU-R 601: 0.299 * 255
+    "bit_0": (constant("1", 0), (0,)),
+    "bit_1": (constant("1", 1), (255,)),
+    "grey16": (encode(GREY16), (128,)),
+    "grey16_tiff": (encode(GREY16, "TIFF"), (128,)),
+    "grey16_to_3": (encode(GREY16), (128, 128, 128)),
+    "grey16_to_4": (encode(GREY16), (128, 128, 128, 255)),
+    "grey16_max": (encode(np.full((4, 4), 65535, np.uint16)), (255,)),
+    "npy16": (encode_npy(np.stack([GREY16, GREY16 // 128], -1)), (128, 1)),
+}
+
+
+@pytest.mark.parametrize("name", COLOURS)
+def test_mode_is_converted_as_expected(name):
+    data, colour = COLOURS[name]
+    np.testing.assert_allclose(
+        levels(decode(data, (4, 4), len(colour))), np.full((4, 4, len(colour)), colour), atol=0.5
+    )
+
+
 @pytest.mark.parametrize(
-    ("data", "colour"),
-    [
-        (palette_image(), GREEN),
-        (palette_image(transparency=0), GREEN),
-        (palette_image(transparency=1), WHITE),
-        (encode(PIL.Image.new("RGBA", (4, 4), (*BLUE, 0))), WHITE),
-        (encode(PIL.Image.new("RGBA", (4, 4), (*BLUE, 51))), (204, 204, 255)),
-        (encode(PIL.Image.new("LA", (4, 4), (0, 51))), (204,)),
-        (encode(PIL.Image.new("LA", (4, 4), (0, 51))), (204, 204, 204)),
-        (encode(PIL.Image.new("RGBA", (4, 4), (*BLUE, 51))), (*BLUE, 51)),
-        (encode(PIL.Image.new("L", (4, 4), 90)), (90, 90, 90)),
-        (encode(PIL.Image.new("L", (4, 4), 90)), (90, 90, 90, 255)),
-        (encode(PIL.Image.new("1", (4, 4), 1)), (255,)),
-        (encode(PIL.Image.new("1", (4, 4), 0)), (0,)),
-        (encode(PIL.Image.new("RGB", (4, 4), RED)), (76,)),  # ITU-R 601 luma: 0.299 * 255
-        (encode(np.full((4, 4), 32896, np.uint16)), (128,)),
-        (encode(np.full((4, 4), 65535, np.uint16)), (255, 255, 255)),
-        (encode(np.full((4, 4), 32896, np.uint16)), (128, 128, 128, 255)),
-        (encode(np.full((4, 4), 32896, np.uint16), "TIFF"), (128,)),
-        (encode_npy(np.full((4, 4, 2), 32896, np.uint16)), (128, 128)),
-    ],
-    ids=(
-        "palette palette_other_transparent palette_transparent rgba la_1 la_3 rgba_half rgba_kept grey_3 grey_4 bit_1 "
-        "bit_0 rgb_to_grey grey16 grey16_3 grey16_4 grey16_tiff npy16"
-    ).split(),
+    ("ink", "colour"), [((0, 255, 255, 0), RED), ((0, 0, 0, 0), WHITE), ((0, 0, 0, 255), (0, 0, 0))]
 )
-def test_mode_is_converted_as_expected(data, colour):
-    assert_colour(data, colour)
-
-
-def test_transparent_colours_do_not_bleed_when_resized():
-    array = np.zeros((8, 8, 4), np.uint8)  # the left half opaque red, the right half transparent green
-    array[:, :4], array[:, 4:] = (*RED, 255), (*GREEN, 0)
-    pixels = levels(decode(encode(array), (3, 3), 4))
-    visible = pixels[pixels[..., 3] > 10]
-    assert visible[:, 1].max() < 3 and visible[:, 0].min() > 252
-
-
-def test_cmyk_jpeg_has_expected_colours():
-    assert_colour(encode(PIL.Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "JPEG", quality=95), RED, tolerance=0.1)
-    assert_colour(encode(PIL.Image.new("CMYK", (4, 4), (0, 0, 0, 0)), "JPEG", quality=95), WHITE, tolerance=0.1)
+def test_cmyk_jpeg_has_expected_colours(ink, colour):
+    pixels = levels(decode(constant("CMYK", ink, "JPEG", quality=95), (4, 4)))
+    np.testing.assert_allclose(pixels, np.full((4, 4, 3), colour), atol=8)
 
 
 def test_animation_gives_first_frame():
     frames = [PIL.Image.new("RGB", (4, 4), colour) for colour in (RED, BLUE, GREEN)]
-    assert_colour(encode(frames[0], "GIF", save_all=True, append_images=frames[1:]), RED)
+    data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    np.testing.assert_allclose(levels(decode(data, (4, 4))), np.full((4, 4, 3), RED), atol=ROUNDING)
 
 
 @pytest.mark.parametrize(("orientation", "quarter_turns"), [(1, 0), (3, 2), (6, -1), (8, 1)])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_exif_orientation_is_applied(orientation, quarter_turns, dtype):
-    array = noise_image(0, 4, 6).astype(dtype) * (np.iinfo(dtype).max // 255)
+    array = noise_image(0, 4, 6)
     exif = PIL.Image.Exif()
     exif[0x0112] = orientation
+    data = encode(array.astype(dtype) * (np.iinfo(dtype).max // 255), exif=exif)
     expected = np.rot90(array, quarter_turns)
-    plain = decode(encode(np.ascontiguousarray(expected)), expected.shape, 1)
-    assert torch.equal(decode(encode(array, exif=exif), expected.shape, 1), plain)
+    np.testing.assert_allclose(levels(decode(data, expected.shape, 1))[..., 0], expected, atol=ROUNDING)
 
 
-@pytest.mark.parametrize(("crop_position", "start"), [((0.5, 0.0), 0), ((0.5, 0.5), 4), ((0.5, 1.0), 8)])
-def test_wide_image_is_cropped_at_position(crop_position, start):
-    array = noise_image(0, 8, 12, 3)
-    pixels = levels(decode(encode(array), (8, 4), crop_position=crop_position))
-    np.testing.assert_allclose(pixels, array[:, start : start + 4], atol=1e-4)
-
-
-@pytest.mark.parametrize(("crop_position", "start"), [((0.0, 0.5), 0), ((0.5, 0.5), 4), ((1.0, 0.5), 8)])
-def test_tall_image_is_cropped_at_position(crop_position, start):
-    array = noise_image(0, 12, 8, 3)
-    pixels = levels(decode(encode(array), (4, 8), crop_position=crop_position))
-    np.testing.assert_allclose(pixels, array[start : start + 4], atol=1e-4)
+@pytest.mark.parametrize(("crop_position", "start"), [(0.0, 0), (0.5, 4), (1.0, 8)])
+@pytest.mark.parametrize("axis", ["height", "width"])
+def test_crop_lies_at_crop_position(axis, crop_position, start):
+    array = noise_image(0, 12, 8, 3)  # 12 pixels along the axis, of which 4 are kept; 8 along the other
+    rows = levels(decode(encode(array), (4, 8), crop_position=(crop_position, 0.3)))
+    if axis == "width":
+        data = encode(np.ascontiguousarray(array.transpose(1, 0, 2)))
+        rows = levels(decode(data, (8, 4), crop_position=(0.3, crop_position))).transpose(1, 0, 2)
+    np.testing.assert_allclose(rows, array[start : start + 4], atol=ROUNDING)
 
 
 def test_flip_mirrors_left_and_right():
@@ -572,7 +502,7 @@ def test_flip_mirrors_left_and_right():
 
 def test_npy_keeps_any_number_of_channels():
     array = noise_image(0, 4, 6, 5)
-    np.testing.assert_allclose(levels(decode(encode_npy(array), (4, 6), 5)), array, atol=1e-4)
+    np.testing.assert_allclose(levels(decode(encode_npy(array), (4, 6), 5)), array, atol=ROUNDING)
     assert decode(encode_npy(array), (2, 2), 5).shape == (5, 2, 2)
 
 
@@ -583,17 +513,18 @@ def test_downscaling_is_antialiased():
 
 @pytest.mark.parametrize("crop_position", [0.0, 0.5, 1.0])
 def test_any_size_can_be_resized(crop_position):
-    """29 / 28 * 28 > 29 in floating point, and so for other pairs: the crop must not leave the image."""
+    """29 / 28 * 28 > 29 in floating point, as for many other pairs: the crop must not leave the image."""
     for source, size in itertools.product((7, 14, 29, 53, 55, 58, 123, 225), (28, 32, 49, 56, 100)):
-        pixels = decode(grey(77, (source, source)), (size, size), 1, crop_position=(crop_position, crop_position))
-        torch.testing.assert_close(levels(pixels), np.full((size, size, 1), 77, np.float32), atol=1.0, rtol=0)
+        data = encode(PIL.Image.new("L", (source, source), 77))
+        pixels = levels(decode(data, (size, size), 1, crop_position=(crop_position, crop_position)))
+        np.testing.assert_allclose(pixels, np.full((size, size, 1), 77), atol=ROUNDING)
 
 
 def huge_png() -> bytes:
-    """A PNG whose header promises 60,000 x 60,000 pixels: a decompression bomb for Pillow."""
-    data = grey(0)
+    """A PNG whose header promises 60,000 x 60,000 pixels, which Pillow takes for an attack."""
+    data = constant("L", 0)
     header = b"IHDR" + struct.pack(">II", 60000, 60000) + data[24:29]
-    return data[:12] + header + struct.pack(">I", zipfile.crc32(header)) + data[33:]
+    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
 
 
 PHOTO = noise_image(0, 32, 32, 3)
@@ -602,12 +533,12 @@ UNREADABLE = {
     "truncated.jpg": encode(PHOTO, "JPEG")[:900],
     "empty.png": b"",
     "text.png": b"this is no image",
+    "huge.png": huge_png(),
     "float.tif": encode(np.zeros((4, 4), np.float32), "TIFF"),
     "float.npy": encode_npy(np.zeros((4, 4, 3), np.float32)),
     "scalar.npy": encode_npy(np.uint8(3)),
-    "truncated.npy": encode_npy(PHOTO)[:60],
+    "truncated.npy": encode_npy(PHOTO)[:900],
     "garbled.npy": encode_npy(PHOTO).replace(b"}", b" ", 1),
-    "huge.png": huge_png(),
 }
 
 
@@ -626,14 +557,13 @@ def test_unreadable_file_does_not_stop_channel_detection(tmp_path, name):
 
 def test_wrong_number_of_channels_is_named():
     with pytest.raises(BadImageError, match=r"5 channels of --num_channels.*some\.file"):
-        decode(grey(0), (4, 4), 5)
+        decode(constant("L", 0), (4, 4), 5)
 
 
 @pytest.fixture
 def grey_folder_with_one_colour(tmp_path: Path) -> Path:
-    """130 images, one of them in colour and not among the 64 evenly spread ones that channel detection looks at."""
-    files = {f"{i:03d}.png": grey(i) for i in range(130)}
-    return write_files(tmp_path / "f", files | {"001.png": encode(PIL.Image.new("RGB", (4, 4), RED))})
+    """130 images; 001.png is in colour, and not among the 64 evenly spread ones that channel detection looks at."""
+    return write_files(tmp_path / "f", {f"{i:03d}.png": i for i in range(130)} | {"001.png": constant("RGB", RED)})
 
 
 def test_colour_among_grayscale_is_an_error(grey_folder_with_one_colour):
@@ -648,85 +578,63 @@ def test_colour_is_converted_with_explicit_channels(grey_folder_with_one_colour)
     np.testing.assert_allclose(levels(dataset[0, 1]["pixel_values"]), np.full((4, 4, 1), 76), atol=0.5)
 
 
-def test_channels_of_rgba_are_three(tmp_path):
-    files = {"a.png": encode(PIL.Image.new("RGBA", (4, 4), (*RED, 9))), "b.png": grey(0)}
-    assert detect_num_channels(load(write_files(tmp_path / "f", files))) == 3
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad images in a table
 
 
-@pytest.mark.parametrize(
-    ("method", "damaged"), [(zipfile.ZIP_STORED, slice(60, 90)), (zipfile.ZIP_DEFLATED, slice(60, 90))]
-)
-def test_damaged_zip_member_is_named(tmp_path, method, damaged):
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_damaged_zip_member_is_named(tmp_path, method):
     with zipfile.ZipFile(tmp_path / "z.zip", "w", method) as archive:
         archive.writestr("a.npy", encode_npy(noise_image(0, 40, 40) % 9))
     data = bytearray((tmp_path / "z.zip").read_bytes())
-    data[damaged] = bytes(byte ^ 255 for byte in data[damaged])
+    data[60:90] = bytes(byte ^ 255 for byte in data[60:90])
     (tmp_path / "z.zip").write_bytes(data)
     with pytest.raises(BadImageError, match=r"a\.npy"):
         load(tmp_path / "z.zip").read(0)
 
 
-def test_vanished_file_is_named(class_folder):
-    table = load(class_folder)
-    Path(class_folder, "a/0.png").unlink()
-    with pytest.raises(BadImageError, match=r"a/0\.png"):
-        table.read(0)
-
-
 def test_empty_row_of_parquet_is_named(tmp_path):
-    table = load(write_parquet(tmp_path / "a.parquet", {"image": [grey(0), None]}, image=IMAGE))
+    table = load(write_parquet(tmp_path / "a.parquet", image=(IMAGE, [0, None])))
     with pytest.raises(BadImageError, match=r"row 1 of .*a\.parquet"):
         table.read(1)
 
 
-def test_row_is_named_as_in_the_file_after_a_split(tmp_path):
-    images = [grey(i) if i % 2 else b"broken" for i in range(8)]
-    table = load(write_parquet(tmp_path / "a.parquet", {"image": images}, image=IMAGE))
-    with pytest.raises(BadImageError, match=r"row 6 of .*a\.parquet"):
-        decode_image(*table.select([5, 6, 7]).read(1), (4, 4), 1)
+def test_row_is_named_as_in_the_file_after_a_selection(tmp_path):
+    table = load(write_parquet(tmp_path / "a.parquet", image=(IMAGE, [0, 1, 2, b"broken"])))
+    with pytest.raises(BadImageError, match=r"row 3 of .*a\.parquet"):
+        decode_image(*table.select([2, 3]).read(1), (4, 4), 1)
 
 
-def test_bad_image_raises_by_default(class_folder):
-    write_files(class_folder, {"a/4.png": b""})
-    dataset = make_dataset(class_folder)
+def test_bad_image_is_an_error_by_default(class_folder):
+    dataset = make_dataset(write_files(class_folder, {"a/4.png": b""}))
     with pytest.raises(BadImageError, match=r"a/4\.png"):
         for position in range(10):
             item_at(dataset, position)
 
 
 def test_skipped_image_is_replaced_by_next_readable(class_folder):
-    clean = make_dataset(class_folder, on_bad_image="skip")
-    expected = [item_at(clean, position) for position in range(40)]
-    bad = {2, 3, 6}  # rows: a/0 a/2 a/4 a/6 a/8 b/1 b/3 b/5 b/7 b/9
-    bad_files = {index: clean.table.read(index)[0] for index in bad}
-    for path in bad_files.values():
+    """Where the next readable image lies in the same epoch; positions of readable images do not change."""
+    clean, dataset = (make_dataset(class_folder, num_channels=3, on_bad_image="skip") for _ in range(2))
+    expected = {(p, i): clean[p, i] for p in range(40) for i in range(10)}
+    bad = {index: clean.table.read(index)[0] for index in (2, 3, 6)}
+    for path in bad.values():
         Path(path).write_bytes(b"")
-    dataset, index = make_dataset(class_folder, on_bad_image="skip"), clean.stream.index
     num_replaced = 0
     for position in range(40):
-        item = item_at(dataset, position)
-        if index(position) not in bad:
-            assert_same(item, expected[position])
-            continue
-        tried = list(itertools.takewhile(lambda p: index(p) in bad, itertools.count(position)))
-        if (tried[-1] + 1) // 10 == position // 10:  # the next readable image lies in the same epoch
-            reference = clean[position, index(tried[-1] + 1)]
-            messages = item.pop("bad_images")
+        tried = list(itertools.takewhile(lambda p: clean.stream.index(p) in bad, itertools.count(position)))
+        found = position + len(tried)
+        if found // 10 == position // 10:
+            item = item_at(dataset, position)
+            messages = item["bad_images"]
+            assert_same(item | {"bad_images": []}, expected[position, clean.stream.index(found)])
             assert len(messages) == len(tried)
-            assert all(bad_files[index(p)] in message for p, message in zip(tried, messages, strict=True))
-            reference.pop("bad_images")
-            assert_same(item, reference)
-            num_replaced += 1
+            assert all(bad[clean.stream.index(p)] in message for p, message in zip(tried, messages, strict=True))
+            num_replaced += len(tried) > 0
     assert num_replaced > 5
 
 
 def test_only_readable_image_is_found_from_every_position(class_folder):
-    names = [path for path in class_folder.rglob("*.png") if path.name != "4.png"]
-    for path in names:
+    for path in set(class_folder.rglob("*.png")) - {class_folder / "a/4.png"}:
         path.write_bytes(b"")
     dataset = make_dataset(class_folder, on_bad_image="skip")
     for position in range(40):
@@ -738,7 +646,7 @@ def test_table_of_bad_images_only_is_an_error(class_folder):
         path.write_bytes(b"")
     with pytest.raises(BadImageError, match=r"\.png"):
         make_dataset(class_folder, on_bad_image="skip")
-    with pytest.raises(BadImageError, match="no readable image in .*images"):
+    with pytest.raises(BadImageError, match=f"no readable image in {class_folder}"):
         item_at(make_dataset(class_folder, num_channels=3, on_bad_image="skip"), 0)
 
 
@@ -748,63 +656,58 @@ def test_table_of_bad_images_only_is_an_error(class_folder):
 
 def test_item_has_stated_shapes_and_ranges(class_folder):
     item = item_at(make_dataset(class_folder, resolution=(4, 6)), 17)
-    assert set(item) == set("position pixel_values class_labels noise time_uniform dropout_uniform bad_images".split())
+    shapes = {"pixel_values": (3, 4, 6), "noise": (3, 4, 6), "time_uniform": (), "dropout_uniform": ()}
+    assert item.keys() == {"position", "class_labels", "bad_images", *shapes}
     assert item["position"] == 17 and item["bad_images"] == []
-    assert isinstance(item["class_labels"], int) and item["class_labels"] in (0, 1)
-    for key, shape in (
-        ("pixel_values", (3, 4, 6)),
-        ("noise", (3, 4, 6)),
-        ("time_uniform", ()),
-        ("dropout_uniform", ()),
-    ):
-        assert item[key].shape == shape and item[key].dtype == torch.float32, key
+    assert isinstance(item["class_labels"], int)
+    assert {key: tuple(item[key].shape) for key in shapes} == shapes
+    assert {item[key].dtype for key in shapes} == {torch.float32}
     assert item["pixel_values"].min() >= -1 and item["pixel_values"].max() <= 1
 
 
 def test_label_belongs_to_image(class_folder):
     dataset = make_dataset(class_folder, resolution=(6, 9))
     for position in range(10):
-        name = Path(dataset.table.read(dataset.stream.index(position))[0])
+        path = Path(dataset.table.read(dataset.stream.index(position))[0])
         item = item_at(dataset, position)
-        assert dataset.table.class_names[item["class_labels"]] == name.parent.name
-        np.testing.assert_allclose(levels(item["pixel_values"]), noise_image(int(name.stem), 6, 9, 3), atol=1e-4)
+        assert dataset.table.class_names[item["class_labels"]] == path.parent.name
+        image = noise_image(int(path.stem), 6, 9, 3)
+        np.testing.assert_allclose(levels(item["pixel_values"]), image, atol=ROUNDING)
 
 
 def test_item_without_labels_has_no_class_labels(tmp_path):
-    dataset = make_dataset(write_files(tmp_path / "f", {"a.png": grey(0), "b.png": grey(1)}))
-    assert "class_labels" not in item_at(dataset, 0)
+    dataset = make_dataset(write_files(tmp_path / "f", {"a.png": 0, "b.png": 1}))
     assert "class_labels" not in collate([item_at(dataset, 0), item_at(dataset, 1)])
 
 
 def test_collate_puts_batch_in_front(class_folder):
-    dataset = make_dataset(class_folder, resolution=(4, 6), on_bad_image="skip")
+    dataset = make_dataset(class_folder, resolution=(4, 6))
     items = [item_at(dataset, position) for position in range(5)]
     items[1]["bad_images"], items[3]["bad_images"] = ["first"], ["second", "third"]
     batch = collate(items)
-    shapes = {key: tuple(value.shape) for key, value in batch.items() if key != "bad_images"}
-    image = (5, 3, 4, 6)
-    uniform = {"time_uniform": (5,), "dropout_uniform": (5,)}
-    assert shapes == {"position": (5,), "class_labels": (5,), "pixel_values": image, "noise": image} | uniform
+    assert batch.pop("bad_images") == ["first", "second", "third"]
+    assert {key: tuple(value.shape) for key, value in batch.items()} == {
+        "pixel_values": (5, 3, 4, 6),
+        "noise": (5, 3, 4, 6),
+        **dict.fromkeys(("position", "class_labels", "time_uniform", "dropout_uniform"), (5,)),
+    }
     assert batch["position"].tolist() == [0, 1, 2, 3, 4] and batch["class_labels"].dtype == torch.int64
-    assert batch["bad_images"] == ["first", "second", "third"]
 
 
 def test_noise_is_standard_normal(class_folder):
     dataset = make_dataset(class_folder, resolution=(32, 32))
     noise = torch.stack([item_at(dataset, position)["noise"] for position in range(40)])  # 122,880 numbers
     assert abs(noise.mean()) < 0.015 and abs(noise.std() - 1) < 0.015  # five standard errors
-    assert abs((noise.abs() < 1).float().mean() - 0.6827) < 0.007
-    correlation = torch.corrcoef(noise.flatten(1)) - torch.eye(40)
-    assert correlation.abs().max() < 0.1
+    assert abs((noise.abs() < 1).float().mean() - 0.6827) < 0.007  # likewise
+    assert (torch.corrcoef(noise.flatten(1)) - torch.eye(40)).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("key", ["time_uniform", "dropout_uniform"])
 def test_uniform_numbers_fill_unit_interval(class_folder, key):
     dataset = make_dataset(class_folder)
-    values = torch.stack([item_at(dataset, position)[key] for position in range(600)])
+    values = torch.stack([item_at(dataset, position)[key] for position in range(400)])
     assert values.min() >= 0 and values.max() < 1
-    counts = torch.histc(values, bins=4, min=0, max=1)
-    assert (counts - 150).abs().max() < 55  # five standard deviations
+    assert (torch.histc(values, bins=4, min=0, max=1) - 100).abs().max() < 44  # five standard deviations
 
 
 @pytest.fixture
@@ -813,70 +716,51 @@ def gradient_folder(tmp_path: Path) -> Path:
     return write_files(tmp_path / "f", {"a.png": encode(np.tile(np.arange(0, 256, 4, dtype=np.uint8), (4, 1)))})
 
 
-def is_mirrored(item: dict) -> bool:
-    return bool(item["pixel_values"][0, 0, 0] > item["pixel_values"][0, 0, -1])
+@pytest.mark.parametrize(("random_flip", "fewest", "most"), [(True, 150, 250), (False, 0, 0)])
+def test_random_flip_mirrors_half(gradient_folder, random_flip, fewest, most):
+    dataset = make_dataset(gradient_folder, random_flip=random_flip)
+    rows = [item_at(dataset, position)["pixel_values"][0, 0] for position in range(400)]
+    assert fewest <= sum(bool(row[0] > row[-1]) for row in rows) <= most  # five standard deviations
 
 
-def test_random_flip_mirrors_half(gradient_folder):
-    flipping, plain = (make_dataset(gradient_folder, random_flip=flag) for flag in (True, False))
-    assert 160 < sum(is_mirrored(item_at(flipping, position)) for position in range(400)) < 240
-    assert not any(is_mirrored(item_at(plain, position)) for position in range(20))
-
-
-def test_random_crop_covers_image_and_center_crop_stays(gradient_folder):
-    brightness = {}
-    for center_crop in (False, True):
-        dataset = make_dataset(gradient_folder, resolution=(4, 4), center_crop=center_crop)
-        means = [item_at(dataset, position)["pixel_values"].mean().item() for position in range(200)]
-        brightness[center_crop] = means
-    assert min(brightness[False]) < -0.8 and max(brightness[False]) > 0.8
-    assert len({round(value, 3) for value in brightness[False]}) > 50
-    assert len(set(brightness[True])) == 1 and abs(brightness[True][0]) < 0.05
-
-
-def test_flip_and_crop_are_independent(gradient_folder):
-    dataset = make_dataset(gradient_folder, resolution=(4, 4), random_flip=True)
-    items = [item_at(dataset, position) for position in range(400)]
-    rows = [[float(is_mirrored(item)), item["pixel_values"].mean().item()] for item in items]
-    assert abs(np.corrcoef(np.array(rows).T)[0, 1]) < 0.2
+@pytest.mark.parametrize("center_crop", [False, True])
+def test_crop_is_central_or_anywhere(gradient_folder, center_crop):
+    dataset = make_dataset(gradient_folder, resolution=(4, 4), center_crop=center_crop)
+    brightness = [item_at(dataset, position)["pixel_values"].mean().item() for position in range(200)]
+    if center_crop:
+        assert len(set(brightness)) == 1 and abs(brightness[0]) < 0.05
+    else:
+        assert min(brightness) < -0.8 and max(brightness) > 0.8 and len(set(brightness)) > 50
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Validation split
 
 
-def grey_folder(root: Path, num_images: int) -> Path:
-    return write_files(root, {f"{i:03d}.png": grey(i) for i in range(num_images)})
+@pytest.fixture
+def table_of_20(tmp_path: Path) -> ImageTable:
+    """Image i of 20 has grey level i."""
+    return load(write_files(tmp_path / "f", {f"{i:02d}.png": i for i in range(20)}))
 
 
 @pytest.mark.parametrize(("fraction", "num_validation"), [(0.25, 5), (0.5, 10), (0.001, 1), (0.95, 19)])
-def test_split_is_disjoint_and_covers_all(tmp_path, fraction, num_validation):
-    training, validation = split_table(load(grey_folder(tmp_path / "f", 20)), fraction)
+def test_split_is_disjoint_and_covers_all(table_of_20, fraction, num_validation):
+    training, validation = split_table(table_of_20, fraction)
     assert len(validation) == num_validation
-    seen = [level for level, _ in contents(training) + contents(validation)]
-    assert sorted(seen) == list(range(20))
+    assert sorted(contents(training) + contents(validation)) == [(i,) for i in range(20)]
 
 
-def test_split_is_the_same_for_every_seed(tmp_path):
-    table = load(grey_folder(tmp_path / "f", 20))
+def test_split_is_the_same_for_every_seed(table_of_20):
     splits = []
     for seed in (0, 1):
         torch.manual_seed(seed)
         np.random.seed(seed)
-        splits.append(contents(split_table(table, 0.25)[1]))
+        splits.append(contents(split_table(table_of_20, 0.25)[1]))
     assert splits[0] == splits[1]
-    assert splits[0] != contents(table)[:5]  # not simply the first ones
-
-
-def test_split_keeps_labels(class_folder):
-    table = load(class_folder)
-    for part in split_table(table, 0.3):
-        assert part.class_names == ("a", "b")
-        assert all(Path(part.read(i)[0]).parent.name == "ab"[part.label(i)] for i in range(len(part)))
+    assert splits[0] != contents(table_of_20)[:5]  # not simply the first ones
 
 
 @pytest.mark.parametrize("fraction", [0.99, 1.0, 1.5])
-def test_split_that_leaves_nothing_is_an_error(tmp_path, fraction):
-    table = load(grey_folder(tmp_path / "f", 4))
+def test_split_that_leaves_nothing_is_an_error(table_of_20, fraction):
     with pytest.raises(ValueError, match=f"--validation_fraction {fraction}"):
-        split_table(table, fraction)
+        split_table(table_of_20, fraction)

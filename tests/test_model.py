@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import diffit_model
 from diffit_model import (
@@ -47,10 +48,9 @@ TINY = {
     "norm_num_groups": 8,
     "zero_init_output": False,
 }
+NINE_TOKENS = {"window_size": 3, "sample_size": 6}  # 9 is no multiple of 8, which kernels like
 # Reported, not yet mended in diffit_model.py: take the mark away with the mend.
 DEFECT = pytest.mark.xfail(strict=True, reason="known defect")
-
-NINE_TOKENS = {"window_size": 3, "sample_size": 6}  # 9 is no multiple of 8, which kernels like
 
 
 def build_unet(**overrides) -> DiffiTUNet2DModel:
@@ -81,12 +81,13 @@ def attentions(unet: nn.Module) -> list[TimeDependentSelfAttention]:
     return [module for module in unet.modules() if isinstance(module, TimeDependentSelfAttention)]
 
 
-@pytest.fixture(autouse=True)
-def default_attention_backend():
-    """`set_attention_backend` also flips a process-wide default, which `reset_attention_backend` does not undo."""
-    default = _AttentionBackendRegistry.get_active_backend()[0]
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors this small gain nothing from threads, which on a busy machine wait for each other."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
-    _AttentionBackendRegistry.set_active_backend(default)
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture
@@ -242,8 +243,8 @@ def test_process_wide_default_backend_is_followed():
 
 def kernel_inputs(num_tokens: int, dtype: torch.dtype, head_dim: int = 8) -> list[torch.Tensor]:
     """Query, key, value as TMSA cuts them out of one tensor, and a bias of fp32 cast as the processor does."""
-    qkv = torch.randn(4, num_tokens, 3, 2, head_dim, dtype=dtype, requires_grad=True)
-    bias = torch.randn(1, 2, num_tokens, num_tokens, requires_grad=True)
+    qkv = torch.randn(4, num_tokens, 3, 2, head_dim, dtype=dtype, requires_grad=torch.is_grad_enabled())
+    bias = torch.randn(1, 2, num_tokens, num_tokens, requires_grad=torch.is_grad_enabled())
     return [*qkv.unbind(2), bias.to(dtype)]
 
 
@@ -265,12 +266,6 @@ def test_misaligned_bias_is_refused_by_xformers(contract, dtype):
     *qkv, bias = kernel_inputs(9, dtype)
     with contract.spoofed_cuda(), pytest.raises(NotImplementedError, match=r"attn_bias\.stride\(-2\)"):
         contract.chosen_operators(*qkv, bias.expand(4, -1, -1, -1))
-
-
-def test_broadcast_bias_is_refused_by_xformers(contract):
-    *qkv, bias = kernel_inputs(16, torch.float32)
-    with contract.spoofed_cuda(), pytest.raises(ValueError, match="Invalid shape for attention bias"):
-        contract.chosen_operators(*qkv, bias)
 
 
 @pytest.mark.parametrize("dtype, head_dim", [(torch.float32, 6), (torch.bfloat16, 4), (torch.float16, 12)])
@@ -406,15 +401,15 @@ def test_choose_attention_backend_of_another_network_is_native():
 
 
 @pytest.mark.parametrize(
-    "save_kwargs, load_kwargs, num_files",
-    [({}, {}, 1), ({"max_shard_size": "60KB"}, {}, 5), ({"variant": "fp16"}, {"variant": "fp16"}, 1)],
+    "save_kwargs, load_kwargs",
+    [({}, {}), ({"max_shard_size": "60KB"}, {}), ({"variant": "fp16"}, {"variant": "fp16"})],
     ids=["plain", "sharded", "variant"],
 )
-def test_saved_and_loaded_network_gives_the_same_output(tmp_path, save_kwargs, load_kwargs, num_files):
-    unet = build_unet(num_class_embeds=3)
+def test_saved_and_loaded_network_gives_the_same_output(tmp_path, save_kwargs, load_kwargs):
+    unet = build_unet(num_class_embeds=3, layers_per_block=(1, 2), window_size=None, sample_size=(8, 4))
     unet.save_pretrained(tmp_path, **save_kwargs)
     files = list(tmp_path.glob("*.safetensors"))
-    assert len(files) == num_files
+    assert (len(files) > 1) == ("max_shard_size" in save_kwargs)
     assert all(("fp16" in file.name) == ("variant" in save_kwargs) for file in files)
     loaded = DiffiTUNet2DModel.from_pretrained(tmp_path, **load_kwargs)
     torch.testing.assert_close(predict(loaded), predict(unet), **EXACT)
@@ -444,30 +439,13 @@ def test_resaving_a_loaded_network_gives_the_same_files(tmp_path):
         assert (tmp_path / "second" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
 
 
-def test_config_builds_the_same_architecture(tmp_path):
-    unet = build_unet(num_class_embeds=3, layers_per_block=(1, 2), window_size=None, sample_size=(8, 4))
-    unet.save_config(tmp_path)
-    rebuilt = DiffiTUNet2DModel.from_config(DiffiTUNet2DModel.load_config(tmp_path))
-    rebuilt.load_state_dict(unet.state_dict())
-    torch.testing.assert_close(predict(rebuilt.eval()), predict(unet), **EXACT)
-
-
-def test_state_dict_loads_weights_only(tmp_path):
-    unet = build_unet()
-    torch.save(unet.state_dict(), tmp_path / "weights.pt")
-    other = build_unet(skip_merge="concat").requires_grad_(False)
-    nn.init.zeros_(other.conv_in.weight)
-    other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
-    torch.testing.assert_close(predict(other), predict(unet), **EXACT)
-
-
-def test_deepcopy_is_independent():
+def test_deepcopy_shares_neither_weights_nor_backend():
     unet = build_unet()
     clone, expected = copy.deepcopy(unet), predict(unet)
-    clone.set_attention_backend("_native_math")
+    torch.testing.assert_close(predict(clone), expected, **EXACT)
+    attentions(clone)[0].set_attention_backend("flex")
     nn.init.zeros_(clone.conv_out.weight)
-    unet_backends = {attention.processor._attention_backend for attention in attentions(unet)}
-    assert unet_backends == {None}
+    assert attentions(unet)[0].processor._attention_backend is None
     torch.testing.assert_close(predict(unet), expected, **EXACT)
 
 
@@ -489,8 +467,10 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing():
 def test_compiled_blocks_give_the_same_output():
     unet = build_unet(block_out_channels=(16,), num_attention_heads=2, layers_per_block=2)
     expected = predict(unet)
-    unet.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    compiler = CompileCounterWithBackend("aot_eager")
+    unet.compile_repeated_blocks(backend=compiler, fullgraph=True)
     torch.testing.assert_close(predict(unet), expected, **FLOAT32)
+    assert compiler.frame_count >= 1
 
 
 def test_blocks_offloaded_to_disk_give_the_same_output(tmp_path):
@@ -549,7 +529,8 @@ def test_fractional_timesteps_are_not_truncated():
 
 def test_return_dict_false_gives_a_tuple():
     unet = build_unet()
-    (output,) = unet(noise_like_input(unet), 10, return_dict=False)
+    with torch.no_grad():
+        (output,) = unet(noise_like_input(unet), 10, return_dict=False)
     torch.testing.assert_close(output, predict(unet), **EXACT)
 
 
@@ -594,7 +575,7 @@ def test_diffusers_pipeline_runs_the_network(name):
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_scheduler_steps_with_the_network(name):
     unet, scheduler = build_unet(), SCHEDULERS[name]()
-    scheduler.set_timesteps(3)
+    scheduler.set_timesteps(4)  # the fewest that PNDM takes
     initial = noise_like_input(unet) * scheduler.init_noise_sigma
     sample = initial
     with torch.no_grad():
@@ -602,12 +583,6 @@ def test_scheduler_steps_with_the_network(name):
             prediction = unet(scheduler.scale_model_input(sample, timestep), timestep).sample
             sample = scheduler.step(prediction, timestep, sample).prev_sample
     assert sample.shape == initial.shape and sample.isfinite().all() and not sample.equal(initial)
-
-
-@pytest.mark.parametrize("name", ["DiffiTUNet2DModel", "UNet2DModel", None])
-def test_model_class_of_a_config(name):
-    config = {} if name is None else {"_class_name": name}
-    assert model_class(config).__name__ == (name or "DiffiTUNet2DModel")
 
 
 def test_model_class_of_an_unknown_config_raises():
@@ -780,11 +755,17 @@ def test_windows_are_cut_row_by_row():
         torch.testing.assert_close(tokens[6 * image + 3 * row + column], window.flatten(1).T, **EXACT)
 
 
-def test_merge_windows_is_the_inverse_of_partition_windows():
+@pytest.mark.parametrize("window", [(2, 3), (4, 3), (2, 9), (4, 9), (1, 1)])
+def test_merge_windows_is_the_inverse_of_partition_windows(window):
     feature_map = torch.randn(2, 5, 4, 9)
-    merged = merge_windows(partition_windows(feature_map, (2, 3)), (2, 3), 4, 9)
-    assert merged.is_contiguous()
+    merged = merge_windows(partition_windows(feature_map, window), window, 4, 9)
     torch.testing.assert_close(merged, feature_map, **EXACT)
+
+
+@pytest.mark.parametrize("window", [(2, 3), pytest.param((4, 9), marks=DEFECT), pytest.param((2, 9), marks=DEFECT)])
+def test_merge_windows_gives_a_contiguous_feature_map(window):
+    tokens = partition_windows(torch.randn(2, 5, 4, 9), window).contiguous()
+    assert merge_windows(tokens, window, 4, 9).is_contiguous()
 
 
 def test_relative_position_index_has_the_stated_shape_and_range():
@@ -801,23 +782,19 @@ def test_attention_keeps_shape_and_dtype():
     assert attention.relative_position_bias().is_contiguous()
 
 
-def test_mlp_keeps_shape():
-    assert DiffiTMLP(8, 2.5)(torch.randn(4, 6, 8)).shape == (4, 6, 8)
-
-
-def test_block_keeps_shape():
-    assert DiffiTBlock(8, **BLOCK, dropout=0.0)(torch.randn(4, 6, 8), torch.randn(2, 6)).shape == (4, 6, 8)
-
-
-@pytest.mark.parametrize("out_channels", [8, 12])
-def test_resblock_sets_channels(out_channels):
-    resblock = DiffiTResBlock(8, out_channels, **RESBLOCK)
-    assert resblock(torch.randn(2, 8, 4, 9), torch.randn(2, 6)).shape == (2, out_channels, 4, 9)
-
-
-def test_stage_sets_channels():
-    stage = DiffiTStage(8, 12, 2, **RESBLOCK)
-    assert stage(torch.randn(2, 8, 4, 9), torch.randn(2, 6)).shape == (2, 12, 4, 9)
+@pytest.mark.parametrize(
+    "module, shapes, expected",
+    [
+        (DiffiTMLP(8, 2.5), [(4, 6, 8)], (4, 6, 8)),
+        (DiffiTBlock(8, **BLOCK, dropout=0.0), [(4, 6, 8), (2, 6)], (4, 6, 8)),
+        (DiffiTResBlock(8, 8, **RESBLOCK), [(2, 8, 4, 9), (2, 6)], (2, 8, 4, 9)),
+        (DiffiTResBlock(8, 12, **RESBLOCK), [(2, 8, 4, 9), (2, 6)], (2, 12, 4, 9)),
+        (DiffiTStage(8, 12, 2, **RESBLOCK), [(2, 8, 4, 9), (2, 6)], (2, 12, 4, 9)),
+    ],
+    ids=["mlp", "block", "resblock", "wider_resblock", "stage"],
+)
+def test_module_gives_the_stated_shape(module, shapes, expected):
+    assert module(*(torch.randn(shape) for shape in shapes)).shape == expected
 
 
 def test_evaluation_is_deterministic_and_dropout_acts_in_training():

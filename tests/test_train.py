@@ -182,6 +182,17 @@ def test_dry_run_prints_sizes_and_writes_nothing(train_args, capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_resolution_that_the_network_cannot_divide_is_refused(train_args):
+    with pytest.raises(ValueError, match="--resolution 12x8: .* multiples of 8"):
+        train([*train_args, "--resolution=12x8"])
+
+
+def test_fp16_of_the_launcher_is_refused_on_a_cpu(train_args, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match="fp16"):
+        train(train_args)
+
+
 # --- loss
 
 
@@ -528,12 +539,14 @@ def test_path_that_is_no_checkpoint_is_refused(train_args, tmp_path):
         train([*train_args, f"--resume_from_checkpoint={tmp_path}"])
 
 
-def test_other_seed_or_batch_at_resume_is_refused(train_args):
+def test_other_seed_batch_or_data_at_resume_is_refused(train_args, image_folder):
     train([*train_args, "--max_train_steps=1"])
     with pytest.raises(ValueError, match="--seed 0, not 1"):
         train([*train_args, "--resume_from_checkpoint=latest", "--seed=1"])
     with pytest.raises(ValueError, match="--global_batch_size 4, not 8"):
         train([*train_args, "--resume_from_checkpoint=latest", "--global_batch_size=8"])
+    with pytest.raises(ValueError, match="24 images, the data has 18"):
+        train([*train_args, "--resume_from_checkpoint=latest", "--validation_fraction=0.25"])
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
