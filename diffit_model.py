@@ -9,6 +9,7 @@ Shapes: B batch, C channels, H/W height/width (pixels or latents), G windows per
 N tokens in a window, D hidden size of the tokens, T size of the time token, h attention heads, d size of a head.
 """
 
+import functools
 import math
 import shutil
 import sys
@@ -68,7 +69,7 @@ def merge_windows(tokens: torch.Tensor, window: tuple[int, int], height: int, wi
     """
     rows, columns = height // window[0], width // window[1]
     tokens = tokens.reshape(-1, rows, columns, *window, tokens.shape[-1])
-    return tokens.permute(0, 5, 1, 3, 2, 4).reshape(-1, tokens.shape[-1], height, width)
+    return tokens.permute(0, 5, 1, 3, 2, 4).reshape(-1, tokens.shape[-1], height, width).contiguous()
 
 
 def relative_position_index(window: tuple[int, int]) -> torch.Tensor:
@@ -129,7 +130,11 @@ def align_bias_for_xformers(bias: torch.Tensor, batch_size: int) -> torch.Tensor
 
 
 def xformers_unsupported_reasons(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    attention_op: tuple | None = None,
 ) -> list[str]:
     """Asks the installed xformers whether its operators can run this attention, forward and (if needed) backward.
 
@@ -138,6 +143,7 @@ def xformers_unsupported_reasons(
         key: shape (B, N, h, d).
         value: shape (B, N, h, d).
         bias: shape (B, h, N, N) or None.
+        attention_op: forward and backward operator; None means cutlass, the only ones that take a bias.
 
     Returns:
         xformers' own words, one for each rule that is broken; empty if the kernels can run.
@@ -148,13 +154,19 @@ def xformers_unsupported_reasons(
         return [f"xformers cannot be imported: {error}"]
     inputs = Inputs(query, key, value, bias)
     inputs.validate_inputs()
-    reasons = cutlass.FwOp.not_supported_reasons(inputs)
+    forward_op, backward_op = attention_op or (cutlass.FwOp, cutlass.BwOp)
+    reasons = forward_op.not_supported_reasons(inputs)
     if any(x.requires_grad for x in (query, key, value)):
-        reasons += cutlass.BwOp.not_supported_reasons(inputs)
+        reasons += backward_op.not_supported_reasons(inputs)
     elif bias is not None and bias.requires_grad:
         # xformers looks at query, key and value alone and would leave the bias without a gradient, in silence.
         reasons.append("only the bias requires grad")
     return list(dict.fromkeys(reasons))
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 class DiffiTAttnProcessor:
@@ -181,12 +193,13 @@ class DiffiTAttnProcessor:
             bias = bias.to(query.dtype)
         if backend == AttentionBackendName.XFORMERS:
             aligned_bias = None if bias is None else align_bias_for_xformers(bias, query.shape[0])
-            reasons = xformers_unsupported_reasons(query, key, value, aligned_bias)
+            reasons = xformers_unsupported_reasons(query, key, value, aligned_bias, self.attention_op)
             if not reasons:
                 import xformers.ops
 
                 return xformers.ops.memory_efficient_attention(query, key, value, aligned_bias, op=self.attention_op)
-            logger.warning_once(f"xformers cannot run this attention, using `native` (SDPA): {'; '.join(reasons)}")
+            if not torch.compiler.is_compiling():
+                _warn_once(f"xformers cannot run this attention, using `native` (SDPA): {'; '.join(reasons)}")
             backend = AttentionBackendName.NATIVE
         return dispatch_attention_fn(query, key, value, attn_mask=bias, backend=backend)
 
@@ -506,11 +519,11 @@ class DiffiTUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         num_class_embeds: int | None = None,
     ):
         super().__init__()
+        self._check_config()
         num_stages = len(block_out_channels)
         layers = _one_per_stage("layers_per_block", layers_per_block, num_stages)
         heads = _attention_heads(num_attention_heads, attention_head_dim, block_out_channels)
         windows = _stage_windows(window_size, sample_size, num_stages)
-        self._check_config()
         time_embed_dim = time_embedding_dim or 4 * block_out_channels[0]
 
         # tokenizer
@@ -562,9 +575,20 @@ class DiffiTUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin):
 
     def _check_config(self) -> None:
         config = self.config
-        for name in ("in_channels", "out_channels"):
+        for name in ("in_channels", "out_channels", "norm_num_groups"):
             if config[name] < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {config[name]}")
+        for name in ("attention_head_dim", "time_embedding_dim", "num_class_embeds"):
+            if config[name] is not None and config[name] < 1:
+                raise ValueError(f"`{name}` must be at least 1 or None, got {config[name]}")
+        if not config.block_out_channels or min(config.block_out_channels) < 1:
+            raise ValueError(
+                f"`block_out_channels` must be positive, one per resolution, got {config.block_out_channels}"
+            )
+        if config.sample_size is not None and min(_height_and_width(config.sample_size)) < 1:
+            raise ValueError(f"`sample_size` must be positive, got {config.sample_size}")
+        if min(config.block_out_channels) * config.mlp_ratio < 1:
+            raise ValueError(f"`mlp_ratio` {config.mlp_ratio} leaves no hidden channel")
         for width in config.block_out_channels:
             if width % config.norm_num_groups != 0:
                 raise ValueError(
@@ -575,8 +599,6 @@ class DiffiTUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin):
             raise ValueError(f"`dropout` must be in [0, 1), got {config.dropout}")
         if config.skip_merge not in ("concat", "add"):
             raise ValueError(f"`skip_merge` must be 'concat' or 'add', got {config.skip_merge!r}")
-        if config.num_class_embeds is not None and config.num_class_embeds < 1:
-            raise ValueError(f"`num_class_embeds` must be at least 1 or None, got {config.num_class_embeds}")
 
     def _initialize_weights(self) -> None:
         for module in self.modules():
@@ -620,7 +642,7 @@ class DiffiTUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin):
                 f"{tuple(class_labels.shape)}"
             )
         # Looking at labels on an accelerator stalls it, so there it is done at inference only.
-        if class_labels.device.type == "cpu" or not self.training:
+        if (class_labels.device.type == "cpu" or not self.training) and not torch.compiler.is_compiling():
             num_classes = self.config.num_class_embeds
             if class_labels.min() < 0 or class_labels.max() > num_classes:
                 raise ValueError(
@@ -650,14 +672,17 @@ class DiffiTUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin):
 
         Raises:
             ValueError: if the network cannot divide H x W (the message names the multiple that it must be), if labels
-                are given to an unconditional network, or if labels are out of range.
+                are given to an unconditional network or are out of range, or if timesteps are not one or B.
         """
         self.check_size(*sample.shape[-2:])
         self._check_labels(sample, class_labels)
         batch = sample.shape[0]
 
         # 1. time token
-        timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(batch)  # (B)
+        timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1)  # (1) or (B)
+        if timesteps.shape[0] not in (1, batch):
+            raise ValueError(f"`timestep` must be one or one per image ({batch}), got {timesteps.shape[0]}")
+        timesteps = timesteps.expand(batch)  # (B)
         time_token = self.time_embedding(self.time_proj(timesteps).to(sample.dtype))  # (B, T)
         if self.class_embedding is not None:
             if class_labels is None:
@@ -699,10 +724,11 @@ class DiffiTUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin):
 
     def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs) -> None:
         """As in diffusers, and puts this file beside the weights, so that the folder loads anywhere."""
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         target = Path(save_directory, "diffit_model.py")
         if is_main_process and target.resolve() != Path(__file__).resolve():
-            shutil.copyfile(__file__, target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(__file__, target)  # first, because `push_to_hub=True` uploads the folder as it is then
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
 
 DiffiTUNet2DModel.register_for_auto_class("AutoModel")
@@ -719,7 +745,9 @@ def _attention_heads(
     num_attention_heads: int | tuple[int, ...] | None, attention_head_dim: int | None, widths: tuple[int, ...]
 ) -> tuple[int, ...]:
     if num_attention_heads is not None or attention_head_dim is None:
-        heads = _one_per_stage("num_attention_heads", num_attention_heads or 4, len(widths))
+        heads = _one_per_stage(
+            "num_attention_heads", 4 if num_attention_heads is None else num_attention_heads, len(widths)
+        )
         if attention_head_dim is None and any(width % n for width, n in zip(widths, heads, strict=True)):
             raise ValueError(
                 f"`num_attention_heads` {heads} must divide `block_out_channels` {tuple(widths)}, "

@@ -184,6 +184,9 @@ class DiffiTPipeline(DiffusionPipeline):
         sample = sample * self.scheduler.init_noise_sigma
         accepted = inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"eta": eta} if "eta" in accepted else {}
+        if "use_clipped_model_output" in accepted:
+            # Where DDIM clips the image, the noise must follow it, or guidance drives the sample out of range.
+            step_kwargs["use_clipped_model_output"] = True
         if "generator" in accepted:
             step_kwargs["generator"] = generator
 

@@ -51,7 +51,7 @@ def test_two_processes_know_that_they_are_two_and_train_the_same(train_args, tmp
     config = str(ROOT / "configs/accelerate/cpu_multi_process.yaml")
     launchers = {
         "accelerate": [*LAUNCH, "--config_file", config],
-        "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=:0"],
+        "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
     }
     for name, launcher in launchers.items():
         two = tmp_path / name

@@ -84,6 +84,7 @@ def test_pipeline_equals_a_plain_ddim_loop(conditional):
         eps = null_eps + 3 * (conditional_eps - null_eps)
         a, previous = alphas[t], alphas[t - 200] if t > 0 else alphas[0]
         x_0 = ((x - (1 - a).sqrt() * eps) / a.sqrt()).clamp(-1, 1)
+        eps = (x - a.sqrt() * x_0) / (1 - a).sqrt()  # of the clipped image
         previous = previous if t > 0 else torch.tensor(1.0)  # set_alpha_to_one
         x = previous.sqrt() * x_0 + (1 - previous).sqrt() * eps
     torch.testing.assert_close(images, (x / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-4)

@@ -49,6 +49,8 @@ def chosen_operators(query, key, value, attn_bias=None, p=0.0, scale=None) -> tu
 def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None):
     """Stands in for the function of xformers of that name: refuses what it refuses, and computes the same."""
     chosen_operators(query, key, value, attn_bias, p, scale)
+    if attn_bias is not None and attn_bias.dtype != query.dtype:  # the CUDA code checks it
+        raise RuntimeError("invalid dtype for bias - should match query's dtype")
     if attn_bias is not None and not any(x.requires_grad for x in (query, key, value)):
         attn_bias = attn_bias.detach()  # as xformers does, in silence
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, h, N, d)
