@@ -1,4 +1,4 @@
-# The commands of the project. `make quickstart` and `make test` need nothing but Python 3.11 or newer and this folder.
+# The commands of the project. `make quickstart` and `make test` need nothing but Python and this folder.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin

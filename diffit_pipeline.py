@@ -27,8 +27,6 @@ from diffusers import (
     HeunDiscreteScheduler,
     ImagePipelineOutput,
     KDPM2DiscreteScheduler,
-    LMSDiscreteScheduler,
-    PNDMScheduler,
     UNet2DModel,
     UniPCMultistepScheduler,
 )
@@ -44,8 +42,6 @@ SCHEDULERS = {
     "euler_ancestral": EulerAncestralDiscreteScheduler,
     "heun": HeunDiscreteScheduler,
     "kdpm2": KDPM2DiscreteScheduler,
-    "lms": LMSDiscreteScheduler,
-    "pndm": PNDMScheduler,
     "unipc": UniPCMultistepScheduler,
 }
 

@@ -54,8 +54,8 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line and checks what can be checked before a model is loaded."""
+def build_parser() -> argparse.ArgumentParser:
+    """All flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -77,6 +77,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--attention_backend", choices=("auto", "native", "_native_math", "xformers", "flex"), default="auto"
     )
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line and checks what can be checked before a model is loaded."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     if not 0 <= args.eta <= 1:
         parser.error(f"--eta must be in [0, 1], got {args.eta}")

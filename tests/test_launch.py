@@ -1,13 +1,14 @@
 """The scripts under the launchers, and the configs under the loaders that will read them."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT, TINY_CONFIG, run, start, train
 from diffusers import DDPMPipeline, DDPMScheduler
@@ -110,7 +111,29 @@ def test_paper_size_config_has_the_papers_parameters(name):
     assert low <= sum(parameter.numel() for parameter in model.parameters()) / 1e6 <= high
 
 
-def test_flags_in_the_readme_exist():
-    known = {option for action in train_diffit.build_parser()._actions for option in action.option_strings}
-    config = yaml.safe_load((ROOT / "configs/train/quickstart.yaml").read_text())
-    assert {f"--{key}" for key in config} <= known
+def readme_commands(script: str) -> list[list[str]]:
+    """Arguments of a script in the shell commands of README.md."""
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
+    lines = [shlex.split(line, comments=True) for line in blocks.replace("\\\n", " ").splitlines()]
+    return [line[line.index(script) + 1 :] for line in lines if script in line]
+
+
+@pytest.mark.parametrize("arguments", readme_commands("train_diffit.py"), ids=" ".join)
+def test_train_command_of_the_readme_is_accepted(arguments):
+    train_diffit.parse_args(arguments)
+
+
+@pytest.mark.parametrize("arguments", readme_commands("sample_diffit.py"), ids=" ".join)
+def test_sample_command_of_the_readme_is_accepted(arguments):
+    sample_diffit.parse_args(arguments)
+
+
+def test_flags_in_the_tables_of_the_readme_exist():
+    parsers = (train_diffit.build_parser(), sample_diffit.build_parser())
+    known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
+    known |= {"--multi_gpu", "--num_processes", "--nproc_per_node"}  # of the launchers
+    rows = re.findall(r"^\| `--.*\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    ours = {flag for row in rows for flag in re.findall(r"--[\w-]+", row.split("|")[2])}
+    same = {flag for row in rows if "the same" in row for flag in re.findall(r"--[\w-]+(?!\*)\b", row.split("|")[1])}
+    assert len(rows) > 30
+    assert (ours | same) - {"--adam_"} <= known
