@@ -22,6 +22,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -297,11 +298,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def public_args(args: argparse.Namespace) -> dict:
-    """The arguments as a config file would hold them: without the token, and only what is set."""
-    values = {key: value for key, value in vars(args).items() if key not in ("hub_token", "config", "dry_run")}
+    """The arguments as a config file holds them, fit to be given to --config again: without the token and what is
+    derived from other flags, and only what is set."""
+    private = {"hub_token", "config", "dry_run", "resume_from_checkpoint", "overwrite_output_dir"}
+    derived = {"gradient_accumulation_steps"}  # from the global batch size
+    if args.num_train_epochs is not None or args.max_train_kimg is not None:
+        derived.add("max_train_steps")
+    values = {key: value for key, value in vars(args).items() if key not in private | derived and value is not None}
     if args.resolution is not None:
         values["resolution"] = "x".join(map(str, args.resolution))
-    return {key: value for key, value in values.items() if value is not None}
+    if args.model_kwargs is not None:
+        pairs = [pair.split("=", 1) for pair in args.model_kwargs]
+        values["model_kwargs"] = {key: yaml.safe_load(value) for key, value in pairs}
+    return values
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -360,6 +369,8 @@ def build_tables(args: argparse.Namespace) -> tuple[ImageTable, ImageTable | Non
     validation = None
     if args.validation_split is not None:
         validation = load_image_table(**source, dataset_split=args.validation_split)
+        if args.class_conditional and validation.class_names != table.class_names:
+            raise ValueError(f"--validation_split {args.validation_split} has other classes than the training split")
     elif args.validation_fraction is not None:
         table, validation = split_table(table, args.validation_fraction)
     if args.class_conditional and table.class_names is None:
@@ -393,8 +404,14 @@ def read_model_config(args: argparse.Namespace) -> dict:
 
 
 def unet_subfolder(path: str) -> str | None:
-    """`"unet"` if a local path is a pipeline folder or anything is on the hub, None for the folder of a model."""
-    return None if Path(path, "config.json").is_file() else "unet"
+    """`"unet"` if a folder or hub repository is that of a pipeline, None if it is that of a model."""
+    if Path(path).is_dir():
+        return "unet" if Path(path, "unet").is_dir() else None
+    try:
+        UNet2DModel.load_config(path, subfolder="unet")
+        return "unet"
+    except OSError:
+        return None
 
 
 def resolve_model_config(args: argparse.Namespace, config: dict, table: ImageTable) -> dict:
@@ -484,6 +501,17 @@ def build_noise_scheduler(args: argparse.Namespace) -> DDPMScheduler:
     )
 
 
+def build_optimizer(args: argparse.Namespace, model: ModelMixin) -> torch.optim.Optimizer:
+    """AdamW over all parameters."""
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+
+
 def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> LambdaLR:
     """The learning rate over optimizer steps. It stays unprepared: accelerate would step it once per process."""
     return get_scheduler(
@@ -508,6 +536,32 @@ def build_ema(args: argparse.Namespace, model: ModelMixin) -> EMAModel | None:
         inv_gamma=args.ema_inv_gamma,
         power=args.ema_power,
         foreach=True,
+    )
+
+
+def build_batches(
+    accelerator: Accelerator, args: argparse.Namespace, table: ImageTable, start_position: int
+) -> Iterator[dict]:
+    """Endless micro-batches of this process, from a position of the stream on."""
+    stream = PositionStream(len(table), args.seed)
+    dataset = ImageDataset(
+        table,
+        stream,
+        args.resolution,
+        args.num_channels,
+        center_crop=args.center_crop,
+        random_flip=args.random_flip,
+        on_bad_image=args.on_bad_image,
+    )
+    shard = (accelerator.num_processes, accelerator.process_index)
+    return iter(
+        DataLoader(
+            dataset,
+            batch_sampler=StreamBatchSampler(stream, args.train_batch_size, start_position, *shard),
+            num_workers=args.dataloader_num_workers,
+            collate_fn=collate,
+            pin_memory=accelerator.device.type == "cuda",
+        )
     )
 
 
@@ -594,8 +648,55 @@ def batch_labels(batch: dict, label_dropout: float, null: int | None) -> torch.T
     return torch.where(batch["dropout_uniform"] < label_dropout, null, batch["class_labels"])
 
 
+def diffuse(
+    batch: dict, noise_scheduler: DDPMScheduler, label_dropout: float, null: int | None, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Moves a batch to the device and adds its noise at its timesteps.
+
+    Args:
+        batch: of `diffit_data.collate`.
+        noise_scheduler: the forward process.
+        label_dropout: share of the labels that becomes the null class.
+        null: the null class, or None for an unconditional network.
+        device: of the results.
+
+    Returns:
+        Noisy images, clean images and noise, each of shape (B, C, H, W); timesteps, shape (B); labels, shape (B), or
+        None.
+    """
+    timesteps = batch_timesteps(batch["time_uniform"], noise_scheduler.config.num_train_timesteps)
+    labels = batch_labels(batch, label_dropout, null)
+    tensors = (batch["pixel_values"], batch["noise"], timesteps)
+    clean_images, noise, timesteps = (tensor.to(device, non_blocking=True) for tensor in tensors)
+    labels = None if labels is None else labels.to(device, non_blocking=True)
+    return noise_scheduler.add_noise(clean_images, noise, timesteps), clean_images, noise, timesteps, labels
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
+
+
+@dataclass
+class TrainingState:
+    """All that changes while training, and so all that a checkpoint holds.
+
+    Attributes:
+        model: the network itself, not what accelerate wraps around it.
+        ema_model: its averaged weights, or None.
+        optimizer: likewise unwrapped.
+        lr_scheduler: steps once per optimizer step.
+        num_images: in the training data, which fixes what a position means.
+        global_step: successful optimizer steps.
+        position: first position of the stream that has not been trained on.
+    """
+
+    model: ModelMixin
+    ema_model: EMAModel | None
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: LambdaLR
+    num_images: int
+    global_step: int = 0
+    position: int = 0
 
 
 @contextlib.contextmanager
@@ -618,42 +719,32 @@ def list_checkpoints(output_dir: str) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
-def save_checkpoint(
-    accelerator: Accelerator,
-    args: argparse.Namespace,
-    model: ModelMixin,
-    ema_model: EMAModel | None,
-    optimizer: torch.optim.Optimizer,
-    lr_scheduler: LambdaLR,
-    num_images: int,
-    global_step: int,
-    position: int,
-) -> None:
+def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, state: TrainingState) -> None:
     """Writes `checkpoint-N` with all that a resumed run needs, then deletes old ones. To be called by all processes.
 
     It is written under another name and renamed at the end, so a `checkpoint-N` is complete.
     """
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        target = Path(args.output_dir, f"checkpoint-{global_step}")
+        target = Path(args.output_dir, f"checkpoint-{state.global_step}")
         temporary = target.with_name(f"tmp-{target.name}")
         shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary / "unet")
-        if ema_model is not None:
-            with ema_weights(ema_model, model):
-                model.save_pretrained(temporary / "unet_ema")
-        torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
-        state = {
-            "global_step": global_step,
-            "position": position,
+        state.model.save_pretrained(temporary / "unet")
+        if state.ema_model is not None:
+            with ema_weights(state.ema_model, state.model):
+                state.model.save_pretrained(temporary / "unet_ema")
+        torch.save(state.optimizer.state_dict(), temporary / "optimizer.pt")
+        numbers = {
+            "global_step": state.global_step,
+            "position": state.position,
             "global_batch_size": args.global_batch_size,
             "seed": args.seed,
-            "num_images": num_images,
-            "lr_scheduler": lr_scheduler.state_dict(),
-            "ema_step": None if ema_model is None else ema_model.optimization_step,
+            "num_images": state.num_images,
+            "lr_scheduler": state.lr_scheduler.state_dict(),
+            "ema_step": None if state.ema_model is None else state.ema_model.optimization_step,
             "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
         }
-        (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        (temporary / "state.json").write_text(json.dumps(numbers, indent=2) + "\n")
         (temporary / "training_args.yaml").write_text(yaml.safe_dump(public_args(args)))
         for file in temporary.rglob("*"):
             if file.is_file():
@@ -665,7 +756,7 @@ def save_checkpoint(
             for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
                 shutil.rmtree(old)
     accelerator.wait_for_everyone()
-    logger.info(f"saved checkpoint-{global_step}")
+    logger.info(f"saved checkpoint-{state.global_step}")
 
 
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
@@ -692,45 +783,36 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     return path
 
 
-def load_checkpoint(
-    path: Path,
-    accelerator: Accelerator,
-    args: argparse.Namespace,
-    model: ModelMixin,
-    ema_model: EMAModel | None,
-    optimizer: torch.optim.Optimizer,
-    lr_scheduler: LambdaLR,
-    num_images: int,
-) -> tuple[int, int]:
+def load_checkpoint(path: Path, accelerator: Accelerator, args: argparse.Namespace, state: TrainingState) -> None:
     """Restores what `save_checkpoint` wrote, in every process.
-
-    Returns:
-        `global_step`, and the first position of the stream that has not been trained on.
 
     Raises:
         ValueError: names what the checkpoint was trained with where the arguments say otherwise.
     """
-    state = json.loads((path / "state.json").read_text())
+    numbers = json.loads((path / "state.json").read_text())
     for key in ("seed", "global_batch_size"):
-        if state[key] != getattr(args, key):
-            raise ValueError(f"{path} was trained with --{key} {state[key]}, not {getattr(args, key)}")
-    if state["num_images"] != num_images:
-        raise ValueError(f"{path} was trained on {state['num_images']} images, the data has {num_images}")
-    if (ema_model is None) != (state["ema_step"] is None):
-        raise ValueError(f"{path} was trained with --{'no-' if state['ema_step'] is None else ''}use_ema")
-    model.load_state_dict(load_weights(path / "unet"))
-    if ema_model is not None:
+        if numbers[key] != getattr(args, key):
+            raise ValueError(f"{path} was trained with --{key} {numbers[key]}, not {getattr(args, key)}")
+    if numbers["num_images"] != state.num_images:
+        raise ValueError(f"{path} was trained on {numbers['num_images']} images, the data has {state.num_images}")
+    if (state.ema_model is None) != (numbers["ema_step"] is None):
+        raise ValueError(f"{path} was trained with --{'no-' if numbers['ema_step'] is None else ''}use_ema")
+    weights, wanted = load_weights(path / "unet"), state.model.state_dict()
+    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in wanted.items()}:
+        raise ValueError(f"{path} holds another network than --model_config and --model_kwargs describe")
+    state.model.load_state_dict(weights)
+    if state.ema_model is not None:
         weights = load_weights(path / "unet_ema")
         with torch.no_grad():
-            for (name, _), shadow in zip(model.named_parameters(), ema_model.shadow_params, strict=True):
+            for (name, _), shadow in zip(state.model.named_parameters(), state.ema_model.shadow_params, strict=True):
                 shadow.copy_(weights[name])
-        ema_model.optimization_step = state["ema_step"]
-    optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
-    lr_scheduler.load_state_dict(state["lr_scheduler"])
-    if state["scaler"] is not None and accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    logger.info(f"resumed from {path} at step {state['global_step']}")
-    return state["global_step"], state["position"]
+        state.ema_model.optimization_step = numbers["ema_step"]
+    state.optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
+    state.lr_scheduler.load_state_dict(numbers["lr_scheduler"])
+    if numbers["scaler"] is not None and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(numbers["scaler"])
+    state.global_step, state.position = numbers["global_step"], numbers["position"]
+    logger.info(f"resumed from {path} at step {state.global_step}")
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -760,48 +842,65 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def add_to_bins(bins: torch.Tensor, loss: torch.Tensor, timesteps: torch.Tensor, num_train_timesteps: int) -> None:
+    """Adds losses of shape (B) to the sums and counts of their timestep quartiles, on the device."""
+    quartile = timesteps * TIMESTEP_BINS // num_train_timesteps  # (B)
+    loss = loss.detach().float()
+    bins.index_add_(1, quartile, torch.stack([loss, torch.ones_like(loss)]))
+
+
+def bin_means(accelerator: Accelerator, bins: torch.Tensor, name: str) -> dict[str, float]:
+    """Mean loss of all processes, under `name`, and by timestep quartile. To be called by all processes.
+
+    Args:
+        bins: sums of the losses by timestep quartile, and counts; shape (2, TIMESTEP_BINS).
+        name: for trackers, such as `"train/loss"`.
+    """
+    sums, counts = accelerator.reduce(bins, "sum").tolist()
+    means = {name: sum(sums) / max(sum(counts), 1)}
+    for i in range(TIMESTEP_BINS):
+        if counts[i] > 0:
+            means[f"{name}_quartile_{i + 1}"] = sums[i] / counts[i]
+    return means
+
+
 def log_metrics(
     accelerator: Accelerator,
     progress: tqdm,
+    state: TrainingState,
     bins: torch.Tensor,
     grad_norm: torch.Tensor,
     lr: float,
-    ema_decay: float | None,
     images_per_second: float,
     num_bad_images: int,
-    global_step: int,
-    position: int,
 ) -> None:
     """Sends the numbers since the last log to the trackers and the progress bar. To be called by all processes.
 
     Args:
-        bins: sums of the losses by timestep quartile, and counts; shape (2, TIMESTEP_BINS).
+        bins: see `bin_means`.
         images_per_second: of all processes.
         num_bad_images: skipped by this process so far.
 
     Raises:
         RuntimeError: if the loss is not finite.
     """
-    bins = accelerator.reduce(bins, "sum").cpu()
-    loss = (bins[0].sum() / bins[1].sum()).item()
-    values = {
-        "train/loss": loss,
+    values = bin_means(accelerator, bins, "train/loss") | {
         "train/grad_norm": grad_norm.item(),
         "train/learning_rate": lr,
         "train/images_per_second": images_per_second,
         "train/peak_memory_gib": peak_memory(accelerator.device) / 2**30,
-        "train/kimg": position / 1000,
+        "train/kimg": state.position / 1000,
         "train/bad_images": num_bad_images,
     }
-    if ema_decay is not None:
-        values["train/ema_decay"] = ema_decay
-    for i in range(TIMESTEP_BINS):
-        if bins[1, i] > 0:
-            values[f"train_by_timestep/loss_quartile_{i + 1}"] = (bins[0, i] / bins[1, i]).item()
-    accelerator.log(values, step=global_step)
+    if state.ema_model is not None:
+        values["train/ema_decay"] = state.ema_model.cur_decay_value
+    accelerator.log(values, step=state.global_step)
+    loss = values["train/loss"]
     progress.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", img_s=f"{images_per_second:.0f}", refresh=False)
     if not math.isfinite(loss):
-        raise RuntimeError(f"the loss is {loss} after step {global_step}; lower --learning_rate, or use bf16 or fp32")
+        raise RuntimeError(
+            f"the loss is {loss} at step {state.global_step}; lower --learning_rate, or train in bf16 or fp32"
+        )
 
 
 @torch.no_grad()
@@ -811,41 +910,27 @@ def validation_loss(
     model: ModelMixin,
     noise_scheduler: DDPMScheduler,
     table: ImageTable,
-    num_channels: int,
 ) -> dict[str, float]:
     """Loss on held-out images at fixed noise and evenly spread timesteps, in all and by timestep quartile."""
     stream = PositionStream(len(table), seed=0)
-    dataset = ImageDataset(table, stream, args.resolution, num_channels, center_crop=True)
-    dataset.on_bad_image = args.on_bad_image
+    num_channels = model.config.in_channels
+    dataset = ImageDataset(
+        table, stream, args.resolution, num_channels, center_crop=True, on_bad_image=args.on_bad_image
+    )
     num_positions = min(len(table), args.validation_loss_images)
     positions = [(p, stream.index(p)) for p in range(num_positions)]
     batches = [positions[i : i + args.train_batch_size] for i in range(0, num_positions, args.train_batch_size)]
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     bins = torch.zeros(2, TIMESTEP_BINS, device=accelerator.device)
-    null = null_label(model)
     for batch in DataLoader(dataset, batch_sampler=mine, num_workers=args.dataloader_num_workers, collate_fn=collate):
-        uniform = (batch["position"] + 0.5) / num_positions
-        timesteps = batch_timesteps(uniform, args.num_train_timesteps).to(accelerator.device)
-        labels = batch_labels(batch, 0.0, null)
-        labels = None if labels is None else labels.to(accelerator.device)
-        clean_images, noise = (batch[key].to(accelerator.device) for key in ("pixel_values", "noise"))
-        noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)
+        batch["time_uniform"] = (batch["position"] + 0.5) / num_positions
+        noisy_images, clean_images, noise, timesteps, labels = diffuse(
+            batch, noise_scheduler, 0.0, null_label(model), accelerator.device
+        )
         model_pred = model(noisy_images, timesteps, class_labels=labels).sample
         loss = compute_loss(model_pred, noise_scheduler, clean_images, noise, timesteps)
         add_to_bins(bins, loss, timesteps, args.num_train_timesteps)
-    bins = accelerator.reduce(bins, "sum").cpu()
-    values = {"validation/loss": (bins[0].sum() / bins[1].sum()).item()}
-    for i in range(TIMESTEP_BINS):
-        if bins[1, i] > 0:
-            values[f"validation/loss_quartile_{i + 1}"] = (bins[0, i] / bins[1, i]).item()
-    return values
-
-
-def add_to_bins(bins: torch.Tensor, loss: torch.Tensor, timesteps: torch.Tensor, num_train_timesteps: int) -> None:
-    """Adds losses of shape (B) to the sums and counts of their timestep quartiles, on the device."""
-    quartile = timesteps * TIMESTEP_BINS // num_train_timesteps  # (B)
-    loss = loss.detach().float()
-    bins.index_add_(1, quartile, torch.stack([loss, torch.ones_like(loss)]))
+    return bin_means(accelerator, bins, "validation/loss")
 
 
 @torch.no_grad()
@@ -890,68 +975,57 @@ def image_grid(images: list[PIL.Image.Image]) -> PIL.Image.Image:
 def log_validation(
     accelerator: Accelerator,
     args: argparse.Namespace,
-    model: ModelMixin,
-    ema_model: EMAModel | None,
+    state: TrainingState,
     noise_scheduler: DDPMScheduler,
     table: ImageTable,
     validation_table: ImageTable | None,
-    global_step: int,
-    position: int,
 ) -> None:
     """With the EMA weights: held-out loss, preview grid, and the pipeline folder. To be called by all processes."""
-    model.eval()
-    with ema_weights(ema_model, model):
+    model = state.model.eval()
+    with ema_weights(state.ema_model, model):
         values = {}
         if validation_table is not None:
-            num_channels = model.config.in_channels
-            values = validation_loss(accelerator, args, model, noise_scheduler, validation_table, num_channels)
-            accelerator.log(values, step=global_step)
+            values = validation_loss(accelerator, args, model, noise_scheduler, validation_table)
+            accelerator.log(values, step=state.global_step)
         images = draw_preview(accelerator, args, model, noise_scheduler)
         if accelerator.is_main_process:
             grid = image_grid(images)
             previews = Path(args.output_dir, "previews")
             previews.mkdir(exist_ok=True)
-            grid.save(previews / f"step_{global_step:08d}.png")
+            grid.save(previews / f"step_{state.global_step:08d}.png")
             stacked = np.asarray(grid.convert("RGB"))[None]
             for tracker in accelerator.trackers:
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"samples": stacked}, step=global_step, **options)
-            save_pipeline(args, model, noise_scheduler, table, grid, values, global_step, position)
+                tracker.log_images({"samples": stacked}, step=state.global_step, **options)
+            save_pipeline(args, state, noise_scheduler, table, grid, values)
     model.train()
     accelerator.wait_for_everyone()
 
 
 def save_pipeline(
     args: argparse.Namespace,
-    model: ModelMixin,
+    state: TrainingState,
     noise_scheduler: DDPMScheduler,
     table: ImageTable,
     grid: PIL.Image.Image,
     validation: dict[str, float],
-    global_step: int,
-    position: int,
 ) -> None:
     """Writes the pipeline folder into --output_dir: weights as they are now, scheduler, arguments, model card."""
     output_dir = Path(args.output_dir)
     if args.class_conditional:
         id2label = {str(number): name for number, name in enumerate(table.class_names)}
-        pipeline = DiffiTPipeline(model, noise_scheduler, id2label=id2label)
+        pipeline = DiffiTPipeline(state.model, noise_scheduler, id2label=id2label)
     else:
-        pipeline = DDPMPipeline(model, noise_scheduler)
+        pipeline = DDPMPipeline(state.model, noise_scheduler)
         (output_dir / "diffit_pipeline.py").unlink(missing_ok=True)
     pipeline.save_pretrained(output_dir)
     (output_dir / "training_args.yaml").write_text(yaml.safe_dump(public_args(args)))
     grid.save(output_dir / "sample_grid.png")
-    model_card(args, model, table, validation, global_step, position).save(output_dir / "README.md")
+    model_card(args, state, table, validation).save(output_dir / "README.md")
 
 
 def model_card(
-    args: argparse.Namespace,
-    model: ModelMixin,
-    table: ImageTable,
-    validation: dict[str, float],
-    global_step: int,
-    position: int,
+    args: argparse.Namespace, state: TrainingState, table: ImageTable, validation: dict[str, float]
 ) -> ModelCard:
     """What was trained on what, and how to load it."""
     name = args.hub_model_id or Path(args.output_dir).name
@@ -963,17 +1037,17 @@ def model_card(
         tags=["diffusers", "diffit", "class-conditional" if args.class_conditional else "unconditional"],
         datasets=[args.dataset_name] if args.dataset_name and not Path(args.dataset_name).exists() else None,
     )
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_parameters = sum(parameter.numel() for parameter in state.model.parameters())
     classes = ""
     call = "pipeline(batch_size=4, num_inference_steps=1000).images"
     if args.class_conditional:
         classes = f"\nClasses: {', '.join(table.class_names[:50])}{', ...' if len(table.class_names) > 50 else ''}.\n"
         call = f"pipeline(class_labels=[{table.class_names[0]!r}] * 4, num_inference_steps=50).images"
     rows = {
-        "network": f"`{type(model).__name__}`, {num_parameters / 1e6:.1f} M parameters",
+        "network": f"`{type(state.model).__name__}`, {num_parameters / 1e6:.1f} M parameters",
         "data": f"{source}, {len(table):,} images, {'x'.join(map(str, args.resolution))} pixels",
-        "optimizer steps": f"{global_step:,} of {args.max_train_steps:,}, {args.global_batch_size} images each",
-        "images seen": f"{position:,}",
+        "optimizer steps": f"{state.global_step:,} of {args.max_train_steps:,}, {args.global_batch_size} images each",
+        "images seen": f"{state.position:,}",
         "objective": f"{args.prediction_type}, {args.beta_schedule} betas, {args.num_train_timesteps} timesteps",
         "weights": f"EMA, decay up to {args.ema_max_decay}" if args.use_ema else "as trained, no EMA",
     } | ({"held-out loss": f"{validation['validation/loss']:.4f}"} if validation else {})
@@ -1037,78 +1111,43 @@ def main(args: argparse.Namespace) -> None:
         print_dry_run(accelerator, args, config, table, validation_table)
         return
     torch.manual_seed(args.seed)
-    model = build_model(config, args.pretrained_model_name_or_path)
+    raw_model = build_model(config, args.pretrained_model_name_or_path)
+    set_up_model(accelerator, args, raw_model)
     noise_scheduler = build_noise_scheduler(args)
-    set_up_model(accelerator, args, model)
-    dataset = ImageDataset(
-        table,
-        PositionStream(len(table), args.seed),
-        args.resolution,
-        args.num_channels,
-        args.center_crop,
-        args.random_flip,
-        args.on_bad_image,
-    )
-    ema_model = build_ema(args, model)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
-    lr_scheduler = build_lr_scheduler(args, optimizer)
+    raw_optimizer = build_optimizer(args, raw_model)
+    lr_scheduler = build_lr_scheduler(args, raw_optimizer)
+    ema_model = build_ema(args, raw_model)
+    state = TrainingState(raw_model, ema_model, raw_optimizer, lr_scheduler, len(table))
 
     # 2. resume
-    global_step, position = 0, 0
     if checkpoint is not None:
-        states = (model, ema_model, optimizer, lr_scheduler, len(table))
-        global_step, position = load_checkpoint(checkpoint, accelerator, args, *states)
+        load_checkpoint(checkpoint, accelerator, args, state)
     prepare_output_dir(accelerator, args)
-    if ema_model is not None:
-        ema_model.to(accelerator.device)
-    raw_model, raw_optimizer = model, optimizer
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = accelerator.prepare(raw_model, raw_optimizer)
+    batches = build_batches(accelerator, args, table, state.position)
     accelerator.init_trackers(
         "train_diffit",
         config={key: v if isinstance(v, int | float | str) else str(v) for key, v in public_args(args).items()},
-        init_kwargs={"tensorboard": {"purge_step": global_step + 1}},
-    )
-    sampler = StreamBatchSampler(
-        dataset.stream, args.train_batch_size, position, accelerator.num_processes, accelerator.process_index
-    )
-    batches = iter(
-        DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            num_workers=args.dataloader_num_workers,
-            collate_fn=collate,
-            pin_memory=accelerator.device.type == "cuda",
-        )
+        init_kwargs={"tensorboard": {"purge_step": state.global_step + 1}},
     )
     describe_run(accelerator, args, raw_model, table, validation_table)
-    if global_step >= args.max_train_steps:
-        logger.info(f"nothing left to train: {checkpoint} is at step {global_step} of {args.max_train_steps}")
+    if state.global_step >= args.max_train_steps:
+        logger.info(f"nothing left to train: {checkpoint} is at step {state.global_step} of {args.max_train_steps}")
 
     # 3. train
     null = null_label(raw_model)
-    bins = torch.zeros(2, TIMESTEP_BINS, device=accelerator.device)
+    bins = torch.zeros(2, TIMESTEP_BINS, device=accelerator.device)  # losses since the last log, by timestep
     bad_images: set[str] = set()
-    progress = tqdm(total=args.max_train_steps, initial=global_step, disable=not accelerator.is_main_process)
-    progress.set_description("training")
+    progress = tqdm(total=args.max_train_steps, initial=state.global_step, disable=not accelerator.is_main_process)
     steps_since_log, log_time = 0, time.perf_counter()
     model.train()
-    while global_step < args.max_train_steps:
+    while state.global_step < args.max_train_steps:
         for _ in range(args.gradient_accumulation_steps):
             batch = next(batches)
             report_bad_images(batch["bad_images"], bad_images)
-            timesteps = batch_timesteps(batch["time_uniform"], args.num_train_timesteps).to(accelerator.device)
-            labels = batch_labels(batch, args.label_dropout, null)
-            labels = None if labels is None else labels.to(accelerator.device)
-            clean_images, noise = (
-                batch[key].to(accelerator.device, non_blocking=True) for key in ("pixel_values", "noise")
+            noisy_images, clean_images, noise, timesteps, labels = diffuse(
+                batch, noise_scheduler, args.label_dropout, null, accelerator.device
             )
-            noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)
             seed_dropout(args.seed, int(batch["position"][0]))
             with accelerator.accumulate(model):
                 model_pred = model(noisy_images, timesteps, class_labels=labels).sample
@@ -1119,31 +1158,27 @@ def main(args: argparse.Namespace) -> None:
                 optimizer.step()
                 optimizer.zero_grad()
             add_to_bins(bins, loss, timesteps, args.num_train_timesteps)
-        position += args.global_batch_size
+        state.position += args.global_batch_size
         if accelerator.optimizer_step_was_skipped:  # fp16 overflow: the images are passed by, nothing else moves on
             continue
         lr = lr_scheduler.get_last_lr()[0]
         lr_scheduler.step()
         if ema_model is not None:
             ema_model.step(raw_model.parameters())
-        global_step += 1
+        state.global_step += 1
         steps_since_log += 1
         progress.update()
 
-        if is_due(global_step, args.logging_steps, args.max_train_steps):
+        if is_due(state.global_step, args.logging_steps, args.max_train_steps):
             images_per_second = steps_since_log * args.global_batch_size / (time.perf_counter() - log_time)
-            ema_decay = None if ema_model is None else ema_model.cur_decay_value
-            numbers = (bins, grad_norm, lr, ema_decay, images_per_second, len(bad_images), global_step, position)
-            log_metrics(accelerator, progress, *numbers)
+            log_metrics(accelerator, progress, state, bins, grad_norm, lr, images_per_second, len(bad_images))
             bins.zero_()
             steps_since_log, log_time = 0, time.perf_counter()
         started = time.perf_counter()
-        if is_due(global_step, args.checkpointing_steps, args.max_train_steps):
-            states = (raw_model, ema_model, raw_optimizer, lr_scheduler, len(table))
-            save_checkpoint(accelerator, args, *states, global_step, position)
-        if is_due(global_step, args.validation_steps, args.max_train_steps):
-            tables = (table, validation_table)
-            log_validation(accelerator, args, raw_model, ema_model, noise_scheduler, *tables, global_step, position)
+        if is_due(state.global_step, args.checkpointing_steps, args.max_train_steps):
+            save_checkpoint(accelerator, args, state)
+        if is_due(state.global_step, args.validation_steps, args.max_train_steps):
+            log_validation(accelerator, args, state, noise_scheduler, table, validation_table)
         log_time += time.perf_counter() - started  # images/s is of training alone
 
     # 4. finish

@@ -612,7 +612,7 @@ def test_diffusers_pipeline_runs_the_network(name):
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_scheduler_steps_with_the_network(name):
     unet, scheduler = build_unet(), SCHEDULERS[name]()
-    scheduler.set_timesteps(4)  # the fewest that PNDM takes
+    scheduler.set_timesteps(4)
     initial = noise_like_input(unet) * scheduler.init_noise_sigma
     sample = initial
     with torch.no_grad():
