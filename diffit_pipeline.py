@@ -10,10 +10,13 @@ Shapes: B images, C channels, H/W height/width.
 
 import inspect
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import PIL.Image
+import PIL.ImageOps
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -30,6 +33,7 @@ from diffusers import (
     UNet2DModel,
     UniPCMultistepScheduler,
 )
+from diffusers.utils import make_image_grid
 from diffusers.utils.torch_utils import randn_tensor
 
 SCHEDULERS = {
@@ -44,6 +48,29 @@ SCHEDULERS = {
     "kdpm2": KDPM2DiscreteScheduler,
     "unipc": UniPCMultistepScheduler,
 }
+
+
+def image_grid(images: list[PIL.Image.Image], columns: int | None = None, rows: int | None = None) -> PIL.Image.Image:
+    """Puts images of one size side by side, row by row, for looking at.
+
+    Small images are enlarged by a whole factor, to 32 pixels at least, and each has a thin border.
+
+    Args:
+        images: of one size and mode; those that find no place are left out.
+        columns: default: as many as make the grid almost square.
+        rows: default: as many as the images need.
+    """
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = rows or math.ceil(len(images) / columns)
+    factor = math.ceil(32 / min(images[0].size))
+    tiles = [
+        PIL.ImageOps.expand(
+            image.resize((image.width * factor, image.height * factor), PIL.Image.Resampling.NEAREST), 1, "gray"
+        )
+        for image in images[: columns * rows]
+    ]
+    blank = PIL.Image.new(tiles[0].mode, tiles[0].size, "gray")
+    return make_image_grid(tiles + [blank] * (columns * rows - len(tiles)), rows, columns)
 
 
 def null_label(unet: torch.nn.Module) -> int | None:

@@ -9,7 +9,6 @@ The noise of a seed depends on the seed alone. Images that exist are kept, so a 
 
 import argparse
 import json
-import math
 import os
 import re
 from pathlib import Path
@@ -18,11 +17,10 @@ import numpy as np
 import PIL.Image
 import torch
 from accelerate import PartialState
-from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
 from diffit_model import choose_attention_backend, model_class, set_attention_backend
-from diffit_pipeline import SCHEDULERS, DiffiTPipeline, null_label
+from diffit_pipeline import SCHEDULERS, DiffiTPipeline, image_grid, null_label
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -172,14 +170,9 @@ def draw(args: argparse.Namespace, pipeline: DiffiTPipeline, rows: list[dict], o
 
 def write_summary(args: argparse.Namespace, rows: list[dict], output_dir: Path) -> None:
     """Writes the grid and, if asked for, the npz."""
-    columns, grid_rows = args.grid or (0, 0)
-    if args.grid is None:
-        per_class = args.num_images_per_class
-        columns = per_class or math.ceil(math.sqrt(len(rows)))
-        grid_rows = math.ceil(len(rows) / columns)
-    images = [PIL.Image.open(output_dir / row["file"]) for row in rows[: columns * grid_rows]]
-    blank = PIL.Image.new(images[0].mode, images[0].size)
-    make_image_grid(images + [blank] * (columns * grid_rows - len(images)), grid_rows, columns).save(
+    columns, grid_rows = args.grid or (args.num_images_per_class, None)
+    shown = rows[: columns * grid_rows] if args.grid else rows
+    image_grid([PIL.Image.open(output_dir / row["file"]) for row in shown], columns, grid_rows).save(
         output_dir / "grid.png"
     )
     if args.save_npz:

@@ -37,7 +37,6 @@ from accelerate.utils import ProjectConfiguration
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, ModelMixin, UNet2DModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
-from diffusers.utils import make_image_grid
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
@@ -57,7 +56,7 @@ from diffit_data import (
     split_table,
 )
 from diffit_model import DiffiTUNet2DModel, choose_attention_backend, model_class, set_attention_backend
-from diffit_pipeline import DiffiTPipeline, null_label
+from diffit_pipeline import DiffiTPipeline, image_grid, null_label
 
 logger = get_logger("train_diffit", log_level="INFO")
 
@@ -962,14 +961,6 @@ def draw_preview(
     if pixels.shape[-1] not in (1, 3, 4):
         pixels = pixels[..., :3] if pixels.shape[-1] > 4 else pixels[..., :1]  # show the first channels
     return [PIL.Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in pixels]
-
-
-def image_grid(images: list[PIL.Image.Image]) -> PIL.Image.Image:
-    """Puts images of one size side by side in an almost square grid, row by row."""
-    columns = math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
-    blank = PIL.Image.new(images[0].mode, images[0].size)
-    return make_image_grid(images + [blank] * (rows * columns - len(images)), rows, columns)
 
 
 def log_validation(

@@ -12,7 +12,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 
 import sample_diffit
 from diffit_model import DiffiTUNet2DModel, model_class
-from diffit_pipeline import SCHEDULERS, DiffiTPipeline
+from diffit_pipeline import SCHEDULERS, DiffiTPipeline, image_grid
 
 NAMES = {"0": "red", "1": "green", "2": "7"}
 
@@ -148,6 +148,17 @@ def test_size_and_output_types(unconditional):
     assert image.size == (8, 8)
 
 
+def test_image_grid_places_images_row_by_row():
+    images = [PIL.Image.new("RGB", (4, 8), color) for color in ("red", "green", "blue")]
+    grid = image_grid(images)
+    assert grid.size == (2 * 34, 2 * 66)  # 4 x 8 enlarged eight times, with borders
+    assert [grid.getpixel(xy) for xy in ((17, 33), (51, 33), (17, 99))] == [
+        (255, 0, 0), (0, 128, 0), (0, 0, 255)
+    ]  # fmt: skip
+    assert grid.getpixel((51, 99)) == grid.getpixel((0, 0)) == (128, 128, 128)
+    assert image_grid([PIL.Image.new("L", (64, 64))] * 5, columns=2, rows=1).size == (132, 66)
+
+
 # --- the script
 
 
@@ -155,7 +166,7 @@ def test_files_have_the_names_of_seed_and_class(conditional, tmp_path):
     images = sample(conditional, tmp_path, "--seeds=7,9-10", "--class_labels=7,red", "--grid=2x1", "--save_npz")
     names = ["class_000_seed_00000009.png", "class_002_seed_00000007.png", "class_002_seed_00000010.png"]
     assert sorted(images) == names
-    assert PIL.Image.open(tmp_path / "grid.png").size == (16, 8)
+    assert PIL.Image.open(tmp_path / "grid.png").size == (2 * 34, 34)
     with np.load(tmp_path / "samples.npz") as arrays:
         assert arrays["arr_0"].shape == (3, 8, 8, 3) and arrays["arr_0"].dtype == np.uint8
         assert arrays["arr_1"].tolist() == [2, 0, 2]
@@ -168,7 +179,7 @@ def test_files_have_the_names_of_seed_and_class(conditional, tmp_path):
 def test_images_per_class_take_a_seed_each(conditional, tmp_path):
     images = sample(conditional, tmp_path, "--class_labels=all", "--num_images_per_class=2")
     assert sorted(images) == [f"class_{i // 2:03d}_seed_{i:08d}.png" for i in range(6)]
-    assert PIL.Image.open(tmp_path / "grid.png").size == (16, 24)  # a row for each class
+    assert PIL.Image.open(tmp_path / "grid.png").size == (2 * 34, 3 * 34)  # a row for each class
 
 
 def test_unconditional_folder_is_sampled(unconditional, tmp_path):

@@ -340,7 +340,10 @@ def test_previews_are_written_as_png(finished_run):
         "step_00000003.png",
         "step_00000006.png",
     ]
-    assert PIL.Image.open(finished_run / "previews/step_00000006.png").size == (24, 16)
+    assert PIL.Image.open(finished_run / "previews/step_00000006.png").size == (
+        3 * 34,
+        2 * 34,
+    )  # enlarged, with a border
 
 
 def test_token_is_written_nowhere(finished_run):
