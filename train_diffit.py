@@ -12,6 +12,7 @@ Randomness is a function of the position in the data stream (see `diffit_data.py
 import argparse
 import contextlib
 import difflib
+import hashlib
 import inspect
 import json
 import logging
@@ -21,7 +22,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, ModelMixin, UNet2DModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
@@ -60,6 +61,7 @@ from diffit_pipeline import DiffiTPipeline, image_grid, null_label
 
 logger = get_logger("train_diffit", log_level="INFO")
 
+MANIFEST = "manifest.json"  # of a checkpoint: size and checksum of each file
 DROPOUT = 3  # stream of `position_generator` that seeds dropout inside the network
 TIMESTEP_BINS = 4  # the loss is logged by quartile of the timesteps
 DURATIONS = ("max_train_steps", "num_train_epochs", "max_train_kimg")
@@ -713,56 +715,125 @@ def ema_weights(ema_model: EMAModel | None, model: ModelMixin) -> Iterator[None]
 
 
 def list_checkpoints(output_dir: str) -> list[Path]:
-    """Complete checkpoints `checkpoint-N` of a folder, oldest first."""
+    """Checkpoints `checkpoint-N` of a folder, oldest first; `checkpoint_problem` tells whether one is damaged."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
-def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, state: TrainingState) -> None:
-    """Writes `checkpoint-N` with all that a resumed run needs, then deletes old ones. To be called by all processes.
+def file_digest(file: Path) -> dict[str, int | str]:
+    """Size in bytes and SHA-256 of a file."""
+    with file.open("rb") as handle:
+        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
 
-    It is written under another name and renamed at the end, so a `checkpoint-N` is complete.
+
+def checkpoint_problem(path: Path) -> str | None:
+    """What is wrong with a checkpoint, in words, by its manifest of sizes and checksums; None if it is complete."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, expected in manifest.items():
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if file_digest(path / name) != expected:
+                return f"{name} is damaged (size or checksum differs from {MANIFEST})"
+    except (OSError, ValueError) as error:
+        return f"cannot read {MANIFEST}: {error}"
+    return None
+
+
+def sync_to_disk(path: Path) -> None:
+    """Returns when a file or the entries of a folder are on the disk, not only in memory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_checkpoint(folder: Path, accelerator: Accelerator, args: argparse.Namespace, state: TrainingState) -> None:
+    """Writes all that a resumed run needs into a new folder; the manifest comes last."""
+    shutil.rmtree(folder, ignore_errors=True)
+    state.model.save_pretrained(folder / "unet")
+    if state.ema_model is not None:
+        with ema_weights(state.ema_model, state.model):
+            state.model.save_pretrained(folder / "unet_ema")
+    torch.save(state.optimizer.state_dict(), folder / "optimizer.pt")
+    numbers = {
+        "global_step": state.global_step,
+        "position": state.position,
+        "global_batch_size": args.global_batch_size,
+        "seed": args.seed,
+        "num_images": state.num_images,
+        "lr_scheduler": state.lr_scheduler.state_dict(),
+        "ema_step": None if state.ema_model is None else state.ema_model.optimization_step,
+        "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
+    }
+    (folder / "state.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    (folder / "training_args.yaml").write_text(yaml.safe_dump(public_args(args)))
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest = {file.relative_to(folder).as_posix(): file_digest(file) for file in files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    for path in (*files, folder / MANIFEST, *folder.glob("unet*"), folder):
+        sync_to_disk(path)
+
+
+def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, state: TrainingState) -> None:
+    """Writes `checkpoint-N`, then deletes old ones. To be called by all processes.
+
+    It is written under another name and renamed at the end, so a `checkpoint-N` is complete or does not exist. Only
+    the main process writes and deletes.
+
+    Raises:
+        RuntimeError: in all processes, if it could not be written; earlier checkpoints stay.
     """
     accelerator.wait_for_everyone()
+    failed = torch.zeros(1, device=accelerator.device)
+    reason = "see the main process"
     if accelerator.is_main_process:
         target = Path(args.output_dir, f"checkpoint-{state.global_step}")
         temporary = target.with_name(f"tmp-{target.name}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        state.model.save_pretrained(temporary / "unet")
-        if state.ema_model is not None:
-            with ema_weights(state.ema_model, state.model):
-                state.model.save_pretrained(temporary / "unet_ema")
-        torch.save(state.optimizer.state_dict(), temporary / "optimizer.pt")
-        numbers = {
-            "global_step": state.global_step,
-            "position": state.position,
-            "global_batch_size": args.global_batch_size,
-            "seed": args.seed,
-            "num_images": state.num_images,
-            "lr_scheduler": state.lr_scheduler.state_dict(),
-            "ema_step": None if state.ema_model is None else state.ema_model.optimization_step,
-            "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
-        }
-        (temporary / "state.json").write_text(json.dumps(numbers, indent=2) + "\n")
-        (temporary / "training_args.yaml").write_text(yaml.safe_dump(public_args(args)))
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
-        if args.checkpoints_total_limit is not None:
-            for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
-                shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+        try:
+            write_checkpoint(temporary, accelerator, args, state)
+            shutil.rmtree(target, ignore_errors=True)  # a damaged one of the same step
+            temporary.rename(target)
+            sync_to_disk(target.parent)
+            if args.checkpoints_total_limit is not None:
+                for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+                    shutil.rmtree(old)
+        except Exception as error:  # a full disk is an OSError, a SafetensorError or a RuntimeError
+            reason = str(error)
+            failed += 1
+            shutil.rmtree(temporary, ignore_errors=True)
+    if accelerator.reduce(failed, "sum").item() > 0:
+        left = list_checkpoints(args.output_dir)
+        raise RuntimeError(
+            f"checkpoint-{state.global_step} could not be written to {args.output_dir} ({reason}); "
+            f"the last one there is {left[-1].name if left else 'none'}"
+        )
     logger.info(f"saved checkpoint-{state.global_step}")
+
+
+def on_main_process(accelerator: Accelerator, function: Callable, *arguments):
+    """What a function returns in the main process, in every process; a ValueError or OSError is raised in all."""
+    outcome = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = function(*arguments)
+        except (ValueError, OSError) as error:
+            outcome[1] = str(error)
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise ValueError(outcome[1])
+    return outcome[0]
 
 
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
     """The checkpoint that --resume_from_checkpoint means; None starts afresh.
 
+    `latest` is the newest complete one. Damaged ones are named, passed over and left where they are.
+
     Raises:
-        ValueError: if it does not exist, or if --output_dir already holds checkpoints and no flag says what to do.
+        ValueError: if it does not exist or is damaged, if there are only damaged ones, or if --output_dir already
+            holds checkpoints and no flag says what to do.
     """
     existing = list_checkpoints(args.output_dir)
     if args.resume_from_checkpoint is None:
@@ -772,14 +843,20 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
                 "--resume_from_checkpoint latest to go on, or --overwrite_output_dir to delete them"
             )
         return None
-    if args.resume_from_checkpoint == "latest":
-        if not existing:
-            logger.info(f"no checkpoint in {args.output_dir}: starting afresh")
-        return existing[-1] if existing else None
-    path = Path(args.resume_from_checkpoint)
-    if not (path / "state.json").is_file():
-        raise ValueError(f"--resume_from_checkpoint {path}: not a checkpoint (no state.json)")
-    return path
+    if args.resume_from_checkpoint != "latest":
+        path = Path(args.resume_from_checkpoint)
+        if problem := checkpoint_problem(path):
+            raise ValueError(f"--resume_from_checkpoint {path}: {problem}")
+        return path
+    for path in reversed(existing):
+        problem = checkpoint_problem(path)
+        if problem is None:
+            return path
+        logger.warning(f"passing over {path}: {problem}")
+    if existing:
+        raise ValueError(f"--resume_from_checkpoint latest: all checkpoints in {args.output_dir} are damaged")
+    logger.info(f"no checkpoint in {args.output_dir}: starting afresh")
+    return None
 
 
 def load_checkpoint(path: Path, accelerator: Accelerator, args: argparse.Namespace, state: TrainingState) -> None:
@@ -1093,7 +1170,7 @@ def main(args: argparse.Namespace) -> None:
     # 1. set up
     config = read_model_config(args)
     accelerator = build_accelerator(args)
-    checkpoint = find_checkpoint(args)
+    checkpoint = on_main_process(accelerator, find_checkpoint, args)
     with accelerator.main_process_first():
         table, validation_table = build_tables(args)
     config = resolve_model_config(args, config, table)
@@ -1212,6 +1289,8 @@ def prepare_output_dir(accelerator: Accelerator, args: argparse.Namespace) -> No
             for old in [*list_checkpoints(args.output_dir), Path(args.output_dir, "previews")]:
                 shutil.rmtree(old, ignore_errors=True)
             shutil.rmtree(Path(args.output_dir, args.logging_dir), ignore_errors=True)
+        for unfinished in Path(args.output_dir).glob("tmp-checkpoint-*"):  # of a run that was killed while writing
+            shutil.rmtree(unfinished, ignore_errors=True)
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
 

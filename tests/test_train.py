@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -604,6 +606,62 @@ def test_killed_and_resumed_run_is_bitwise_the_uninterrupted_one(accumulation, t
         assert json.loads((whole / "state.json").read_text()) == json.loads(
             (resumed / f"checkpoint-{steps}" / "state.json").read_text()
         )
+
+
+@pytest.fixture
+def two_checkpoints(train_args, tmp_path) -> tuple[list[str], Path]:
+    arguments = [*train_args, "--checkpointing_steps=2", "--resume_from_checkpoint=latest"]
+    train(arguments)
+    return arguments, tmp_path / "run"
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest"])
+def test_latest_passes_over_a_damaged_checkpoint_and_says_so(damage, two_checkpoints, caplog):
+    arguments, run_dir = two_checkpoints
+    file = run_dir / "checkpoint-4" / ("manifest.json" if damage == "manifest" else "optimizer.pt")
+    content = file.read_bytes()
+    if damage == "truncate":
+        file.write_bytes(content[:-1])
+    elif damage == "flip":
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+        file.unlink()
+    with pytest.raises(ValueError, match=file.name):
+        train([*arguments, f"--resume_from_checkpoint={run_dir / 'checkpoint-4'}"])
+    train([*arguments, "--max_train_steps=5"])
+    assert "passing over" in caplog.text and file.name in caplog.text
+    assert "resumed from" in caplog.text and "at step 2" in caplog.text
+    assert train_diffit.checkpoint_problem(run_dir / "checkpoint-5") is None
+
+
+def test_only_damaged_checkpoints_are_an_error_and_stay(two_checkpoints):
+    arguments, run_dir = two_checkpoints
+    for step in (2, 4):
+        (run_dir / f"checkpoint-{step}" / "state.json").unlink()
+    with pytest.raises(ValueError, match="all checkpoints .* are damaged"):
+        train(arguments)
+    assert (run_dir / "checkpoint-2/optimizer.pt").is_file()
+
+
+def test_unfinished_checkpoint_of_a_killed_run_is_ignored_and_removed(two_checkpoints):
+    arguments, run_dir = two_checkpoints
+    (run_dir / "tmp-checkpoint-6").mkdir()
+    train([*arguments, "--max_train_steps=5"])
+    assert not (run_dir / "tmp-checkpoint-6").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_full_disk_keeps_the_checkpoint_before_and_says_so(train_args, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1800k", "tmpfs", str(disk)], check=True)
+    try:
+        with pytest.raises(RuntimeError, match=r"checkpoint-\d+ could not be written .* the last one there is check"):
+            train([*train_args, f"--output_dir={disk}", "--checkpointing_steps=1", "--max_train_steps=20"])
+        assert not list(disk.glob("tmp-*"))
+        assert all(train_diffit.checkpoint_problem(path) is None for path in train_diffit.list_checkpoints(disk))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_tensorboard_steps_after_the_checkpoint_are_purged(train_args, tmp_path):
