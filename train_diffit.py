@@ -20,6 +20,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -62,6 +63,8 @@ from diffit_pipeline import DiffiTPipeline, image_grid, null_label
 logger = get_logger("train_diffit", log_level="INFO")
 
 MANIFEST = "manifest.json"  # of a checkpoint: size and checksum of each file
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+EXIT_STOPPED = 75  # exit code after a signal or --max_train_time: a checkpoint was saved, the run can go on
 DROPOUT = 3  # stream of `position_generator` that seeds dropout inside the network
 TIMESTEP_BINS = 4  # the loss is logged by quartile of the timesteps
 DURATIONS = ("max_train_steps", "num_train_epochs", "max_train_kimg")
@@ -155,6 +158,11 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--max_train_steps", type=positive, help="optimizer steps")
     group.add_argument("--num_train_epochs", type=number_type(float, 0, open_ends=True))
     group.add_argument("--max_train_kimg", type=number_type(float, 0, open_ends=True), help="thousands of images")
+    group.add_argument(
+        "--max_train_time",
+        type=number_type(float, 0, open_ends=True),
+        help=f"minutes; then a checkpoint is saved and the exit code is {EXIT_STOPPED}, as after SIGTERM",
+    )
     group.add_argument("--seed", type=number_type(int, 0, 2**64 - 1), default=0)
 
     group = parser.add_argument_group("optimizer")
@@ -561,6 +569,7 @@ def build_batches(
             batch_sampler=StreamBatchSampler(stream, args.train_batch_size, start_position, *shard),
             num_workers=args.dataloader_num_workers,
             collate_fn=collate,
+            worker_init_fn=ignore_stop_signals,
             pin_memory=accelerator.device.type == "cuda",
         )
     )
@@ -897,6 +906,68 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Stopping in time
+
+
+class StopRequest:
+    """Turns SIGTERM, SIGINT, SIGUSR1 and a time limit into one stop that all processes make at the same step.
+
+    The processes exchange their wishes over a CPU process group while the next step is under way, so agreeing costs
+    the device nothing and comes one step late. A second SIGINT (Ctrl-C) stops at once.
+
+    Args:
+        max_train_time: seconds from now on, or None.
+    """
+
+    def __init__(self, max_train_time: float | None):
+        self.wanted = False
+        self.first_signal = math.inf
+        self.deadline = math.inf if max_train_time is None else time.monotonic() + max_train_time
+        self.group = torch.distributed.new_group(backend="gloo") if torch.distributed.is_initialized() else None
+        self.exchange = None
+        self.earlier = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+
+    def _handle(self, number: int, frame) -> None:
+        now = time.monotonic()
+        self.first_signal = min(self.first_signal, now)
+        # A launcher passes on the Ctrl-C that the terminal has sent already: within a second they are the same one.
+        if number == signal.SIGINT and now - self.first_signal > 1:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt
+        self.wanted = True
+
+    def agreed(self) -> bool:
+        """Whether all processes are to stop now. To be called by all, once after each optimizer step."""
+        wanted = self.wanted or time.monotonic() > self.deadline
+        if self.group is None:
+            return wanted
+        agreed = self._result()
+        flag = torch.tensor([int(wanted)])
+        self.exchange = (torch.distributed.all_reduce(flag, group=self.group, async_op=True), flag)
+        return agreed
+
+    def _result(self) -> bool:
+        if self.exchange is None:
+            return False
+        work, flag = self.exchange
+        work.wait()
+        self.exchange = None
+        return bool(flag.item() > 0)
+
+    def close(self) -> None:
+        """Ends the last exchange and gives the signals back."""
+        self._result()
+        for number, handler in self.earlier.items():
+            signal.signal(number, handler)
+
+
+def ignore_stop_signals(worker_id: int) -> None:
+    """For data-loader workers: a signal to the whole process group must not end them before their process is done."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Logs, validation, the pipeline folder
 
 
@@ -998,7 +1069,13 @@ def validation_loss(
     batches = [positions[i : i + args.train_batch_size] for i in range(0, num_positions, args.train_batch_size)]
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     bins = torch.zeros(2, TIMESTEP_BINS, device=accelerator.device)
-    for batch in DataLoader(dataset, batch_sampler=mine, num_workers=args.dataloader_num_workers, collate_fn=collate):
+    for batch in DataLoader(
+        dataset,
+        batch_sampler=mine,
+        num_workers=args.dataloader_num_workers,
+        collate_fn=collate,
+        worker_init_fn=ignore_stop_signals,
+    ):
         batch["time_uniform"] = (batch["position"] + 0.5) / num_positions
         noisy_images, clean_images, noise, timesteps, labels = diffuse(
             batch, noise_scheduler, 0.0, null_label(model), accelerator.device
@@ -1206,6 +1283,7 @@ def main(args: argparse.Namespace) -> None:
     null = null_label(raw_model)
     bins = torch.zeros(2, TIMESTEP_BINS, device=accelerator.device)  # losses since the last log, by timestep
     bad_images: set[str] = set()
+    stop = StopRequest(None if args.max_train_time is None else 60 * args.max_train_time)
     progress = tqdm(total=args.max_train_steps, initial=state.global_step, disable=not accelerator.is_main_process)
     steps_since_log, log_time = 0, time.perf_counter()
     model.train()
@@ -1227,6 +1305,7 @@ def main(args: argparse.Namespace) -> None:
                 optimizer.zero_grad()
             add_to_bins(bins, loss, timesteps, args.num_train_timesteps)
         state.position += args.global_batch_size
+        stopping = stop.agreed()
         if accelerator.optimizer_step_was_skipped:  # fp16 overflow: the images are passed by, nothing else moves on
             continue
         lr = lr_scheduler.get_last_lr()[0]
@@ -1243,14 +1322,22 @@ def main(args: argparse.Namespace) -> None:
             bins.zero_()
             steps_since_log, log_time = 0, time.perf_counter()
         started = time.perf_counter()
-        if is_due(state.global_step, args.checkpointing_steps, args.max_train_steps):
+        finished = state.global_step == args.max_train_steps
+        if stopping or is_due(state.global_step, args.checkpointing_steps, args.max_train_steps):
             save_checkpoint(accelerator, args, state)
+        if stopping and not finished:
+            break
         if is_due(state.global_step, args.validation_steps, args.max_train_steps):
             log_validation(accelerator, args, state, noise_scheduler, table, validation_table)
         log_time += time.perf_counter() - started  # images/s is of training alone
 
     # 4. finish
+    stop.close()
     progress.close()
+    if state.global_step < args.max_train_steps:
+        logger.info(f"stopped at step {state.global_step}; go on with --resume_from_checkpoint latest")
+        accelerator.end_training()
+        sys.exit(EXIT_STOPPED)
     if accelerator.is_main_process:
         logger.info(f"the trained pipeline is {args.output_dir}")
         if args.push_to_hub:

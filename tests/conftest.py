@@ -20,6 +20,8 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # Networks this small are slower on several threads, and far slower where others use the cores too.
+    "OMP_NUM_THREADS": "1",
 }
 
 TINY_CONFIG = {
@@ -72,13 +74,12 @@ def image_folder(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture
-def train_args(tiny_model_config, image_folder, tmp_path) -> list[str]:
-    """Flags of a training that takes a second; later flags win."""
+@pytest.fixture(scope="session")
+def base_args(tiny_model_config, image_folder) -> list[str]:
+    """Flags of a training that takes a second, but for --output_dir; later flags win."""
     return [
         f"--model_config={tiny_model_config}",
         f"--train_data_dir={image_folder}",
-        f"--output_dir={tmp_path / 'run'}",
         "--class_conditional",
         "--train_batch_size=4",
         "--max_train_steps=4",
@@ -88,6 +89,11 @@ def train_args(tiny_model_config, image_folder, tmp_path) -> list[str]:
         "--num_validation_images=3",
         "--validation_inference_steps=2",
     ]
+
+
+@pytest.fixture
+def train_args(base_args, tmp_path) -> list[str]:
+    return [*base_args, f"--output_dir={tmp_path / 'run'}"]
 
 
 def train(arguments: list[str]) -> None:
