@@ -80,15 +80,6 @@ def attentions(unet: nn.Module) -> list[TimeDependentSelfAttention]:
     return [module for module in unet.modules() if isinstance(module, TimeDependentSelfAttention)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small gain nothing from threads, which on a busy machine wait for each other."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 @pytest.fixture
 def contract():
     pytest.importorskip("xformers.ops")
