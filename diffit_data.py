@@ -32,6 +32,8 @@ from torch.utils.data import Sampler, default_collate
 
 IMAGE_EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
+SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
+
 # Independent streams of random numbers for one (seed, position).
 PERMUTATION, AUGMENTATION, DIFFUSION = range(3)
 
@@ -167,6 +169,19 @@ class ImageTable:
         except (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             raise BadImageError(f"cannot read image {name}: {error}") from error
 
+    def with_class_names(self, class_names: tuple[str, ...]) -> "ImageTable":
+        """The same images with their classes numbered as in another table, by their names.
+
+        Raises:
+            ValueError: if there are no labels, or a class that the other table does not have.
+        """
+        names = self.class_names or ()
+        unknown = sorted(set(names) - set(class_names))
+        if not names or unknown:
+            raise ValueError(f"{self.source} has {f'the unknown classes {unknown[:5]}' if names else 'no labels'}")
+        numbers = np.array([class_names.index(name) for name in names])
+        return replace(self, labels=numbers[self.labels], class_names=class_names)
+
     def select(self, indices: list[int]) -> "ImageTable":
         """The table of these images, in this order."""
         return replace(self, indices=self.indices[indices])
@@ -264,7 +279,8 @@ def _table_from_columns(rows: Dataset, source: str, image_column: str | None, la
     image_column = _find_column(source, "--image_column", image_column, features, Image, required=True)
     label_column = _find_column(source, "--label_column", label_column, features, ClassLabel, required=False)
     kind = features[image_column]
-    if not isinstance(kind, Image) and getattr(kind, "dtype", None) not in ("binary", "large_binary", "string"):
+    plain = getattr(kind, "dtype", None) in ("binary", "large_binary", "string")
+    if not isinstance(kind, Image) and not plain and not (isinstance(kind, dict) and "bytes" in kind):
         raise ValueError(f"--image_column {image_column} of {source} holds no images but {kind}")
 
     images = rows.select_columns([image_column]).rename_columns({image_column: "image"})
@@ -345,6 +361,10 @@ def _table_from_files(root: Path, files: list[str], label_column: str | None) ->
             labels = listed
     elif all("/" in name for name in names) and len({name.split("/")[0] for name in names}) > 1:
         labels = {name: name.split("/")[0] for name in names}
+        if set(labels.values()) <= SPLIT_NAMES and all(name.count("/") > 1 for name in names):
+            raise ValueError(f"--train_data_dir {root} holds splits, not classes: give one of {set(labels.values())}")
+    if label_column is not None and "metadata.jsonl" not in files:
+        raise ValueError(f"--label_column {label_column}: only metadata.jsonl has columns, and {root} has none")
 
     archive = str(root) if root.is_file() else None
     paths = names if archive else [str(root / name) for name in names]

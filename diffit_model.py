@@ -13,6 +13,7 @@ import functools
 import math
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -722,13 +723,35 @@ class DiffiTUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         """As in diffusers, without its warning about `auto_map`, which only `AutoModel` reads."""
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
-    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs) -> None:
-        """As in diffusers, and puts this file beside the weights, so that the folder loads anywhere."""
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        save_function: Callable | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """As in diffusers, and puts this file beside the weights, so that the folder loads anywhere.
+
+        The arguments are spelled out because pipelines look for them by name.
+        """
         target = Path(save_directory, "diffit_model.py")
         if is_main_process and target.resolve() != Path(__file__).resolve():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(__file__, target)  # first, because `push_to_hub=True` uploads the folder as it is then
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        super().save_pretrained(
+            str(save_directory),
+            is_main_process=is_main_process,
+            save_function=save_function,
+            safe_serialization=safe_serialization,
+            variant=variant,
+            max_shard_size=max_shard_size,
+            push_to_hub=push_to_hub,
+            **kwargs,
+        )
 
 
 DiffiTUNet2DModel.register_for_auto_class("AutoModel")

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
@@ -48,6 +49,13 @@ SCHEDULERS = {
     "kdpm2": KDPM2DiscreteScheduler,
     "unipc": UniPCMultistepScheduler,
 }
+
+
+def viewable(pixels: np.ndarray) -> PIL.Image.Image:
+    """A picture of uint8 of shape (H, W, C): of all channels if they are 1, 3 or 4, else of the first 1 or 3."""
+    channels = pixels.shape[-1]
+    shown = channels if channels in (1, 3, 4) else (3 if channels > 4 else 1)
+    return PIL.Image.fromarray(pixels[..., 0] if shown == 1 else np.ascontiguousarray(pixels[..., :shown]))
 
 
 def image_grid(images: list[PIL.Image.Image], columns: int | None = None, rows: int | None = None) -> PIL.Image.Image:
@@ -189,6 +197,8 @@ class DiffiTPipeline(DiffusionPipeline):
         elif guidance_scale != 1:
             raise ValueError(f"guidance_scale {guidance_scale} needs class_labels")
         batch_size = batch_size or 1
+        if output_type == "pil" and unet.config.in_channels not in (1, 3, 4):
+            raise ValueError(f"no picture has {unet.config.in_channels} channels: give output_type='np' or 'pt'")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"{len(generator)} generators were given for {batch_size} images")
         if labels is None and null_label(unet) is not None:

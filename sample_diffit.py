@@ -8,7 +8,9 @@ The noise of a seed depends on the seed alone. Images that exist are kept, so a 
 """
 
 import argparse
+import hashlib
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -20,8 +22,9 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from diffit_model import choose_attention_backend, model_class, set_attention_backend
-from diffit_pipeline import SCHEDULERS, DiffiTPipeline, image_grid, null_label
+from diffit_pipeline import SCHEDULERS, DiffiTPipeline, image_grid, null_label, viewable
 
+MOST_IN_GRID = 1024
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -31,7 +34,7 @@ def seed_list(text: str) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if last < first:
+        if last < first or last >= 2**64:
             raise argparse.ArgumentTypeError(f"expected numbers and ranges such as 0-63,100, got {part!r}")
         seeds += range(first, last + 1)
     return list(dict.fromkeys(seeds))
@@ -86,8 +89,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--eta must be in [0, 1], got {args.eta}")
     if args.eta > 0 and args.scheduler != "ddim":
         parser.error(f"--eta is of --scheduler ddim, got {args.scheduler}")
-    if args.guidance_scale < 0:
-        parser.error(f"--guidance_scale must not be negative, got {args.guidance_scale}")
+    if not 0 <= args.guidance_scale < math.inf:
+        parser.error(f"--guidance_scale must be a number from 0 up, got {args.guidance_scale}")
     if args.class_labels is None and (args.guidance_scale != 1 or args.num_images_per_class):
         parser.error("--guidance_scale and --num_images_per_class need --class_labels")
     return args
@@ -118,13 +121,23 @@ def list_images(args: argparse.Namespace, pipeline: DiffiTPipeline) -> list[dict
     else:
         seeds = args.seeds or list(range(64))
         pairs = [(seed, None if labels is None else labels[i % len(labels)]) for i, seed in enumerate(seeds)]
+    suffix = ".png" if pipeline.unet.config.in_channels in (1, 3, 4) else ".npy"
     rows = []
     for seed, label in pairs:
         prefix = "" if label is None else f"class_{label:03d}_"
-        rows.append({"file": f"{prefix}seed_{seed:08d}.png", "seed": seed, "class": label})
+        rows.append({"file": f"{prefix}seed_{seed:08d}{suffix}", "seed": seed, "class": label})
         if label is not None and pipeline.config.id2label:
             rows[-1]["class_name"] = pipeline.config.id2label[str(label)]
     return rows
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """SHA-256 of all weights: the same path may hold another model later."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def check_settings(output_dir: Path, settings: dict) -> None:
@@ -136,7 +149,10 @@ def check_settings(output_dir: Path, settings: dict) -> None:
     file = output_dir / "samples.json"
     if not file.is_file():
         return
-    earlier = json.loads(file.read_text())["arguments"]
+    summary = json.loads(file.read_text())
+    if not any((output_dir / row["file"]).is_file() for row in summary["images"]):
+        return
+    earlier = summary["arguments"]
     differ = [key for key in settings if settings[key] != earlier.get(key)]
     if differ:
         was = ", ".join(f"--{key} {earlier.get(key)}, now {settings[key]}" for key in differ)
@@ -158,33 +174,52 @@ def draw(args: argparse.Namespace, pipeline: DiffiTPipeline, rows: list[dict], o
             guidance_scale=args.guidance_scale,
             eta=args.eta,
             generator=[torch.Generator().manual_seed(row["seed"]) for row in padded],
-            output_type="pil",
+            output_type="np",
         ).images
-        for row, image in zip(batch, images, strict=False):
-            temporary = output_dir / f".{row['file']}.{os.getpid()}.tmp"
-            image.save(temporary, format="png")
+        for row, image in zip(batch, (images * 255).round().astype(np.uint8), strict=False):
+            temporary = output_dir / f".{os.getpid()}-{row['file']}"
+            if temporary.suffix == ".npy":
+                np.save(temporary, image)
+            else:
+                viewable(image).save(temporary)
             temporary.replace(output_dir / row["file"])  # an image is there whole or not at all
         progress.update(len(batch))
     progress.close()
 
 
+def read_pixels(file: Path) -> np.ndarray:
+    """An image that `draw` wrote; uint8, shape (H, W, C)."""
+    if file.suffix == ".npy":
+        return np.load(file)
+    with PIL.Image.open(file) as image:
+        return np.atleast_3d(np.asarray(image))
+
+
 def write_summary(args: argparse.Namespace, rows: list[dict], output_dir: Path) -> None:
-    """Writes the grid and, if asked for, the npz."""
-    columns, grid_rows = args.grid or (args.num_images_per_class, None)
-    shown = rows[: columns * grid_rows] if args.grid else rows
-    image_grid([PIL.Image.open(output_dir / row["file"]) for row in shown], columns, grid_rows).save(
-        output_dir / "grid.png"
-    )
+    """Writes the npz, if asked for, and the grid of all images or of the first `MOST_IN_GRID`."""
     if args.save_npz:
-        pixels = np.stack([np.asarray(PIL.Image.open(output_dir / row["file"]).convert("RGB")) for row in rows])
+        pixels = np.stack([read_pixels(output_dir / row["file"]) for row in rows])
+        pixels = pixels.repeat(3, axis=-1) if pixels.shape[-1] == 1 else pixels
         labels = [] if rows[0]["class"] is None else [np.array([row["class"] for row in rows], np.int64)]
         np.savez(output_dir / "samples.npz", pixels, *labels)
+    columns, grid_rows = args.grid or (args.num_images_per_class, None)
+    shown = rows[: columns * grid_rows if args.grid else MOST_IN_GRID]
+    images = [viewable(read_pixels(output_dir / row["file"])) for row in shown]
+    image_grid(images, columns, grid_rows).save(output_dir / "grid.png")
 
 
 def main(args: argparse.Namespace) -> None:
     """Loads the model, shares the images among the processes, and draws those that are not there yet."""
     state = PartialState(cpu=not torch.accelerator.is_available())
-    pipeline = DiffiTPipeline.from_folder(args.model_path, model_class, args.scheduler, DTYPES[args.dtype])
+    try:
+        pipeline = DiffiTPipeline.from_folder(args.model_path, model_class, args.scheduler, DTYPES[args.dtype])
+    except OSError as error:
+        raise ValueError(f"--model_path {args.model_path}: no such pipeline here, nor on the hub: {error}") from error
+    if args.num_inference_steps > pipeline.scheduler.config.num_train_timesteps:
+        raise ValueError(
+            f"--num_inference_steps {args.num_inference_steps} are more than the "
+            f"{pipeline.scheduler.config.num_train_timesteps} timesteps of the model"
+        )
     pipeline.to(state.device)
     pipeline.set_progress_bar_config(disable=True)
     backend = args.attention_backend
@@ -195,11 +230,12 @@ def main(args: argparse.Namespace) -> None:
     rows = list_images(args, pipeline)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    same = ("model_path", "scheduler", "num_inference_steps", "eta", "guidance_scale", "dtype")
-    check_settings(output_dir, {key: getattr(args, key) for key in same})
+    same = ("scheduler", "num_inference_steps", "eta", "guidance_scale", "dtype")
+    settings = {key: getattr(args, key) for key in same} | {"weights_sha256": weights_digest(pipeline.unet)}
+    check_settings(output_dir, settings)
     state.wait_for_everyone()
     if state.is_main_process:
-        summary = {"arguments": vars(args), "images": rows}
+        summary = {"arguments": vars(args) | settings, "images": rows}
         (output_dir / "samples.json").write_text(json.dumps(summary, indent=1) + "\n")
 
     missing = [row for row in rows if not (output_dir / row["file"]).is_file()]

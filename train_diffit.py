@@ -23,6 +23,8 @@ import shutil
 import signal
 import sys
 import time
+import types
+import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +37,7 @@ import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, is_wandb_available
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, ModelMixin, UNet2DModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
@@ -58,10 +60,12 @@ from diffit_data import (
     split_table,
 )
 from diffit_model import DiffiTUNet2DModel, choose_attention_backend, model_class, set_attention_backend
-from diffit_pipeline import DiffiTPipeline, image_grid, null_label
+from diffit_pipeline import DiffiTPipeline, image_grid, null_label, viewable
 
 logger = get_logger("train_diffit", log_level="INFO")
 
+PIPELINE_FILES = ("README.md", "sample_grid.png", "diffit_pipeline.py", "training_args.yaml", "model_index.json")
+PROJECT = "train_diffit"  # name of the run in the trackers
 MANIFEST = "manifest.json"  # of a checkpoint: size and checksum of each file
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 EXIT_STOPPED = 75  # exit code after a signal or --max_train_time: a checkpoint was saved, the run can go on
@@ -69,6 +73,21 @@ DROPOUT = 3  # stream of `position_generator` that seeds dropout inside the netw
 TIMESTEP_BINS = 4  # the loss is logged by quartile of the timesteps
 DURATIONS = ("max_train_steps", "num_train_epochs", "max_train_kimg")
 DATA_SOURCES = ("dataset_name", "train_data_dir", "train_data_file")
+# What makes a run the run that it is. Duration, batch per process, precision, paths and logs may change at a resume.
+SAME_AT_RESUME = (
+    *("seed", "global_batch_size", "class_conditional", "resolution", "center_crop", "random_flip"),
+    *("prediction_type", "beta_schedule", "num_train_timesteps", "snr_gamma", "label_dropout"),
+    *("learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "lr_step_rules"),
+    *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm"),
+    *("use_ema", "ema_max_decay", "ema_inv_gamma", "ema_power"),
+)
+# One flag of such a group on the command line takes the place of another in the config file.
+ALTERNATIVES = (
+    DATA_SOURCES,
+    ("model_config", "pretrained_model_name_or_path"),
+    ("global_batch_size", "gradient_accumulation_steps"),
+    ("validation_split", "validation_fraction"),
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,7 +110,7 @@ def number_type(kind: type, minimum: float, maximum: float = math.inf, open_ends
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {text!r}") from None
-        inside = minimum < value < maximum if open_ends else minimum <= value <= maximum
+        inside = minimum < value < maximum if open_ends else minimum <= value <= maximum and math.isfinite(value)
         if not inside:
             limits = f"{minimum} and {maximum}" + (", both excluded" if open_ends else "")
             raise argparse.ArgumentTypeError(f"{value} is not between {limits}")
@@ -141,13 +160,13 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--dataloader_num_workers", type=natural, default=0)
 
     group = parser.add_argument_group("diffusion")
-    group.add_argument("--prediction_type", choices=("epsilon", "sample", "v_prediction"), default="epsilon")
     group.add_argument(
-        "--beta_schedule",
-        choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
-        default="linear",
+        "--prediction_type",
+        choices=("epsilon", "sample", "v_prediction"),
+        help="default: that of --pretrained_model_name_or_path, or epsilon; the next two likewise",
     )
-    group.add_argument("--num_train_timesteps", type=positive, default=1000)
+    group.add_argument("--beta_schedule", choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"))
+    group.add_argument("--num_train_timesteps", type=positive)
     group.add_argument("--snr_gamma", type=number_type(float, 0, open_ends=True), help="min-SNR loss weights, e.g. 5")
     group.add_argument("--label_dropout", type=share, default=0.1, help="share of labels replaced by the null class")
 
@@ -172,8 +191,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--lr_num_cycles", type=positive, default=1, help="of cosine_with_restarts")
     group.add_argument("--lr_power", type=not_negative, default=1.0, help="of polynomial")
     group.add_argument("--lr_step_rules", help='of piecewise_constant, e.g. "1:1000,0.1:2000,0.01"')
-    group.add_argument("--adam_beta1", type=share, default=0.9)
-    group.add_argument("--adam_beta2", type=share, default=0.999)
+    group.add_argument("--adam_beta1", type=number_type(float, 0, 1 - 1e-9), default=0.9)
+    group.add_argument("--adam_beta2", type=number_type(float, 0, 1 - 1e-9), default=0.999)
     group.add_argument("--adam_weight_decay", type=not_negative, default=0.0)
     group.add_argument("--adam_epsilon", type=number_type(float, 0, open_ends=True), default=1e-8)
     group.add_argument("--max_grad_norm", type=number_type(float, 0, open_ends=True), default=1.0)
@@ -221,15 +240,18 @@ def config_file_argv(parser: argparse.ArgumentParser, path: str, skip: set[str])
         skip: keys to leave out.
     """
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
+        values = yaml.load(text, Loader=yaml.BaseLoader)  # every scalar stays the string that is written there
+        keys = [key.value for key, _ in yaml.compose(text).value] if isinstance(values, dict) else []
     except OSError as error:
         parser.error(f"--config: cannot read {path}: {error.strerror}")
-    try:
-        values = yaml.load(text, Loader=yaml.BaseLoader)  # every scalar stays the string that is written there
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         parser.error(f"--config: {path} is not valid YAML: {error}")
     if not isinstance(values, dict):
         parser.error(f"--config: {path} must be a list of `flag: value`")
+    for key in keys:
+        if keys.count(key) > 1:
+            parser.error(f"{path}: {key} is given twice")
     actions = {action.dest: action for action in parser._actions}
     argv = []
     for key, value in values.items():
@@ -245,9 +267,14 @@ def config_file_argv(parser: argparse.ArgumentParser, path: str, skip: set[str])
         elif actions[key].nargs == "+":
             if not isinstance(value, dict):
                 parser.error(f"{path}: {key} must be a mapping, got {value!r}")
-            texts = {k: v if isinstance(v, str) else f"[{', '.join(v)}]" for k, v in value.items()}
-            argv += [f"--{key}", *(f"{k}={text}" for k, text in texts.items())]
-        elif not isinstance(value, str) or value == "":
+            for name, item in value.items():
+                if not isinstance(item, str) and not (
+                    isinstance(item, list) and all(isinstance(v, str) for v in item)
+                ):
+                    parser.error(f"{path}: {key}: {name} must be a value or a list of values, got {item!r}")
+                value[name] = item if isinstance(item, str) else f"[{', '.join(item)}]"
+            argv += [f"--{key}", *(f"{name}={item}" for name, item in value.items())]
+        elif not isinstance(value, str) or value in ("", "null", "~"):
             parser.error(f"{path}: {key} must be one value, got {value!r}")
         else:
             argv.append(f"--{key}={value}")
@@ -257,7 +284,7 @@ def config_file_argv(parser: argparse.ArgumentParser, path: str, skip: set[str])
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads --config and the command line, and checks what can be checked without touching data or models.
 
-    A data source on the command line takes the place of the one in the config file.
+    A flag of `ALTERNATIVES` on the command line takes the place of its alternatives in the config file.
 
     Raises:
         SystemExit: with a message that names the flag.
@@ -269,7 +296,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     config = first.parse_known_args(argv)[0].config
     if config is not None:
         flags = {argument.split("=")[0].removeprefix("--") for argument in argv if argument.startswith("--")}
-        skip = set(DATA_SOURCES) if flags & set(DATA_SOURCES) else set()
+        skip = {name for group in ALTERNATIVES if flags & set(group) for name in group}
         argv = config_file_argv(parser, config, skip) + argv
     args = parser.parse_args(argv)
 
@@ -299,6 +326,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--mixed_precision fp16 does not exist on a CPU (accelerate would train in fp32): use bf16 or no")
     if args.report_to not in ("tensorboard", "wandb", "all", "none"):
         parser.error(f"--report_to: expected tensorboard, wandb, all or none, got {args.report_to!r}")
+    if args.report_to == "wandb" and not is_wandb_available():
+        parser.error("--report_to wandb: wandb is not installed")
+    if (
+        Path(args.logging_dir).is_absolute()
+        or ".." in Path(args.logging_dir).parts
+        or Path(args.logging_dir) == Path()
+    ):
+        parser.error(f"--logging_dir must be a folder inside --output_dir, got {args.logging_dir!r}")
     for pair in args.model_kwargs or []:
         if "=" not in pair:
             parser.error(f"--model_kwargs: expected KEY=VALUE, got {pair!r}")
@@ -375,15 +410,15 @@ def build_tables(args: argparse.Namespace) -> tuple[ImageTable, ImageTable | Non
     source = {name: getattr(args, name) for name in (*DATA_SOURCES, "dataset_config_name", "cache_dir")}
     source |= {name: getattr(args, name) for name in ("image_column", "label_column")}
     table = load_image_table(**source, dataset_split=args.dataset_split)
+    if args.class_conditional and table.class_names is None:
+        raise ValueError(f"--class_conditional: {table.source} has no labels")
     validation = None
     if args.validation_split is not None:
         validation = load_image_table(**source, dataset_split=args.validation_split)
-        if args.class_conditional and validation.class_names != table.class_names:
-            raise ValueError(f"--validation_split {args.validation_split} has other classes than the training split")
+        if args.class_conditional:
+            validation = validation.with_class_names(table.class_names)
     elif args.validation_fraction is not None:
         table, validation = split_table(table, args.validation_fraction)
-    if args.class_conditional and table.class_names is None:
-        raise ValueError(f"--class_conditional: {table.source} has no labels")
     return table, validation
 
 
@@ -393,23 +428,53 @@ def read_model_config(args: argparse.Namespace) -> dict:
     Raises:
         ValueError: names the file or flag and the field.
     """
+    flag = "--model_config" if args.model_config else "--pretrained_model_name_or_path"
     path = args.model_config or args.pretrained_model_name_or_path
-    if Path(path).is_file():
-        config = json.loads(Path(path).read_text())
-    else:
-        config = dict(UNet2DModel.load_config(path, subfolder=unet_subfolder(path)))  # of any model class
-    known = inspect.signature(model_class(config).__init__).parameters
-    for key in config:
-        if key not in known and not key.startswith("_") and key != "auto_map":
-            raise ValueError(f"{path}: {model_class(config).__name__} has no argument {key!r}")
-    for pair in args.model_kwargs or []:
-        key, value = pair.split("=", 1)
-        if key not in known:
-            similar = difflib.get_close_matches(key, known, n=1)
-            hint = f", did you mean {similar[0]!r}?" if similar else ""
-            raise ValueError(f"--model_kwargs: {model_class(config).__name__} has no argument {key!r}{hint}")
-        config[key] = yaml.safe_load(value)
-    return config
+    try:
+        if Path(path).suffix == ".json":
+            config = json.loads(Path(path).read_text())
+        else:
+            config = dict(UNet2DModel.load_config(path, subfolder=unet_subfolder(path)))  # of any model class
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{flag} {path}: no such config here, nor on the hub: {error}") from error
+    parameters = inspect.signature(model_class(config).__init__).parameters
+    pairs = [pair.split("=", 1) for pair in args.model_kwargs or []]
+    overrides = {key: config_value(text) for key, text in pairs}
+    for source, values in ((f"{flag} {path}", config), ("--model_kwargs", overrides)):
+        for key, value in values.items():
+            if key.startswith("_") or key == "auto_map":
+                continue
+            if key not in parameters:
+                similar = difflib.get_close_matches(key, parameters, n=1)
+                hint = f", did you mean {similar[0]!r}?" if similar else ""
+                raise ValueError(f"{source}: {model_class(config).__name__} has no argument {key!r}{hint}")
+            annotation = parameters[key].annotation
+            if not fits(value, annotation):
+                raise ValueError(f"{source}: {key} must be {annotation}, got {value!r}")
+    return config | overrides
+
+
+def config_value(text: str):
+    """A value of --model_kwargs: YAML, and numbers such as 1e-6, which PyYAML takes for strings."""
+    value = yaml.safe_load(text)
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def fits(value, annotation) -> bool:
+    """Whether a value from JSON or YAML is of an annotated type; a list does for a tuple, an int for a float."""
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return any(fits(value, option) for option in typing.get_args(annotation))
+    if typing.get_origin(annotation) is tuple:
+        item_type = typing.get_args(annotation)[0]
+        return isinstance(value, list | tuple) and all(fits(item, item_type) for item in value)
+    if annotation in (int, float) and isinstance(value, bool):
+        return False
+    if annotation is type(None):
+        return value is None
+    return isinstance(value, int | float if annotation is float else annotation)
 
 
 def unet_subfolder(path: str) -> str | None:
@@ -500,6 +565,35 @@ def build_model(config: dict, pretrained: str | None = None) -> ModelMixin:
     return model
 
 
+def resolve_diffusion(args: argparse.Namespace) -> None:
+    """Sets the flags of the forward process that were not given: from the pretrained pipeline, else the defaults.
+
+    A pretrained model is of little use for another target or schedule, so a difference is logged.
+
+    Raises:
+        ValueError: if the preview wants more steps than there are timesteps.
+    """
+    defaults = {"prediction_type": "epsilon", "beta_schedule": "linear", "num_train_timesteps": 1000}
+    path = args.pretrained_model_name_or_path
+    source = {}
+    if path is not None:
+        inside = Path(path).name.startswith("unet") and Path(path).is_dir()  # the folder of a model in a pipeline
+        with contextlib.suppress(OSError):
+            source = DDPMScheduler.load_config(str(Path(path).parent) if inside else path, subfolder="scheduler")
+        if not source:
+            logger.warning(f"{path} has no scheduler: what its weights predict is taken from the flags")
+    for name, default in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, source.get(name, default))
+        elif source.get(name, getattr(args, name)) != getattr(args, name):
+            logger.warning(f"{path} was trained with --{name} {source[name]}, this run has {getattr(args, name)}")
+    if args.validation_inference_steps > args.num_train_timesteps:
+        raise ValueError(
+            f"--validation_inference_steps {args.validation_inference_steps} are more than --num_train_timesteps "
+            f"{args.num_train_timesteps}"
+        )
+
+
 def build_noise_scheduler(args: argparse.Namespace) -> DDPMScheduler:
     """The forward process, and what the saved folder samples with."""
     return DDPMScheduler(
@@ -581,6 +675,11 @@ def resolve_duration(args: argparse.Namespace, num_images: int) -> None:
         args.max_train_steps = math.ceil(args.num_train_epochs * num_images / args.global_batch_size)
     elif args.max_train_kimg is not None:
         args.max_train_steps = math.ceil(args.max_train_kimg * 1000 / args.global_batch_size)
+    if args.lr_scheduler == "polynomial" and args.lr_warmup_steps >= args.max_train_steps:
+        raise ValueError(
+            f"--lr_warmup_steps {args.lr_warmup_steps} must be less than the {args.max_train_steps} optimizer steps "
+            "with --lr_scheduler polynomial"
+        )
 
 
 def training_flops_per_image(config: dict) -> int:
@@ -765,12 +864,11 @@ def write_checkpoint(folder: Path, accelerator: Accelerator, args: argparse.Name
     if state.ema_model is not None:
         with ema_weights(state.ema_model, state.model):
             state.model.save_pretrained(folder / "unet_ema")
+    build_noise_scheduler(args).save_pretrained(folder / "scheduler")  # so that one can fine-tune from here
     torch.save(state.optimizer.state_dict(), folder / "optimizer.pt")
     numbers = {
         "global_step": state.global_step,
         "position": state.position,
-        "global_batch_size": args.global_batch_size,
-        "seed": args.seed,
         "num_images": state.num_images,
         "lr_scheduler": state.lr_scheduler.state_dict(),
         "ema_step": None if state.ema_model is None else state.ema_model.optimization_step,
@@ -781,7 +879,7 @@ def write_checkpoint(folder: Path, accelerator: Accelerator, args: argparse.Name
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {file.relative_to(folder).as_posix(): file_digest(file) for file in files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    for path in (*files, folder / MANIFEST, *folder.glob("unet*"), folder):
+    for path in (*files, folder / MANIFEST, *(path for path in folder.iterdir() if path.is_dir()), folder):
         sync_to_disk(path)
 
 
@@ -875,13 +973,15 @@ def load_checkpoint(path: Path, accelerator: Accelerator, args: argparse.Namespa
         ValueError: names what the checkpoint was trained with where the arguments say otherwise.
     """
     numbers = json.loads((path / "state.json").read_text())
-    for key in ("seed", "global_batch_size"):
-        if numbers[key] != getattr(args, key):
-            raise ValueError(f"{path} was trained with --{key} {numbers[key]}, not {getattr(args, key)}")
+    earlier, now = yaml.safe_load((path / "training_args.yaml").read_text()), public_args(args)
+    for key in SAME_AT_RESUME:
+        if earlier.get(key) != now.get(key):
+            raise ValueError(
+                f"{path} was trained with --{key} {earlier.get(key)}, not {now.get(key)}: a resumed run is the same "
+                "run; to train on under other settings start from it with --pretrained_model_name_or_path"
+            )
     if numbers["num_images"] != state.num_images:
         raise ValueError(f"{path} was trained on {numbers['num_images']} images, the data has {state.num_images}")
-    if (state.ema_model is None) != (numbers["ema_step"] is None):
-        raise ValueError(f"{path} was trained with --{'no-' if numbers['ema_step'] is None else ''}use_ema")
     weights, wanted = load_weights(path / "unet"), state.model.state_dict()
     if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in wanted.items()}:
         raise ValueError(f"{path} holds another network than --model_config and --model_kwargs describe")
@@ -1069,6 +1169,7 @@ def validation_loss(
     batches = [positions[i : i + args.train_batch_size] for i in range(0, num_positions, args.train_batch_size)]
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     bins = torch.zeros(2, TIMESTEP_BINS, device=accelerator.device)
+    bad_images: set[str] = set()
     for batch in DataLoader(
         dataset,
         batch_sampler=mine,
@@ -1076,6 +1177,7 @@ def validation_loss(
         collate_fn=collate,
         worker_init_fn=ignore_stop_signals,
     ):
+        report_bad_images(batch["bad_images"], bad_images)
         batch["time_uniform"] = (batch["position"] + 0.5) / num_positions
         noisy_images, clean_images, noise, timesteps, labels = diffuse(
             batch, noise_scheduler, 0.0, null_label(model), accelerator.device
@@ -1112,9 +1214,7 @@ def draw_preview(
         )
     images = accelerator.gather(torch.cat(images))[:num_images]  # (num_images, C, H, W)
     pixels = (images * 255).round().byte().cpu().permute(0, 2, 3, 1).numpy()
-    if pixels.shape[-1] not in (1, 3, 4):
-        pixels = pixels[..., :3] if pixels.shape[-1] > 4 else pixels[..., :1]  # show the first channels
-    return [PIL.Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in pixels]
+    return [viewable(image) for image in pixels]
 
 
 def log_validation(
@@ -1157,23 +1257,29 @@ def save_pipeline(
 ) -> None:
     """Writes the pipeline folder into --output_dir: weights as they are now, scheduler, arguments, model card."""
     output_dir = Path(args.output_dir)
+    folder = output_dir / "tmp-pipeline"
+    shutil.rmtree(folder, ignore_errors=True)
     if args.class_conditional:
         id2label = {str(number): name for number, name in enumerate(table.class_names)}
-        pipeline = DiffiTPipeline(state.model, noise_scheduler, id2label=id2label)
+        DiffiTPipeline(state.model, noise_scheduler, id2label=id2label).save_pretrained(folder)
     else:
-        pipeline = DDPMPipeline(state.model, noise_scheduler)
+        DDPMPipeline(state.model, noise_scheduler).save_pretrained(folder)
         (output_dir / "diffit_pipeline.py").unlink(missing_ok=True)
-    pipeline.save_pretrained(output_dir)
-    (output_dir / "training_args.yaml").write_text(yaml.safe_dump(public_args(args)))
-    grid.save(output_dir / "sample_grid.png")
-    model_card(args, state, table, validation).save(output_dir / "README.md")
+    (folder / "training_args.yaml").write_text(yaml.safe_dump(public_args(args)))
+    grid.save(folder / "sample_grid.png")
+    model_card(args, state, table, validation).save(folder / "README.md")
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "model_index.json"):  # which comes last
+        if path.is_dir():
+            shutil.rmtree(output_dir / path.name, ignore_errors=True)
+        path.replace(output_dir / path.name)
+    folder.rmdir()
 
 
 def model_card(
     args: argparse.Namespace, state: TrainingState, table: ImageTable, validation: dict[str, float]
 ) -> ModelCard:
     """What was trained on what, and how to load it."""
-    name = args.hub_model_id or Path(args.output_dir).name
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
     # A path of the machine that trained is of no use to others, so only its last part is told.
     source = args.dataset_name or Path(table.source).name
     data = ModelCardData(
@@ -1229,8 +1335,7 @@ def push_to_hub(args: argparse.Namespace) -> None:
     api.upload_folder(
         repo_id=repo_id,
         folder_path=args.output_dir,
-        allow_patterns=["*.md", "*.png", "*.py", "*.yaml", "model_index.json", "unet/*", "scheduler/*"],
-        ignore_patterns=["checkpoint-*", "previews/*", "samples/*", f"{args.logging_dir}/*"],
+        allow_patterns=[*PIPELINE_FILES, "unet/*", "scheduler/*"],
         commit_message="Upload DiffiT",
     )
 
@@ -1247,6 +1352,7 @@ def main(args: argparse.Namespace) -> None:
     # 1. set up
     config = read_model_config(args)
     accelerator = build_accelerator(args)
+    resolve_diffusion(args)
     checkpoint = on_main_process(accelerator, find_checkpoint, args)
     with accelerator.main_process_first():
         table, validation_table = build_tables(args)
@@ -1267,17 +1373,19 @@ def main(args: argparse.Namespace) -> None:
     # 2. resume
     if checkpoint is not None:
         load_checkpoint(checkpoint, accelerator, args, state)
-    prepare_output_dir(accelerator, args)
+    prepare_output_dir(accelerator, args, state.global_step)
     model, optimizer = accelerator.prepare(raw_model, raw_optimizer)
     batches = build_batches(accelerator, args, table, state.position)
+    arguments = public_args(args)
     accelerator.init_trackers(
-        "train_diffit",
-        config={key: v if isinstance(v, int | float | str) else str(v) for key, v in public_args(args).items()},
+        PROJECT,
+        config=None if checkpoint else {k: v if isinstance(v, int | float) else str(v) for k, v in arguments.items()},
         init_kwargs={"tensorboard": {"purge_step": state.global_step + 1}},
     )
     describe_run(accelerator, args, raw_model, table, validation_table)
     if state.global_step >= args.max_train_steps:
         logger.info(f"nothing left to train: {checkpoint} is at step {state.global_step} of {args.max_train_steps}")
+        log_validation(accelerator, args, state, noise_scheduler, table, validation_table)  # it may have been cut off
 
     # 3. train
     null = null_label(raw_model)
@@ -1369,15 +1477,23 @@ def seed_dropout(seed: int, position: int) -> None:
     torch.manual_seed(int(position_generator(seed, position, DROPOUT).integers(2**63)))
 
 
-def prepare_output_dir(accelerator: Accelerator, args: argparse.Namespace) -> None:
-    """Creates --output_dir; with --overwrite_output_dir deletes checkpoints, previews and logs of an earlier run."""
+def prepare_output_dir(accelerator: Accelerator, args: argparse.Namespace, global_step: int) -> None:
+    """Creates --output_dir; with --overwrite_output_dir deletes checkpoints, previews and logs of an earlier run.
+
+    Where a run goes back to an earlier checkpoint, the later ones are moved aside, or `latest` would mean them.
+    """
     if accelerator.is_main_process:
         if args.overwrite_output_dir:
             for old in [*list_checkpoints(args.output_dir), Path(args.output_dir, "previews")]:
                 shutil.rmtree(old, ignore_errors=True)
-            shutil.rmtree(Path(args.output_dir, args.logging_dir), ignore_errors=True)
+            shutil.rmtree(Path(args.output_dir, args.logging_dir, PROJECT), ignore_errors=True)
         for unfinished in Path(args.output_dir).glob("tmp-checkpoint-*"):  # of a run that was killed while writing
             shutil.rmtree(unfinished, ignore_errors=True)
+        for later in list_checkpoints(args.output_dir):
+            if int(later.name.split("-")[1]) > global_step and checkpoint_problem(later) is None:
+                aside = later.with_name(f"superseded-{time.strftime('%Y%m%d-%H%M%S')}-{later.name}")
+                later.rename(aside)
+                logger.warning(f"going on from step {global_step}: {later.name} is now {aside.name}")
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
 

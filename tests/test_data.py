@@ -764,3 +764,16 @@ def test_split_is_the_same_for_every_seed(table_of_20):
 def test_split_that_leaves_nothing_is_an_error(table_of_20, fraction):
     with pytest.raises(ValueError, match=f"--validation_fraction {fraction}"):
         split_table(table_of_20, fraction)
+
+
+def test_folders_of_splits_are_not_taken_for_classes(tmp_path):
+    write_files(tmp_path, {"train/cat/0.png": 0, "train/dog/1.png": 1, "test/cat/2.png": 2})
+    with pytest.raises(ValueError, match="holds splits, not classes"):
+        load_image_table(train_data_dir=str(tmp_path))
+    assert load_image_table(train_data_dir=str(tmp_path / "train")).class_names == ("cat", "dog")
+
+
+def test_label_column_that_cannot_apply_is_refused(tmp_path):
+    write_files(tmp_path, {"cat/0.png": 0, "dog/1.png": 1})
+    with pytest.raises(ValueError, match="--label_column kind"):
+        load_image_table(train_data_dir=str(tmp_path), label_column="kind")

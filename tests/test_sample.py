@@ -217,6 +217,63 @@ def test_folder_with_other_settings_is_refused(unconditional, tmp_path):
         sample(unconditional, tmp_path, "--seeds=1", "--scheduler=ddpm")
 
 
+def test_folder_with_images_of_other_weights_is_refused(unconditional, tmp_path):
+    """The same path may hold a model that was trained further."""
+    sample(unconditional, tmp_path / "out", "--seeds=0")
+    unet = tiny_unet()
+    torch.nn.init.ones_(unet.conv_out.bias)
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "trained_further")
+    with pytest.raises(ValueError, match="--weights_sha256"):
+        sample(tmp_path / "trained_further", tmp_path / "out", "--seeds=1")
+
+
+def test_settings_of_a_run_that_drew_nothing_do_not_bind(unconditional, tmp_path):
+    sample(unconditional, tmp_path, "--seeds=0")
+    (tmp_path / "seed_00000000.png").unlink()
+    assert len(sample(unconditional, tmp_path, "--seeds=0", "--scheduler=ddpm")) == 1
+
+
+def test_more_images_than_open_files_are_drawn(unconditional, tmp_path):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
+    try:
+        assert len(sample(unconditional, tmp_path, "--seeds=0-149", "--num_inference_steps=1", "--save_npz")) == 150
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_images_of_other_channels_are_arrays(tmp_path):
+    DDPMPipeline(tiny_unet(in_channels=5, out_channels=5), DDPMScheduler()).save_pretrained(tmp_path / "model")
+    sample(tmp_path / "model", tmp_path / "out", "--seeds=0-1")
+    assert np.load(tmp_path / "out/seed_00000001.npy").shape == (8, 8, 5)
+    with pytest.raises(ValueError, match="5 channels"):
+        load(tmp_path / "model")(num_inference_steps=1)
+
+
+def test_pipeline_saves_variants_and_shards(conditional, tmp_path):
+    pipeline = load(conditional)
+    pipeline.save_pretrained(tmp_path, variant="fp16", max_shard_size="20KB")
+    names = {path.name for path in (tmp_path / "unet").iterdir()}
+    assert "diffusion_pytorch_model.safetensors.index.fp16.json" in names
+    loaded = DiffiTPipeline.from_pretrained(tmp_path, variant="fp16", trust_remote_code=True)
+    weights = loaded.unet.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in pipeline.unet.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model_path=nowhere"], "--model_path nowhere"),
+        (["--num_inference_steps=2000"], "--num_inference_steps 2000"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(flags, words, unconditional, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        sample(unconditional, tmp_path, *flags)
+
+
 def test_too_few_seeds_are_refused(conditional, tmp_path):
     with pytest.raises(ValueError, match="--seeds gives 2"):
         sample(conditional, tmp_path, "--seeds=0-1", "--class_labels=0,1", "--num_images_per_class=2")
@@ -229,6 +286,8 @@ def test_too_few_seeds_are_refused(conditional, tmp_path):
         (["--seeds=a"], "'a'"),
         (["--grid=8"], "--grid"),
         (["--eta=2"], "--eta"),
+        (["--seeds=18446744073709551616"], "'18446744073709551616'"),
+        (["--guidance_scale=nan", "--class_labels=1"], "--guidance_scale"),
         (["--eta=0.5", "--scheduler=ddpm"], "--scheduler"),
         (["--guidance_scale=2"], "--class_labels"),
         (["--guidance=2"], "--guidance"),

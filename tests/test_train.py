@@ -82,6 +82,9 @@ def test_abbreviated_flag_is_refused(capsys):
         ("train_batch_size: [1, 2]", ["train_batch_size", "one value"]),
         ("model_kwargs: 3", ["model_kwargs", "mapping"]),
         ("- a", ["flag: value"]),
+        ("seed: 1\nseed: 2", ["seed", "twice"]),
+        ("output_dir: null", ["output_dir", "one value"]),
+        ("model_kwargs: {dropout: [[1], [2]]}", ["model_kwargs", "dropout"]),
         ("a: [", ["not valid YAML"]),
     ],
 )
@@ -106,6 +109,12 @@ def test_wrong_config_file_is_refused(line, words, tmp_path, capsys):
         (["--overwrite_output_dir", "--resume_from_checkpoint=latest"], ["--overwrite_output_dir"]),
         (["--validation_split=test"], ["--validation_split", "--dataset_name"]),
         (["--config", "missing.yaml"], ["missing.yaml"]),
+        (["--logging_dir=.."], ["--logging_dir"]),
+        (["--logging_dir=."], ["--logging_dir"]),
+        (["--logging_dir=/tmp"], ["--logging_dir"]),
+        (["--learning_rate=inf"], ["--learning_rate"]),
+        (["--learning_rate=nan"], ["--learning_rate"]),
+        (["--adam_beta1=1"], ["--adam_beta1"]),
     ],
 )
 def test_wrong_command_line_is_refused(arguments, words, capsys):
@@ -124,9 +133,12 @@ def test_order_is_defaults_config_command_line(tmp_path):
     assert args.model_kwargs == ["dropout=0.1", "block_out_channels=[8, 16]", "dropout=0.2"]
 
 
-def test_data_on_the_command_line_replaces_that_of_the_config(tmp_path):
-    args = train_diffit.parse_args([*QUICKSTART, "--train_data_dir=mine"])
+def test_alternative_on_the_command_line_replaces_that_of_the_config(tmp_path):
+    args = train_diffit.parse_args(
+        [*QUICKSTART, "--train_data_dir=mine", "--pretrained_model_name_or_path=a", "--global_batch_size=128"]
+    )
     assert (args.train_data_dir, args.train_data_file) == ("mine", None)
+    assert (args.pretrained_model_name_or_path, args.model_config) == ("a", None)
 
 
 @pytest.mark.parametrize(
@@ -147,12 +159,58 @@ def test_duration_becomes_steps(duration, steps):
         ("window=4", ["'window'", "did you mean"]),
         ("window_size=0", ["window_size"]),
         ("norm_num_groups=3", ["norm_num"]),
+        ("dropout=high", ["dropout", "'high'"]),
+        ("block_out_channels=8", ["block_out_channels", "8"]),
+        ("layers_per_block=1.5", ["layers_per_block", "1.5"]),
+        ("mlp_ratio=true", ["mlp_ratio", "True"]),
     ],
 )
 def test_wrong_model_kwargs_are_refused(pair, words, train_args):
     with pytest.raises(ValueError) as error:
         train([*train_args, "--model_kwargs", pair])
     assert all(word in str(error.value) for word in words)
+
+
+def test_scientific_numbers_of_model_kwargs_are_numbers(train_args, tmp_path):
+    train([*train_args, "--max_train_steps=1", "--model_kwargs", "norm_eps=1e-6", "time_embedding_dim=24"])
+    config = json.loads((tmp_path / "run/unet/config.json").read_text())
+    assert (config["norm_eps"], config["time_embedding_dim"]) == (1e-6, 24)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model_config=nowhere.json"], "--model_config nowhere.json"),
+        (["--model_config=no/where"], "--model_config no/where"),
+        (["--num_train_timesteps=20", "--validation_inference_steps=50"], "--validation_inference_steps 50"),
+        (["--lr_scheduler=polynomial", "--lr_warmup_steps=4"], "--lr_warmup_steps 4"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_training(flags, words, train_args, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        train([*train_args, *flags])
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_classes_are_matched_by_name(train_args, image_folder, tmp_path):
+    """A split that lacks a class must not number its classes anew."""
+    from datasets import Dataset
+
+    from diffit_data import load_image_table
+
+    table = load_image_table(train_data_dir=str(image_folder))
+    rows = [{"image": {"bytes": table.read(i)[1]}, "kind": table.class_names[table.label(i)]} for i in range(24)]
+    training = Dataset.from_list(rows)
+    held_out = Dataset.from_list([row for row in rows if row["kind"] != "blue"])
+    (tmp_path / "data").mkdir()
+    for name, split in (("train", training), ("validation", held_out)):
+        split.to_parquet(tmp_path / "data" / f"{name}-00000-of-00001.parquet")
+    arguments = [flag for flag in train_args if not flag.startswith("--train_data_dir")]
+    arguments += [f"--dataset_name={tmp_path / 'data'}", "--image_column=image", "--label_column=kind"]
+    args = train_diffit.parse_args([*arguments, "--validation_split=validation"])
+    table, validation = train_diffit.build_tables(args)
+    assert table.class_names == validation.class_names == ("blue", "green", "red")
+    assert sorted(set(validation.labels)) == [1, 2]
 
 
 def test_global_batch_that_does_not_divide_is_refused(train_args):
@@ -493,7 +551,72 @@ def test_every_lr_schedule_steps_once_per_update(name):
     )
 
 
+def test_overwriting_deletes_only_what_a_run_wrote(train_args, tmp_path):
+    train([*train_args, "--max_train_steps=1"])
+    for name in ("logs/other_run/events", "notes.txt"):
+        (tmp_path / "run" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "run" / name).write_text("keep")
+    train([*train_args, "--max_train_steps=2", "--overwrite_output_dir"])
+    assert (tmp_path / "run/logs/other_run/events").is_file() and (tmp_path / "run/notes.txt").is_file()
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-2"}
+
+
+def test_bad_validation_image_is_reported(train_args, image_folder, tmp_path, caplog):
+    shutil.copytree(image_folder, tmp_path / "data")
+    for file in (tmp_path / "data").rglob("[01].png"):
+        file.write_bytes(b"no image")
+    arguments = [*train_args, f"--train_data_dir={tmp_path / 'data'}", "--on_bad_image=skip", "--num_channels=3"]
+    train([*arguments, "--validation_fraction=0.8", "--max_train_steps=1"])
+    held_out = train_diffit.build_tables(train_diffit.parse_args([*arguments, "--validation_fraction=0.8"]))[1]
+    bad = [held_out.read(i)[0] for i in range(len(held_out)) if held_out.read(i)[1] == b"no image"]
+    assert bad and all(name in caplog.text for name in bad)
+
+
+def test_push_uploads_the_pipeline_and_nothing_else(finished_run, monkeypatch):
+    from huggingface_hub.utils import filter_repo_objects
+
+    calls = []
+
+    class Recorder:
+        def __init__(self, token):
+            calls.append(("token", token))
+
+        def create_repo(self, repo_id, **kwargs):
+            calls.append(("create_repo", repo_id, kwargs))
+            return type("Url", (), {"repo_id": f"me/{repo_id}"})
+
+        def upload_folder(self, **kwargs):
+            calls.append(("upload_folder", kwargs))
+
+    monkeypatch.setattr(train_diffit, "HfApi", Recorder)
+    base = ["--model_config=a", "--train_data_dir=b", "--max_train_steps=1", f"--output_dir={finished_run}"]
+    args = train_diffit.parse_args([*base, "--push_to_hub", "--hub_token=hf_x", "--hub_private_repo"])
+    train_diffit.push_to_hub(args)
+    assert calls[0] == ("token", "hf_x") and calls[1][2]["private"] is True
+    upload = calls[2][1]
+    files = [path.relative_to(finished_run).as_posix() for path in finished_run.rglob("*") if path.is_file()]
+    files += ["photos/me.png", "notes.md", "tmp-checkpoint-8/state.json"]
+    chosen = set(filter_repo_objects(files, allow_patterns=upload["allow_patterns"]))
+    assert {"model_index.json", "README.md", "unet/config.json", "scheduler/scheduler_config.json"} <= chosen
+    assert not [name for name in chosen if name.startswith(("checkpoint", "tmp", "logs", "photos", "notes", "prev"))]
+
+
 # --- fine-tuning
+
+
+def test_finetuning_takes_over_what_the_weights_predict(train_args, tmp_path, caplog):
+    flags = ["--prediction_type=v_prediction", "--beta_schedule=squaredcos_cap_v2", "--num_train_timesteps=500"]
+    train([*train_args, *flags, "--max_train_steps=1"])
+    arguments = [flag for flag in train_args if not flag.startswith(("--model_config", "--max_train_steps"))]
+    for source in ("run", "run/unet", "run/checkpoint-1", "run/checkpoint-1/unet_ema"):
+        path = f"--pretrained_model_name_or_path={tmp_path / source}"
+        args = train_diffit.parse_args([*arguments, "--max_train_steps=1", path])
+        train_diffit.resolve_diffusion(args)
+        resolved = (args.prediction_type, args.beta_schedule, args.num_train_timesteps)
+        assert resolved == ("v_prediction", "squaredcos_cap_v2", 500)
+    args = train_diffit.parse_args([*arguments, "--max_train_steps=1", path, "--prediction_type=epsilon"])
+    train_diffit.resolve_diffusion(args)
+    assert args.prediction_type == "epsilon" and "was trained with --prediction_type v_prediction" in caplog.text
 
 
 def test_finetuning_keeps_weights_and_renews_class_rows_only(finished_run, train_args, image_folder, tmp_path, caplog):
@@ -557,6 +680,12 @@ def test_other_seed_batch_or_data_at_resume_is_refused(train_args, image_folder)
         train([*train_args, "--resume_from_checkpoint=latest", "--seed=1"])
     with pytest.raises(ValueError, match="--global_batch_size 4, not 8"):
         train([*train_args, "--resume_from_checkpoint=latest", "--global_batch_size=8"])
+    with pytest.raises(ValueError, match="--learning_rate 0.001, not 0.005"):
+        train([*train_args, "--resume_from_checkpoint=latest", "--learning_rate=5e-3"])
+    with pytest.raises(ValueError, match="--use_ema True, not False"):
+        train([*train_args, "--resume_from_checkpoint=latest", "--no-use_ema"])
+    with pytest.raises(ValueError, match="another network"):
+        train([*train_args, "--resume_from_checkpoint=latest", "--model_kwargs", "layers_per_block=2"])
     with pytest.raises(ValueError, match="24 images, the data has 18"):
         train([*train_args, "--resume_from_checkpoint=latest", "--validation_fraction=0.25"])
 
@@ -630,6 +759,23 @@ def test_latest_passes_over_a_damaged_checkpoint_and_says_so(damage, two_checkpo
     assert "passing over" in caplog.text and file.name in caplog.text
     assert "resumed from" in caplog.text and "at step 2" in caplog.text
     assert train_diffit.checkpoint_problem(run_dir / "checkpoint-5") is None
+
+
+def test_going_back_moves_later_checkpoints_aside(two_checkpoints, caplog):
+    """Or `latest` would mean the branch that was left, and pruning would delete the new one."""
+    arguments, run_dir = two_checkpoints
+    flags = ["--checkpoints_total_limit=1", "--max_train_steps=3"]
+    train([*arguments, f"--resume_from_checkpoint={run_dir / 'checkpoint-2'}", *flags])
+    assert [path.name for path in train_diffit.list_checkpoints(run_dir)] == ["checkpoint-3"]
+    assert len(list(run_dir.glob("superseded-*-checkpoint-4"))) == 1 and "checkpoint-4 is now" in caplog.text
+
+
+def test_finished_run_writes_a_pipeline_that_was_cut_off(two_checkpoints):
+    arguments, run_dir = two_checkpoints
+    shutil.rmtree(run_dir / "unet")
+    (run_dir / "model_index.json").unlink()
+    train(arguments)
+    assert (run_dir / "model_index.json").is_file() and (run_dir / "unet/config.json").is_file()
 
 
 def test_only_damaged_checkpoints_are_an_error_and_stay(two_checkpoints):
