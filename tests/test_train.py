@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -794,11 +793,11 @@ def test_unfinished_checkpoint_of_a_killed_run_is_ignored_and_removed(two_checkp
     assert not (run_dir / "tmp-checkpoint-6").exists()
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_full_disk_keeps_the_checkpoint_before_and_says_so(train_args, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1800k", "tmpfs", str(disk)], check=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1800k", "tmpfs", str(disk)], check=False).returncode != 0:
+        pytest.skip("a small disk cannot be mounted here (it needs root)")
     try:
         with pytest.raises(RuntimeError, match=r"checkpoint-\d+ could not be written .* the last one there is check"):
             train([*train_args, f"--output_dir={disk}", "--checkpointing_steps=1", "--max_train_steps=20"])
