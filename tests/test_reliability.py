@@ -4,9 +4,12 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import ROOT, start, train
-from test_train import STATES, assert_same_files
+import torch
+from conftest import ROOT, run, start, train
+from safetensors.torch import load_file
+from test_train import STATES, assert_same_files, losses
 
 import train_diffit
 
@@ -83,3 +86,31 @@ def test_second_interrupt_leaves_at_once():
 
 def test_exit_code_is_documented():
     assert f"exit code {train_diffit.EXIT_STOPPED}" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 4), (2, 2), (4, 1), (2, 1)])
+def test_topology_changes_losses_and_weights_by_rounding_only(processes, accumulation, base_args, tmp_path):
+    """One global batch of 16 over 20 steps, dropout 0, against one process without accumulation."""
+    arguments = [*base_args, "--max_train_steps=20", "--global_batch_size=16", "--random_flip", "--label_dropout=0.3"]
+    # An output of zero at the start makes the first gradients vanish, and Adam amplifies their rounding.
+    arguments += ["--model_kwargs", "zero_init_output=false"]
+    train([*arguments, "--train_batch_size=16", f"--output_dir={tmp_path / 'one'}"])
+    batch_size = 16 // (processes * accumulation)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    flags = [f"--train_batch_size={batch_size}", f"--output_dir={tmp_path / 'other'}", "--dataloader_num_workers=1"]
+    output = run([*launcher, "train_diffit.py", *arguments, *flags])
+    assert f"{batch_size} x {processes} processes x {accumulation} accumulation" in output
+    np.testing.assert_allclose(losses(tmp_path / "other"), losses(tmp_path / "one"), rtol=1e-5)
+    name = "checkpoint-20/unet/diffusion_pytorch_model.safetensors"
+    one, other = load_file(tmp_path / "one" / name), load_file(tmp_path / "other" / name)
+    differences = {}
+    for key in one:
+        a, b = one[key], other[key]
+        if ".qkv" in key:  # the key bias and k_t have no gradient in truth: under Adam they move by amplified rounding
+            width = a.shape[0] // 3
+            kept = [0, 2] if "qkv_temb" in key or key.endswith("bias") else [0, 1, 2]
+            a, b = (torch.cat([x[i * width : (i + 1) * width] for i in kept]) for x in (a, b))
+        differences[key] = ((a - b).norm() / a.norm()).item()
+    worst = max(differences, key=differences.get)
+    assert differences[worst] <= 1e-5, f"{worst}: {differences[worst]:.1e}"
