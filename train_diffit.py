@@ -822,10 +822,15 @@ def ema_weights(ema_model: EMAModel | None, model: ModelMixin) -> Iterator[None]
         ema_model.restore(model.parameters())
 
 
+def step_of(checkpoint: Path) -> int:
+    """N of `checkpoint-N`."""
+    return int(checkpoint.name.split("-")[1])
+
+
 def list_checkpoints(output_dir: str) -> list[Path]:
     """Checkpoints `checkpoint-N` of a folder, oldest first; `checkpoint_problem` tells whether one is damaged."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    return sorted(found, key=step_of)
 
 
 def file_digest(file: Path) -> dict[str, int | str]:
@@ -904,7 +909,9 @@ def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, state: T
             temporary.rename(target)
             sync_to_disk(target.parent)
             if args.checkpoints_total_limit is not None:
-                for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+                # A damaged one that was passed over may have a later number: it is left, and does not count.
+                kept = [path for path in list_checkpoints(args.output_dir) if step_of(path) <= state.global_step]
+                for old in kept[: -args.checkpoints_total_limit]:
                     shutil.rmtree(old)
         except Exception as error:  # a full disk is an OSError, a SafetensorError or a RuntimeError
             reason = str(error)
@@ -1490,7 +1497,7 @@ def prepare_output_dir(accelerator: Accelerator, args: argparse.Namespace, globa
         for unfinished in Path(args.output_dir).glob("tmp-checkpoint-*"):  # of a run that was killed while writing
             shutil.rmtree(unfinished, ignore_errors=True)
         for later in list_checkpoints(args.output_dir):
-            if int(later.name.split("-")[1]) > global_step and checkpoint_problem(later) is None:
+            if step_of(later) > global_step and checkpoint_problem(later) is None:
                 aside = later.with_name(f"superseded-{time.strftime('%Y%m%d-%H%M%S')}-{later.name}")
                 later.rename(aside)
                 logger.warning(f"going on from step {global_step}: {later.name} is now {aside.name}")

@@ -769,6 +769,14 @@ def test_going_back_moves_later_checkpoints_aside(two_checkpoints, caplog):
     assert len(list(run_dir.glob("superseded-*-checkpoint-4"))) == 1 and "checkpoint-4 is now" in caplog.text
 
 
+def test_pruning_never_prefers_a_damaged_checkpoint_to_the_new_one(two_checkpoints):
+    arguments, run_dir = two_checkpoints
+    (run_dir / "checkpoint-4/optimizer.pt").write_bytes(b"")
+    train([*arguments, "--checkpoints_total_limit=1", "--max_train_steps=3"])
+    assert [path.name for path in train_diffit.list_checkpoints(run_dir)] == ["checkpoint-3", "checkpoint-4"]
+    assert train_diffit.checkpoint_problem(run_dir / "checkpoint-3") is None
+
+
 def test_finished_run_writes_a_pipeline_that_was_cut_off(two_checkpoints):
     arguments, run_dir = two_checkpoints
     shutil.rmtree(run_dir / "unet")
