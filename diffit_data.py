@@ -12,7 +12,9 @@ Two ideas hold this file together:
 Shapes: B batch, C channels, H/W height/width in pixels, n images in the table.
 """
 
+import contextlib
 import glob
+import hashlib
 import io
 import json
 import os
@@ -185,6 +187,18 @@ class ImageTable:
     def select(self, indices: list[int]) -> "ImageTable":
         """The table of these images, in this order."""
         return replace(self, indices=self.indices[indices])
+
+    def digest(self, num_images: int = 64) -> str:
+        """A checksum of number, labels and class names, and of the bytes of some images that are evenly spread.
+
+        Tells whether several machines see the same images, wherever those lie.
+        """
+        labels = None if self.labels is None else self.labels[self.indices].tolist()
+        digest = hashlib.sha256(json.dumps([len(self), labels, self.class_names]).encode())
+        for index in np.linspace(0, len(self) - 1, min(num_images, len(self))).astype(int):
+            with contextlib.suppress(BadImageError):  # reported when it is read for training
+                digest.update(self.read(int(index))[1])
+        return digest.hexdigest()[:16]
 
 
 _open_zips: dict[str, tuple[int, zipfile.ZipFile]] = {}

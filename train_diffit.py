@@ -20,12 +20,11 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 import time
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +36,7 @@ import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, is_wandb_available
+from accelerate.utils import ProjectConfiguration, is_wandb_available
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, ModelMixin, UNet2DModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
@@ -59,6 +58,14 @@ from diffit_data import (
     position_generator,
     split_table,
 )
+from diffit_distributed import (
+    OutputDirLock,
+    StopRequest,
+    check_agreement,
+    ignore_stop_signals,
+    on_all_processes,
+    on_main_process,
+)
 from diffit_model import DiffiTUNet2DModel, choose_attention_backend, model_class, set_attention_backend
 from diffit_pipeline import DiffiTPipeline, image_grid, null_label, viewable
 
@@ -67,7 +74,6 @@ logger = get_logger("train_diffit", log_level="INFO")
 PIPELINE_FILES = ("README.md", "sample_grid.png", "diffit_pipeline.py", "training_args.yaml", "model_index.json")
 PROJECT = "train_diffit"  # name of the run in the trackers
 MANIFEST = "manifest.json"  # of a checkpoint: size and checksum of each file
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 EXIT_STOPPED = 75  # exit code after a signal or --max_train_time: a checkpoint was saved, the run can go on
 DROPOUT = 3  # stream of `position_generator` that seeds dropout inside the network
 TIMESTEP_BINS = 4  # the loss is logged by quartile of the timesteps
@@ -196,6 +202,12 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--adam_weight_decay", type=not_negative, default=0.0)
     group.add_argument("--adam_epsilon", type=number_type(float, 0, open_ends=True), default=1e-8)
     group.add_argument("--max_grad_norm", type=number_type(float, 0, open_ends=True), default=1.0)
+    group.add_argument(
+        "--max_bad_steps",
+        type=positive,
+        default=20,
+        help="steps in a row that may be left out because the loss or the gradient is not finite; then training ends",
+    )
     group.add_argument("--use_ema", action=flag, default=True)
     group.add_argument("--ema_max_decay", type=share, default=0.9999)
     group.add_argument("--ema_inv_gamma", type=number_type(float, 0, open_ends=True), default=1.0)
@@ -388,6 +400,12 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
         raise ValueError(
             f"the launcher started {world_size} processes (WORLD_SIZE), but this one sees "
             f"{accelerator.num_processes}; see the launch commands in README.md"
+        )
+    alone = accelerator.num_processes == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
+    if alone and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "accelerate was asked for several processes but started one (--cpu --num_processes N does that): use "
+            "configs/accelerate/cpu_multi_process.yaml or torchrun; for one process unset MASTER_ADDR"
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # from accelerate's own config
         raise ValueError("mixed precision fp16 does not exist on a CPU: give --mixed_precision bf16 or no")
@@ -605,13 +623,14 @@ def build_noise_scheduler(args: argparse.Namespace) -> DDPMScheduler:
 
 
 def build_optimizer(args: argparse.Namespace, model: ModelMixin) -> torch.optim.Optimizer:
-    """AdamW over all parameters."""
+    """AdamW over all parameters; the fused kernel, because it can leave a step out without asking the host."""
     return torch.optim.AdamW(
         model.parameters(),
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
+        fused=True,
     )
 
 
@@ -792,11 +811,13 @@ class TrainingState:
     Attributes:
         model: the network itself, not what accelerate wraps around it.
         ema_model: its averaged weights, or None.
-        optimizer: likewise unwrapped.
+        optimizer: likewise unwrapped; fused, see `take_step`.
         lr_scheduler: steps once per optimizer step.
         num_images: in the training data, which fixes what a position means.
         global_step: successful optimizer steps.
         position: first position of the stream that has not been trained on.
+        bad_steps: left out so far because the loss or the gradient was not finite; their positions are passed by.
+        bad_steps_in_a_row: of these, since the last successful step.
     """
 
     model: ModelMixin
@@ -806,6 +827,8 @@ class TrainingState:
     num_images: int
     global_step: int = 0
     position: int = 0
+    bad_steps: int = 0
+    bad_steps_in_a_row: int = 0
 
 
 @contextlib.contextmanager
@@ -874,6 +897,8 @@ def write_checkpoint(folder: Path, accelerator: Accelerator, args: argparse.Name
     numbers = {
         "global_step": state.global_step,
         "position": state.position,
+        "bad_steps": state.bad_steps,
+        "bad_steps_in_a_row": state.bad_steps_in_a_row,
         "num_images": state.num_images,
         "lr_scheduler": state.lr_scheduler.state_dict(),
         "ema_step": None if state.ema_model is None else state.ema_model.optimization_step,
@@ -888,11 +913,13 @@ def write_checkpoint(folder: Path, accelerator: Accelerator, args: argparse.Name
         sync_to_disk(path)
 
 
-def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, state: TrainingState) -> None:
+def save_checkpoint(
+    accelerator: Accelerator, args: argparse.Namespace, state: TrainingState, lock: OutputDirLock
+) -> None:
     """Writes `checkpoint-N`, then deletes old ones. To be called by all processes.
 
     It is written under another name and renamed at the end, so a `checkpoint-N` is complete or does not exist. Only
-    the main process writes and deletes.
+    the main process writes and deletes, and only while it owns the folder.
 
     Raises:
         RuntimeError: in all processes, if it could not be written; earlier checkpoints stay.
@@ -904,6 +931,7 @@ def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, state: T
         target = Path(args.output_dir, f"checkpoint-{state.global_step}")
         temporary = target.with_name(f"tmp-{target.name}")
         try:
+            lock.check_owned()
             write_checkpoint(temporary, accelerator, args, state)
             shutil.rmtree(target, ignore_errors=True)  # a damaged one of the same step
             temporary.rename(target)
@@ -924,20 +952,6 @@ def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, state: T
             f"the last one there is {left[-1].name if left else 'none'}"
         )
     logger.info(f"saved checkpoint-{state.global_step}")
-
-
-def on_main_process(accelerator: Accelerator, function: Callable, *arguments):
-    """What a function returns in the main process, in every process; a ValueError or OSError is raised in all."""
-    outcome = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = function(*arguments)
-        except (ValueError, OSError) as error:
-            outcome[1] = str(error)
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise ValueError(outcome[1])
-    return outcome[0]
 
 
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
@@ -1003,7 +1017,8 @@ def load_checkpoint(path: Path, accelerator: Accelerator, args: argparse.Namespa
     state.lr_scheduler.load_state_dict(numbers["lr_scheduler"])
     if numbers["scaler"] is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(numbers["scaler"])
-    state.global_step, state.position = numbers["global_step"], numbers["position"]
+    for name in ("global_step", "position", "bad_steps", "bad_steps_in_a_row"):
+        setattr(state, name, numbers[name])
     logger.info(f"resumed from {path} at step {state.global_step}")
 
 
@@ -1013,65 +1028,85 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Stopping in time
+# Steps that go wrong
 
 
-class StopRequest:
-    """Turns SIGTERM, SIGINT, SIGUSR1 and a time limit into one stop that all processes make at the same step.
+def spread_non_finite(loss: torch.Tensor) -> torch.Tensor:
+    """Makes the gradient of a loss that is not finite NaN, so that all processes learn of it; others stay as they are.
 
-    The processes exchange their wishes over a CPU process group while the next step is under way, so agreeing costs
-    the device nothing and comes one step late. A second SIGINT (Ctrl-C) stops at once.
+    Shape (B) to shape (B).
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+
+
+class StepGuard:
+    """Leaves out optimizer steps whose gradient is not finite, without waiting for the device.
+
+    The device skips the update by itself. The host asks for the outcome when the gradient of the next step is on its
+    way, so the device always has work.
 
     Args:
-        max_train_time: seconds from now on, or None.
+        optimizer: a fused one of torch, which obeys `found_inf`; under fp16 the gradient scaler sets that itself.
     """
 
-    def __init__(self, max_train_time: float | None):
-        self.wanted = False
-        self.first_signal = math.inf
-        self.deadline = math.inf if max_train_time is None else time.monotonic() + max_train_time
-        self.group = torch.distributed.new_group(backend="gloo") if torch.distributed.is_initialized() else None
-        self.exchange = None
-        self.earlier = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer = optimizer
+        self.is_bad, self.arrived = None, None
 
-    def _handle(self, number: int, frame) -> None:
-        now = time.monotonic()
-        self.first_signal = min(self.first_signal, now)
-        # A launcher passes on the Ctrl-C that the terminal has sent already: within a second they are the same one.
-        if number == signal.SIGINT and now - self.first_signal > 1:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            raise KeyboardInterrupt
-        self.wanted = True
+    def watch(self, grad_norm: torch.Tensor) -> None:
+        """To be called before each `optimizer.step()` with the norm of its gradient, shape ()."""
+        is_bad = ~grad_norm.isfinite()
+        self.optimizer.found_inf = is_bad.float()
+        self.is_bad = is_bad.to("cpu", non_blocking=is_bad.device.type == "cuda")
+        if is_bad.device.type == "cuda":
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
 
-    def agreed(self) -> bool:
-        """Whether all processes are to stop now. To be called by all, once after each optimizer step."""
-        wanted = self.wanted or time.monotonic() > self.deadline
-        if self.group is None:
-            return wanted
-        agreed = self._result()
-        flag = torch.tensor([int(wanted)])
-        self.exchange = (torch.distributed.all_reduce(flag, group=self.group, async_op=True), flag)
-        return agreed
-
-    def _result(self) -> bool:
-        if self.exchange is None:
-            return False
-        work, flag = self.exchange
-        work.wait()
-        self.exchange = None
-        return bool(flag.item() > 0)
-
-    def close(self) -> None:
-        """Ends the last exchange and gives the signals back."""
-        self._result()
-        for number, handler in self.earlier.items():
-            signal.signal(number, handler)
+    def outcome(self) -> bool | None:
+        """Whether the step that was watched last was taken; None if there is none, or it was asked for already."""
+        if self.is_bad is None:
+            return None
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        taken = not self.is_bad.item()
+        self.is_bad = None
+        return taken
 
 
-def ignore_stop_signals(worker_id: int) -> None:
-    """For data-loader workers: a signal to the whole process group must not end them before their process is done."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def complete_step(args: argparse.Namespace, state: TrainingState, guard: StepGuard) -> bool:
+    """What follows an optimizer step: learning rate schedule, EMA and count, or the count of bad steps.
+
+    Returns:
+        Whether there was a step to complete and it was taken.
+
+    Raises:
+        RuntimeError: after --max_bad_steps bad steps in a row; weights and checkpoints stay as they were before.
+    """
+    taken = guard.outcome()
+    if taken is None:
+        return False
+    if taken:
+        state.lr_scheduler.step()
+        if state.ema_model is not None:
+            state.ema_model.step(state.model.parameters())
+        state.global_step += 1
+        state.bad_steps_in_a_row = 0
+        return True
+    state.bad_steps += 1
+    state.bad_steps_in_a_row += 1
+    first = state.position - args.global_batch_size
+    message = (
+        f"loss or gradient not finite in step {state.global_step + 1} on the images at positions {first} to "
+        f"{state.position - 1} of the stream"
+    )
+    if state.bad_steps_in_a_row < args.max_bad_steps:
+        logger.warning(f"{message}: passed by ({state.bad_steps} so far)")
+        return False
+    checkpoints = list_checkpoints(args.output_dir)
+    raise RuntimeError(
+        f"{message}, the {state.bad_steps_in_a_row}th in a row (--max_bad_steps). The last checkpoint is "
+        f"{checkpoints[-1] if checkpoints else 'none'}; from there a lower --learning_rate, bf16 or fp32 may help"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1097,10 +1132,11 @@ def peak_memory(device: torch.device) -> int:
 
 
 def add_to_bins(bins: torch.Tensor, loss: torch.Tensor, timesteps: torch.Tensor, num_train_timesteps: int) -> None:
-    """Adds losses of shape (B) to the sums and counts of their timestep quartiles, on the device."""
+    """Adds losses of shape (B), those that are finite, to the sums and counts of their timestep quartiles."""
     quartile = timesteps * TIMESTEP_BINS // num_train_timesteps  # (B)
     loss = loss.detach().float()
-    bins.index_add_(1, quartile, torch.stack([loss, torch.ones_like(loss)]))
+    finite = loss.isfinite()
+    bins.index_add_(1, quartile, torch.stack([loss.where(finite, 0), finite.float()]))
 
 
 def bin_means(accelerator: Accelerator, bins: torch.Tensor, name: str) -> dict[str, float]:
@@ -1134,9 +1170,6 @@ def log_metrics(
         bins: see `bin_means`.
         images_per_second: of all processes.
         num_bad_images: skipped by this process so far.
-
-    Raises:
-        RuntimeError: if the loss is not finite.
     """
     values = bin_means(accelerator, bins, "train/loss") | {
         "train/grad_norm": grad_norm.item(),
@@ -1145,16 +1178,14 @@ def log_metrics(
         "train/peak_memory_gib": peak_memory(accelerator.device) / 2**30,
         "train/kimg": state.position / 1000,
         "train/bad_images": num_bad_images,
+        "train/bad_steps": state.bad_steps,
     }
     if state.ema_model is not None:
         values["train/ema_decay"] = state.ema_model.cur_decay_value
     accelerator.log(values, step=state.global_step)
     loss = values["train/loss"]
+    progress.update(state.global_step - progress.n)
     progress.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", img_s=f"{images_per_second:.0f}", refresh=False)
-    if not math.isfinite(loss):
-        raise RuntimeError(
-            f"the loss is {loss} at step {state.global_step}; lower --learning_rate, or train in bf16 or fp32"
-        )
 
 
 @torch.no_grad()
@@ -1164,8 +1195,12 @@ def validation_loss(
     model: ModelMixin,
     noise_scheduler: DDPMScheduler,
     table: ImageTable,
-) -> dict[str, float]:
-    """Loss on held-out images at fixed noise and evenly spread timesteps, in all and by timestep quartile."""
+    stop: StopRequest,
+) -> dict[str, float] | None:
+    """Loss on held-out images at fixed noise and evenly spread timesteps, in all and by timestep quartile.
+
+    None if a stop was asked for in the middle.
+    """
     stream = PositionStream(len(table), seed=0)
     num_channels = model.config.in_channels
     dataset = ImageDataset(
@@ -1192,14 +1227,23 @@ def validation_loss(
         model_pred = model(noisy_images, timesteps, class_labels=labels).sample
         loss = compute_loss(model_pred, noise_scheduler, clean_images, noise, timesteps)
         add_to_bins(bins, loss, timesteps, args.num_train_timesteps)
-    return bin_means(accelerator, bins, "validation/loss")
+        if stop.is_wanted():
+            break
+    return None if stop.is_wanted_anywhere() else bin_means(accelerator, bins, "validation/loss")
 
 
 @torch.no_grad()
 def draw_preview(
-    accelerator: Accelerator, args: argparse.Namespace, model: ModelMixin, noise_scheduler: DDPMScheduler
-) -> list[PIL.Image.Image]:
-    """Images of the seeds 0, 1, 2, ..., class after class, drawn by all processes together; the same list in each."""
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    model: ModelMixin,
+    noise_scheduler: DDPMScheduler,
+    stop: StopRequest,
+) -> list[PIL.Image.Image] | None:
+    """Images of the seeds 0, 1, 2, ..., class after class, drawn by all processes together; the same list in each.
+
+    None if a stop was asked for in the middle.
+    """
     pipeline = DiffiTPipeline(model, DDIMScheduler.from_config(noise_scheduler.config))
     pipeline.set_progress_bar_config(disable=True)
     num_images, num_processes = args.num_validation_images, accelerator.num_processes
@@ -1208,6 +1252,8 @@ def draw_preview(
     null = null_label(model)
     images = []
     for i in range(0, share, args.train_batch_size):
+        if stop.is_wanted():
+            break
         chunk = seeds[i : i + args.train_batch_size]
         images.append(
             pipeline(
@@ -1219,6 +1265,8 @@ def draw_preview(
                 output_type="pt",
             ).images.to(accelerator.device)
         )
+    if stop.is_wanted_anywhere():
+        return None
     images = accelerator.gather(torch.cat(images))[:num_images]  # (num_images, C, H, W)
     pixels = (images * 255).round().byte().cpu().permute(0, 2, 3, 1).numpy()
     return [viewable(image) for image in pixels]
@@ -1231,16 +1279,23 @@ def log_validation(
     noise_scheduler: DDPMScheduler,
     table: ImageTable,
     validation_table: ImageTable | None,
-) -> None:
-    """With the EMA weights: held-out loss, preview grid, and the pipeline folder. To be called by all processes."""
+    stop: StopRequest,
+) -> bool:
+    """With the EMA weights: held-out loss, preview grid, and the pipeline folder. To be called by all processes.
+
+    Returns:
+        False if it was given up because a stop was asked for.
+    """
     model = state.model.eval()
     with ema_weights(state.ema_model, model):
-        values = {}
+        values, images = {}, None
         if validation_table is not None:
-            values = validation_loss(accelerator, args, model, noise_scheduler, validation_table)
+            values = validation_loss(accelerator, args, model, noise_scheduler, validation_table, stop)
+        if values is not None:
+            images = draw_preview(accelerator, args, model, noise_scheduler, stop)
+        if images is not None:
             accelerator.log(values, step=state.global_step)
-        images = draw_preview(accelerator, args, model, noise_scheduler)
-        if accelerator.is_main_process:
+        if images is not None and accelerator.is_main_process:
             grid = image_grid(images)
             previews = Path(args.output_dir, "previews")
             previews.mkdir(exist_ok=True)
@@ -1252,6 +1307,9 @@ def log_validation(
             save_pipeline(args, state, noise_scheduler, table, grid, values)
     model.train()
     accelerator.wait_for_everyone()
+    if images is None:
+        logger.info(f"gave up the validation of step {state.global_step}, because a stop was asked for")
+    return images is not None
 
 
 def save_pipeline(
@@ -1352,19 +1410,38 @@ def push_to_hub(args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Sets up, resumes, trains and saves."""
+    """Takes possession of --output_dir and trains."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-
-    # 1. set up
+    started = time.monotonic()
     config = read_model_config(args)
     accelerator = build_accelerator(args)
     resolve_diffusion(args)
+    check_agreement(accelerator, describe_launch(args, config))
+    lock = OutputDirLock(args.output_dir)
+    with contextlib.ExitStack() as resources:
+        if not args.dry_run:
+            token = on_main_process(accelerator, resources.enter_context, lock)
+            on_all_processes(accelerator, lock.check_visible, token)
+        train(accelerator, args, config, lock, started)
+
+
+def train(
+    accelerator: Accelerator, args: argparse.Namespace, config: dict, lock: OutputDirLock, started: float
+) -> None:
+    """Sets up, resumes, trains and saves.
+
+    Args:
+        config: of the model, see `read_model_config`.
+        lock: proves that --output_dir is ours.
+        started: `time.monotonic()` from which --max_train_time counts.
+    """
+    # 1. set up
     checkpoint = on_main_process(accelerator, find_checkpoint, args)
-    with accelerator.main_process_first():
-        table, validation_table = build_tables(args)
+    table, validation_table = on_all_processes(accelerator, build_tables, args)
     config = resolve_model_config(args, config, table)
     resolve_duration(args, len(table))
+    check_agreement(accelerator, {"the training data": table.digest(), "the model config": config})
     if args.dry_run:
         print_dry_run(accelerator, args, config, table, validation_table)
         return
@@ -1390,17 +1467,21 @@ def main(args: argparse.Namespace) -> None:
         init_kwargs={"tensorboard": {"purge_step": state.global_step + 1}},
     )
     describe_run(accelerator, args, raw_model, table, validation_table)
+    stop = StopRequest(started, args.max_train_time)
+    validated = True
     if state.global_step >= args.max_train_steps:
         logger.info(f"nothing left to train: {checkpoint} is at step {state.global_step} of {args.max_train_steps}")
-        log_validation(accelerator, args, state, noise_scheduler, table, validation_table)  # it may have been cut off
+        # It may have been cut off.
+        validated = log_validation(accelerator, args, state, noise_scheduler, table, validation_table, stop)
 
     # 3. train
     null = null_label(raw_model)
     bins = torch.zeros(2, TIMESTEP_BINS, device=accelerator.device)  # losses since the last log, by timestep
     bad_images: set[str] = set()
-    stop = StopRequest(None if args.max_train_time is None else 60 * args.max_train_time)
+    guard = StepGuard(raw_optimizer)
+    periods = (args.logging_steps, args.checkpointing_steps, args.validation_steps)
     progress = tqdm(total=args.max_train_steps, initial=state.global_step, disable=not accelerator.is_main_process)
-    steps_since_log, log_time = 0, time.perf_counter()
+    log_position, log_time = state.position, time.perf_counter()
     model.train()
     while state.global_step < args.max_train_steps:
         for _ in range(args.gradient_accumulation_steps):
@@ -1413,43 +1494,40 @@ def main(args: argparse.Namespace) -> None:
             with accelerator.accumulate(model):
                 model_pred = model(noisy_images, timesteps, class_labels=labels).sample
                 loss = compute_loss(model_pred, noise_scheduler, clean_images, noise, timesteps, args.snr_gamma)
-                accelerator.backward(loss.mean())
+                accelerator.backward(spread_non_finite(loss).mean())
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    complete_step(args, state, guard)  # the step before, if the host did not wait for it
+                    guard.watch(grad_norm)
+                    lr = lr_scheduler.get_last_lr()[0]
                 optimizer.step()
                 optimizer.zero_grad()
             add_to_bins(bins, loss, timesteps, args.num_train_timesteps)
         state.position += args.global_batch_size
         stopping = stop.agreed()
-        if accelerator.optimizer_step_was_skipped:  # fp16 overflow: the images are passed by, nothing else moves on
+        if not stopping and not any(is_due(state.global_step + 1, every, args.max_train_steps) for every in periods):
             continue
-        lr = lr_scheduler.get_last_lr()[0]
-        lr_scheduler.step()
-        if ema_model is not None:
-            ema_model.step(raw_model.parameters())
-        state.global_step += 1
-        steps_since_log += 1
-        progress.update()
-
+        if not complete_step(args, state, guard):
+            continue
         if is_due(state.global_step, args.logging_steps, args.max_train_steps):
-            images_per_second = steps_since_log * args.global_batch_size / (time.perf_counter() - log_time)
+            images_per_second = (state.position - log_position) / (time.perf_counter() - log_time)
             log_metrics(accelerator, progress, state, bins, grad_norm, lr, images_per_second, len(bad_images))
             bins.zero_()
-            steps_since_log, log_time = 0, time.perf_counter()
-        started = time.perf_counter()
+            log_position, log_time = state.position, time.perf_counter()
+        paused = time.perf_counter()
         finished = state.global_step == args.max_train_steps
         if stopping or is_due(state.global_step, args.checkpointing_steps, args.max_train_steps):
-            save_checkpoint(accelerator, args, state)
+            save_checkpoint(accelerator, args, state, lock)
         if stopping and not finished:
             break
         if is_due(state.global_step, args.validation_steps, args.max_train_steps):
-            log_validation(accelerator, args, state, noise_scheduler, table, validation_table)
-        log_time += time.perf_counter() - started  # images/s is of training alone
+            validated = log_validation(accelerator, args, state, noise_scheduler, table, validation_table, stop)
+        log_time += time.perf_counter() - paused  # images/s is of training alone
 
     # 4. finish
     stop.close()
     progress.close()
-    if state.global_step < args.max_train_steps:
+    if state.global_step < args.max_train_steps or not validated:
         logger.info(f"stopped at step {state.global_step}; go on with --resume_from_checkpoint latest")
         accelerator.end_training()
         sys.exit(EXIT_STOPPED)
@@ -1458,6 +1536,18 @@ def main(args: argparse.Namespace) -> None:
         if args.push_to_hub:
             push_to_hub(args)
     accelerator.end_training()
+
+
+def describe_launch(args: argparse.Namespace, config: dict) -> dict:
+    """What must be the same in all processes before data is touched: arguments, model config, versions, code.
+
+    Where the data lies may differ from machine to machine: the images themselves are compared later.
+    """
+    places = {"train_data_dir", "train_data_file", "cache_dir"}
+    arguments = {f"--{key}": value for key, value in public_args(args).items() if key not in places}
+    here = Path(__file__).parent
+    code = {f.name: file_digest(f)["sha256"][:8] for f in sorted([*here.glob("diffit_*.py"), Path(__file__)])}
+    return arguments | {"the model config": config, "torch": torch.__version__, "the code": code}
 
 
 def set_up_model(accelerator: Accelerator, args: argparse.Namespace, model: ModelMixin) -> None:

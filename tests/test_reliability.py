@@ -72,7 +72,7 @@ def test_time_limit_saves_and_exits_with_the_documented_code(long_args, tmp_path
 
 
 def test_second_interrupt_leaves_at_once():
-    stop = train_diffit.StopRequest(None)
+    stop = train_diffit.StopRequest()
     try:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # the same Ctrl-C, passed on by a launcher

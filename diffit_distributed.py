@@ -1,0 +1,322 @@
+# Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Processes that work together, on one machine or many: what they must agree on, when they stop, and which run owns
+an output folder.
+
+Used by the scripts that run on several processes. Nothing here synchronises with the accelerator's device.
+"""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list, gather_object
+
+logger = get_logger("train_diffit", log_level="INFO")
+
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Agreement
+
+
+def on_main_process(accelerator: Accelerator, function: Callable, *arguments):
+    """What a function returns in the main process, in every process; a ValueError or OSError is raised in all."""
+    outcome = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = function(*arguments)
+        except (ValueError, OSError) as error:
+            outcome[1] = str(error)
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise ValueError(outcome[1])
+    return outcome[0]
+
+
+def on_all_processes(accelerator: Accelerator, function: Callable, *arguments):
+    """What a function returns in this process; if it fails in one process, all of them raise.
+
+    The main process goes first, so that it fills caches which the others then find.
+
+    Raises:
+        ValueError: in a process where the function did not fail, names the one where it did.
+    """
+    result, failure = None, None
+    with accelerator.main_process_first():
+        try:
+            result = function(*arguments)
+        except (ValueError, OSError) as error:
+            failure = error
+    place = f"process {accelerator.process_index} on {socket.gethostname()}"
+    problems = gather_object([None if failure is None else f"{place}: {failure}"])
+    if failure is not None:
+        raise failure
+    for problem in problems:
+        if problem is not None:
+            raise ValueError(problem)
+    return result
+
+
+def check_agreement(accelerator: Accelerator, values: dict) -> None:
+    """Compares what must be the same in all processes with the main process's values.
+
+    Args:
+        values: by names that mean something to the user, such as flags.
+
+    Raises:
+        ValueError: in all processes, names what differs, the two values and where.
+    """
+    hosts = gather_object([(socket.gethostname(), values)])
+    main_host, expected = hosts[0]
+    for index, (host, got) in enumerate(hosts):
+        differ = [name for name in expected | got if expected.get(name) != got.get(name)]
+        if differ:
+            listed = "; ".join(f"{name} is {expected.get(name)} there, {got.get(name)} here" for name in differ)
+            raise ValueError(
+                f"process {index} on {host} was not started like process 0 on {main_host}: {listed}. All processes "
+                "need the same arguments, data and code"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The output folder
+
+
+def _machine() -> str:
+    """Tells machines (and containers, whose process numbers differ) apart."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # Linux
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(str(os.stat("/proc/self/ns/pid").st_ino))
+    return " ".join(parts)
+
+
+class OutputDirLock:
+    """Lets one run at a time own a folder: the file `.running` in it names the owner and is touched again and again.
+
+    Needs no file locks, so it works on shared file systems that have none. An owner on this machine is alive if its
+    process is; an owner elsewhere is watched for a while, which needs no common clock.
+
+    Args:
+        folder: created if it does not exist.
+        heartbeat: seconds between two touches.
+        patience: seconds without a touch after which an owner on another machine counts as dead.
+    """
+
+    FILE = ".running"
+
+    def __init__(self, folder: str | Path, heartbeat: float = 10, patience: float = 60):
+        self.folder = Path(folder)
+        self.file = self.folder / self.FILE
+        self.heartbeat, self.patience = heartbeat, patience
+        self.token = uuid.uuid4().hex
+        self._released = threading.Event()
+
+    def __enter__(self) -> str:
+        """Takes the folder and returns the token that proves it.
+
+        Raises:
+            ValueError: if another run owns the folder.
+        """
+        process = psutil.Process()
+        owner = {
+            "token": self.token,
+            "host": socket.gethostname(),
+            "pid": process.pid,
+            "started": process.create_time(),
+            "machine": _machine(),
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                with self.file.open("x") as file:  # fails if it exists
+                    json.dump(owner, file)
+                break
+            except FileExistsError:
+                self._remove_dead_owner()
+        threading.Thread(target=self._beat, daemon=True).start()
+        return self.token
+
+    def __exit__(self, *exception) -> None:
+        """Gives the folder back, and removes it if nothing was written there."""
+        self._released.set()
+        with contextlib.suppress(OSError):
+            self.check_owned()
+            self.file.unlink()
+            self.folder.rmdir()
+
+    def check_visible(self, token: str, patience: float = 30) -> None:
+        """For every process: whether the folder that it sees is the one that the main process has taken.
+
+        Args:
+            token: what the main process got.
+            patience: seconds that a shared file system may take to show a new file.
+
+        Raises:
+            ValueError: if it is another folder.
+        """
+        deadline = time.monotonic() + patience
+        while self._owner().get("token") != token:
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"--output_dir {self.folder} on {socket.gethostname()} is not the folder that the main process "
+                    "sees: all machines need one shared folder"
+                )
+            time.sleep(0.5)
+            with contextlib.suppress(OSError):
+                os.listdir(self.folder)  # makes a network file system look again
+
+    def check_owned(self) -> None:
+        """For the main process, before it writes what another run must not find mixed with its own.
+
+        Raises:
+            OSError: if another run has taken the folder, which it may if this process stood still for long.
+        """
+        owner = self._owner()
+        if owner.get("token") != self.token:
+            raise OSError(
+                f"another run (process {owner.get('pid')} on {owner.get('host')}) has taken over {self.folder}"
+            )
+
+    def _owner(self, file: Path | None = None) -> dict:
+        with contextlib.suppress(OSError, ValueError):  # gone, or not yet written
+            return json.loads((file or self.file).read_text())
+        return {}
+
+    def _beat(self) -> None:
+        while not self._released.wait(self.heartbeat):
+            with contextlib.suppress(OSError):
+                os.utime(self.file)
+
+    def _remove_dead_owner(self) -> None:
+        owner = self._owner()
+        if self._is_alive(owner):
+            raise ValueError(
+                f"--output_dir {self.folder}: another run works there (process {owner.get('pid')} on "
+                f"{owner.get('host')}); wait for its end or choose another folder"
+            )
+        aside = self.file.with_name(f"{self.FILE}-{uuid.uuid4().hex}")
+        try:
+            self.file.rename(aside)
+        except FileNotFoundError:
+            return
+        if self._owner(aside) != owner:  # someone else was faster, and this is their file
+            aside.rename(self.file)
+            return
+        aside.unlink()
+        if owner:
+            logger.warning(f"the run of process {owner['pid']} on {owner['host']} ended without giving up this folder")
+
+    def _is_alive(self, owner: dict) -> bool:
+        if owner.get("machine") == _machine():
+            try:
+                process = psutil.Process(owner["pid"])
+                same = abs(process.create_time() - owner["started"]) < 1  # or another process got its number
+                return same and process.status() != psutil.STATUS_ZOMBIE
+            except psutil.Error:
+                return False
+        logger.warning(f"{self.file} is of a run on {owner.get('host')}: watching for {self.patience} s if it lives")
+        first = self._touched()
+        deadline = time.monotonic() + self.patience
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, self.heartbeat / 2))
+            now = self._touched()
+            if now is None:
+                return False
+            if now != first:
+                return True
+        return False
+
+    def _touched(self) -> int | None:
+        try:
+            with self.file.open() as file:  # opening makes a network file system look again
+                return os.fstat(file.fileno()).st_mtime_ns
+        except OSError:
+            return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping in time
+
+
+class StopRequest:
+    """Turns SIGTERM, SIGINT, SIGUSR1 and a time limit into one stop that all processes make at the same step.
+
+    The processes exchange their wishes over a CPU process group while the next step is under way, so agreeing costs
+    the device nothing and comes one step late. A second SIGINT (Ctrl-C) stops at once.
+
+    Args:
+        started: `time.monotonic()` of the start.
+        max_train_time: minutes from then on, or None.
+    """
+
+    def __init__(self, started: float = 0.0, max_train_time: float | None = None):
+        self.signalled = False
+        self.first_signal = math.inf
+        self.deadline = math.inf if max_train_time is None else started + 60 * max_train_time
+        self.group = torch.distributed.new_group(backend="gloo") if torch.distributed.is_initialized() else None
+        self.exchange = None
+        self.earlier = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+
+    def _handle(self, number: int, frame) -> None:
+        now = time.monotonic()
+        self.first_signal = min(self.first_signal, now)
+        # A launcher passes on the Ctrl-C that the terminal has sent already: within a second they are the same one.
+        if number == signal.SIGINT and now - self.first_signal > 1:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt
+        self.signalled = True
+
+    def is_wanted(self) -> bool:
+        """Whether this process is to stop; the others may not know of it yet."""
+        return self.signalled or time.monotonic() > self.deadline
+
+    def is_wanted_anywhere(self) -> bool:
+        """Whether some process is to stop. Waits for the others, so it is for jobs that take long anyway."""
+        if self.group is None:
+            return self.is_wanted()
+        flag = torch.tensor([int(self.is_wanted())])
+        torch.distributed.all_reduce(flag, group=self.group)
+        return flag.item() > 0
+
+    def agreed(self) -> bool:
+        """Whether all processes are to stop now. To be called by all, once after each optimizer step."""
+        if self.group is None:
+            return self.is_wanted()
+        agreed = self._result()
+        flag = torch.tensor([int(self.is_wanted())])
+        self.exchange = (torch.distributed.all_reduce(flag, group=self.group, async_op=True), flag)
+        return agreed
+
+    def _result(self) -> bool:
+        if self.exchange is None:
+            return False
+        work, flag = self.exchange
+        work.wait()
+        self.exchange = None
+        return bool(flag.item() > 0)
+
+    def close(self) -> None:
+        """Ends the last exchange and gives the signals back."""
+        self._result()
+        for number, handler in self.earlier.items():
+            signal.signal(number, handler)
+
+
+def ignore_stop_signals(worker_id: int) -> None:
+    """For data-loader workers: a signal to the whole process group must not end them before their process is done."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
