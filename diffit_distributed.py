@@ -7,6 +7,7 @@ Used by the scripts that run on several processes. Nothing here synchronises wit
 
 import contextlib
 import json
+import logging
 import math
 import os
 import signal
@@ -20,10 +21,9 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 
-logger = get_logger("train_diffit", log_level="INFO")
+logger = logging.getLogger("train_diffit")  # plain: only the main process takes the folder
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
@@ -217,8 +217,10 @@ class OutputDirLock:
             aside.rename(self.file)
             return
         aside.unlink()
-        if owner:
-            logger.warning(f"the run of process {owner['pid']} on {owner['host']} ended without giving up this folder")
+        if "pid" in owner:
+            logger.warning(
+                f"the run of process {owner['pid']} on {owner.get('host')} ended without giving up this folder"
+            )
 
     def _is_alive(self, owner: dict) -> bool:
         if owner.get("machine") == _machine():

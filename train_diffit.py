@@ -1104,7 +1104,7 @@ def complete_step(args: argparse.Namespace, state: TrainingState, guard: StepGua
         return False
     checkpoints = list_checkpoints(args.output_dir)
     raise RuntimeError(
-        f"{message}, the {state.bad_steps_in_a_row}th in a row (--max_bad_steps). The last checkpoint is "
+        f"{message}, {state.bad_steps_in_a_row} in a row (--max_bad_steps). The last checkpoint is "
         f"{checkpoints[-1] if checkpoints else 'none'}; from there a lower --learning_rate, bf16 or fp32 may help"
     )
 

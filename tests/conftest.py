@@ -121,3 +121,75 @@ def run(command: list[str], cwd: Path = ROOT, **environment: str) -> str:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return output
+
+
+def plain_loop(
+    image_folder: Path,
+    starts: list[int],
+    batch_size: int,
+    label_dropout: float = 0.1,
+    random_flip: bool = False,
+    **config,
+) -> tuple:
+    """The training of `base_args` written out: no accelerate, no data loader, no loss or step of ours.
+
+    Args:
+        image_folder: with its three classes.
+        starts: first position of the stream in each optimizer step.
+        batch_size: images of an optimizer step.
+        label_dropout: share of the labels that becomes the null class.
+        random_flip: mirror half of the images.
+        config: on top of `TINY_CONFIG`.
+
+    Returns:
+        The network, whose `grad` is that of the last step, and the loss of each step.
+    """
+    import torch
+
+    from diffit_data import ImageDataset, PositionStream, load_image_table
+    from diffit_model import DiffiTUNet2DModel
+
+    torch.manual_seed(0)
+    model = DiffiTUNet2DModel(**(TINY_CONFIG | config), num_class_embeds=3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
+    table = load_image_table(train_data_dir=str(image_folder))
+    dataset = ImageDataset(table, PositionStream(24, seed=0), (8, 8), 3, random_flip=random_flip)
+    losses = []
+    for step, start in enumerate(starts):
+        items = [dataset[(p, dataset.stream.index(p))] for p in range(start, start + batch_size)]
+        clean, noise = (torch.stack([item[key] for item in items]) for key in ("pixel_values", "noise"))
+        t = torch.tensor([int(item["time_uniform"] * 1000) for item in items])
+        labels = torch.tensor(
+            [3 if item["dropout_uniform"] < label_dropout else item["class_labels"] for item in items]
+        )
+        a = alphas[t].reshape(-1, 1, 1, 1)
+        prediction = model(a.sqrt() * clean + (1 - a).sqrt() * noise, t, labels).sample
+        loss = (prediction - noise).pow(2).mean()
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1, step / 2)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return model, losses
+
+
+def relative_differences(weights: dict, expected: dict) -> dict[str, float]:
+    """|difference| / |expected| (norms) of each tensor, without the key bias and the `k_t` rows.
+
+    These have no gradient in truth: under Adam they move by amplified rounding.
+    """
+    import torch
+
+    differences = {}
+    for name in expected:
+        a, b = weights[name], expected[name]
+        if ".qkv" in name and ("qkv_temb" in name or name.endswith("bias")):
+            query, _, value = b.chunk(3)
+            b = torch.cat([query, value])
+            query, _, value = a.chunk(3)
+            a = torch.cat([query, value])
+        differences[name] = ((a - b).norm() / b.norm()).item()
+    return differences

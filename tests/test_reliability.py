@@ -1,5 +1,7 @@
-"""Runs that are stopped by signals and time limits lose nothing."""
+"""Runs lose nothing: signals, time limits, bad numbers, and other numbers of processes."""
 
+import json
+import math
 import signal
 import time
 from pathlib import Path
@@ -7,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, start, train
+from accelerate import PartialState
+from conftest import ROOT, TINY_CONFIG, plain_loop, relative_differences, run, start, train
 from safetensors.torch import load_file
 from test_train import STATES, assert_same_files, losses
 
 import train_diffit
+from diffit_model import DiffiTUNet2DModel, TimeDependentSelfAttention
 
 STEPS = 150
 
@@ -88,29 +92,193 @@ def test_exit_code_is_documented():
     assert f"exit code {train_diffit.EXIT_STOPPED}" in (ROOT / "README.md").read_text()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("processes", "accumulation"), [(1, 4), (2, 2), (4, 1), (2, 1)])
-def test_topology_changes_losses_and_weights_by_rounding_only(processes, accumulation, base_args, tmp_path):
-    """One global batch of 16 over 20 steps, dropout 0, against one process without accumulation."""
-    arguments = [*base_args, "--max_train_steps=20", "--global_batch_size=16", "--random_flip", "--label_dropout=0.3"]
-    # An output of zero at the start makes the first gradients vanish, and Adam amplifies their rounding.
-    arguments += ["--model_kwargs", "zero_init_output=false"]
-    train([*arguments, "--train_batch_size=16", f"--output_dir={tmp_path / 'one'}"])
-    batch_size = 16 // (processes * accumulation)
+def test_signal_during_a_validation_is_obeyed_at_once(long_args, whole_run, tmp_path):
+    """The validation of step 10 would take minutes."""
+    arguments = [*long_args, f"--output_dir={tmp_path / 'run'}", "--resume_from_checkpoint=latest"]
+    slow = ["--validation_steps=10", "--num_validation_images=4000", "--validation_inference_steps=50"]
+    process = start(["train_diffit.py", *arguments, *slow])
+    wait_for(tmp_path / "run/checkpoint-10", process)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == train_diffit.EXIT_STOPPED, output
+    assert "gave up the validation of step 10" in output
+    train(arguments)
+    assert_same_files(whole_run, tmp_path / "run" / f"checkpoint-{STEPS}", STATES)
+
+
+def test_last_validation_given_up_is_made_up_for(long_args, tmp_path):
+    arguments = [*long_args, f"--output_dir={tmp_path / 'run'}", "--max_train_steps=10"]
+    slow = ["--num_validation_images=4000", "--validation_inference_steps=50"]
+    process = start(["train_diffit.py", *arguments, *slow])
+    wait_for(tmp_path / "run/checkpoint-10", process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == train_diffit.EXIT_STOPPED, output
+    assert not (tmp_path / "run/model_index.json").exists()
+    train([*arguments, "--resume_from_checkpoint=latest"])
+    assert (tmp_path / "run/model_index.json").exists()
+
+
+# --- numbers gone bad
+
+
+def spoil_losses(monkeypatch, calls: set[int], value: float = math.nan) -> None:
+    """Makes the loss of the second image of some calls (from 0) not finite."""
+    original, count = train_diffit.compute_loss, iter(range(10**6))
+
+    def spoilt(*arguments):
+        loss = original(*arguments)
+        return loss * torch.tensor([1, value, 1, 1]) if next(count) in calls else loss
+
+    monkeypatch.setattr(train_diffit, "compute_loss", spoilt)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_bad_steps_are_passed_by_and_nothing_moves_on(value, train_args, image_folder, tmp_path, monkeypatch, caplog):
+    """Steps on positions 4-7 and 8-11 are bad: weights, schedule and count are those of a loop that skips them."""
+    spoil_losses(monkeypatch, {1, 2}, value)
+    train([*train_args, "--max_train_steps=3", "--num_channels=3"])
+    checkpoint = tmp_path / "run/checkpoint-3"
+    numbers = json.loads((checkpoint / "state.json").read_text())
+    assert numbers["position"] == 20 and numbers["bad_steps"] == 2 and numbers["ema_step"] == 3
+    for positions in ("step 2 on the images at positions 4 to 7", "step 2 on the images at positions 8 to 11"):
+        assert positions in caplog.text
+    model, expected = plain_loop(image_folder, [0, 12, 16], 4)
+    assert losses(tmp_path / "run")[1:] == pytest.approx(expected[1:], rel=0.5)  # bad steps count in the next log
+    differences = relative_differences(load_file(checkpoint / STATES[0]), dict(model.named_parameters()))
+    assert max(differences.values()) < 1e-4
+
+
+@pytest.mark.parametrize("logging_steps", [1, 1000])
+def test_outcome_read_one_step_late_changes_nothing(logging_steps, train_args, tmp_path, monkeypatch):
+    """With logs each step the outcome is asked for at once, without them one step later."""
+    runs = {"here": [f"--logging_steps={logging_steps}"], "there": ["--checkpointing_steps=1", "--logging_steps=1"]}
+    for name, flags in runs.items():
+        spoil_losses(monkeypatch, {1, 4, 5})
+        train([*train_args, "--max_train_steps=6", f"--output_dir={tmp_path / name}", *flags])
+        monkeypatch.undo()
+    assert_same_files(tmp_path / "here/checkpoint-6", tmp_path / "there/checkpoint-6", STATES)
+
+
+def test_too_many_bad_steps_end_the_run_and_keep_the_checkpoint(train_args, tmp_path, monkeypatch):
+    spoil_losses(monkeypatch, {2, 3, 5, 6, 7})
+    arguments = [*train_args, "--max_train_steps=9", "--checkpointing_steps=2", "--max_bad_steps=3"]
+    with pytest.raises(RuntimeError, match=r"step 4 on the images at positions 28 to 31.*3 in a row.*checkpoint-2"):
+        train(arguments)
+    assert train_diffit.checkpoint_problem(tmp_path / "run/checkpoint-2") is None
+    assert [path.name for path in train_diffit.list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    monkeypatch.undo()
+    train([*arguments, "--resume_from_checkpoint=latest"])
+
+
+def test_bad_loss_in_one_process_is_a_bad_step_in_all(long_args, tmp_path):
+    """The second of two processes has a NaN at positions 12 to 15."""
+    script = tmp_path / "spoilt.py"
+    script.write_text(
+        "import os, sys, torch\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train_diffit\n"
+        "original, calls = train_diffit.compute_loss, iter(range(10**6))\n"
+        "def spoilt(*arguments):\n"
+        "    bad = os.environ['RANK'] == '1' and next(calls) == 1\n"
+        "    return original(*arguments) * (float('nan') if bad else 1)\n"
+        "train_diffit.compute_loss = spoilt\n"
+        "train_diffit.main(train_diffit.parse_args())\n"
+    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    output = run([*launcher, str(script), *long_args, f"--output_dir={tmp_path / 'run'}", "--max_train_steps=4"])
+    assert "step 2 on the images at positions 8 to 15" in output
+    numbers = json.loads((tmp_path / "run/checkpoint-4/state.json").read_text())
+    assert (numbers["position"], numbers["bad_steps"], numbers["global_step"]) == (40, 1, 4)
+    assert all(x.isfinite().all() for x in load_file(tmp_path / "run/checkpoint-4" / STATES[0]).values())
+
+
+def test_fp16_overflow_moves_neither_schedule_nor_ema(train_args):
+    """torch's gradient scaler on the CPU, with a scale under which the gradient overflows once."""
+    PartialState(cpu=True)  # for the logs
+    args = train_diffit.parse_args(train_args)
+    args.global_batch_size = 4
+    model = DiffiTUNet2DModel(**TINY_CONFIG)
+    optimizer = train_diffit.build_optimizer(args, model)
+    state = train_diffit.TrainingState(
+        model, train_diffit.build_ema(args, model), optimizer, train_diffit.build_lr_scheduler(args, optimizer), 24
+    )
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+    guard = train_diffit.StepGuard(optimizer)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    outcomes = []
+    for _ in range(2):
+        loss = model(torch.ones(1, 3, 8, 8), 5).sample.add(1e3).pow(2).mean()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        guard.watch(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        scaler.step(optimizer)
+        scaler.update(2.0**10)
+        outcomes.append(train_diffit.complete_step(args, state, guard))
+        counts = (state.global_step, state.lr_scheduler.last_epoch, state.ema_model.optimization_step)
+        assert counts == (len(outcomes) - 1,) * 3
+        if len(outcomes) == 1:
+            assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+        optimizer.zero_grad()
+    assert outcomes == [False, True]
+
+
+# --- the same numbers on any topology
+
+
+def test_gradients_of_key_bias_and_time_keys_are_zero_in_truth(image_folder):
+    """They are left out of comparisons of weights; here it is shown that there is nothing to compare."""
+    model, _ = plain_loop(image_folder, [0, 16], 16, zero_init_output=False)
+    for module in model.modules():
+        if isinstance(module, TimeDependentSelfAttention):
+            for gradient in (module.qkv.bias.grad, module.qkv_temb.weight.grad, module.qkv_temb.bias.grad):
+                query, key, _ = gradient.chunk(3)
+                assert key.norm() < 1e-6 * query.norm()
+
+
+# One global batch of 16, dropout 0. An output of zero at the start makes the first gradients vanish, and Adam
+# amplifies their rounding.
+TOPOLOGY = ["--global_batch_size=16", "--random_flip", "--label_dropout=0.3", "--num_channels=3"]
+TOPOLOGY += ["--model_kwargs", "zero_init_output=false"]
+
+
+def launch(processes: int, arguments: list[str]) -> str:
+    """Trains under torchrun to the end."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    flags = [f"--train_batch_size={batch_size}", f"--output_dir={tmp_path / 'other'}", "--dataloader_num_workers=1"]
-    output = run([*launcher, "train_diffit.py", *arguments, *flags])
-    assert f"{batch_size} x {processes} processes x {accumulation} accumulation" in output
-    np.testing.assert_allclose(losses(tmp_path / "other"), losses(tmp_path / "one"), rtol=1e-5)
-    name = "checkpoint-20/unet/diffusion_pytorch_model.safetensors"
-    one, other = load_file(tmp_path / "one" / name), load_file(tmp_path / "other" / name)
-    differences = {}
-    for key in one:
-        a, b = one[key], other[key]
-        if ".qkv" in key:  # the key bias and k_t have no gradient in truth: under Adam they move by amplified rounding
-            width = a.shape[0] // 3
-            kept = [0, 2] if "qkv_temb" in key or key.endswith("bias") else [0, 1, 2]
-            a, b = (torch.cat([x[i * width : (i + 1) * width] for i in kept]) for x in (a, b))
-        differences[key] = ((a - b).norm() / a.norm()).item()
+    return run([*launcher, "train_diffit.py", *arguments])
+
+
+@pytest.fixture(scope="module")
+def plain_run(image_folder) -> tuple:
+    options = {"label_dropout": 0.3, "random_flip": True, "zero_init_output": False}
+    return plain_loop(image_folder, list(range(0, 320, 16)), 16, **options)
+
+
+def assert_trained_like(plain_run: tuple, run_dir: Path) -> None:
+    """20 steps with the losses and weights of the plain loop, to 1e-5."""
+    model, expected = plain_run
+    np.testing.assert_allclose(losses(run_dir), expected, rtol=1e-5)
+    weights = load_file(run_dir / "checkpoint-20" / STATES[0])
+    differences = relative_differences(weights, dict(model.named_parameters()))
     worst = max(differences, key=differences.get)
     assert differences[worst] <= 1e-5, f"{worst}: {differences[worst]:.1e}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (1, 4), (2, 2), (4, 1), (2, 1)])
+def test_any_topology_trains_like_a_plain_loop(processes, accumulation, base_args, plain_run, tmp_path):
+    batch_size = 16 // (processes * accumulation)
+    flags = [f"--train_batch_size={batch_size}", f"--output_dir={tmp_path}", "--dataloader_num_workers=1"]
+    output = launch(processes, [*base_args, *TOPOLOGY, *flags, "--max_train_steps=20"])
+    assert f"{batch_size} x {processes} processes x {accumulation} accumulation" in output
+    assert_trained_like(plain_run, tmp_path)
+
+
+@pytest.mark.slow
+def test_number_of_processes_may_change_at_a_resume(base_args, plain_run, tmp_path):
+    """Two processes to step 6, one to step 12, four to step 20."""
+    flags = [*base_args, *TOPOLOGY, f"--output_dir={tmp_path}", "--resume_from_checkpoint=latest"]
+    for processes, last_step in ((2, 6), (1, 12), (4, 20)):
+        launch(processes, [*flags, f"--max_train_steps={last_step}"])
+    assert_trained_like(plain_run, tmp_path)

@@ -1,0 +1,226 @@
+"""Processes that work together: one run for one folder, and agreement at the start."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, start, train
+
+import train_diffit
+from diffit_distributed import OutputDirLock
+
+# --- one run for one folder
+
+
+def write_owner(lock: OutputDirLock, **changes) -> None:
+    """Puts an owner into a folder: this process, with changes."""
+    with OutputDirLock(lock.folder) as token:
+        owner = json.loads(lock.file.read_text())
+        assert owner["token"] == token
+    lock.folder.mkdir(exist_ok=True)
+    lock.file.write_text(json.dumps(owner | {"token": "other"} | changes))
+
+
+def test_folder_of_a_living_run_is_refused(tmp_path):
+    with OutputDirLock(tmp_path):
+        with pytest.raises(ValueError, match=f"{tmp_path}: another run works there .process {os.getpid()}"):
+            OutputDirLock(tmp_path).__enter__()
+    with OutputDirLock(tmp_path):  # given back
+        pass
+
+
+def test_folder_of_a_dead_run_is_taken_over_at_once(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    write_owner(OutputDirLock(tmp_path / "run"), pid=process.pid)
+    started = time.monotonic()
+    with OutputDirLock(tmp_path / "run") as token:
+        assert json.loads((tmp_path / "run/.running").read_text())["token"] == token
+    assert time.monotonic() - started < 5
+    assert not (tmp_path / "run").exists()  # nothing was written there
+
+
+def test_number_of_a_dead_run_that_another_process_got_is_no_run(tmp_path):
+    write_owner(OutputDirLock(tmp_path / "run"), started=1.0)
+    with OutputDirLock(tmp_path / "run"):
+        pass
+
+
+def test_killed_process_that_nobody_waited_for_is_dead(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    started = __import__("psutil").Process(process.pid).create_time()
+    process.kill()
+    time.sleep(0.5)
+    write_owner(OutputDirLock(tmp_path / "run"), pid=process.pid, started=started)
+    with OutputDirLock(tmp_path / "run"):
+        pass
+    process.wait()
+
+
+@pytest.mark.parametrize("content", ["", "{}", "not json", '{"pid": 1}'])
+def test_owner_that_cannot_be_told_is_watched_and_then_taken_over(content, tmp_path):
+    (tmp_path / ".running").write_text(content)
+    with OutputDirLock(tmp_path, heartbeat=0.1, patience=0.5):
+        pass
+
+
+def test_owner_on_another_machine_is_alive_while_it_touches_its_file(tmp_path):
+    lock = OutputDirLock(tmp_path, heartbeat=0.1, patience=2)
+    write_owner(lock, machine="elsewhere", host="node7")
+    ended = threading.Event()
+
+    def touch() -> None:
+        while not ended.wait(0.1):
+            os.utime(lock.file)
+
+    thread = threading.Thread(target=touch)
+    thread.start()
+    with pytest.raises(ValueError, match="on node7"):
+        lock.__enter__()
+    ended.set()
+    thread.join()
+    with OutputDirLock(tmp_path, heartbeat=0.1, patience=0.5):  # silent now
+        pass
+
+
+def test_owner_touches_its_file(tmp_path):
+    with OutputDirLock(tmp_path, heartbeat=0.05):
+        before = (tmp_path / ".running").stat().st_mtime_ns
+        time.sleep(0.5)
+        assert (tmp_path / ".running").stat().st_mtime_ns > before
+
+
+def test_only_one_of_many_takes_a_folder_that_a_dead_run_left(tmp_path):
+    write_owner(OutputDirLock(tmp_path), started=1.0)
+    outcomes, ready = [], threading.Barrier(8)
+
+    def take() -> None:
+        lock = OutputDirLock(tmp_path, heartbeat=0.05, patience=1)
+        ready.wait()
+        try:
+            lock.__enter__()
+            outcomes.append(lock)
+        except ValueError as error:
+            outcomes.append(error)
+
+    threads = [threading.Thread(target=take) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    owners = [outcome for outcome in outcomes if isinstance(outcome, OutputDirLock)]
+    assert len(outcomes) == 8 and len(owners) == 1
+    owners[0].check_owned()
+    owners[0].__exit__()
+
+
+def test_run_that_lost_its_folder_writes_no_checkpoint(train_args, tmp_path, monkeypatch):
+    """As after a long standstill, in which another run took over."""
+    original = train_diffit.save_checkpoint
+
+    def steal(*arguments):
+        (tmp_path / "run/.running").write_text('{"token": "thief", "pid": 7, "host": "node7"}')
+        original(*arguments)
+
+    monkeypatch.setattr(train_diffit, "save_checkpoint", steal)
+    with pytest.raises(RuntimeError, match="another run .process 7 on node7. has taken over"):
+        train(train_args)
+    assert not list((tmp_path / "run").glob("*checkpoint*"))
+    assert json.loads((tmp_path / "run/.running").read_text())["token"] == "thief"
+
+
+def test_second_run_on_one_folder_is_refused_and_the_first_goes_on(base_args, tmp_path):
+    flags = [f"--output_dir={tmp_path / 'run'}", "--max_train_steps=100000", "--resume_from_checkpoint=latest"]
+    first = start(["train_diffit.py", *base_args, *flags, "--checkpointing_steps=10"])
+    while not (tmp_path / "run/checkpoint-10").exists():
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match=f"another run works there .process {first.pid}"):
+        train([*base_args, *flags])
+    assert first.poll() is None
+    first.terminate()
+    first.communicate(timeout=60)
+    assert first.returncode == train_diffit.EXIT_STOPPED
+    assert not (tmp_path / "run/.running").exists()
+
+
+def test_dry_run_leaves_no_folder(train_args, tmp_path):
+    train([*train_args, "--dry_run"])
+    assert not (tmp_path / "run").exists()
+
+
+# --- agreement at the start
+
+
+def refused_launch(command: str, tmp_path: Path) -> str:
+    """Runs a shell command in two processes of torchrun, which must fail, and returns what they printed."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
+    process = start([*launcher, "bash", "-c", command], cwd=ROOT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0, output
+    assert not list(tmp_path.rglob("*checkpoint*"))
+    return output
+
+
+def shell(arguments: list[str]) -> str:
+    return f"exec {sys.executable} {ROOT / 'train_diffit.py'} {' '.join(arguments)}"
+
+
+def test_arguments_that_differ_between_processes_are_named(train_args, tmp_path):
+    output = refused_launch(shell([*train_args, "--learning_rate=1e-$((3 + RANK))"]), tmp_path)
+    assert "process 1 on" in output and "--learning_rate is 0.001 there, 0.0001 here" in output
+
+
+def test_data_that_differ_between_processes_are_found(train_args, image_folder, tmp_path):
+    for rank in range(2):
+        shutil.copytree(image_folder, tmp_path / f"data{rank}")
+    image = tmp_path / "data1/green/3.png"
+    image.write_bytes((tmp_path / "data1/red/0.png").read_bytes())
+    output = refused_launch(shell([*train_args, f"--train_data_dir={tmp_path}/data$RANK"]), tmp_path)
+    assert "process 1 on" in output and "the training data is" in output
+
+
+def test_data_missing_on_one_machine_is_told_in_all_processes(train_args, image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "data0")
+    output = refused_launch(shell([*train_args, f"--train_data_dir={tmp_path}/data$RANK"]), tmp_path)
+    assert output.count(f"neither a folder nor a zip: {tmp_path}/data1") >= 2
+
+
+def test_same_data_in_different_places_trains(train_args, image_folder, tmp_path):
+    for rank in range(2):
+        shutil.copytree(image_folder, tmp_path / f"data{rank}")
+    command = shell([*train_args, f"--train_data_dir={tmp_path}/data$RANK", "--max_train_steps=1"])
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
+    process = start([*launcher, "bash", "-c", command])
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+
+
+def test_output_dir_that_is_not_shared_is_told(tmp_path):
+    with OutputDirLock(tmp_path / "node1") as token, OutputDirLock(tmp_path / "node2"):
+        OutputDirLock(tmp_path / "node1").check_visible(token, patience=0)
+        for folder in ("node2", "node3"):
+            with pytest.raises(ValueError, match=f"{folder} on .* is not the folder that the main process sees"):
+                OutputDirLock(tmp_path / folder).check_visible(token, patience=0.1)
+
+
+@pytest.mark.slow
+def test_processes_with_different_output_dirs_end_at_the_start(train_args, tmp_path):
+    """Each process has a current folder of its own, as on machines without shared storage."""
+    for rank in range(2):
+        (tmp_path / f"node{rank}").mkdir()
+    output = refused_launch(f"cd {tmp_path}/node$RANK; {shell([*train_args, '--output_dir=run'])}", tmp_path)
+    assert output.count("is not the folder that the main process sees") >= 2
+
+
+def test_several_processes_of_accelerate_that_are_one_are_refused(train_args):
+    """`accelerate launch --cpu --num_processes 2` starts one process."""
+    process = start(["-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "train_diffit.py", *train_args])
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "asked for several processes but started one" in output
