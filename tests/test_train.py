@@ -783,6 +783,29 @@ def test_full_disk_keeps_the_checkpoint_before_and_says_so(train_args, tmp_path)
         subprocess.run(["umount", str(disk)], check=True)
 
 
+def test_lost_permission_keeps_the_checkpoint_before_and_says_so(train_args, tmp_path, monkeypatch):
+    """The disk becomes read-only after the first checkpoint."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(disk)], check=False).returncode != 0:
+        pytest.skip("a disk of its own cannot be mounted here (it needs root)")
+    original = train_diffit.save_checkpoint
+
+    def save_once(*arguments):
+        original(*arguments)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+
+    monkeypatch.setattr(train_diffit, "save_checkpoint", save_once)
+    monkeypatch.setattr(train_diffit, "log_metrics", lambda *arguments: None)  # TensorBoard holds a file open
+    try:
+        flags = [f"--output_dir={disk}", "--checkpointing_steps=1", "--report_to=none"]
+        with pytest.raises(RuntimeError, match="checkpoint-2 could not be written .*ead-only.* there is checkpoint-1"):
+            train([*train_args, *flags])
+        assert train_diffit.checkpoint_problem(disk / "checkpoint-1") is None
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
 def test_tensorboard_steps_after_the_checkpoint_are_purged(train_args, tmp_path):
     train([*train_args, "--max_train_steps=4", "--checkpointing_steps=2"])
     checkpoint = tmp_path / "run/checkpoint-2"
