@@ -3,6 +3,7 @@
 make chaos KILLS=200
 """
 
+import contextlib
 import os
 import random
 import re
@@ -35,7 +36,7 @@ FATES = {
 
 
 class Life:
-    """One start of the training, in a process group of its own, its output in a file."""
+    """One start of the training, its output in a file."""
 
     def __init__(self, arguments: list[str], log: Path):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -46,7 +47,6 @@ class Life:
                 cwd=ROOT,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
             )
 
     def trainers(self) -> list[psutil.Process]:
@@ -75,7 +75,10 @@ class Life:
             return False
         number = getattr(signal, fate.split()[0])
         if fate.split()[2] == "all":
-            os.killpg(self.launcher.pid, number)
+            everyone = [psutil.Process(self.launcher.pid), *psutil.Process(self.launcher.pid).children(recursive=True)]
+            for process in everyone:  # torchrun puts its processes into groups of their own
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
         elif "launcher" in fate:
             self.launcher.send_signal(number)
         else:
