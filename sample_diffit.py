@@ -233,7 +233,7 @@ def list_images(args: argparse.Namespace, pipeline: DiffiTPipeline) -> list[dict
     for seed, label in pairs:
         prefix = "" if label is None else f"class_{label:03d}_"
         rows.append({"file": f"{prefix}seed_{seed:08d}{suffix}", "seed": seed, "class": label})
-        if label is not None and pipeline.config.id2label:
+        if str(label) in (pipeline.config.id2label or {}):
             rows[-1]["class_name"] = pipeline.config.id2label[str(label)]
     return rows
 
