@@ -228,8 +228,8 @@ class DiffiTPipeline(DiffusionPipeline):
     def label_ids(self, class_labels: int | str | list[int | str] | torch.Tensor) -> list[int]:
         """Numbers of classes that are given by number or by name.
 
-        A string that is the name of a class, or one of its names between commas, means that class; otherwise it must
-        be a number.
+        A string that is the whole name of a class, or else a part of it between commas, means that class; otherwise
+        it must be a number.
 
         Raises:
             ValueError: names the label that does not exist or that several classes share.
@@ -241,14 +241,14 @@ class DiffiTPipeline(DiffusionPipeline):
         num_classes = null_label(self.network)
         if num_classes is None:
             raise ValueError(f"class labels {class_labels} were given, but the model is unconditional")
-        whole_names = {name: int(number) for number, name in (self.config.id2label or {}).items()}
-        synonyms = {}
-        for name, number in whole_names.items():
+        whole_names, synonyms = {}, {}  # the numbers of the classes of each name; ImageNet has two cranes
+        for number, name in (self.config.id2label or {}).items():
+            whole_names.setdefault(name, set()).add(int(number))
             for synonym in name.split(","):
-                synonyms.setdefault(synonym.strip(), []).append(number)
+                synonyms.setdefault(synonym.strip(), set()).add(int(number))
         ids = []
         for label in class_labels:
-            matches = [whole_names[label]] if label in whole_names else synonyms.get(label, [])
+            matches = sorted(whole_names.get(label) or synonyms.get(label) or ())
             if not matches and str(label).isdecimal():
                 matches = [int(label)]
             if len(matches) > 1:

@@ -192,12 +192,13 @@ def any_class(config: dict) -> type[ModelMixin]:
 
 @pytest.fixture(scope="module")
 def latent(tmp_path_factory) -> Path:
-    """A folder as `DiTPipeline` has it, with the names of three of 1,000 classes."""
+    """A folder as `DiTPipeline` has it, with the names of five of 1,000 classes."""
     folder = tmp_path_factory.mktemp("latent")
     scheduler = DDIMScheduler(clip_sample=False)
     DiTPipeline(tiny_dit(num_embeds_ada_norm=1000), tiny_vae(), scheduler).save_pretrained(folder)
     index = json.loads((folder / "model_index.json").read_text())
-    index["id2label"] = {"0": "tench, Tinca tinca", "134": "crane, bird", "517": "crane, machine"}
+    names = {"0": "tench, Tinca tinca", "134": "crane", "517": "crane", "638": "maillot", "639": "maillot, tank suit"}
+    index["id2label"] = names
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
@@ -298,7 +299,8 @@ def test_low_precision_denoises_and_decodes_in_float32(latent):
 
 def test_classes_go_by_each_of_their_names(latent):
     pipeline = load_latent(latent)
-    assert pipeline.label_ids(["Tinca tinca", "tench, Tinca tinca", "bird", "999"]) == [0, 0, 134, 999]
+    assert pipeline.label_ids(["Tinca tinca", "tench, Tinca tinca", "tank suit", "999"]) == [0, 0, 639, 999]
+    assert pipeline.label_ids("maillot") == [638]  # a whole name before a part of one
     with pytest.raises(ValueError, match=r"'crane' is the name of the classes \[134, 517\]"):
         pipeline.label_ids("crane")
 
@@ -327,7 +329,7 @@ def test_saved_folder_names_the_components_it_has(conditional, latent, tmp_path)
         index = json.loads((folder / "model_index.json").read_text())
         assert {key for key in index if not key.startswith("_")} == components | {"scheduler", "id2label"}
     again = quiet(DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True))
-    settings = {"class_labels": "bird", "num_inference_steps": 2, "output_type": "pt"}
+    settings = {"class_labels": "tench", "num_inference_steps": 2, "output_type": "pt"}
     images = again(**settings, generator=generators([0])).images
     assert torch.equal(images, load_latent(latent)(**settings, generator=generators([0])).images)
 
@@ -391,21 +393,30 @@ def test_folder_with_other_settings_is_refused(unconditional, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "setting"),
+    ("plain", "flags", "setting"),
     [
-        (["--guidance_schedule=power_cosine"], "--guidance_schedule constant, now power_cosine"),
-        (["--guidance_schedule=power_cosine", "--guidance_power=2"], "--guidance_power 4.0, now 2.0"),
-        (["--guidance_interval", "0.2", "0.8"], r"--guidance_interval \[0.0, 1.0\], now \[0.2, 0.8\]"),
-        (["--guidance_channels=1"], "--guidance_channels None, now 1"),
+        ([], ["--guidance_schedule=power_cosine"], "--guidance_schedule constant, now power_cosine"),
+        (["--guidance_schedule=power_cosine"], ["--guidance_power=2"], "--guidance_power 4.0, now 2.0"),
+        ([], ["--guidance_interval", "0.2", "0.8"], r"--guidance_interval \[0.0, 1.0\], now \[0.2, 0.8\]"),
+        ([], ["--guidance_channels=1"], "--guidance_channels None, now 1"),
     ],
 )
-def test_guidance_flags_change_images_and_are_settings(flags, setting, conditional, tmp_path):
-    common = ["--seeds=0", "--class_labels=1", "--guidance_scale=6"]
-    plain = sample(conditional, tmp_path / "plain", *common)
-    guided = sample(conditional, tmp_path / "guided", *common, *flags)
-    assert not (plain["class_001_seed_00000000.png"] == guided["class_001_seed_00000000.png"]).all()
+def test_guidance_flags_change_images_and_are_settings(plain, flags, setting, conditional, tmp_path):
+    plain = ["--seeds=0", "--class_labels=1", "--guidance_scale=6", *plain]
+    before = sample(conditional, tmp_path / "plain", *plain)
+    after = sample(conditional, tmp_path / "guided", *plain, *flags)
+    assert not (before["class_001_seed_00000000.png"] == after["class_001_seed_00000000.png"]).all()
     with pytest.raises(ValueError, match=setting):
-        sample(conditional, tmp_path / "plain", *common, *flags)
+        sample(conditional, tmp_path / "plain", *plain, *flags)
+
+
+def test_folder_from_before_a_flag_was_there_goes_on(unconditional, tmp_path):
+    sample(unconditional, tmp_path, "--seeds=0")
+    summary = json.loads((tmp_path / "samples.json").read_text())
+    for name in ("guidance_schedule", "guidance_power", "guidance_interval", "vae_sha256"):
+        del summary["arguments"][name]
+    (tmp_path / "samples.json").write_text(json.dumps(summary))
+    assert len(sample(unconditional, tmp_path, "--seeds=0-1")) == 2
 
 
 def test_autoguidance_of_an_unconditional_folder(unconditional, tmp_path):
