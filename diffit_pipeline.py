@@ -5,7 +5,7 @@ Used by the previews of training, by sampling and by evaluation, and copied into
 that `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` gives a `DiffiTPipeline` anywhere. This file
 stands alone: torch and diffusers.
 
-Shapes: B images, C channels, H/W height/width.
+Shapes: B images, C channels, H/W height/width (pixels or latents).
 """
 
 import inspect
@@ -20,6 +20,7 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
     DEISMultistepScheduler,
@@ -49,6 +50,7 @@ SCHEDULERS = {
     "kdpm2": KDPM2DiscreteScheduler,
     "unipc": UniPCMultistepScheduler,
 }
+GUIDANCE_SCHEDULES = ("constant", "power_cosine")
 
 
 def viewable(pixels: np.ndarray) -> PIL.Image.Image:
@@ -81,75 +83,203 @@ def image_grid(images: list[PIL.Image.Image], columns: int | None = None, rows: 
     return make_image_grid(tiles + [blank] * (columns * rows - len(tiles)), rows, columns)
 
 
-def null_label(unet: torch.nn.Module) -> int | None:
+def null_label(network: torch.nn.Module) -> int | None:
     """Index of the null class for classifier-free guidance, or None for an unconditional network.
 
-    `DiffiTUNet2DModel` has a row more than classes for it. `UNet2DModel` has none by itself: here it is trained with
-    one row more, whose index is the last.
+    The number of classes: DiffiT and DiT have a row more than classes for it. `UNet2DModel` has none by itself: here
+    it is trained with one row more, whose index is the last.
     """
-    num_class_embeds = unet.config.num_class_embeds
+    if "num_embeds_ada_norm" in network.config:
+        return network.config.num_embeds_ada_norm
+    num_class_embeds = network.config.num_class_embeds
     if num_class_embeds is None:
         return None
-    return num_class_embeds - 1 if type(unet).__name__ == "UNet2DModel" else num_class_embeds
+    return num_class_embeds - 1 if type(network).__name__ == "UNet2DModel" else num_class_embeds
+
+
+def guidance_weight(
+    timestep: float,
+    num_train_timesteps: int,
+    scale: float,
+    schedule: str = "constant",
+    power: float = 4.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> float:
+    """Weight w(t) of guidance at a timestep: `other + w * (prediction - other)`, so that 1 is no guidance.
+
+    Args:
+        timestep: t in [0, num_train_timesteps), integer or fractional; not the number of the sampling step.
+        num_train_timesteps: T.
+        scale: s, the weight wherever a constant schedule guides.
+        schedule: `"constant"`, or `"power_cosine"`: `1 + (s - 1) * (1 - cos(pi * (1 - t/T)^p)) / 2`, which rises from
+            1 at pure noise to s at the image; DiffiT samples ImageNet at 256 pixels with it.
+        power: p of `"power_cosine"`.
+        interval: lowest and highest t/T that are guided (arXiv 2404.07724); outside the weight is 1.
+
+    Raises:
+        ValueError: if there is no such schedule.
+    """
+    time = timestep / num_train_timesteps
+    if schedule not in GUIDANCE_SCHEDULES:
+        raise ValueError(f"guidance_schedule must be one of {', '.join(GUIDANCE_SCHEDULES)}, got {schedule!r}")
+    if not interval[0] <= time <= interval[1]:
+        return 1.0
+    if schedule == "constant":
+        return scale
+    return 1 + (scale - 1) * (1 - math.cos(math.pi * (1 - time) ** power)) / 2
+
+
+def predicts_variance(network: torch.nn.Module) -> bool:
+    """Whether a second half of the output channels is the variance of each step, as in improved DDPM."""
+    return network.config.out_channels == 2 * network.config.in_channels
+
+
+def load_network(model_path: str, model_class: Callable[[dict], type], dtype=torch.float32) -> torch.nn.Module:
+    """The network of a pipeline folder, `unet/` or `transformer/`, without running code that lies in the folder.
+
+    Args:
+        model_path: local folder or hub name with `model_index.json`.
+        model_class: gives the class of the network for the contents of its `config.json`.
+        dtype: of the weights.
+    """
+    part = "transformer" if "transformer" in DiffusionPipeline.load_config(model_path) else "unet"
+    network_class = model_class(UNet2DModel.load_config(model_path, subfolder=part))
+    return network_class.from_pretrained(model_path, subfolder=part, torch_dtype=dtype)
 
 
 class DiffiTPipeline(DiffusionPipeline):
-    """Samples images from a `DiffiTUNet2DModel`, or any network with the interface of `UNet2DModel`.
+    """Samples images from a `DiffiTUNet2DModel` or `DiffiTTransformer2DModel`, or networks with their interfaces.
 
     Args:
-        unet: predicts noise, image or velocity.
+        unet: of pixels, with the interface of `UNet2DModel`; None for a latent model. Predicts noise, image or
+            velocity.
         scheduler: any diffusers scheduler.
-        id2label: name of each class, by its number as a string; None if the classes have no names.
+        id2label: names of each class, separated by commas, by its number as a string; None if there are no names.
+        transformer: of latents, with the interface of `DiTTransformer2DModel`; None for a model of pixels. A second
+            half of its output channels is the variance: a `DDPMScheduler` with `variance_type="learned_range"` or
+            `"learned"` uses it, any other scheduler gets the first half.
+        vae: an `AutoencoderKL` for the images of a latent model; without one there are only latents.
+
+    Raises:
+        ValueError: unless there is one network, `unet` or `transformer`.
     """
 
-    model_cpu_offload_seq = "unet"
+    model_cpu_offload_seq = "unet->transformer->vae"
+    _optional_components = ["unet", "transformer", "vae"]
 
-    def __init__(self, unet, scheduler, id2label: dict[str, str] | None = None):
+    def __init__(self, unet, scheduler, id2label: dict[str, str] | None = None, transformer=None, vae=None):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        if (unet is None) == (transformer is None):
+            raise ValueError("a pipeline has one network: either unet or transformer")
+        self.register_modules(unet=unet, transformer=transformer, vae=vae, scheduler=scheduler)
         self.register_to_config(id2label=id2label)
 
     @classmethod
     def from_folder(
-        cls, model_path: str, model_class: Callable[[dict], type], scheduler: str = "ddim", dtype=torch.float32
+        cls,
+        model_path: str,
+        model_class: Callable[[dict], type],
+        scheduler: str = "ddim",
+        dtype=torch.float32,
+        vae: AutoencoderKL | None = None,
     ):
-        """Loads any pipeline folder that training wrote, conditional or not, without running code that lies in it.
+        """Loads any pipeline folder that training wrote, or one of `DiTPipeline`, without running code in it.
+
+        The scheduler keeps the noise schedule and prediction type of the folder's. For a latent model nothing is
+        clipped, as latents are not in [-1, 1], and if the network predicts variance, `"ddpm"` is the ancestral
+        sampling of improved DDPM: it uses that variance, at evenly spaced timesteps from the first to the last.
 
         Args:
-            model_path: local folder or hub name with `model_index.json`, `unet/` and `scheduler/`.
+            model_path: local folder or hub name with `model_index.json`, `scheduler/`, and `unet/` or `transformer/`.
             model_class: gives the class of the network for the contents of its `config.json`.
-            scheduler: one of `SCHEDULERS`; it keeps the noise schedule and prediction type of the training.
-            dtype: of the weights.
+            scheduler: one of `SCHEDULERS`.
+            dtype: of the network's weights; the VAE stays in float32.
+            vae: for a latent model, in place of the folder's `vae/`, if it has one.
         """
-        id2label = cls.load_config(model_path).get("id2label")
-        unet_class = model_class(UNet2DModel.load_config(model_path, subfolder="unet"))
-        unet = unet_class.from_pretrained(model_path, subfolder="unet", torch_dtype=dtype)
-        return cls(unet, SCHEDULERS[scheduler].from_pretrained(model_path, subfolder="scheduler"), id2label)
+        index = cls.load_config(model_path)
+        network = load_network(model_path, model_class, dtype)
+        scheduler_class = SCHEDULERS[scheduler]
+        if "transformer" not in index:
+            scheduler = scheduler_class.from_pretrained(model_path, subfolder="scheduler")
+            return cls(network, scheduler, index.get("id2label"))
+
+        if vae is None and "vae" in index:
+            vae = AutoencoderKL.from_pretrained(model_path, subfolder="vae")
+        settings = {"clip_sample": False}
+        if scheduler_class is not DDPMScheduler:
+            settings["variance_type"] = None  # with any other, the DPM solvers cut predictions to three channels
+        elif predicts_variance(network):
+            settings |= {"variance_type": "learned_range", "timestep_spacing": "linspace"}
+        accepted = inspect.signature(scheduler_class).parameters
+        settings = {key: value for key, value in settings.items() if key in accepted}
+        scheduler = scheduler_class.from_pretrained(model_path, subfolder="scheduler", **settings)
+        return cls(None, scheduler, index.get("id2label"), network, vae)
+
+    @property
+    def network(self) -> torch.nn.Module:
+        """The model of pixels or of latents."""
+        return self.transformer if self.unet is None else self.unet
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the images; of the latents if there is no VAE to decode them."""
+        return self.network.config.in_channels if self.vae is None else self.vae.config.out_channels
 
     def label_ids(self, class_labels: int | str | list[int | str] | torch.Tensor) -> list[int]:
         """Numbers of classes that are given by number or by name.
 
-        A string that is the name of a class means that class; otherwise it must be a number.
+        A string that is the whole name of a class, or else a part of it between commas, means that class; otherwise
+        it must be a number.
 
         Raises:
-            ValueError: names the label that does not exist.
+            ValueError: names the label that does not exist or that several classes share.
         """
         if isinstance(class_labels, torch.Tensor):
             class_labels = class_labels.tolist()
         if not isinstance(class_labels, list | tuple):
             class_labels = [class_labels]
-        num_classes = null_label(self.unet)
+        num_classes = null_label(self.network)
         if num_classes is None:
             raise ValueError(f"class labels {class_labels} were given, but the model is unconditional")
-        numbers = {name: int(number) for number, name in (self.config.id2label or {}).items()}
+        whole_names, synonyms = {}, {}  # the numbers of the classes of each name; ImageNet has two cranes
+        for number, name in (self.config.id2label or {}).items():
+            whole_names.setdefault(name, set()).add(int(number))
+            for synonym in name.split(","):
+                synonyms.setdefault(synonym.strip(), set()).add(int(number))
         ids = []
         for label in class_labels:
-            number = numbers.get(label, int(label) if str(label).isdecimal() else None)
-            if number is None or not 0 <= number < num_classes:
-                known = ", ".join(numbers) if numbers else f"0 to {num_classes - 1}"
+            matches = sorted(whole_names.get(label) or synonyms.get(label) or ())
+            if not matches and str(label).isdecimal():
+                matches = [int(label)]
+            if len(matches) > 1:
+                raise ValueError(f"{label!r} is the name of the classes {matches}: give a number")
+            if not matches or not 0 <= matches[0] < num_classes:
+                known = ", ".join(whole_names) if 0 < len(whole_names) <= 100 else f"0 to {num_classes - 1}"
                 raise ValueError(f"no class {label!r}; classes: {known}")
-            ids.append(number)
+            ids += matches
         return ids
+
+    def check_guidance(self, channels: int | None, guidance_model: torch.nn.Module | None) -> None:
+        """Checks what guidance needs of the models.
+
+        Args:
+            channels: `guidance_channels` of a call.
+            guidance_model: `guidance_model` of a call.
+
+        Raises:
+            ValueError: if there are fewer channels, or if the other model has other channels or classes.
+        """
+        in_channels = self.network.config.in_channels
+        if channels is not None and not 1 <= channels <= in_channels:
+            raise ValueError(f"guidance_channels must be 1 to {in_channels}, the model's channels, got {channels}")
+        if guidance_model is None:
+            return
+        for what, mine, other in (
+            ("input channels", in_channels, guidance_model.config.in_channels),
+            ("classes", null_label(self.network), null_label(guidance_model)),
+        ):
+            if mine != other:
+                raise ValueError(f"guidance_model has {other} {what}, the model {mine}: they must be alike")
 
     @torch.no_grad()
     def __call__(
@@ -164,6 +294,11 @@ class DiffiTPipeline(DiffusionPipeline):
         width: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        guidance_schedule: str = "constant",
+        guidance_power: float = 4.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_channels: int | None = None,
+        guidance_model: torch.nn.Module | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generates images.
 
@@ -172,49 +307,115 @@ class DiffiTPipeline(DiffusionPipeline):
                 class of a conditional network).
             batch_size: number of images B; default: one for each class label, or 1.
             num_inference_steps: steps of the scheduler.
-            guidance_scale: classifier-free guidance, `uncond + scale * (cond - uncond)`; 1 is off and takes one
-                forward pass a step instead of one of the double batch.
+            guidance_scale: classifier-free guidance, `uncond + scale * (cond - uncond)`; where it is 1 it is off and
+                a step takes one forward pass instead of one of the double batch.
             eta: of DDIM, 0 (deterministic) to 1 (as much noise as DDPM); other schedulers ignore it.
             generator: one for all images or one for each. Noise is drawn in float32 on the generator's device; with
                 one CPU generator for each image, the noise of an image depends on its generator alone.
-            height: in pixels; default: the network's `sample_size`.
-            width: in pixels; default: the network's `sample_size`.
-            output_type: `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), the latter two in [0, 1].
+            height: in pixels (in latents if there is no VAE); default: that of the network's `sample_size`.
+            width: as height.
+            output_type: `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), the latter two in [0, 1]; `"latent"`
+                for what was denoised, neither decoded nor clipped.
             return_dict: return an `ImagePipelineOutput` rather than a tuple.
+            guidance_schedule: how the scale depends on the timestep: see `guidance_weight`.
+            guidance_power: see `guidance_weight`.
+            guidance_interval: lowest and highest timestep that is guided, as fractions of the training timesteps.
+            guidance_channels: only the first so many channels are guided, the others are those of the conditional
+                pass, and so is the variance in any case; default: all. The published ImageNet numbers of DiT and
+                DiffiT guide 3 of 4 latent channels.
+            guidance_model: a weaker model for autoguidance (arXiv 2406.02507), on the same device: `weak + scale *
+                (strong - weak)`, both with the same class or none, in place of classifier-free guidance. A step
+                takes one forward pass of each where the scale is not 1.
 
         Raises:
-            ValueError: for a class that does not exist, guidance without classes, or numbers that do not fit.
+            ValueError: for a class that does not exist, guidance without classes or a weaker model, or numbers that
+                do not fit.
         """
-        unet, device = self.unet, self._execution_device
-        labels = None
-        if class_labels is not None:
-            labels = self.label_ids(class_labels)
-            batch_size = batch_size or len(labels)
-            labels = labels * batch_size if len(labels) == 1 else labels
-            if len(labels) != batch_size:
-                raise ValueError(f"{len(labels)} class labels were given for {batch_size} images")
-            labels = torch.tensor(labels, device=device)  # (B)
-        elif guidance_scale != 1:
-            raise ValueError(f"guidance_scale {guidance_scale} needs class_labels")
-        batch_size = batch_size or 1
-        if output_type == "pil" and unet.config.in_channels not in (1, 3, 4):
-            raise ValueError(f"no picture has {unet.config.in_channels} channels: give output_type='np' or 'pt'")
+        network, device = self.network, self._execution_device
+        if class_labels is None and guidance_model is None and guidance_scale != 1:
+            raise ValueError(f"guidance_scale {guidance_scale} needs class_labels or a guidance_model")
+        if output_type != "latent" and self.transformer is not None and self.vae is None:
+            raise ValueError("images of a latent model need a vae: give the pipeline one, or output_type='latent'")
+        if output_type == "pil" and self.image_channels not in (1, 3, 4):
+            raise ValueError(f"no picture has {self.image_channels} channels: give output_type='np' or 'pt'")
+        self.check_guidance(guidance_channels, guidance_model)
+        labels, batch_size = self._labels(class_labels, batch_size)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"{len(generator)} generators were given for {batch_size} images")
-        if labels is None and null_label(unet) is not None:
-            labels = torch.full((batch_size,), null_label(unet), device=device)  # (B)
 
         # 1. noise
-        size = unet.config.sample_size
-        if size is None and (height is None or width is None):
-            raise ValueError("the network has no `sample_size`: give height and width")
-        default_height, default_width = (size, size) if isinstance(size, int) or size is None else size
-        shape = (batch_size, unet.config.in_channels, height or default_height, width or default_width)
+        shape = self._sample_shape(batch_size, height, width)
         sample = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)  # (B, C, H, W)
 
         # 2. scheduler
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         sample = sample * self.scheduler.init_noise_sigma
+        step_kwargs = self._step_kwargs(eta, generator)
+        uses_variance = isinstance(self.scheduler, DDPMScheduler) and self.scheduler.config.variance_type in (
+            "learned",
+            "learned_range",
+        )
+        step_channels = None if uses_variance else network.config.in_channels
+        weights = [
+            guidance_weight(
+                timestep,
+                self.scheduler.config.num_train_timesteps,
+                guidance_scale,
+                guidance_schedule,
+                guidance_power,
+                guidance_interval,
+            )
+            for timestep in self.scheduler.timesteps.tolist()  # read from the device once, not at every step
+        ]
+
+        # 3. denoising
+        for timestep, weight in zip(self.progress_bar(self.scheduler.timesteps), weights, strict=True):
+            model_input = self.scheduler.scale_model_input(sample, timestep).to(network.dtype)
+            prediction = self._predict(model_input, timestep, labels, weight, guidance_channels, guidance_model)
+            prediction = prediction[:, :step_channels].float()  # (B, C, H, W), or (B, 2C, H, W) with the variance
+            sample = self.scheduler.step(prediction, timestep, sample, **step_kwargs).prev_sample
+
+        # 4. images
+        images = sample if output_type == "latent" else self._decode(sample)  # (B, C, H, W)
+        self.maybe_free_model_hooks()
+        if output_type in ("np", "pil"):
+            images = images.cpu().permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
+            if output_type == "pil":
+                images = self.numpy_to_pil(images)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _labels(
+        self, class_labels: int | str | list[int | str] | torch.Tensor | None, batch_size: int | None
+    ) -> tuple[torch.Tensor | None, int]:
+        """A class number for each image, shape (B), None for an unconditional network; and the number of images."""
+        null = null_label(self.network)
+        if class_labels is not None:
+            ids = self.label_ids(class_labels)
+            batch_size = batch_size or len(ids)
+            ids = ids * batch_size if len(ids) == 1 else ids
+            if len(ids) != batch_size:
+                raise ValueError(f"{len(ids)} class labels were given for {batch_size} images")
+        else:
+            batch_size = batch_size or 1
+            ids = None if null is None else [null] * batch_size
+        return None if ids is None else torch.tensor(ids, device=self._execution_device), batch_size
+
+    def _sample_shape(self, batch_size: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
+        """Shape (B, C, H, W) of what is denoised, for images of height x width pixels."""
+        size = self.network.config.sample_size
+        if size is None and (height is None or width is None):
+            raise ValueError("the network has no `sample_size`: give height and width")
+        sides = [size, size] if isinstance(size, int) or size is None else list(size)
+        pixels_per_latent = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        for i, pixels in enumerate((height, width)):
+            if pixels is not None:
+                if pixels % pixels_per_latent:
+                    raise ValueError(f"height and width must be multiples of {pixels_per_latent}, got {pixels}")
+                sides[i] = pixels // pixels_per_latent
+        return batch_size, self.network.config.in_channels, *sides
+
+    def _step_kwargs(self, eta: float, generator: torch.Generator | list[torch.Generator] | None) -> dict:
+        """What this scheduler's `step` takes beside the prediction."""
         accepted = inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"eta": eta} if "eta" in accepted else {}
         if "use_clipped_model_output" in accepted:
@@ -222,31 +423,39 @@ class DiffiTPipeline(DiffusionPipeline):
             step_kwargs["use_clipped_model_output"] = True
         if "generator" in accepted:
             step_kwargs["generator"] = generator
-
-        # 3. denoising
-        for timestep in self.progress_bar(self.scheduler.timesteps):
-            model_input = self.scheduler.scale_model_input(sample, timestep).to(unet.dtype)
-            prediction = self._predict(model_input, timestep, labels, guidance_scale).float()  # (B, C, H, W)
-            sample = self.scheduler.step(prediction, timestep, sample, **step_kwargs).prev_sample
-
-        # 4. images
-        images = (sample / 2 + 0.5).clamp(0, 1)
-        self.maybe_free_model_hooks()
-        if output_type != "pt":
-            images = images.cpu().permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
-            if output_type == "pil":
-                images = self.numpy_to_pil(images)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return step_kwargs
 
     def _predict(
-        self, sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        labels: torch.Tensor | None,
+        weight: float,
+        channels: int | None,
+        guidance_model: torch.nn.Module | None,
     ) -> torch.Tensor:
-        if guidance_scale == 1:
-            return self.unet(sample, timestep, class_labels=labels).sample
-        labels = torch.cat([labels, torch.full_like(labels, null_label(self.unet))])  # (2B)
-        prediction = self.unet(sample.repeat(2, 1, 1, 1), timestep, class_labels=labels).sample  # (2B, C, H, W)
-        conditional, unconditional = prediction.chunk(2)
-        return unconditional + guidance_scale * (conditional - unconditional)
+        """The network's prediction for the sample, guided if the weight is not 1; shape (B, out_channels, H, W)."""
+        if weight != 1 and guidance_model is None:
+            labels = torch.cat([labels, torch.full_like(labels, null_label(self.network))])  # (2B)
+            sample = sample.repeat(2, 1, 1, 1)  # (2B, C, H, W)
+        timesteps = timestep.expand(len(sample))  # (B) or (2B)
+        prediction = self.network(sample, timesteps, class_labels=labels).sample
+        if weight == 1:
+            return prediction
+        if guidance_model is None:
+            prediction, other = prediction.chunk(2)
+        else:
+            other = guidance_model(sample.to(guidance_model.dtype), timesteps, class_labels=labels).sample
+        channels = channels or sample.shape[1]
+        guided = other[:, :channels] + weight * (prediction[:, :channels] - other[:, :channels])
+        return torch.cat([guided, prediction[:, channels:]], dim=1)
+
+    def _decode(self, sample: torch.Tensor) -> torch.Tensor:
+        """Images in [0, 1] of shape (B, C, H, W), from latents if there is a VAE."""
+        if self.vae is not None:
+            latents = sample / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+            sample = self.vae.decode(latents.to(self.vae.dtype)).sample.float()
+        return (sample / 2 + 0.5).clamp(0, 1)
 
     def save_config(self, save_directory: str | Path, **kwargs) -> None:
         """As in diffusers, and makes the folder load as this class anywhere: its file, and its name in the index."""
@@ -254,6 +463,7 @@ class DiffiTPipeline(DiffusionPipeline):
         index_file = Path(save_directory, self.config_name)
         index = json.loads(index_file.read_text())
         index["_class_name"] = ["diffit_pipeline", "DiffiTPipeline"]
+        index = {key: value for key, value in index.items() if value != [None, None]}  # components that are not there
         index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         target = Path(save_directory, "diffit_pipeline.py")
         if target.resolve() != Path(__file__).resolve():

@@ -19,13 +19,36 @@ import numpy as np
 import PIL.Image
 import torch
 from accelerate import PartialState
+from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin
 from tqdm.auto import tqdm
 
 from diffit_model import choose_attention_backend, model_class, set_attention_backend
-from diffit_pipeline import SCHEDULERS, DiffiTPipeline, image_grid, null_label, viewable
+from diffit_pipeline import (
+    GUIDANCE_SCHEDULES,
+    SCHEDULERS,
+    DiffiTPipeline,
+    image_grid,
+    load_network,
+    null_label,
+    viewable,
+)
 
 MOST_IN_GRID = 1024
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Arguments that an image depends on, beside the weights.
+IMAGE_ARGUMENTS = (
+    "scheduler",
+    "num_inference_steps",
+    "eta",
+    "guidance_scale",
+    "guidance_schedule",
+    "guidance_power",
+    "guidance_interval",
+    "guidance_channels",
+    "dtype",
+)
+# Of a scheduler's config: two models with other values do not predict the same thing.
+FORWARD_PROCESS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
 
 
 def seed_list(text: str) -> list[int]:
@@ -71,6 +94,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_inference_steps", type=positive_int, default=50)
     parser.add_argument("--eta", type=float, default=0.0, help="of DDIM: 0 deterministic, 1 as much noise as DDPM")
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="1 = off, one forward pass a step")
+    parser.add_argument("--guidance_schedule", choices=GUIDANCE_SCHEDULES, default="constant")
+    parser.add_argument("--guidance_power", type=float, default=4.0, help="of --guidance_schedule power_cosine")
+    parser.add_argument(
+        "--guidance_interval",
+        type=float,
+        nargs=2,
+        default=[0.0, 1.0],
+        metavar=("LOW", "HIGH"),
+        help="timesteps that are guided, as fractions of the training timesteps, 1 being noise",
+    )
+    parser.add_argument("--guidance_channels", type=positive_int, help="guide only the first so many; default: all")
+    parser.add_argument(
+        "--guidance_model", help="folder of a weaker model: autoguidance in place of classifier-free guidance"
+    )
+    parser.add_argument("--vae", help="folder of the AutoencoderKL, or hub name, for a latent model without vae/")
     parser.add_argument("--batch_size", type=positive_int, default=64, help="images per forward pass and process")
     parser.add_argument("--grid", type=grid_size, help="COLUMNSxROWS of grid.png; default: all, almost square")
     parser.add_argument("--save_npz", action="store_true", help="samples.npz in the format of the ADM evaluators")
@@ -89,11 +127,80 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--eta must be in [0, 1], got {args.eta}")
     if args.eta > 0 and args.scheduler != "ddim":
         parser.error(f"--eta is of --scheduler ddim, got {args.scheduler}")
+    if args.class_labels is None and args.num_images_per_class:
+        parser.error("--num_images_per_class needs --class_labels")
+    check_guidance_flags(parser, args)
+    return args
+
+
+def check_guidance_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses values out of range, and flags that would do nothing."""
     if not 0 <= args.guidance_scale < math.inf:
         parser.error(f"--guidance_scale must be a number from 0 up, got {args.guidance_scale}")
-    if args.class_labels is None and (args.guidance_scale != 1 or args.num_images_per_class):
-        parser.error("--guidance_scale and --num_images_per_class need --class_labels")
-    return args
+    if args.guidance_scale != 1 and args.class_labels is None and args.guidance_model is None:
+        parser.error("--guidance_scale needs --class_labels or --guidance_model")
+    if args.guidance_scale == 1:
+        for name in ("schedule", "interval", "channels", "model"):
+            if getattr(args, f"guidance_{name}") != parser.get_default(f"guidance_{name}"):
+                parser.error(f"--guidance_{name} needs a --guidance_scale other than 1, which is off")
+    if not 0 < args.guidance_power < math.inf:
+        parser.error(f"--guidance_power must be a number above 0, got {args.guidance_power}")
+    if args.guidance_power != parser.get_default("guidance_power") and args.guidance_schedule != "power_cosine":
+        parser.error(f"--guidance_power is of --guidance_schedule power_cosine, got {args.guidance_schedule}")
+    low, high = args.guidance_interval
+    if not 0 <= low < high <= 1:
+        parser.error(f"--guidance_interval must be 0 <= LOW < HIGH <= 1, got {low} {high}")
+
+
+def load_pipeline(args: argparse.Namespace) -> DiffiTPipeline:
+    """The pipeline of --model_path, with --vae in it.
+
+    Raises:
+        ValueError: names the flag whose folder is not there or does not fit.
+    """
+    vae = None
+    if args.vae is not None:
+        try:
+            vae = AutoencoderKL.from_pretrained(args.vae)
+        except OSError as error:
+            raise ValueError(f"--vae {args.vae}: no such AutoencoderKL here, nor on the hub: {error}") from error
+    try:
+        pipeline = DiffiTPipeline.from_folder(args.model_path, model_class, args.scheduler, DTYPES[args.dtype], vae)
+    except OSError as error:
+        raise ValueError(f"--model_path {args.model_path}: no such pipeline here, nor on the hub: {error}") from error
+    if args.vae is not None and pipeline.transformer is None:
+        raise ValueError(f"--vae is for latent models, --model_path {args.model_path} is one of pixels")
+    if args.vae is None and pipeline.transformer is not None and pipeline.vae is None:
+        raise ValueError(f"--model_path {args.model_path} is a latent model without vae/: --vae must name one")
+    if args.num_inference_steps > pipeline.scheduler.config.num_train_timesteps:
+        raise ValueError(
+            f"--num_inference_steps {args.num_inference_steps} are more than the "
+            f"{pipeline.scheduler.config.num_train_timesteps} timesteps of the model"
+        )
+    return pipeline
+
+
+def load_guidance_model(args: argparse.Namespace) -> ModelMixin | None:
+    """The network of --guidance_model.
+
+    Raises:
+        ValueError: names the flag if the folder is not there, or the model was trained for another task.
+    """
+    if args.guidance_model is None:
+        return None
+    folders = (args.model_path, args.guidance_model)
+    try:
+        network = load_network(args.guidance_model, model_class, DTYPES[args.dtype])
+        ours, theirs = (DDPMScheduler.load_config(folder, subfolder="scheduler") for folder in folders)
+    except OSError as error:
+        raise ValueError(f"--guidance_model {args.guidance_model}: no such pipeline: {error}") from error
+    for key in FORWARD_PROCESS:
+        if ours.get(key) != theirs.get(key):
+            raise ValueError(
+                f"--guidance_model {args.guidance_model} has {key} {theirs.get(key)}, --model_path {ours.get(key)}: "
+                "they must be alike"
+            )
+    return network
 
 
 def list_images(args: argparse.Namespace, pipeline: DiffiTPipeline) -> list[dict]:
@@ -108,7 +215,7 @@ def list_images(args: argparse.Namespace, pipeline: DiffiTPipeline) -> list[dict
     labels = None
     if args.class_labels is not None:
         if args.class_labels == "all":
-            labels = list(range(null_label(pipeline.unet) or 0))
+            labels = list(range(null_label(pipeline.network) or 0))
         else:
             labels = [label.strip() for label in args.class_labels.split(",")]
         labels = pipeline.label_ids(labels)
@@ -121,12 +228,12 @@ def list_images(args: argparse.Namespace, pipeline: DiffiTPipeline) -> list[dict
     else:
         seeds = args.seeds or list(range(64))
         pairs = [(seed, None if labels is None else labels[i % len(labels)]) for i, seed in enumerate(seeds)]
-    suffix = ".png" if pipeline.unet.config.in_channels in (1, 3, 4) else ".npy"
+    suffix = ".png" if pipeline.image_channels in (1, 3, 4) else ".npy"
     rows = []
     for seed, label in pairs:
         prefix = "" if label is None else f"class_{label:03d}_"
         rows.append({"file": f"{prefix}seed_{seed:08d}{suffix}", "seed": seed, "class": label})
-        if label is not None and pipeline.config.id2label:
+        if str(label) in (pipeline.config.id2label or {}):
             rows[-1]["class_name"] = pipeline.config.id2label[str(label)]
     return rows
 
@@ -152,15 +259,22 @@ def check_settings(output_dir: Path, settings: dict) -> None:
     summary = json.loads(file.read_text())
     if not any((output_dir / row["file"]).is_file() for row in summary["images"]):
         return
-    earlier = summary["arguments"]
-    differ = [key for key in settings if settings[key] != earlier.get(key)]
+    parser = build_parser()  # a flag that was not there yet had no effect, which is its default
+    earlier = {key: summary["arguments"].get(key, parser.get_default(key)) for key in settings}
+    differ = [key for key in settings if settings[key] != earlier[key]]
     if differ:
-        was = ", ".join(f"--{key} {earlier.get(key)}, now {settings[key]}" for key in differ)
+        was = ", ".join(f"--{key} {earlier[key]}, now {settings[key]}" for key in differ)
         raise ValueError(f"--output_dir {output_dir} holds images drawn with other settings ({was}): choose another")
 
 
 @torch.no_grad()
-def draw(args: argparse.Namespace, pipeline: DiffiTPipeline, rows: list[dict], output_dir: Path) -> None:
+def draw(
+    args: argparse.Namespace,
+    pipeline: DiffiTPipeline,
+    guidance_model: ModelMixin | None,
+    rows: list[dict],
+    output_dir: Path,
+) -> None:
     """Draws images in batches of exactly --batch_size, the last one padded, and writes each as a PNG."""
     batch_size = args.batch_size
     progress = tqdm(total=len(rows), desc="sampling", disable=not PartialState().is_main_process)
@@ -172,6 +286,11 @@ def draw(args: argparse.Namespace, pipeline: DiffiTPipeline, rows: list[dict], o
             batch_size=batch_size,
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
+            guidance_schedule=args.guidance_schedule,
+            guidance_power=args.guidance_power,
+            guidance_interval=args.guidance_interval,
+            guidance_channels=args.guidance_channels,
+            guidance_model=guidance_model,
             eta=args.eta,
             generator=[torch.Generator().manual_seed(row["seed"]) for row in padded],
             output_type="np",
@@ -209,29 +328,29 @@ def write_summary(args: argparse.Namespace, rows: list[dict], output_dir: Path) 
 
 
 def main(args: argparse.Namespace) -> None:
-    """Loads the model, shares the images among the processes, and draws those that are not there yet."""
+    """Loads the models, shares the images among the processes, and draws those that are not there yet."""
     state = PartialState(cpu=not torch.accelerator.is_available())
-    try:
-        pipeline = DiffiTPipeline.from_folder(args.model_path, model_class, args.scheduler, DTYPES[args.dtype])
-    except OSError as error:
-        raise ValueError(f"--model_path {args.model_path}: no such pipeline here, nor on the hub: {error}") from error
-    if args.num_inference_steps > pipeline.scheduler.config.num_train_timesteps:
-        raise ValueError(
-            f"--num_inference_steps {args.num_inference_steps} are more than the "
-            f"{pipeline.scheduler.config.num_train_timesteps} timesteps of the model"
-        )
+    pipeline = load_pipeline(args)
+    guidance_model = load_guidance_model(args)
+    pipeline.check_guidance(args.guidance_channels, guidance_model)
     pipeline.to(state.device)
     pipeline.set_progress_bar_config(disable=True)
-    backend = args.attention_backend
-    if backend == "auto":
-        backend, _ = choose_attention_backend(pipeline.unet, state.device, DTYPES[args.dtype])
-    set_attention_backend(pipeline.unet, backend)
+    if pipeline.vae is not None:
+        pipeline.vae.enable_slicing()  # decoding a whole batch at once takes more memory than denoising it
+    networks = [pipeline.network] if guidance_model is None else [pipeline.network, guidance_model.to(state.device)]
+    for network in networks:
+        backend = args.attention_backend
+        if backend == "auto":
+            backend, _ = choose_attention_backend(network, state.device, DTYPES[args.dtype])
+        set_attention_backend(network, backend)
 
     rows = list_images(args, pipeline)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    same = ("scheduler", "num_inference_steps", "eta", "guidance_scale", "dtype")
-    settings = {key: getattr(args, key) for key in same} | {"weights_sha256": weights_digest(pipeline.unet)}
+    models = {"weights": pipeline.network, "vae": pipeline.vae, "guidance_model": guidance_model}
+    settings = {key: getattr(args, key) for key in IMAGE_ARGUMENTS} | {
+        f"{name}_sha256": None if model is None else weights_digest(model) for name, model in models.items()
+    }
     check_settings(output_dir, settings)
     state.wait_for_everyone()
     if state.is_main_process:
@@ -240,7 +359,7 @@ def main(args: argparse.Namespace) -> None:
 
     missing = [row for row in rows if not (output_dir / row["file"]).is_file()]
     state.wait_for_everyone()  # all processes must have looked before one writes
-    draw(args, pipeline, missing[state.process_index :: state.num_processes], output_dir)
+    draw(args, pipeline, guidance_model, missing[state.process_index :: state.num_processes], output_dir)
     state.wait_for_everyone()
     if state.is_main_process:
         write_summary(args, rows, output_dir)

@@ -7,11 +7,20 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import TINY_CONFIG
-from diffusers import DDPMPipeline, DDPMScheduler
+from conftest import ROOT, TINY_CONFIG
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    ModelMixin,
+)
 
 import sample_diffit
-from diffit_model import DiffiTUNet2DModel, model_class
+from diffit_model import MODEL_CLASSES, DiffiTUNet2DModel, model_class
 from diffit_pipeline import SCHEDULERS, DiffiTPipeline, image_grid
 
 NAMES = {"0": "red", "1": "green", "2": "7"}
@@ -20,6 +29,20 @@ NAMES = {"0": "red", "1": "green", "2": "7"}
 def tiny_unet(**kwargs) -> DiffiTUNet2DModel:
     torch.manual_seed(0)
     return DiffiTUNet2DModel(**TINY_CONFIG, zero_init_output=False, **kwargs).eval()
+
+
+def tiny_dit(**kwargs) -> DiTTransformer2DModel:
+    """A network of latents that predicts noise and variance."""
+    torch.manual_seed(0)
+    config = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "out_channels": 8, "sample_size": 8}
+    return DiTTransformer2DModel(**config | {"num_embeds_ada_norm": 10} | kwargs).eval()
+
+
+def tiny_vae(**kwargs) -> AutoencoderKL:
+    """Two pixels a latent."""
+    torch.manual_seed(1)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    return AutoencoderKL(block_out_channels=[4, 8], norm_num_groups=2, latent_channels=4, **blocks, **kwargs).eval()
 
 
 def quiet(pipeline: DiffiTPipeline) -> DiffiTPipeline:
@@ -159,6 +182,158 @@ def test_image_grid_places_images_row_by_row():
     assert image_grid([PIL.Image.new("L", (64, 64))] * 5, columns=2, rows=1).size == (132, 66)
 
 
+# --- latent models
+
+
+def any_class(config: dict) -> type[ModelMixin]:
+    """Also diffusers' own DiT, which is not one of the project's networks."""
+    return DiTTransformer2DModel if config["_class_name"] == "DiTTransformer2DModel" else model_class(config)
+
+
+@pytest.fixture(scope="module")
+def latent(tmp_path_factory) -> Path:
+    """A folder as `DiTPipeline` has it, with the names of five of 1,000 classes."""
+    folder = tmp_path_factory.mktemp("latent")
+    scheduler = DDIMScheduler(clip_sample=False)
+    DiTPipeline(tiny_dit(num_embeds_ada_norm=1000), tiny_vae(), scheduler).save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    names = {"0": "tench, Tinca tinca", "134": "crane", "517": "crane", "638": "maillot", "639": "maillot, tank suit"}
+    index["id2label"] = names
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def load_latent(folder: Path, **kwargs) -> DiffiTPipeline:
+    return quiet(DiffiTPipeline.from_folder(str(folder), any_class, **kwargs))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_images_equal_those_of_diffusers_own_dit_pipeline(guidance_scale, latent):
+    theirs = quiet(DiTPipeline.from_pretrained(latent))
+    assert type(theirs) is DiTPipeline
+    settings = {"class_labels": [3, 517], "guidance_scale": guidance_scale, "num_inference_steps": 10}
+    expected = theirs(**settings, generator=generators([5, 6]), output_type="pt").images
+    images = load_latent(latent)(**settings, generator=generators([5, 6]), output_type="pt").images
+    assert images.shape == (2, 3, 16, 16) and images.std() > 0.01
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+
+
+def test_learned_variance_is_sampled_as_in_improved_ddpm(latent):
+    """Ancestral sampling in float64, from arXiv 2102.09672: betas of the respaced chain, variance by Eq. 15."""
+    pipeline = load_latent(latent, scheduler="ddpm")
+    latents = pipeline(7, num_inference_steps=20, generator=generators([3]), output_type="latent").images
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(1, 4, 8, 8, generator=generator).double()
+    alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    timesteps = [round(i * 999 / 19) for i in range(20)]
+    network = pipeline.transformer.double()
+    for i in reversed(range(20)):
+        a, previous = alphas[timesteps[i]], alphas[timesteps[i - 1]] if i > 0 else torch.tensor(1.0).double()
+        beta = 1 - a / previous
+        with torch.no_grad():
+            eps, v = network(x, torch.tensor([timesteps[i]]), torch.tensor([7])).sample.chunk(2, dim=1)
+        x_0 = (x - (1 - a).sqrt() * eps) / a.sqrt()
+        mean = previous.sqrt() * beta / (1 - a) * x_0 + (1 - beta).sqrt() * (1 - previous) / (1 - a) * x
+        x = mean
+        if i > 0:
+            smallest = (1 - previous) / (1 - a) * beta
+            log_variance = (v + 1) / 2 * beta.log() + (1 - v) / 2 * smallest.log()
+            x = mean + (log_variance / 2).exp() * torch.randn(1, 4, 8, 8, generator=generator)
+    torch.testing.assert_close(latents.double(), x, rtol=1e-4, atol=1e-4)
+
+
+def test_250_ancestral_steps_are_spaced_as_published(latent):
+    """Evenly from timestep 0 to 999: a fractional stride of 999/249, rounded."""
+    scheduler = load_latent(latent, scheduler="ddpm").scheduler
+    scheduler.set_timesteps(250)
+    assert scheduler.timesteps.tolist() == [round(i * 999 / 249) for i in reversed(range(250))]
+
+
+@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+def test_every_scheduler_draws_latents_without_clipping(scheduler, tmp_path):
+    """From a folder whose scheduler clips and has learned variance; the DPM solvers then cut channels off."""
+    saved = DDPMScheduler(variance_type="learned_range", timestep_spacing="linspace")
+    DiffiTPipeline(None, saved, transformer=tiny_dit(), vae=tiny_vae()).save_pretrained(tmp_path)
+    pipeline = load_latent(tmp_path, scheduler=scheduler)
+    latents = pipeline(
+        [1, 2], num_inference_steps=6, guidance_scale=2.0, generator=generators([1, 2]), output_type="latent"
+    ).images
+    assert latents.shape == (2, 4, 8, 8) and latents.isfinite().all() and latents.abs().max() > 1.5
+
+
+def test_latents_are_scaled_and_shifted_before_they_are_decoded():
+    vae = tiny_vae(scaling_factor=0.5, shift_factor=0.3)
+    pipeline = quiet(DiffiTPipeline(None, DDIMScheduler(clip_sample=False), transformer=tiny_dit(), vae=vae))
+    settings = {"class_labels": 1, "num_inference_steps": 2}
+    latents = pipeline(**settings, generator=generators([0]), output_type="latent").images
+    images = pipeline(**settings, generator=generators([0]), output_type="pt").images
+    with torch.no_grad():
+        expected = vae.decode(latents / 0.5 + 0.3).sample
+    torch.testing.assert_close(images, (expected / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-6)
+
+
+def test_size_of_a_latent_model_is_in_pixels():
+    """DiT itself draws squares only."""
+    pipeline = quiet(DiffiTPipeline(None, DDIMScheduler(), transformer=tiny_dit(sample_size=4), vae=tiny_vae()))
+    assert pipeline([1], num_inference_steps=1).images[0].size == (8, 8)
+    assert pipeline([1], num_inference_steps=1, height=12, width=12).images[0].size == (12, 12)
+    with pytest.raises(ValueError, match="multiples of 2, got 7"):
+        pipeline([1], num_inference_steps=1, height=8, width=7)
+
+
+def test_latent_model_without_vae_gives_latents_only():
+    pipeline = quiet(DiffiTPipeline(None, DDIMScheduler(), transformer=tiny_dit()))
+    assert pipeline(num_inference_steps=1, output_type="latent").images.shape == (1, 4, 8, 8)
+    with pytest.raises(ValueError, match="need a vae"):
+        pipeline(num_inference_steps=1)
+
+
+def test_low_precision_denoises_and_decodes_in_float32(latent):
+    pipeline = load_latent(latent, dtype=torch.bfloat16)
+    assert (pipeline.transformer.dtype, pipeline.vae.dtype) == (torch.bfloat16, torch.float32)
+    settings = {"class_labels": 1, "guidance_scale": 2.0, "num_inference_steps": 5, "output_type": "pt"}
+    images = pipeline(**settings, generator=generators([0])).images
+    expected = load_latent(latent)(**settings, generator=generators([0])).images
+    torch.testing.assert_close(images, expected, rtol=0, atol=0.05)
+
+
+def test_classes_go_by_each_of_their_names(latent):
+    pipeline = load_latent(latent)
+    assert pipeline.label_ids(["Tinca tinca", "tench, Tinca tinca", "tank suit", "999"]) == [0, 0, 639, 999]
+    assert pipeline.label_ids("maillot") == [638]  # a whole name before a part of one
+    with pytest.raises(ValueError, match=r"'crane' is the name of the classes \[134, 517\]"):
+        pipeline.label_ids("crane")
+
+
+def test_pipeline_has_one_network():
+    for networks in ({"unet": None}, {"unet": tiny_unet(), "transformer": tiny_dit()}):
+        with pytest.raises(ValueError, match="either unet or transformer"):
+            DiffiTPipeline(scheduler=DDIMScheduler(), **networks)
+
+
+@pytest.mark.parametrize("folder", ["latent", "unconditional"])
+def test_pipeline_loads_over_folders_of_diffusers_own(folder, request):
+    folder = request.getfixturevalue(folder)
+    own_file = str(ROOT / "diffit_pipeline.py")
+    pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=own_file, trust_remote_code=True)
+    assert type(pipeline).__name__ == "DiffiTPipeline"
+    settings = {"num_inference_steps": 2, "output_type": "pt"}
+    images = quiet(pipeline)(**settings, generator=generators([0])).images
+    expected = load_latent(folder, scheduler="ddim" if pipeline.unet is None else "ddpm")
+    assert torch.equal(images, expected(**settings, generator=generators([0])).images)
+
+
+def test_saved_folder_names_the_components_it_has(conditional, latent, tmp_path):
+    load_latent(latent).save_pretrained(tmp_path)
+    for folder, components in ((conditional, {"unet"}), (tmp_path, {"transformer", "vae"})):
+        index = json.loads((folder / "model_index.json").read_text())
+        assert {key for key in index if not key.startswith("_")} == components | {"scheduler", "id2label"}
+    again = quiet(DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True))
+    settings = {"class_labels": "tench", "num_inference_steps": 2, "output_type": "pt"}
+    images = again(**settings, generator=generators([0])).images
+    assert torch.equal(images, load_latent(latent)(**settings, generator=generators([0])).images)
+
+
 # --- the script
 
 
@@ -215,6 +390,84 @@ def test_folder_with_other_settings_is_refused(unconditional, tmp_path):
     sample(unconditional, tmp_path, "--seeds=0")
     with pytest.raises(ValueError, match="--scheduler ddim, now ddpm"):
         sample(unconditional, tmp_path, "--seeds=1", "--scheduler=ddpm")
+
+
+@pytest.mark.parametrize(
+    ("plain", "flags", "setting"),
+    [
+        ([], ["--guidance_schedule=power_cosine"], "--guidance_schedule constant, now power_cosine"),
+        (["--guidance_schedule=power_cosine"], ["--guidance_power=2"], "--guidance_power 4.0, now 2.0"),
+        ([], ["--guidance_interval", "0.2", "0.8"], r"--guidance_interval \[0.0, 1.0\], now \[0.2, 0.8\]"),
+        ([], ["--guidance_channels=1"], "--guidance_channels None, now 1"),
+    ],
+)
+def test_guidance_flags_change_images_and_are_settings(plain, flags, setting, conditional, tmp_path):
+    plain = ["--seeds=0", "--class_labels=1", "--guidance_scale=6", *plain]
+    before = sample(conditional, tmp_path / "plain", *plain)
+    after = sample(conditional, tmp_path / "guided", *plain, *flags)
+    assert not (before["class_001_seed_00000000.png"] == after["class_001_seed_00000000.png"]).all()
+    with pytest.raises(ValueError, match=setting):
+        sample(conditional, tmp_path / "plain", *plain, *flags)
+
+
+def test_folder_from_before_a_flag_was_there_goes_on(unconditional, tmp_path):
+    sample(unconditional, tmp_path, "--seeds=0")
+    summary = json.loads((tmp_path / "samples.json").read_text())
+    for name in ("guidance_schedule", "guidance_power", "guidance_interval", "vae_sha256"):
+        del summary["arguments"][name]
+    (tmp_path / "samples.json").write_text(json.dumps(summary))
+    assert len(sample(unconditional, tmp_path, "--seeds=0-1")) == 2
+
+
+def test_autoguidance_of_an_unconditional_folder(unconditional, tmp_path):
+    torch.manual_seed(3)
+    weak = DiffiTUNet2DModel(**TINY_CONFIG, zero_init_output=False)
+    DDPMPipeline(weak, DDPMScheduler()).save_pretrained(tmp_path / "weak")
+    plain = sample(unconditional, tmp_path / "plain", "--seeds=0")
+    flags = ["--seeds=0", "--guidance_scale=3", f"--guidance_model={tmp_path / 'weak'}"]
+    guided = sample(unconditional, tmp_path / "guided", *flags)
+    assert not (plain["seed_00000000.png"] == guided["seed_00000000.png"]).all()
+    DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp_path / "weak")
+    with pytest.raises(ValueError, match="--guidance_model_sha256"):
+        sample(unconditional, tmp_path / "guided", *flags)
+
+
+def test_guidance_model_of_another_task_is_refused(unconditional, conditional, tmp_path):
+    flags = ["--guidance_scale=2", "--guidance_model"]
+    with pytest.raises(ValueError, match="guidance_model has 3 classes"):
+        sample(unconditional, tmp_path, *flags, str(conditional))
+    with pytest.raises(ValueError, match="--guidance_model nowhere"):
+        sample(unconditional, tmp_path, *flags, "nowhere")
+    DDPMPipeline(tiny_unet(), DDPMScheduler(prediction_type="sample")).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="prediction_type sample"):
+        sample(unconditional, tmp_path, *flags, str(tmp_path / "other"))
+
+
+def test_latent_folder_is_sampled(latent, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODEL_CLASSES, "DiTTransformer2DModel", DiTTransformer2DModel)
+    flags = ["--seeds=0-2", "--class_labels=0,Tinca tinca,7", "--guidance_scale=2", "--guidance_channels=3"]
+    images = sample(latent, tmp_path / "out", *flags, "--scheduler=ddpm", "--batch_size=2")
+    assert sorted(images) == [f"class_{label:03d}_seed_{seed:08d}.png" for label, seed in ((0, 0), (0, 1), (7, 2))]
+    assert images["class_000_seed_00000000.png"].shape == (16, 16, 3)
+
+
+def test_vae_of_a_latent_folder_without_one(latent, conditional, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODEL_CLASSES, "DiTTransformer2DModel", DiTTransformer2DModel)
+    scheduler = DDIMScheduler(clip_sample=False)
+    DiffiTPipeline(None, scheduler, transformer=tiny_dit()).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="--vae must name one"):
+        sample(tmp_path / "model", tmp_path / "out")
+    with pytest.raises(ValueError, match="--vae nowhere"):
+        sample(tmp_path / "model", tmp_path / "out", "--vae=nowhere")
+    with pytest.raises(ValueError, match="--vae is for latent models"):
+        sample(conditional, tmp_path / "out", f"--vae={latent / 'vae'}")
+    images = sample(tmp_path / "model", tmp_path / "out", f"--vae={latent / 'vae'}", "--seeds=0")
+    assert images["seed_00000000.png"].shape == (16, 16, 3)
+    other = tiny_vae()
+    torch.nn.init.ones_(other.decoder.conv_out.bias)
+    other.save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match="--vae_sha256"):
+        sample(tmp_path / "model", tmp_path / "out", f"--vae={tmp_path / 'vae'}", "--seeds=0")
 
 
 def test_folder_with_images_of_other_weights_is_refused(unconditional, tmp_path):
@@ -291,6 +544,10 @@ def test_too_few_seeds_are_refused(conditional, tmp_path):
         (["--eta=0.5", "--scheduler=ddpm"], "--scheduler"),
         (["--guidance_scale=2"], "--class_labels"),
         (["--guidance=2"], "--guidance"),
+        (["--guidance_schedule=power_cosine", "--class_labels=1"], "--guidance_schedule needs a --guidance_scale"),
+        (["--guidance_scale=2", "--class_labels=1", "--guidance_power=3"], "--guidance_power"),
+        (["--guidance_scale=2", "--class_labels=1", "--guidance_interval", "0.8", "0.2"], "0.8 0.2"),
+        (["--guidance_scale=2", "--class_labels=1", "--guidance_channels=0"], "--guidance_channels"),
     ],
 )
 def test_wrong_flags_are_refused(flags, words, capsys):
