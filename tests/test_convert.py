@@ -400,7 +400,7 @@ class Opener:
 @pytest.mark.parametrize(
     "content, message",
     [
-        ({"weight": Opener()}, "could run code"),
+        ({"weight": Opener()}, "holds more than tensors"),
         ({"model": {"weight": torch.ones(1)}, "ema": {}}, "must hold tensors by name, it holds model, ema"),
         ([torch.ones(1)], "it holds list"),
     ],
@@ -410,6 +410,16 @@ def test_pt_file_with_more_than_tensors_raises(tmp_path, content, message):
     torch.save(content, tmp_path / "diffit.pt")
     with pytest.raises(ValueError, match=message):
         main(parse_args([f"--checkpoint={tmp_path / 'diffit.pt'}", f"--output_dir={tmp_path / 'converted'}"]))
+
+
+@pytest.mark.parametrize("suffix, save", [("safetensors", save_file), ("pt", torch.save)])
+@pytest.mark.parametrize("share", [0, 0.5], ids=["empty", "half"])
+def test_damaged_file_raises_with_its_name(tmp_path, suffix, save, share):
+    file = tmp_path / f"diffit.{suffix}"
+    save(nvidia_tensors(), file)
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    with pytest.raises(ValueError, match=f"--checkpoint {file} is damaged"):
+        main(parse_args([f"--checkpoint={file}", f"--output_dir={tmp_path / 'converted'}"]))
 
 
 @pytest.mark.parametrize("flags", [[], ["--to_nvidia"]], ids=["from_nvidia", "to_nvidia"])

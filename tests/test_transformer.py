@@ -464,6 +464,15 @@ def test_weights_for_another_resolution_are_interpolated(new_size):
         torch.testing.assert_close(weights[name], source.state_dict()[name], **EXACT)
 
 
+def test_bias_tables_keep_rows_and_columns_apart():
+    source, target = build_transformer(), build_transformer(sample_size=(8, 12))
+    by_row = torch.arange(7.0)[:, None, None]  # offsets of rows matter, those of columns do not
+    with torch.no_grad():
+        source.blocks[0].attn.relative_position_bias_table.copy_(by_row.expand(7, 7, 2).flatten(0, 1))
+    table = adapt_weights(source, target)[0]["blocks.0.attn.relative_position_bias_table"]
+    torch.testing.assert_close(table.reshape(7, 11, 2), by_row.expand(7, 11, 2), **FLOAT32)
+
+
 def test_positions_of_a_finer_grid_lie_between_those_of_the_coarser():
     source, target = build_transformer(sample_size=16), build_transformer(sample_size=32)
     positions = adapt_weights(source, target)[0]["position_embedding"]
