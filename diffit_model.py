@@ -2,11 +2,13 @@
 """DiffiT, the Diffusion Vision Transformer (Hatamizadeh et al., ECCV 2024, arXiv 2312.02139v3), for diffusers.
 
 `DiffiTUNet2DModel` is the image-space network of the paper, a U-shaped transformer with the interface of diffusers'
-`UNet2DModel`. Equation numbers are those of version 3 of the paper. Where the paper is silent, a comment says what
-we do instead. This file stands alone: torch and diffusers, and xformers only if that attention backend is chosen.
+`UNet2DModel`; `DiffiTTransformer2DModel` is the latent one, with that of `DiTTransformer2DModel`. Equation numbers are
+those of version 3 of the paper. Where the paper is silent, a comment says what we do instead. This file stands alone:
+torch and diffusers, and xformers only if that attention backend is chosen.
 
 Shapes: B batch, C channels, H/W height/width (pixels or latents), G windows per image (1 = global attention),
-N tokens in a window, D hidden size of the tokens, T size of the time token, h attention heads, d size of a head.
+N tokens in a window, D hidden size of the tokens, T size of the time token, h attention heads, d size of a head,
+p height and width of a patch.
 """
 
 import functools
@@ -22,7 +24,8 @@ from diffusers import UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed_from_grid
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.resnet import Upsample2D
 from diffusers.models.unets.unet_2d import UNet2DOutput
@@ -451,10 +454,112 @@ class DiffiTStage(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What both networks share
+
+
+class DiffiTModelMixin(ModelMixin, ConfigMixin, AttentionMixin):
+    """Labels and timesteps, initialisation and saving; a network adds `class_embedding` (an embedding, or None)."""
+
+    @property
+    def null_label(self) -> int | None:
+        """Index of the null class, which is the number of classes; None for an unconditional network."""
+        return None if self.class_embedding is None else self.class_embedding.num_embeddings - 1
+
+    def _initialize_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):  # as in NVIDIA's latent model; the paper is silent
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, TimeDependentSelfAttention):
+                nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)  # as in Swin
+        if self.class_embedding is not None:
+            nn.init.normal_(self.class_embedding.weight, std=0.02)
+
+    def _one_per_image(
+        self, sample: torch.Tensor, timestep: torch.Tensor | float | int, class_labels: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Checks timesteps and labels and gives each image its own.
+
+        Args:
+            sample: images or latents, shape (B, C, H, W).
+            timestep: one for all or one per image; a number, or a tensor of shape () or (1,) or (B,).
+            class_labels: integers of shape (B,); None means the null class for all.
+
+        Returns:
+            Timesteps of shape (B,), and labels of shape (B,), or None for an unconditional network.
+
+        Raises:
+            ValueError: if timesteps are not one or B, if labels are given to an unconditional network or are out of
+                range, not integers or not B.
+        """
+        batch = sample.shape[0]
+        timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1)  # (1) or (B)
+        if timesteps.shape[0] not in (1, batch):
+            raise ValueError(f"`timestep` must be one or one per image ({batch}), got {timesteps.shape[0]}")
+        timesteps = timesteps.expand(batch)  # (B)
+
+        null_label = self.null_label
+        if class_labels is None:
+            if null_label is not None:
+                class_labels = torch.full((batch,), null_label, device=sample.device)  # (B)
+            return timesteps, class_labels
+        if null_label is None:
+            raise ValueError("`class_labels` were given to an unconditional network")
+        if class_labels.dtype not in (torch.int64, torch.int32) or class_labels.shape != (batch,):
+            raise ValueError(
+                f"`class_labels` must be integers of shape ({batch},), got {class_labels.dtype} of shape "
+                f"{tuple(class_labels.shape)}"
+            )
+        # Looking at labels on an accelerator stalls it, so there it is done at inference only.
+        if (class_labels.device.type == "cpu" or not self.training) and not torch.compiler.is_compiling():
+            if class_labels.min() < 0 or class_labels.max() > null_label:
+                raise ValueError(
+                    f"`class_labels` must be in [0, {null_label}] ({null_label} is the null class), "
+                    f"got {class_labels.min().item()} to {class_labels.max().item()}"
+                )
+        return timesteps, class_labels
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
+        """As in diffusers, without its warning about `auto_map`, which only `AutoModel` reads."""
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        save_function: Callable | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """As in diffusers, and puts this file beside the weights, so that the folder loads anywhere.
+
+        The arguments are spelled out because pipelines look for them by name.
+        """
+        target = Path(save_directory, "diffit_model.py")
+        if is_main_process and target.resolve() != Path(__file__).resolve():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(__file__, target)  # first, because `push_to_hub=True` uploads the folder as it is then
+        super().save_pretrained(
+            str(save_directory),
+            is_main_process=is_main_process,
+            save_function=save_function,
+            safe_serialization=safe_serialization,
+            variant=variant,
+            max_shard_size=max_shard_size,
+            push_to_hub=push_to_hub,
+            **kwargs,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Image-space network
 
 
-class DiffiTUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin):
+class DiffiTUNet2DModel(DiffiTModelMixin):
     """The U-shaped DiffiT for images (section 3.2 and appendices H.1, I.1), with the interface of `UNet2DModel`.
 
     Encoder, bottleneck and mirrored decoder, made of DiffiT ResBlocks; a convolution between two resolutions; a skip
@@ -602,14 +707,7 @@ class DiffiTUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin):
             raise ValueError(f"`skip_merge` must be 'concat' or 'add', got {config.skip_merge!r}")
 
     def _initialize_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):  # as in NVIDIA's latent model; the paper is silent
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, TimeDependentSelfAttention):
-                nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)  # as in Swin
-        if self.class_embedding is not None:
-            nn.init.normal_(self.class_embedding.weight, std=0.02)
+        super()._initialize_weights()
         if self.config.zero_init_output:
             nn.init.zeros_(self.conv_out.weight)
             nn.init.zeros_(self.conv_out.bias)
@@ -631,25 +729,6 @@ class DiffiTUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin):
                 f"height and width must be multiples of {multiple} ({num_stages} resolutions, windows of "
                 f"{self.config.window_size}), got {height} x {width}"
             )
-
-    def _check_labels(self, sample: torch.Tensor, class_labels: torch.Tensor | None) -> None:
-        if class_labels is None:
-            return
-        if self.class_embedding is None:
-            raise ValueError("`class_labels` were given to an unconditional network (`num_class_embeds` is None)")
-        if class_labels.dtype not in (torch.int64, torch.int32) or class_labels.shape != sample.shape[:1]:
-            raise ValueError(
-                f"`class_labels` must be integers of shape ({sample.shape[0]},), got {class_labels.dtype} of shape "
-                f"{tuple(class_labels.shape)}"
-            )
-        # Looking at labels on an accelerator stalls it, so there it is done at inference only.
-        if (class_labels.device.type == "cpu" or not self.training) and not torch.compiler.is_compiling():
-            num_classes = self.config.num_class_embeds
-            if class_labels.min() < 0 or class_labels.max() > num_classes:
-                raise ValueError(
-                    f"`class_labels` must be in [0, {num_classes}] ({num_classes} is the null class), "
-                    f"got {class_labels.min().item()} to {class_labels.max().item()}"
-                )
 
     def forward(
         self,
@@ -676,18 +755,11 @@ class DiffiTUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin):
                 are given to an unconditional network or are out of range, or if timesteps are not one or B.
         """
         self.check_size(*sample.shape[-2:])
-        self._check_labels(sample, class_labels)
-        batch = sample.shape[0]
+        timesteps, class_labels = self._one_per_image(sample, timestep, class_labels)  # (B), (B)
 
         # 1. time token
-        timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1)  # (1) or (B)
-        if timesteps.shape[0] not in (1, batch):
-            raise ValueError(f"`timestep` must be one or one per image ({batch}), got {timesteps.shape[0]}")
-        timesteps = timesteps.expand(batch)  # (B)
         time_token = self.time_embedding(self.time_proj(timesteps).to(sample.dtype))  # (B, T)
         if self.class_embedding is not None:
-            if class_labels is None:
-                class_labels = torch.full((batch,), self.config.num_class_embeds, device=sample.device)  # (B)
             time_token = time_token + self.class_embedding(class_labels)  # (B, T)
 
         # 2. tokenizer
@@ -717,41 +789,6 @@ class DiffiTUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         output = self.conv_out(self.conv_norm_out(hidden_states))  # (B, out_channels, H, W)
 
         return UNet2DOutput(sample=output) if return_dict else (output,)
-
-    @classmethod
-    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
-        """As in diffusers, without its warning about `auto_map`, which only `AutoModel` reads."""
-        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
-
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        is_main_process: bool = True,
-        save_function: Callable | None = None,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str = "10GB",
-        push_to_hub: bool = False,
-        **kwargs,
-    ) -> None:
-        """As in diffusers, and puts this file beside the weights, so that the folder loads anywhere.
-
-        The arguments are spelled out because pipelines look for them by name.
-        """
-        target = Path(save_directory, "diffit_model.py")
-        if is_main_process and target.resolve() != Path(__file__).resolve():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(__file__, target)  # first, because `push_to_hub=True` uploads the folder as it is then
-        super().save_pretrained(
-            str(save_directory),
-            is_main_process=is_main_process,
-            save_function=save_function,
-            safe_serialization=safe_serialization,
-            variant=variant,
-            max_shard_size=max_shard_size,
-            push_to_hub=push_to_hub,
-            **kwargs,
-        )
 
 
 DiffiTUNet2DModel.register_for_auto_class("AutoModel")
@@ -808,9 +845,314 @@ def _stage_windows(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Latent network
+
+
+def sincos_position_embedding(hidden_size: int, grid: tuple[int, int]) -> torch.Tensor:
+    """Fixed sines and cosines of the place of each token, as in DiT: of its column, then of its row.
+
+    Args:
+        hidden_size: size D of the tokens, a multiple of 4.
+        grid: height and width of the token grid.
+
+    Returns:
+        Numbers in [-1, 1], float32, shape (1, N, D).
+    """
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")  # (H/p, W/p)
+    places = torch.stack([columns, rows]).float()  # (2, H/p, W/p)
+    return get_2d_sincos_pos_embed_from_grid(hidden_size, places, output_type="pt").float()[None]
+
+
+class DiffiTTransformer2DModel(DiffiTModelMixin):
+    """The isotropic DiffiT for latents (section 3.3), with the interface of `DiTTransformer2DModel`.
+
+    Patches, DiffiT blocks with global attention, patches again. Timestep and class enter only through the time token.
+    The defaults are the paper's network for ImageNet at 256 x 256 pixels, but for its `out_channels` of 8.
+
+    Args:
+        num_attention_heads: heads h.
+        attention_head_dim: size d of a head; the size D of the tokens and of the time token is h * d, a multiple of 4.
+        in_channels: channels of the latents.
+        out_channels: channels of the output; None means `in_channels`. Twice `in_channels` for a learned variance.
+        num_layers: DiffiT blocks. The paper says 30; 28 gives its number of parameters.
+        dropout: probability in [0, 1) on the output of each attention and MLP.
+        sample_size: height and width of the latents, one int if square; multiples of `patch_size`. The relative
+            position bias of global attention fixes it.
+        patch_size: height and width of a patch.
+        mlp_ratio: width of the MLPs as a multiple of D.
+        num_embeds_ada_norm: number of classes, or None for an unconditional network; the name is diffusers'. One more
+            row, with the index `num_embeds_ada_norm`, is the null class for classifier-free guidance.
+
+    Raises:
+        ValueError: if the arguments do not fit each other; the message names them.
+    """
+
+    __module__ = "diffit_model"
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["DiffiTBlock"]
+    _repeated_blocks = ["DiffiTBlock"]
+    _skip_layerwise_casting_patterns = ["patch_embedding", "time_embedding", "class_embedding", "norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        num_layers: int = 28,
+        dropout: float = 0.0,
+        sample_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        mlp_ratio: float = 4.0,
+        num_embeds_ada_norm: int | None = 1000,
+    ):
+        super().__init__()
+        if out_channels is None:
+            out_channels = in_channels
+            self.register_to_config(out_channels=out_channels)  # `DiTPipeline` reads it as a number
+        self._check_config()
+        hidden_size = num_attention_heads * attention_head_dim
+        height, width = _height_and_width(sample_size)
+        self.token_grid = (height // patch_size, width // patch_size)
+        self.gradient_checkpointing = False
+
+        # tokenizer
+        self.patch_embedding = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+        # Not a parameter, yet in the state dict: a checkpoint may hold other positions, if only in the last bit.
+        self.register_buffer("position_embedding", sincos_position_embedding(hidden_size, self.token_grid))
+
+        # time token
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)  # width of NVIDIA's checkpoints
+        self.time_embedding = TimestepEmbedding(256, hidden_size, act_fn="silu")
+        self.class_embedding = None
+        if num_embeds_ada_norm is not None:
+            self.class_embedding = nn.Embedding(num_embeds_ada_norm + 1, hidden_size)
+
+        # encoder
+        self.blocks = nn.ModuleList(
+            DiffiTBlock(
+                hidden_size,
+                hidden_size,
+                num_attention_heads,
+                attention_head_dim,
+                window=self.token_grid,
+                mlp_ratio=mlp_ratio,
+                dropout=dropout,
+            )
+            for _ in range(num_layers)
+        )
+
+        # head
+        self.norm_out = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.proj_out = nn.Linear(hidden_size, patch_size**2 * out_channels)
+
+        self._initialize_weights()
+
+    def _check_config(self) -> None:
+        config = self.config
+        sizes = "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "num_layers", "patch_size"
+        for name in sizes:
+            if config[name] < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {config[name]}")
+        hidden_size = config.num_attention_heads * config.attention_head_dim
+        if hidden_size % 4:
+            raise ValueError(
+                f"`num_attention_heads` {config.num_attention_heads} times `attention_head_dim` "
+                f"{config.attention_head_dim} must be a multiple of 4, for the sines and cosines of the positions"
+            )
+        if config.sample_size is None or any(
+            side < 1 or side % config.patch_size for side in _height_and_width(config.sample_size)
+        ):
+            raise ValueError(
+                f"`sample_size` must be positive multiples of `patch_size` {config.patch_size}, "
+                f"got {config.sample_size}"
+            )
+        if hidden_size * config.mlp_ratio < 1:
+            raise ValueError(f"`mlp_ratio` {config.mlp_ratio} leaves no hidden channel")
+        if not 0 <= config.dropout < 1:
+            raise ValueError(f"`dropout` must be in [0, 1), got {config.dropout}")
+        if config.num_embeds_ada_norm is not None and config.num_embeds_ada_norm < 1:
+            raise ValueError(f"`num_embeds_ada_norm` must be at least 1 or None, got {config.num_embeds_ada_norm}")
+
+    def _initialize_weights(self) -> None:
+        super()._initialize_weights()
+        nn.init.xavier_uniform_(self.patch_embedding.weight.view(len(self.patch_embedding.weight), -1))  # as a linear
+        nn.init.zeros_(self.patch_embedding.bias)
+        nn.init.normal_(self.time_embedding.linear_1.weight, std=0.02)
+        nn.init.normal_(self.time_embedding.linear_2.weight, std=0.02)
+        nn.init.zeros_(self.proj_out.weight)  # nothing else is zero, as in NVIDIA's model
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises a ValueError unless latents of H x W are those that the network was built for."""
+        expected = _height_and_width(self.config.sample_size)
+        if (height, width) != expected:
+            raise ValueError(
+                f"the relative bias of global attention ties this network to latents of {expected[0]} x "
+                f"{expected[1]} (`sample_size`), got {height} x {width}"
+            )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Predicts what the network was trained for (noise, and the variance if learned) from noisy latents.
+
+        Args:
+            hidden_states: noisy latents, about unit variance; shape (B, in_channels, H, W).
+            timestep: timestep in [0, number of training timesteps), integer or fractional, one for all or one per
+                image; a number, or a tensor of shape () or (1,) or (B,).
+            class_labels: classes in [0, num_embeds_ada_norm], the last being the null class; integers of shape (B,).
+                None means the null class for all.
+            return_dict: return a `Transformer2DModelOutput` rather than a tuple.
+
+        Returns:
+            `Transformer2DModelOutput` whose `sample`, or a tuple whose first entry, has shape (B, out_channels, H, W).
+
+        Raises:
+            ValueError: if H x W is not the network's `sample_size`, if labels are given to an unconditional network
+                or are out of range, or if timesteps are not one or B.
+        """
+        height, width = hidden_states.shape[-2:]
+        self.check_size(height, width)
+        timesteps, class_labels = self._one_per_image(hidden_states, timestep, class_labels)  # (B), (B)
+        dtype = hidden_states.dtype
+
+        # 1. time token
+        time_token = self.time_embedding(self.time_proj(timesteps).to(dtype))  # (B, T)
+        if self.class_embedding is not None:
+            time_token = time_token + self.class_embedding(class_labels)  # (B, T)
+
+        # 2. tokenizer
+        hidden_states = self.patch_embedding(hidden_states)  # (B, D, H/p, W/p)
+        hidden_states = hidden_states.flatten(2).transpose(1, 2)  # (B, N, D)
+        # In the dtype of the input, so that under autocast the sums of all blocks stay in float32.
+        hidden_states = hidden_states + self.position_embedding.to(dtype)  # (B, N, D)
+
+        # 3. encoder
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, time_token)  # (B, N, D)
+            else:
+                hidden_states = block(hidden_states, time_token)  # (B, N, D)
+
+        # 4. head: LayerNorm, Swish and linear layer
+        hidden_states = self.proj_out(F.silu(self.norm_out(hidden_states)))  # (B, N, p * p * out_channels)
+        patch = (self.config.patch_size, self.config.patch_size)
+        patches = hidden_states.reshape(-1, math.prod(patch), self.config.out_channels)  # (B * N, p * p, out_channels)
+        output = merge_windows(patches, patch, height, width)  # (B, out_channels, H, W)
+
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+
+DiffiTTransformer2DModel.register_for_auto_class("AutoModel")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights for another resolution or other classes
+
+
+def resize_grid(rows: torch.Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> torch.Tensor:
+    """Interpolates a grid of vectors, bicubic as Swin's bias tables; the centre stays the centre.
+
+    Args:
+        rows: the vectors row by row, any float dtype; shape (height * width, K).
+        size: height and width of the grid.
+        new_size: height and width of the new grid.
+
+    Returns:
+        Vectors in the dtype of `rows`, shape (new height * new width, K).
+    """
+    if size == new_size:
+        return rows
+    grid = rows.double().T.reshape(1, -1, *size)  # (1, K, height, width)
+    grid = F.interpolate(grid, size=new_size, mode="bicubic")  # (1, K, new height, new width)
+    return grid.flatten(2)[0].T.contiguous().to(rows.dtype)
+
+
+def adapt_weights(
+    source: ModelMixin, target: ModelMixin, reset_class_embeddings: bool = False
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Makes the weights of one network fit another of other resolution or classes, to start a fine-tuning from.
+
+    Relative position bias tables and positions are interpolated. With another number of classes, and where asked for,
+    class rows start anew as `target` has them. The null class never changes what the network predicts: its row is
+    kept, becomes a row of zeros where `source` had no classes, and a part of the time embedding where `target` has
+    none.
+
+    Args:
+        source: network with the weights; it stays as it is.
+        target: network that is to load them, initialised; it stays as it is.
+        reset_class_embeddings: let class rows start anew although there are as many as before.
+
+    Returns:
+        A state dict for `target`, and what was changed, in words, one entry for each kind of change.
+
+    Raises:
+        ValueError: lists the weights that do not fit `target`.
+    """
+    weights, wanted = source.state_dict(), target.state_dict()
+    changes = []
+
+    # 1. resolution
+    resized = {}
+    for name in [name for name in weights if name in wanted]:
+        module_name, _, weight_name = name.rpartition(".")
+        if weight_name == "relative_position_bias_table":
+            grids = [model.get_submodule(module_name).window for model in (source, target)]
+            sizes = [(2 * height - 1, 2 * width - 1) for height, width in grids]
+            weights[name] = resize_grid(weights[name], *sizes)
+        elif name == "position_embedding":
+            grids = [model.token_grid for model in (source, target)]
+            weights[name] = resize_grid(weights[name][0], *grids)[None]
+        else:
+            continue
+        if grids[0] != grids[1]:
+            resized.setdefault((weight_name, *grids), []).append(name)
+    for (weight_name, old, new), names in resized.items():
+        changes.append(
+            f"{len(names)} x {weight_name} interpolated from {old[0]} x {old[1]} to {new[0]} x {new[1]} tokens"
+        )
+
+    # 2. classes
+    name = "class_embedding.weight"
+    rows, new_rows = weights.get(name), wanted.get(name)
+    if rows is not None and new_rows is None:
+        del weights[name]
+        bias = "time_embedding.linear_2.bias"
+        weights[bias] = weights[bias] + rows[-1]
+        changes.append("class embeddings dropped, the null class became part of the time embedding")
+    elif rows is None and new_rows is not None:
+        weights[name] = torch.cat([new_rows[:-1], torch.zeros_like(new_rows[-1:])])
+        changes.append(f"{len(new_rows) - 1} class embeddings start anew, the null class is zero")
+    elif rows is not None and (reset_class_embeddings or len(rows) != len(new_rows)):
+        weights[name] = torch.cat([new_rows[:-1], rows[-1:]])
+        changes.append(f"{len(new_rows) - 1} class embeddings start anew, the null class is kept")
+
+    # 3. what is left must fit
+    shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (weights, wanted)]
+    misfits = [
+        f"{name} (has {shapes[0].get(name, 'nothing')}, needs {shapes[1].get(name, 'nothing')})"
+        for name in sorted(shapes[0] | shapes[1])
+        if shapes[0].get(name) != shapes[1].get(name)
+    ]
+    if misfits:
+        raise ValueError(f"{len(misfits)} weights do not fit the network: {', '.join(misfits[:8])}")
+    return weights, changes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What a saved folder or a config file holds
 
-MODEL_CLASSES = {"DiffiTUNet2DModel": DiffiTUNet2DModel, "UNet2DModel": UNet2DModel}
+MODEL_CLASSES = {
+    "DiffiTUNet2DModel": DiffiTUNet2DModel,
+    "DiffiTTransformer2DModel": DiffiTTransformer2DModel,
+    "UNet2DModel": UNet2DModel,
+}
 
 
 def model_class(config: dict) -> type[ModelMixin]:
