@@ -123,7 +123,7 @@ class DiffiTPipeline(DiffusionPipeline):
         """
         id2label = cls.load_config(model_path).get("id2label")
         unet_class = model_class(UNet2DModel.load_config(model_path, subfolder="unet"))
-        unet = unet_class.from_pretrained(model_path, subfolder="unet", torch_dtype=dtype)
+        unet = unet_class.from_pretrained(model_path, subfolder="unet", torch_dtype=dtype, use_safetensors=True)
         return cls(unet, SCHEDULERS[scheduler].from_pretrained(model_path, subfolder="scheduler"), id2label)
 
     def label_ids(self, class_labels: int | str | list[int | str] | torch.Tensor) -> list[int]:
