@@ -180,18 +180,27 @@ class ImageTable:
             return name, image["bytes"]
         if path is None:
             raise BadImageError(f"no image in {name}")
-        if self.folders is not None:
-            real_path = os.path.realpath(os.path.join(self.folders[0], path))
-            if "://" in path or not any(Path(real_path).is_relative_to(folder) for folder in self.folders):
-                raise BadImageError(
-                    f"row {row} of {self.source} has no bytes but the path {path}, which is not of this data set: it "
-                    f"must be a file in {self.folders[0]}; nothing else is read, and nothing is downloaded"
-                )
-            path = real_path
+        archive, file = (self.archive, path) if self.folders is None else self._locate(row, path)
         try:
-            return name, _read_file(path) if self.archive is None else _read_from_zip(self.archive, path)
+            return name, _read_file(file) if archive is None else _read_from_zip(archive, file)
         except (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             raise BadImageError(f"cannot read image {name}: {error}") from error
+
+    def _locate(self, row: int, path: str) -> tuple[str | None, str]:
+        """Where the image is that a row names but does not hold: its zip, or None, and its name.
+
+        Raises:
+            BadImageError: if that is not among the files of the data set.
+        """
+        entry = re.fullmatch(r"zip://(.+)::(.+)", path)  # how `datasets` names a file in a zip
+        file = entry[2] if entry else path
+        real_path = os.path.realpath(os.path.join(self.folders[0], file))
+        if "://" in file or not any(Path(real_path).is_relative_to(folder) for folder in self.folders):
+            raise BadImageError(
+                f"row {row} of {self.source} has no bytes but the path {path}, which is not of this data set: it "
+                f"must be a file in {self.folders[0]}; nothing else is read, and nothing is downloaded"
+            )
+        return (real_path, entry[1]) if entry else (None, real_path)
 
     def with_class_names(self, class_names: tuple[str, ...]) -> "ImageTable":
         """The same images with their classes numbered as in another table, by their names.
@@ -226,6 +235,10 @@ def _open_zip(path: str) -> zipfile.ZipFile:
 def _read_from_zip(archive: str, name: str) -> bytes:
     handle = _open_zip(archive)
     entry = handle.getinfo(name)
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others cannot be unpacked bit by bit
+        raise BadImageError(
+            f"{name} in {archive} is packed by method {entry.compress_type}: pack it stored or deflated"
+        )
     _check_file_size(f"{name} in {archive}", entry.file_size)
     with handle.open(entry) as file:
         # `ZipFile.read` would unpack all that the entry holds, which may be far more than the size that it states.
@@ -291,7 +304,7 @@ def _list_zip(root: Path) -> list[str]:
     """Names of the files in a zip, sorted; hidden ones are left out.
 
     Raises:
-        ValueError: names an entry whose name leads out of the archive or that is packed in an unusual way.
+        ValueError: names an entry whose name leads out of the archive.
     """
     names = []
     for entry in _open_zip(str(root)).infolist():
@@ -299,11 +312,6 @@ def _list_zip(root: Path) -> list[str]:
             raise ValueError(
                 f"--train_data_dir {root}: the entry {entry.filename!r} has a name that leads out of the archive; "
                 "names must be relative, with / between folders. Pack it anew, or unpack it with a tool you trust"
-            )
-        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # what can be unpacked bit by bit
-            raise ValueError(
-                f"--train_data_dir {root}: the entry {entry.filename!r} is packed by method {entry.compress_type}; "
-                "only stored and deflated ones are read"
             )
         if not entry.is_dir() and not any(_is_hidden(part) for part in entry.filename.split("/")):
             names.append(entry.filename)

@@ -467,7 +467,10 @@ def read_model_config(args: argparse.Namespace) -> dict:
 
 def config_value(text: str):
     """A value of --model_kwargs: YAML, and numbers such as 1e-6, which PyYAML takes for strings."""
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--model_kwargs: {text!r} is no plain YAML value: {error}") from error
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -1410,7 +1413,8 @@ def push_to_hub(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> None:
     """Sets up, resumes, trains and saves."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in ("httpx", "httpx2"):  # of older and newer versions of huggingface_hub
+        logging.getLogger(name).setLevel(logging.WARNING)
 
     # 1. set up
     config = read_model_config(args)
