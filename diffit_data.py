@@ -21,6 +21,7 @@ import json
 import math
 import os
 import re
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -567,7 +568,10 @@ def _open_image(name: str, data: bytes) -> PIL.Image.Image | np.ndarray:
     if data[:6] == b"\x93NUMPY":
         return _open_array(name, data)
     try:
-        image = PIL.Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
+        with warnings.catch_warnings(
+            category=PIL.Image.DecompressionBombWarning, action="ignore"
+        ):  # our limit is less
+            image = PIL.Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
     except PIL.UnidentifiedImageError as error:
         raise BadImageError(f"damaged, or no image of the formats {', '.join(PILLOW_FORMATS)}: {name}") from error
     except PIL.Image.DecompressionBombError as error:
