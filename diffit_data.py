@@ -9,6 +9,9 @@ Two ideas hold this file together:
   `permutation(seed, p // n)[p % n]`, and everything else drawn for it comes from a generator seeded by (seed, p).
   Data-loader workers therefore hold no state, and a run resumes from one integer.
 
+Data may come from strangers, so it can name no file outside of itself, and nothing is unpacked or decoded beyond
+`MAX_FILE_BYTES` and `MAX_IMAGE_PIXELS`.
+
 Shapes: B batch, C channels, H/W height/width in pixels, n images in the table.
 """
 
@@ -17,7 +20,10 @@ import glob
 import hashlib
 import io
 import json
+import math
 import os
+import re
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -29,10 +35,18 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from datasets import config as datasets_config
 from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import constants as hub_constants
 from torch.utils.data import Sampler, default_collate
 
 IMAGE_EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+# Others are not even tried, whatever a file is called: for an EPS, Pillow would start Ghostscript.
+PILLOW_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MAX_IMAGE_PIXELS = 8192 * 8192  # 67 megapixels: a photo of 50 is read, one of 100 is refused
+MAX_FILE_BYTES = 8 * MAX_IMAGE_PIXELS  # 512 MiB, unpacked: four channels of 16 bits for the largest image
+MAX_CLASSES = 100_000  # so that one absurd label cannot fill the memory with names of classes
+OUTSIDE_A_ZIP = re.compile(r"^/|(^|/)\.\.(/|$)|^[A-Za-z]:|\\")  # absolute, upwards, a drive, a Windows separator
 
 SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
 
@@ -131,6 +145,8 @@ class ImageTable:
         labels: class of each row, in [0, number of classes), or None if there are no labels.
         class_names: name of each class, or None.
         archive: the zip that the paths are in, or None.
+        folders: where files may lie that rows without bytes name, as real paths, the first for relative names; None:
+            anywhere, because the paths are not the data's own but were found in a folder.
     """
 
     rows: Dataset
@@ -139,6 +155,7 @@ class ImageTable:
     labels: np.ndarray | None = None
     class_names: tuple[str, ...] | None = None
     archive: str | None = None
+    folders: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -166,10 +183,27 @@ class ImageTable:
             return name, image["bytes"]
         if path is None:
             raise BadImageError(f"no image in {name}")
+        archive, file = (self.archive, path) if self.folders is None else self._locate(row, path)
         try:
-            return name, _open_zip(self.archive).read(path) if self.archive is not None else Path(path).read_bytes()
+            return name, _read_file(file) if archive is None else _read_from_zip(archive, file)
         except (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             raise BadImageError(f"cannot read image {name}: {error}") from error
+
+    def _locate(self, row: int, path: str) -> tuple[str | None, str]:
+        """Where the image is that a row names but does not hold: its zip, or None, and its name.
+
+        Raises:
+            BadImageError: if that is not among the files of the data set.
+        """
+        entry = re.fullmatch(r"zip://(.+)::(.+)", path)  # how `datasets` names a file in a zip
+        file = entry[2] if entry else path
+        real_path = os.path.realpath(os.path.join(self.folders[0], file))
+        if "://" in file or not any(Path(real_path).is_relative_to(folder) for folder in self.folders):
+            raise BadImageError(
+                f"row {row} of {self.source} has no bytes but the path {path}, which is not of this data set: it "
+                f"must be a file in {self.folders[0]}; nothing else is read, and nothing is downloaded"
+            )
+        return (real_path, entry[1]) if entry else (None, real_path)
 
     def with_class_names(self, class_names: tuple[str, ...]) -> "ImageTable":
         """The same images with their classes numbered as in another table, by their names.
@@ -213,6 +247,92 @@ def _open_zip(path: str) -> zipfile.ZipFile:
     return handle
 
 
+def _read_from_zip(archive: str, name: str) -> bytes:
+    handle = _open_zip(archive)
+    entry = handle.getinfo(name)
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others cannot be unpacked bit by bit
+        raise BadImageError(
+            f"{name} in {archive} is packed by method {entry.compress_type}: pack it stored or deflated"
+        )
+    _check_file_size(f"{name} in {archive}", entry.file_size)
+    with handle.open(entry) as file:
+        # `ZipFile.read` would unpack all that the entry holds, which may be far more than the size that it states.
+        return file.read(entry.file_size + 1)
+
+
+def _read_file(path: str) -> bytes:
+    _check_file_size(path, os.path.getsize(path))
+    return Path(path).read_bytes()
+
+
+def _check_file_size(name: str, num_bytes: int) -> None:
+    if num_bytes > MAX_FILE_BYTES:
+        raise BadImageError(
+            f"{name} has {num_bytes:,} bytes (unpacked), more than the {MAX_FILE_BYTES:,} that are read"
+        )
+
+
+def _list_folder(root: Path) -> list[str]:
+    """Names of the files in a folder and its sub-folders, relative to it and sorted; hidden ones are left out.
+
+    A link to a folder within `root` is not followed: its files are found where they are.
+
+    Raises:
+        ValueError: names a link that leads out of `root` or nowhere, or a folder that cannot be read.
+    """
+    names, folders = [], [""]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(root / folder) as entries:
+                for entry in entries:
+                    if _is_hidden(entry.name):
+                        continue
+                    if entry.is_symlink():
+                        _check_link(root, entry.path)
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(f"{folder}{entry.name}/")
+                    elif entry.is_file():
+                        names.append(folder + entry.name)
+        except OSError as error:
+            raise ValueError(f"--train_data_dir: cannot list {root / folder}: {error.strerror}") from error
+    return sorted(names)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "__MACOSX"))
+
+
+def _check_link(root: Path, link: str) -> None:
+    target = os.path.realpath(link)
+    if not Path(target).is_relative_to(os.path.realpath(root)):
+        raise ValueError(
+            f"--train_data_dir {root}: {link} is a link to {target}, outside of the folder. Links that leave it are "
+            f"not followed: copy or hard-link the files (`cp -rL {root} COPY`, or `cp -rlL`, which takes no space), "
+            "or give the folder that holds the files themselves"
+        )
+    if not os.path.exists(target):
+        raise ValueError(f"--train_data_dir {root}: {link} is a link to {target}, which does not exist")
+
+
+def _list_zip(root: Path) -> list[str]:
+    """Names of the files in a zip, sorted; hidden ones are left out.
+
+    Raises:
+        ValueError: names an entry whose name leads out of the archive.
+    """
+    names = []
+    for entry in _open_zip(str(root)).infolist():
+        if OUTSIDE_A_ZIP.search(entry.filename):
+            raise ValueError(
+                f"--train_data_dir {root}: the entry {entry.filename!r} has a name that leads out of the archive; "
+                "names must be relative, with / between folders. Pack it anew, or unpack it with a tool you trust"
+            )
+        if not entry.is_dir() and not any(_is_hidden(part) for part in entry.filename.split("/")):
+            names.append(entry.filename)
+    return sorted(names)
+
+
 def load_image_table(
     dataset_name: str | None = None,
     dataset_config_name: str | None = None,
@@ -250,21 +370,27 @@ def load_image_table(
 
     if dataset_name is not None:
         rows = load_dataset(dataset_name, dataset_config_name, split=dataset_split, cache_dir=cache_dir)
-        return _table_from_columns(rows, f"{dataset_name} ({dataset_split})", image_column, label_column)
+        # `datasets` keeps what it downloads and unpacks in its caches.
+        caches = [datasets_config.HF_DATASETS_CACHE, datasets_config.DOWNLOADED_DATASETS_PATH]
+        caches += [datasets_config.EXTRACTED_DATASETS_PATH, hub_constants.HF_HUB_CACHE, cache_dir]
+        local = dataset_name if Path(dataset_name).is_dir() else None
+        folders = tuple(os.path.realpath(folder) for folder in (local, *caches) if folder is not None)
+        source = f"{dataset_name} ({dataset_split})"
+        return _table_from_columns(rows, source, image_column, label_column, folders)
     if train_data_file is not None:
         if not Path(train_data_file).is_file():
             raise ValueError(f"--train_data_file: no such file: {train_data_file}")
         rows = _read_parquet([train_data_file], cache_dir)
-        return _table_from_columns(rows, train_data_file, image_column, label_column)
+        folders = (os.path.realpath(Path(train_data_file).parent),)
+        return _table_from_columns(rows, train_data_file, image_column, label_column, folders)
 
     root = Path(train_data_dir)
     if root.is_dir():
-        files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+        files = _list_folder(root)
     elif zipfile.is_zipfile(root):
-        files = sorted(entry.filename for entry in _open_zip(str(root)).infolist() if not entry.is_dir())
+        files = _list_zip(root)
     else:
         raise ValueError(f"--train_data_dir: neither a folder nor a zip: {root}")
-    files = [name for name in files if not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))]
     parquet = [name for name in files if name.endswith(".parquet")]
     if not parquet or root.is_file():
         return _table_from_files(root, files, label_column)
@@ -275,7 +401,7 @@ def load_image_table(
             "--dataset_split, or --train_data_file"
         )
     rows = _read_parquet([str(root / name) for name in parquet], cache_dir)
-    return _table_from_columns(rows, str(root), image_column, label_column)
+    return _table_from_columns(rows, str(root), image_column, label_column, (os.path.realpath(root),))
 
 
 def _read_parquet(paths: list[str], cache_dir: str | None) -> Dataset:
@@ -286,7 +412,9 @@ def _read_parquet(paths: list[str], cache_dir: str | None) -> Dataset:
         raise ValueError(f"cannot read parquet {', '.join(paths)}: {error.__cause__ or error}") from error
 
 
-def _table_from_columns(rows: Dataset, source: str, image_column: str | None, label_column: str | None) -> ImageTable:
+def _table_from_columns(
+    rows: Dataset, source: str, image_column: str | None, label_column: str | None, folders: tuple[str, ...]
+) -> ImageTable:
     if isinstance(rows, DatasetDict):
         raise ValueError(f"{source}: --dataset_split must name one of {list(rows)}")
     features = rows.features
@@ -301,11 +429,11 @@ def _table_from_columns(rows: Dataset, source: str, image_column: str | None, la
     images = images.cast_column("image", Image(decode=False))
     indices = np.arange(len(images))
     if label_column is None:
-        return ImageTable(images, source, indices)
+        return ImageTable(images, source, indices, folders=folders)
     kind = features[label_column]
     names = kind.names if isinstance(kind, ClassLabel) else None
     labels, names = _encode_labels(list(rows[label_column]), f"--label_column {label_column} of {source}", names)
-    return ImageTable(images, source, indices, labels, names)
+    return ImageTable(images, source, indices, labels, names, folders=folders)
 
 
 def _find_column(
@@ -333,11 +461,12 @@ def _encode_labels(
         names = sorted(distinct, key=(lambda name: (int(name), name)) if numeric else None)  # "2" before "10"
         numbers = {name: number for number, name in enumerate(names)}
         values = [numbers[value] for value in values]
-    elif all(type(value) is int and 0 <= value < len(names or range(value + 1)) for value in distinct):
+    elif all(type(value) is int and 0 <= value < len(names or range(MAX_CLASSES)) for value in distinct):
         names = names or [str(number) for number in range(max(distinct) + 1)]
     else:
-        wrong = sorted(str(value) for value in distinct if type(value) is not int or value < 0)
-        raise ValueError(f"{source}: labels must be class names or integers from 0 up, one kind, got {wrong[:5]}")
+        most = len(names or range(MAX_CLASSES)) - 1
+        wrong = sorted(str(value) for value in distinct if type(value) is not int or not 0 <= value <= most)
+        raise ValueError(f"{source}: labels must be class names or integers from 0 to {most}, one kind: {wrong[:5]}")
     return np.array(values, np.int64), tuple(names)
 
 
@@ -349,7 +478,7 @@ def _table_from_files(root: Path, files: list[str], label_column: str | None) ->
     """
 
     def read_bytes(name: str) -> bytes:
-        return (root / name).read_bytes() if root.is_dir() else _open_zip(str(root)).read(name)
+        return _read_file(str(root / name)) if root.is_dir() else _read_from_zip(str(root), name)
 
     names = [name for name in files if PurePosixPath(name).suffix.lower() in IMAGE_EXTENSIONS]
     if not names:
@@ -401,7 +530,7 @@ def _table_from_files(root: Path, files: list[str], label_column: str | None) ->
 def _parse_json(text: bytes, name: str) -> dict:
     try:
         value = json.loads(text.decode("utf-8-sig"))
-    except ValueError as error:  # of the encoding, too
+    except (ValueError, RecursionError) as error:  # of the encoding, too
         raise ValueError(f"{name} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{name}: expected an object, got {type(value).__name__}")
@@ -447,22 +576,49 @@ def split_table(table: ImageTable, validation_fraction: float) -> tuple[ImageTab
 
 
 def _open_image(name: str, data: bytes) -> PIL.Image.Image | np.ndarray:
+    """An image whose pixels are not decoded yet, of at most `MAX_IMAGE_PIXELS`."""
     if not data:
         raise BadImageError(f"image is empty (0 bytes): {name}")
-    if data[:6] != b"\x93NUMPY":
-        try:
-            return PIL.Image.open(io.BytesIO(data))
-        except PIL.UnidentifiedImageError as error:
-            raise BadImageError(f"not an image, or damaged: {name}") from error
-        except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-            raise BadImageError(f"cannot decode image {name}: {error}") from error
+    if data[:6] == b"\x93NUMPY":
+        return _open_array(name, data)
     try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
+        with warnings.catch_warnings(
+            category=PIL.Image.DecompressionBombWarning, action="ignore"
+        ):  # our limit is less
+            image = PIL.Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
+    except PIL.UnidentifiedImageError as error:
+        raise BadImageError(f"damaged, or no image of the formats {', '.join(PILLOW_FORMATS)}: {name}") from error
+    except PIL.Image.DecompressionBombError as error:
+        raise _too_large(name, f"more than {2 * PIL.Image.MAX_IMAGE_PIXELS:,} pixels") from error
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadImageError(f"cannot decode image {name}: {error}") from error
+    if image.width * image.height > MAX_IMAGE_PIXELS:
+        raise _too_large(name, f"{image.width} x {image.height} pixels")
+    return image
+
+
+def _open_array(name: str, data: bytes) -> np.ndarray:
+    file = io.BytesIO(data)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    try:
+        shape, fortran_order, dtype = read_header[np.lib.format.read_magic(file)](file)
     except Exception as error:  # numpy parses the header as Python: any error may come of it
         raise BadImageError(f"cannot decode array {name}: {error}") from error
-    if array.dtype not in (np.uint8, np.uint16) or array.ndim not in (2, 3):
+    if dtype not in (np.uint8, np.uint16) or len(shape) not in (2, 3) or min(shape) < 1:
         raise BadImageError(f"array must be uint8 or uint16 of shape H x W or H x W x C: {name}")
-    return array
+    if shape[0] * shape[1] > MAX_IMAGE_PIXELS:
+        raise _too_large(name, f"{shape[1]} x {shape[0]} pixels")
+    # The file's own bytes, not `np.load`, which would allocate whatever the header promises.
+    if math.prod(shape) * dtype.itemsize != len(data) - file.tell():
+        raise BadImageError(f"cannot decode array: its header says {shape}, which is not the size of the file: {name}")
+    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if fortran_order else "C")
+
+
+def _too_large(name: str, size: str) -> BadImageError:
+    return BadImageError(
+        f"image of {size}, more than the {MAX_IMAGE_PIXELS:,} that are read; shrink it first, for example by "
+        f"`mogrify -resize 4096x4096 FILE` of ImageMagick: {name}"
+    )
 
 
 def _has_transparency(image: PIL.Image.Image) -> bool:
@@ -520,7 +676,7 @@ def decode_image(
 
     Args:
         name: used in messages.
-        data: the file's bytes; any format of Pillow, or `.npy` of uint8 or uint16 with any number of channels.
+        data: the file's bytes; of `PILLOW_FORMATS`, or `.npy` of uint8 or uint16 with any number of channels.
         resolution: height H and width W of the result.
         num_channels: channels C of the result.
         crop_position: where the crop lies in what is left over, (top to bottom, left to right), each in [0, 1].
@@ -531,7 +687,8 @@ def decode_image(
         Shape (C, H, W), float32 in [-1, 1].
 
     Raises:
-        BadImageError: names the image, for a file that is empty, truncated, no image or of an unusable mode.
+        BadImageError: names the image, for a file that is empty, truncated, no image, of an unusable mode, or of
+            more than `MAX_IMAGE_PIXELS`.
     """
     height, width = resolution
     try:

@@ -144,7 +144,7 @@ def load_network(model_path: str, model_class: Callable[[dict], type], dtype=tor
     """
     part = "transformer" if "transformer" in DiffusionPipeline.load_config(model_path) else "unet"
     network_class = model_class(UNet2DModel.load_config(model_path, subfolder=part))
-    return network_class.from_pretrained(model_path, subfolder=part, torch_dtype=dtype)
+    return network_class.from_pretrained(model_path, subfolder=part, torch_dtype=dtype, use_safetensors=True)
 
 
 class DiffiTPipeline(DiffusionPipeline):
@@ -204,7 +204,7 @@ class DiffiTPipeline(DiffusionPipeline):
             return cls(network, scheduler, index.get("id2label"))
 
         if vae is None and "vae" in index:
-            vae = AutoencoderKL.from_pretrained(model_path, subfolder="vae")
+            vae = AutoencoderKL.from_pretrained(model_path, subfolder="vae", use_safetensors=True)
         settings = {"clip_sample": False}
         if scheduler_class is not DDPMScheduler:
             settings["variance_type"] = None  # with any other, the DPM solvers cut predictions to three channels

@@ -161,7 +161,7 @@ def load_pipeline(args: argparse.Namespace) -> DiffiTPipeline:
     vae = None
     if args.vae is not None:
         try:
-            vae = AutoencoderKL.from_pretrained(args.vae)
+            vae = AutoencoderKL.from_pretrained(args.vae, use_safetensors=True)
         except OSError as error:
             raise ValueError(f"--vae {args.vae}: no such AutoencoderKL here, nor on the hub: {error}") from error
     try:

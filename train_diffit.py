@@ -12,19 +12,21 @@ Randomness is a function of the position in the data stream (see `diffit_data.py
 import argparse
 import contextlib
 import difflib
+import functools
 import hashlib
 import inspect
 import json
 import logging
 import math
 import os
+import pickle
 import re
 import shutil
 import sys
 import time
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,11 +127,16 @@ def number_type(kind: type, minimum: float, maximum: float = math.inf, open_ends
     return parse
 
 
+class Parser(argparse.ArgumentParser):
+    """Keeps tokens of the hub, which a misspelt flag or a broken config file would show, out of its messages."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        super().error(re.sub(r"hf_\w{8,}", "hf_...", message))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All flags, in groups. Units: images, optimizer steps, pixels, thousands of images (kimg)."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     flag = argparse.BooleanOptionalAction
     positive, natural = number_type(int, 1), number_type(int, 0)
     not_negative, share = number_type(float, 0), number_type(float, 0, 1)
@@ -238,7 +245,9 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("hub")
     group.add_argument("--push_to_hub", action=flag, default=False, help="upload the pipeline folder at the end")
     group.add_argument("--hub_model_id")
-    group.add_argument("--hub_token", help="default: the saved login; never logged or saved")
+    group.add_argument(
+        "--hub_token", help="better: `hf auth login`, since launchers may print the command line of a run that fails"
+    )
     group.add_argument("--hub_private_repo", action=flag, default=False)
     return parser
 
@@ -346,6 +355,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         or Path(args.logging_dir) == Path()
     ):
         parser.error(f"--logging_dir must be a folder inside --output_dir, got {args.logging_dir!r}")
+    if args.hub_token is not None and not re.fullmatch(r"[!-~]+", args.hub_token):
+        parser.error("--hub_token must be printable ASCII without blanks")  # an HTTP error would show it
     for pair in args.model_kwargs or []:
         if "=" not in pair:
             parser.error(f"--model_kwargs: expected KEY=VALUE, got {pair!r}")
@@ -474,7 +485,10 @@ def read_model_config(args: argparse.Namespace) -> dict:
 
 def config_value(text: str):
     """A value of --model_kwargs: YAML, and numbers such as 1e-6, which PyYAML takes for strings."""
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--model_kwargs: {text!r} is no plain YAML value: {error}") from error
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -559,12 +573,19 @@ def build_model(config: dict, pretrained: str | None = None) -> ModelMixin:
         pretrained: folder or hub name of weights.
 
     Raises:
-        ValueError: lists the weights that do not fit.
+        ValueError: if there are no weights in safetensors, or lists the weights that do not fit.
     """
     model = model_class(config).from_config(config)
     if pretrained is None:
         return model
-    source = model_class(config).from_pretrained(pretrained, subfolder=unet_subfolder(pretrained))
+    subfolder = unet_subfolder(pretrained)
+    try:
+        source = model_class(config).from_pretrained(pretrained, subfolder=subfolder, use_safetensors=True)
+    except OSError as error:
+        raise ValueError(
+            f"--pretrained_model_name_or_path {pretrained}: cannot read weights in safetensors, and pickled ones "
+            f"(.bin, .pt) are not read: {error}"
+        ) from error
     weights, wanted = source.state_dict(), model.state_dict()
     name = "class_embedding.weight"
     old, new = source.config.num_class_embeds, model.config.num_class_embeds
@@ -867,11 +888,13 @@ def checkpoint_problem(path: Path) -> str | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         for name, expected in manifest.items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                return f"{MANIFEST} names {name!r}, which is outside of the checkpoint"
             if not (path / name).is_file():
                 return f"{name} is missing"
             if file_digest(path / name) != expected:
                 return f"{name} is damaged (size or checksum differs from {MANIFEST})"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:  # the last for JSON that is no object
         return f"cannot read {MANIFEST}: {error}"
     return None
 
@@ -991,10 +1014,14 @@ def load_checkpoint(path: Path, accelerator: Accelerator, args: argparse.Namespa
     """Restores what `save_checkpoint` wrote, in every process.
 
     Raises:
-        ValueError: names what the checkpoint was trained with where the arguments say otherwise.
+        ValueError: names what the checkpoint was trained with where the arguments say otherwise, or a file in it that
+            is damaged or holds more than data.
     """
-    numbers = json.loads((path / "state.json").read_text())
-    earlier, now = yaml.safe_load((path / "training_args.yaml").read_text()), public_args(args)
+    numbers = read_data(path / "state.json", lambda file: json.loads(file.read_text()))
+    earlier = read_data(path / "training_args.yaml", lambda file: yaml.safe_load(file.read_text()))
+    read_tensors = functools.partial(torch.load, map_location="cpu", weights_only=True)
+    optimizer_state = read_data(path / "optimizer.pt", read_tensors)
+    now = public_args(args)
     for key in SAME_AT_RESUME:
         if earlier.get(key) != now.get(key):
             raise ValueError(
@@ -1013,13 +1040,32 @@ def load_checkpoint(path: Path, accelerator: Accelerator, args: argparse.Namespa
             for (name, _), shadow in zip(state.model.named_parameters(), state.ema_model.shadow_params, strict=True):
                 shadow.copy_(weights[name])
         state.ema_model.optimization_step = numbers["ema_step"]
-    state.optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
+    state.optimizer.load_state_dict(optimizer_state)
     state.lr_scheduler.load_state_dict(numbers["lr_scheduler"])
     if numbers["scaler"] is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(numbers["scaler"])
     for name in ("global_step", "position", "bad_steps", "bad_steps_in_a_row"):
         setattr(state, name, numbers[name])
     logger.info(f"resumed from {path} at step {state.global_step}")
+
+
+def read_data(file: Path, reader: Callable[[Path], dict]) -> dict:
+    """A file of a checkpoint, by a reader that runs no code.
+
+    Raises:
+        ValueError: names the file, if it holds anything but data.
+    """
+    try:
+        data = reader(file)
+    except (pickle.UnpicklingError, yaml.YAMLError, RuntimeError, ValueError, EOFError) as error:
+        # PyTorch's own message advises to load it without the protection.
+        raise ValueError(
+            f"{file} is damaged, or holds code, which is never run ({type(error).__name__}): delete the checkpoint, "
+            "and take such files only from people you trust"
+        ) from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{file}: expected a mapping, got {type(data).__name__}")
+    return data
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -1393,16 +1439,29 @@ images = {call}
 
 
 def push_to_hub(args: argparse.Namespace) -> None:
-    """Uploads the pipeline folder, and nothing else of --output_dir."""
+    """Uploads the pipeline folder, and nothing else of --output_dir.
+
+    Raises:
+        RuntimeError: says how to upload by hand, if it failed, or if the repository exists and is public although
+            --hub_private_repo is given.
+    """
     api = HfApi(token=args.hub_token)
     repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
-    repo_id = api.create_repo(repo_id, private=args.hub_private_repo, exist_ok=True).repo_id
-    api.upload_folder(
-        repo_id=repo_id,
-        folder_path=args.output_dir,
-        allow_patterns=[*PIPELINE_FILES, "unet/*", "scheduler/*"],
-        commit_message="Upload DiffiT",
-    )
+    patterns = [*PIPELINE_FILES, "unet/*", "scheduler/*"]
+    try:
+        repo_id = api.create_repo(repo_id, private=args.hub_private_repo, exist_ok=True).repo_id
+        if args.hub_private_repo and not api.model_info(repo_id).private:
+            raise ValueError(f"--hub_private_repo: {repo_id} exists already and is public")
+        api.upload_folder(
+            repo_id=repo_id, folder_path=args.output_dir, allow_patterns=patterns, commit_message="Upload DiffiT"
+        )
+    except Exception as error:  # of the network, of the hub, of files: the training is over and must not look lost
+        private = " --private" if args.hub_private_repo else ""
+        included = " ".join(f"--include '{pattern}'" for pattern in patterns)
+        raise RuntimeError(
+            f"the trained pipeline is safe in {args.output_dir}, but could not be uploaded to {repo_id}: {error}\n"
+            f"To upload it by hand: hf upload{private} {repo_id} {args.output_dir} . {included}"
+        ) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1412,7 +1471,8 @@ def push_to_hub(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> None:
     """Takes possession of --output_dir and trains."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in ("httpx", "httpx2"):  # of older and newer versions of huggingface_hub
+        logging.getLogger(name).setLevel(logging.WARNING)
     started = time.monotonic()
     config = read_model_config(args)
     accelerator = build_accelerator(args)
@@ -1533,9 +1593,9 @@ def train(
         sys.exit(EXIT_STOPPED)
     if accelerator.is_main_process:
         logger.info(f"the trained pipeline is {args.output_dir}")
-        if args.push_to_hub:
-            push_to_hub(args)
     accelerator.end_training()
+    if args.push_to_hub and accelerator.is_main_process:  # the other processes are free: the group has ended
+        push_to_hub(args)
 
 
 def describe_launch(args: argparse.Namespace, config: dict) -> dict:
