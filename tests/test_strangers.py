@@ -578,7 +578,7 @@ def start_upload(hub: HubStub, launcher: list[str], arguments: list[str]):
 def pushed(hub, base_args, tmp_path_factory) -> tuple[Path, str]:
     """A run that uploads, with its --output_dir and all that it printed."""
     run_dir = tmp_path_factory.mktemp("pushed")
-    (run_dir / "private_notes.txt").write_text("not for the hub")
+    write_files(run_dir, {"notes.md": "not for the hub", "photos/README.md": "neither", "photos/unet/me.png": 0})
     arguments = [*base_args, f"--output_dir={run_dir}", "--validation_fraction=0.25", "--max_train_steps=2"]
     process = start_upload(hub, [], arguments)
     output, _ = process.communicate(timeout=120)

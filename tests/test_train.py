@@ -539,35 +539,6 @@ def test_bad_validation_image_is_reported(train_args, image_folder, tmp_path, ca
     assert bad and all(name in caplog.text for name in bad)
 
 
-def test_push_uploads_the_pipeline_and_nothing_else(finished_run, monkeypatch):
-    from huggingface_hub.utils import filter_repo_objects
-
-    calls = []
-
-    class Recorder:
-        def __init__(self, token):
-            calls.append(("token", token))
-
-        def create_repo(self, repo_id, **kwargs):
-            calls.append(("create_repo", repo_id, kwargs))
-            return type("Url", (), {"repo_id": f"me/{repo_id}"})
-
-        def upload_folder(self, **kwargs):
-            calls.append(("upload_folder", kwargs))
-
-    monkeypatch.setattr(train_diffit, "HfApi", Recorder)
-    base = ["--model_config=a", "--train_data_dir=b", "--max_train_steps=1", f"--output_dir={finished_run}"]
-    args = train_diffit.parse_args([*base, "--push_to_hub", "--hub_token=hf_x", "--hub_private_repo"])
-    train_diffit.push_to_hub(args)
-    assert calls[0] == ("token", "hf_x") and calls[1][2]["private"] is True
-    upload = calls[2][1]
-    files = [path.relative_to(finished_run).as_posix() for path in finished_run.rglob("*") if path.is_file()]
-    files += ["photos/me.png", "notes.md", "tmp-checkpoint-8/state.json"]
-    chosen = set(filter_repo_objects(files, allow_patterns=upload["allow_patterns"]))
-    assert {"model_index.json", "README.md", "unet/config.json", "scheduler/scheduler_config.json"} <= chosen
-    assert not [name for name in chosen if name.startswith(("checkpoint", "tmp", "logs", "photos", "notes", "prev"))]
-
-
 # --- fine-tuning
 
 
