@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -359,6 +360,39 @@ def public_args(args: argparse.Namespace) -> dict:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Builders
+
+
+def join_slurm_step() -> None:
+    """Makes `srun python train_diffit.py` one run: SLURM's variables become those that torch reads.
+
+    Nothing is done under a launcher, which has set RANK, nor in a batch script or an interactive shell, which are one
+    task at most. The tasks meet on the first node of the step, unless MASTER_ADDR and MASTER_PORT are exported.
+
+    Raises:
+        ValueError: if WORLD_SIZE is another number, or the first node cannot be found out.
+    """
+    num_tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if num_tasks == "1" or "RANK" in os.environ:
+        return
+    if os.environ.setdefault("WORLD_SIZE", num_tasks) != num_tasks:
+        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but srun started {num_tasks} tasks")
+    if "MASTER_ADDR" not in os.environ:
+        nodes = os.environ["SLURM_STEP_NODELIST"]
+        try:
+            listed = subprocess.run(
+                ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+            )
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise ValueError(
+                f"cannot tell the first node of {nodes} ({error}): export its name as MASTER_ADDR"
+            ) from None
+        os.environ["MASTER_ADDR"] = listed.stdout.split()[0]
+    # Steps that share a node need ports of their own, below those that Linux gives out by itself.
+    step = 10 * int(os.environ["SLURM_JOB_ID"]) + int(os.environ["SLURM_STEP_ID"])
+    os.environ.setdefault("MASTER_PORT", str(20000 + step % 10000))
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    # With --gpus-per-task a process sees one GPU, which is number 0 to it.
+    os.environ["LOCAL_RANK"] = "0" if torch.accelerator.device_count() == 1 else os.environ["SLURM_LOCALID"]
 
 
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -1358,6 +1392,7 @@ def main(args: argparse.Namespace) -> None:
 
     # 1. set up
     config = read_model_config(args)
+    join_slurm_step()
     accelerator = build_accelerator(args)
     resolve_diffusion(args)
     checkpoint = on_main_process(accelerator, find_checkpoint, args)
