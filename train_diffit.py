@@ -379,14 +379,10 @@ def join_slurm_step() -> None:
     if "MASTER_ADDR" not in os.environ:
         nodes = os.environ["SLURM_STEP_NODELIST"]
         try:
-            listed = subprocess.run(
-                ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
-            )
+            listed = subprocess.check_output(["scontrol", "show", "hostnames", nodes], text=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise ValueError(
-                f"cannot tell the first node of {nodes} ({error}): export its name as MASTER_ADDR"
-            ) from None
-        os.environ["MASTER_ADDR"] = listed.stdout.split()[0]
+            raise ValueError(f"cannot tell the first node of {nodes}: {error}; export it as MASTER_ADDR") from None
+        os.environ["MASTER_ADDR"] = listed.split()[0]
     # Steps that share a node need ports of their own, below those that Linux gives out by itself.
     step = 10 * int(os.environ["SLURM_JOB_ID"]) + int(os.environ["SLURM_STEP_ID"])
     os.environ.setdefault("MASTER_PORT", str(20000 + step % 10000))
@@ -423,6 +419,9 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
             f"the launcher started {world_size} processes (WORLD_SIZE), but this one sees "
             f"{accelerator.num_processes}; see the launch commands in README.md"
         )
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # pytorch/pytorch issue 135712
+        logger.warning("--max_restarts of torchrun may fail unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is exported")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # from accelerate's own config
         raise ValueError("mixed precision fp16 does not exist on a CPU: give --mixed_precision bf16 or no")
     images = args.train_batch_size * accelerator.num_processes
