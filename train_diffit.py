@@ -419,6 +419,13 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
             f"the launcher started {world_size} processes (WORLD_SIZE), but this one sees "
             f"{accelerator.num_processes}; see the launch commands in README.md"
         )
+    # Where more than one process was asked for, `accelerate launch --cpu` sets the address and starts one.
+    alone = accelerator.num_processes == 1 and os.environ.get("ACCELERATE_USE_CPU") == "True"
+    if alone and "MASTER_ADDR" in os.environ:
+        raise ValueError(
+            "accelerate launch --cpu starts one process only, whatever --num_processes is: use "
+            "--config_file configs/accelerate/cpu_multi_process.yaml"
+        )
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     if restarts > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # pytorch/pytorch issue 135712
         logger.warning("--max_restarts of torchrun may fail unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is exported")

@@ -105,6 +105,17 @@ def test_failing_scontrol_is_told_with_what_helps(slurm_task):
         train_diffit.join_slurm_step()
 
 
+# --- processes that do not see each other
+
+
+@pytest.mark.slow
+def test_accelerate_launch_that_starts_one_process_of_two_is_refused(train_args):
+    process = start(["-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "train_diffit.py", *train_args])
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "starts one process only" in output
+
+
 # --- processes that die
 
 
