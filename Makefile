@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 CONSTRAINTS ?= -c constraints.txt
 QUICKSTART = outputs/quickstart
 
-.PHONY: install install-dev quickstart test test-slow quality style benchmark
+.PHONY: install install-dev quickstart test test-slow test-slurm quality style benchmark
 
 install: $(VENV)/installed
 install-dev: $(VENV)/installed-dev
@@ -31,6 +31,9 @@ test: install-dev
 
 test-slow: install-dev
 	$(BIN)/python -m pytest -m slow
+
+test-slurm: install-dev
+	$(BIN)/python -m pytest -m slurm
 
 quality: install-dev
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 import uuid
@@ -26,6 +27,39 @@ from accelerate.utils import broadcast_object_list, gather_object
 logger = logging.getLogger("train_diffit")  # plain: only the main process takes the folder
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launch
+
+
+def join_slurm_step() -> None:
+    """Makes `srun python train_diffit.py` one run: SLURM's variables become those that torch reads.
+
+    Nothing is done under a launcher, which has set RANK, nor in a batch script or an interactive shell, which are one
+    task at most. The tasks meet on the first node of the step, unless MASTER_ADDR and MASTER_PORT are exported.
+
+    Raises:
+        ValueError: if WORLD_SIZE is another number, or the first node cannot be found out.
+    """
+    num_tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if num_tasks == "1" or "RANK" in os.environ:
+        return
+    if os.environ.setdefault("WORLD_SIZE", num_tasks) != num_tasks:
+        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but srun started {num_tasks} tasks")
+    if "MASTER_ADDR" not in os.environ:
+        nodes = os.environ["SLURM_STEP_NODELIST"]
+        try:
+            listed = subprocess.check_output(["scontrol", "show", "hostnames", nodes], text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise ValueError(f"cannot tell the first node of {nodes}: {error}; export it as MASTER_ADDR") from None
+        os.environ["MASTER_ADDR"] = listed.split()[0]
+    # Steps that share a node need ports of their own, below those that Linux gives out by itself.
+    step = 10 * int(os.environ["SLURM_JOB_ID"]) + int(os.environ["SLURM_STEP_ID"])
+    os.environ.setdefault("MASTER_PORT", str(20000 + step % 10000))
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    # With --gpus-per-task a process sees one GPU, which is number 0 to it.
+    os.environ["LOCAL_RANK"] = "0" if torch.accelerator.device_count() == 1 else os.environ["SLURM_LOCALID"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

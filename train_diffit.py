@@ -65,6 +65,7 @@ from diffit_distributed import (
     StopRequest,
     check_agreement,
     ignore_stop_signals,
+    join_slurm_step,
     on_all_processes,
     on_main_process,
 )
@@ -412,12 +413,16 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
             f"the launcher started {world_size} processes (WORLD_SIZE), but this one sees "
             f"{accelerator.num_processes}; see the launch commands in README.md"
         )
-    alone = accelerator.num_processes == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
-    if alone and "WORLD_SIZE" not in os.environ:
+    # Where more than one process was asked for, `accelerate launch --cpu` sets the address and starts one.
+    alone = accelerator.num_processes == 1 and os.environ.get("ACCELERATE_USE_CPU") == "True"
+    if alone and "MASTER_ADDR" in os.environ:
         raise ValueError(
-            "accelerate was asked for several processes but started one (--cpu --num_processes N does that): use "
-            "configs/accelerate/cpu_multi_process.yaml or torchrun; for one process unset MASTER_ADDR"
+            "accelerate launch --cpu starts one process only, whatever --num_processes is: use "
+            "--config_file configs/accelerate/cpu_multi_process.yaml"
         )
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # pytorch/pytorch issue 135712
+        logger.warning("--max_restarts of torchrun may fail unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is exported")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # from accelerate's own config
         raise ValueError("mixed precision fp16 does not exist on a CPU: give --mixed_precision bf16 or no")
     images = args.train_batch_size * accelerator.num_processes
@@ -1475,6 +1480,7 @@ def main(args: argparse.Namespace) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     started = time.monotonic()
     config = read_model_config(args)
+    join_slurm_step()
     accelerator = build_accelerator(args)
     resolve_diffusion(args)
     check_agreement(accelerator, describe_launch(args, config))

@@ -217,10 +217,3 @@ def test_processes_with_different_output_dirs_end_at_the_start(train_args, tmp_p
         (tmp_path / f"node{rank}").mkdir()
     output = refused_launch(f"cd {tmp_path}/node$RANK; {shell([*train_args, '--output_dir=run'])}", tmp_path)
     assert output.count("is not the folder that the main process sees") >= 2
-
-
-def test_several_processes_of_accelerate_that_are_one_are_refused(train_args):
-    """`accelerate launch --cpu --num_processes 2` starts one process."""
-    process = start(["-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "train_diffit.py", *train_args])
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0 and "asked for several processes but started one" in output

@@ -1,0 +1,197 @@
+"""Several machines, played by launchers on this one, and processes that die. Under a real SLURM: test_slurm.py."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import run, start
+from test_train import STATES, assert_same_files
+
+import train_diffit
+
+STEPS = 400
+TORCHRUN = ["-m", "torch.distributed.run"]
+
+
+# --- SLURM's variables
+
+
+@pytest.fixture
+def slurm_task(monkeypatch, tmp_path):
+    """The environment of task 3 of 4, two on each of two nodes, and a `scontrol` that answers as SLURM's does."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that what the function sets is taken back at the end
+        monkeypatch.delenv(name)
+    step = {
+        "JOB_ID": 4711,
+        "STEP_ID": 2,
+        "STEP_NUM_TASKS": 4,
+        "STEP_NODELIST": "gpu[07-08]",
+        "PROCID": 3,
+        "LOCALID": 1,
+    }
+    for name, value in step.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames gpu[07-08]" ] && echo gpu07 && echo gpu08\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    return monkeypatch
+
+
+def launch_variables() -> dict[str, str | None]:
+    train_diffit.join_slurm_step()
+    return {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+
+
+def test_slurm_task_becomes_a_rank(slurm_task):
+    expected = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "gpu07", "MASTER_PORT": "27112"}
+    assert launch_variables() == expected
+
+
+def test_steps_of_one_job_meet_on_different_ports(slurm_task):
+    slurm_task.setenv("SLURM_STEP_ID", "3")
+    assert launch_variables()["MASTER_PORT"] == "27113"
+
+
+def test_exported_address_and_port_are_kept(slurm_task):
+    slurm_task.setenv("MASTER_ADDR", "10.0.0.1")
+    slurm_task.setenv("MASTER_PORT", "29500")
+    slurm_task.setenv("PATH", "")  # no need to ask scontrol
+    variables = launch_variables()
+    assert (variables["MASTER_ADDR"], variables["MASTER_PORT"]) == ("10.0.0.1", "29500")
+
+
+def test_variables_of_a_launcher_are_kept(slurm_task):
+    slurm_task.setenv("RANK", "0")
+    slurm_task.setenv("WORLD_SIZE", "2")
+    variables = launch_variables()
+    assert (variables["RANK"], variables["WORLD_SIZE"], variables["MASTER_ADDR"]) == ("0", "2", None)
+
+
+def test_step_of_one_task_stays_alone(slurm_task):
+    """So it is with an interactive shell; SLURM_PROCID is set there."""
+    slurm_task.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert set(launch_variables().values()) == {None}
+
+
+def test_batch_script_stays_alone(slurm_task):
+    """It has SLURM_PROCID and SLURM_NTASKS, but is no task of a step."""
+    slurm_task.delenv("SLURM_STEP_NUM_TASKS")
+    slurm_task.setenv("SLURM_NTASKS", "4")
+    assert set(launch_variables().values()) == {None}
+
+
+def test_world_size_that_disagrees_with_srun_is_refused(slurm_task):
+    slurm_task.setenv("WORLD_SIZE", "8")
+    with pytest.raises(ValueError, match="WORLD_SIZE is 8, but srun started 4 tasks"):
+        train_diffit.join_slurm_step()
+
+
+def test_missing_scontrol_is_told_with_what_helps(slurm_task):
+    slurm_task.setenv("PATH", "")
+    with pytest.raises(ValueError, match=r"first node of gpu\[07-08\].*export it as MASTER_ADDR"):
+        train_diffit.join_slurm_step()
+
+
+def test_failing_scontrol_is_told_with_what_helps(slurm_task):
+    slurm_task.setenv("SLURM_STEP_NODELIST", "gpu[07-")
+    with pytest.raises(ValueError, match=r"first node of gpu\[07-.*export it as MASTER_ADDR"):
+        train_diffit.join_slurm_step()
+
+
+# --- processes that do not see each other
+
+
+@pytest.mark.slow
+def test_accelerate_launch_that_starts_one_process_of_two_is_refused(train_args):
+    process = start(["-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "train_diffit.py", *train_args])
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "starts one process only" in output
+
+
+# --- processes that die
+
+
+@pytest.fixture(scope="module")
+def long_args(base_args) -> list[str]:
+    """A training of some seconds, in the middle of which a process can die; dropout is on."""
+    periods = [f"--max_train_steps={STEPS}", "--checkpointing_steps=50", f"--validation_steps={STEPS}"]
+    resume = ["--logging_steps=50", "--resume_from_checkpoint=latest"]
+    return [*base_args, *periods, *resume, "--model_kwargs", "dropout=0.1"]
+
+
+@pytest.fixture
+def new_store(monkeypatch) -> None:
+    """As README.md says: otherwise the processes may find the addresses of those that died."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+
+
+def test_restarts_that_may_fail_are_warned_of(train_args, monkeypatch, caplog):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    train_diffit.build_accelerator(train_diffit.parse_args(train_args))
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def whole_run(long_args, tmp_path_factory) -> Path:
+    """The last checkpoint of an undisturbed run on two processes."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    run([*TORCHRUN, "--standalone", "--nproc_per_node=2", "train_diffit.py", *long_args, f"--output_dir={run_dir}"])
+    return run_dir / f"checkpoint-{STEPS}"
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+def test_killed_worker_is_restarted_and_the_run_goes_on_bitwise(long_args, whole_run, new_store, tmp_path):
+    """One node: torchrun starts both workers again, and they resume by themselves."""
+    launcher = [*TORCHRUN, "--standalone", "--nproc_per_node=2", "--max_restarts=1"]
+    process = start([*launcher, "train_diffit.py", *long_args, f"--output_dir={tmp_path}"])
+    wait_for(tmp_path / "checkpoint-50", process)
+    psutil.Process(process.pid).children()[1].kill()
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert output.count("4 x 2 processes x 1 accumulation") == 2  # started twice
+    assert_same_files(whole_run, tmp_path / f"checkpoint-{STEPS}", STATES)
+
+
+@pytest.mark.slow
+def test_killed_node_comes_back_and_the_run_goes_on_bitwise(long_args, whole_run, new_store, tmp_path, free_port):
+    """Two launchers meet on loopback; the second is killed with its worker and started again."""
+
+    def launch(node: int) -> subprocess.Popen:
+        rendezvous = ["--rdzv_backend=c10d", "--rdzv_id=test", f"--rdzv_endpoint=127.0.0.1:{free_port}"]
+        rendezvous += [f"--rdzv_conf=is_host={int(node == 0)}", "--local_addr=127.0.0.1"]
+        launcher = [*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--max_restarts=3", *rendezvous]
+        return start([*launcher, "train_diffit.py", *long_args, f"--output_dir={tmp_path}"])
+
+    first, second = launch(0), launch(1)
+    wait_for(tmp_path / "checkpoint-50", first)
+    (worker,) = psutil.Process(second.pid).children()
+    second.send_signal(signal.SIGKILL)
+    worker.kill()
+    second.communicate()
+    second = launch(1)
+    outputs = [process.communicate(timeout=300)[0] for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0), "\n".join(outputs)
+    assert "".join(outputs).count("4 x 2 processes x 1 accumulation") == 2  # met twice
+    assert_same_files(whole_run, tmp_path / f"checkpoint-{STEPS}", STATES)
