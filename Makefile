@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 CONSTRAINTS ?= -c constraints.txt
 QUICKSTART = outputs/quickstart
 
-.PHONY: install install-dev quickstart test test-slow test-slurm quality style benchmark
+.PHONY: install install-dev quickstart test test-slow test-slurm chaos quality style benchmark
 
 install: $(VENV)/installed
 install-dev: $(VENV)/installed-dev
@@ -35,6 +35,10 @@ test-slow: install-dev
 test-slurm: install-dev
 	$(BIN)/python -m pytest -m slurm
 
+KILLS = 50
+chaos: install-dev
+	KILLS=$(KILLS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -s tests/test_chaos.py
+
 quality: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,3 +49,4 @@ style: install-dev
 
 benchmark: install-dev
 	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/reliability.py
