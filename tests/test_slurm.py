@@ -121,7 +121,7 @@ def test_accelerate_launch_runs_on_the_nodes_of_srun(cluster, base_args, tmp_pat
 
 
 def test_job_near_its_time_limit_saves_queues_again_and_ends_with_the_same_weights(cluster, base_args, tmp_path):
-    """The length is set while the job waits, so that the speed of the machine does not matter: about 5 minutes."""
+    """The length is set while the job waits, so that the speed of the machine does not matter: five to ten minutes."""
     config, log, arguments = tmp_path / "run.yaml", tmp_path / "log", [*base_args, f"--config={tmp_path / 'run.yaml'}"]
     arguments = [flag for flag in arguments if not flag.startswith("--max_train_steps")]
     periods = {"checkpointing_steps": 1000000, "validation_steps": 1000000, "logging_steps": 100}
