@@ -22,6 +22,7 @@ from accelerate import PartialState
 from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin
 from tqdm.auto import tqdm
 
+from diffit_distributed import join_slurm_step
 from diffit_model import choose_attention_backend, model_class, set_attention_backend
 from diffit_pipeline import (
     GUIDANCE_SCHEDULES,
@@ -329,6 +330,7 @@ def write_summary(args: argparse.Namespace, rows: list[dict], output_dir: Path) 
 
 def main(args: argparse.Namespace) -> None:
     """Loads the models, shares the images among the processes, and draws those that are not there yet."""
+    join_slurm_step()
     state = PartialState(cpu=not torch.accelerator.is_available())
     pipeline = load_pipeline(args)
     guidance_model = load_guidance_model(args)

@@ -70,7 +70,7 @@ class Life:
             self.wait_for(lambda: any(run_dir.glob("tmp-checkpoint-*")))
             time.sleep(chance.uniform(0, 0.03))
         elif "start" not in fate:
-            time.sleep(chance.uniform(0, 1.2))
+            time.sleep(chance.uniform(0, 0.8))
         if self.launcher.poll() is not None:
             return False
         number = getattr(signal, fate.split()[0])
