@@ -1,5 +1,5 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Images to tensors, and the endless stream of positions that training reads.
+"""Images (or latents made of them before) to tensors, and the endless stream of positions that training reads.
 
 Two ideas hold this file together:
 
@@ -12,7 +12,8 @@ Two ideas hold this file together:
 Data may come from strangers, so it can name no file outside of itself, and nothing is unpacked or decoded beyond
 `MAX_FILE_BYTES` and `MAX_IMAGE_PIXELS`.
 
-Shapes: B batch, C channels, H/W height/width in pixels, n images in the table.
+Shapes: B batch, C channels, H/W height/width in pixels, c channels and h/w height/width of latents, n images in the
+table.
 """
 
 import contextlib
@@ -26,9 +27,11 @@ import re
 import warnings
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import Self
 
 import numpy as np
 import PIL.Image
@@ -37,6 +40,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 from datasets import config as datasets_config
 from datasets.exceptions import DatasetGenerationError
+from diffusers import AutoencoderKL
 from huggingface_hub import constants as hub_constants
 from torch.utils.data import Sampler, default_collate
 
@@ -135,18 +139,15 @@ class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
 
 
 @dataclass(frozen=True)
-class ImageTable:
-    """Images and labels, not decoded.
+class Table(ABC):
+    """Images of some form, and their labels.
 
     Attributes:
-        rows: data set with the column `image` ({"bytes", "path"}).
+        rows: data set with a row for each image.
         source: what the user named: a folder, a file or a data set; used in messages.
         indices: row of each of the n images in `rows`.
         labels: class of each row, in [0, number of classes), or None if there are no labels.
         class_names: name of each class, or None.
-        archive: the zip that the paths are in, or None.
-        folders: where files may lie that rows without bytes name, as real paths, the first for relative names; None:
-            anywhere, because the paths are not the data's own but were found in a folder.
     """
 
     rows: Dataset
@@ -154,8 +155,6 @@ class ImageTable:
     indices: np.ndarray
     labels: np.ndarray | None = None
     class_names: tuple[str, ...] | None = None
-    archive: str | None = None
-    folders: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -163,6 +162,60 @@ class ImageTable:
     def label(self, index: int) -> int:
         """Class of an image, in [0, number of classes)."""
         return int(self.labels[self.indices[index]])
+
+    @abstractmethod
+    def content(self, index: int) -> bytes:
+        """The bytes of an image, for `digest`.
+
+        Raises:
+            BadImageError: if it cannot be read.
+        """
+
+    def with_class_names(self, class_names: tuple[str, ...]) -> Self:
+        """The same images with their classes numbered as in another table, by their names.
+
+        Raises:
+            ValueError: if there are no labels, or a class that the other table does not have.
+        """
+        names = self.class_names or ()
+        unknown = sorted(set(names) - set(class_names))
+        if not names or unknown:
+            raise ValueError(f"{self.source} has {f'the unknown classes {unknown[:5]}' if names else 'no labels'}")
+        numbers = np.array([class_names.index(name) for name in names])
+        return replace(self, labels=numbers[self.labels], class_names=class_names)
+
+    def select(self, indices: list[int]) -> Self:
+        """The table of these images, in this order."""
+        return replace(self, indices=self.indices[indices])
+
+    def digest(self, num_images: int = 64) -> str:
+        """A checksum of number, labels and class names, and of the bytes of some images that are evenly spread.
+
+        Tells whether several machines see the same images, wherever those lie.
+        """
+        labels = None if self.labels is None else self.labels[self.indices].tolist()
+        digest = hashlib.sha256(json.dumps([len(self), labels, self.class_names]).encode())
+        for index in np.linspace(0, len(self) - 1, min(num_images, len(self))).astype(int):
+            with contextlib.suppress(BadImageError):  # reported when it is read for training
+                digest.update(self.content(int(index)))
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class ImageTable(Table):
+    """Images that are not decoded: `rows` has the column `image` ({"bytes", "path"}).
+
+    Attributes:
+        archive: the zip that the paths are in, or None.
+        folders: where files may lie that rows without bytes name, as real paths, the first for relative names; None:
+            anywhere, because the paths are not the data's own but were found in a folder.
+    """
+
+    archive: str | None = None
+    folders: tuple[str, ...] | None = None
+
+    def content(self, index: int) -> bytes:
+        return self.read(index)[1]
 
     def read(self, index: int) -> tuple[str, bytes]:
         """A name for messages and the undecoded bytes of an image.
@@ -204,35 +257,6 @@ class ImageTable:
                 f"must be a file in {self.folders[0]}; nothing else is read, and nothing is downloaded"
             )
         return (real_path, entry[1]) if entry else (None, real_path)
-
-    def with_class_names(self, class_names: tuple[str, ...]) -> "ImageTable":
-        """The same images with their classes numbered as in another table, by their names.
-
-        Raises:
-            ValueError: if there are no labels, or a class that the other table does not have.
-        """
-        names = self.class_names or ()
-        unknown = sorted(set(names) - set(class_names))
-        if not names or unknown:
-            raise ValueError(f"{self.source} has {f'the unknown classes {unknown[:5]}' if names else 'no labels'}")
-        numbers = np.array([class_names.index(name) for name in names])
-        return replace(self, labels=numbers[self.labels], class_names=class_names)
-
-    def select(self, indices: list[int]) -> "ImageTable":
-        """The table of these images, in this order."""
-        return replace(self, indices=self.indices[indices])
-
-    def digest(self, num_images: int = 64) -> str:
-        """A checksum of number, labels and class names, and of the bytes of some images that are evenly spread.
-
-        Tells whether several machines see the same images, wherever those lie.
-        """
-        labels = None if self.labels is None else self.labels[self.indices].tolist()
-        digest = hashlib.sha256(json.dumps([len(self), labels, self.class_names]).encode())
-        for index in np.linspace(0, len(self) - 1, min(num_images, len(self))).astype(int):
-            with contextlib.suppress(BadImageError):  # reported when it is read for training
-                digest.update(self.read(int(index))[1])
-        return digest.hexdigest()[:16]
 
 
 _open_zips: dict[str, tuple[int, zipfile.ZipFile]] = {}
@@ -552,7 +576,7 @@ def _check_listed(listed: list, names: list[str], source: str) -> dict[str, int 
     return dict(listed)
 
 
-def split_table(table: ImageTable, validation_fraction: float) -> tuple[ImageTable, ImageTable]:
+def split_table(table: Table, validation_fraction: float) -> tuple[Table, Table]:
     """Splits off a validation set, the same for every seed, so that runs can be compared.
 
     Args:
@@ -736,58 +760,203 @@ def detect_num_channels(table: ImageTable, num_images: int = 64) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Latents
+
+LATENTS_METADATA = "latents.json"  # in the folder that `scripts/prepare_latents.py` writes
+
+
+def load_vae(name_or_path: str) -> AutoencoderKL:
+    """The frozen VAE of a folder or a hub name, in float32.
+
+    Raises:
+        ValueError: names --vae_model_name_or_path, if there is no `AutoencoderKL` in safetensors.
+    """
+    try:
+        vae = AutoencoderKL.from_pretrained(name_or_path, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--vae_model_name_or_path {name_or_path}: cannot read an AutoencoderKL in safetensors: {error}"
+        ) from error
+    return vae.eval().requires_grad_(False)
+
+
+def vae_latent_shape(vae: AutoencoderKL, resolution: tuple[int, int]) -> tuple[int, int, int]:
+    """Shape (c, h, w) of the latents of images of `resolution` (H, W).
+
+    Raises:
+        ValueError: names --resolution, if the VAE cannot divide it.
+    """
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    height, width = resolution
+    if height % factor or width % factor:
+        raise ValueError(f"--resolution {height}x{width}: the VAE needs multiples of {factor}")
+    return vae.config.latent_channels, height // factor, width // factor
+
+
+def vae_description(vae: AutoencoderKL) -> dict:
+    """What latents depend on: `encoder_digest`, `scaling_factor` and `shift_factor` (0 if the VAE has none).
+
+    Decoders may differ: the improved ones of Stable Diffusion read the latents of the first encoder.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        if name.startswith(("encoder.", "quant_conv.")):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.float().cpu().numpy().tobytes())
+    return {
+        "encoder_digest": digest.hexdigest()[:16],
+        "scaling_factor": vae.config.scaling_factor,
+        "shift_factor": vae.config.shift_factor or 0.0,
+    }
+
+
+def encode_moments(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """Mean and log-variance of the posterior of a VAE.
+
+    Args:
+        images: shape (B, C, H, W), float32 in [-1, 1].
+
+    Returns:
+        Shape (B, 2c, h, w), float32: c channels of means, then c of log-variances.
+    """
+    with torch.no_grad():
+        return vae.encode(images.to(vae.dtype)).latent_dist.parameters.float()
+
+
+def sample_latents(
+    moments: torch.Tensor, posterior_noise: torch.Tensor, scaling_factor: float, shift_factor: float = 0.0
+) -> torch.Tensor:
+    """Latents to train on, drawn from the posterior of a VAE: the reverse of what a pipeline does before it decodes.
+
+    Args:
+        moments: means, then log-variances (which are clamped to [-30, 20], as in diffusers); shape (B, 2c, h, w).
+        posterior_noise: standard normal; shape (B, c, h, w).
+        scaling_factor: of the VAE's config.
+        shift_factor: of the VAE's config.
+
+    Returns:
+        Shape (B, c, h, w).
+    """
+    mean, logvar = moments.chunk(2, dim=1)  # (B, c, h, w) each
+    latents = mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * posterior_noise
+    return (latents - shift_factor) * scaling_factor
+
+
+@dataclass(frozen=True)
+class LatentTable(Table):
+    """Moments of images and of their mirror images, written by `scripts/prepare_latents.py`.
+
+    `rows` has the columns `moments` and perhaps `mirrored_moments` (2c, h, w), and `bad_image`: null, or why there
+    are none.
+
+    Attributes:
+        metadata: of the folder: the VAE's `vae_description`, `resolution` [H, W], `latent_shape` [c, h, w],
+            `mirrored`, `data_digest` of the images, and more.
+    """
+
+    metadata: dict = field(kw_only=True)
+
+    def content(self, index: int) -> bytes:
+        return self.read(index).numpy().tobytes()
+
+    def read(self, index: int, mirrored: bool = False) -> torch.Tensor:
+        """Moments of an image or of its mirror image, shape (2c, h, w), float32.
+
+        Raises:
+            BadImageError: if the image could not be read when the latents were prepared.
+        """
+        row = self.rows[int(self.indices[index])]
+        if row["bad_image"] is not None:
+            raise BadImageError(f"no latents in {self.source}: {row['bad_image']}")
+        return torch.from_numpy(row["mirrored_moments" if mirrored else "moments"])
+
+
+def latent_shard_names(num_images: int, images_per_shard: int) -> list[str]:
+    """Names of the parquet files in a folder of latents, as on the HuggingFace hub; the last may hold fewer images."""
+    num_shards = math.ceil(num_images / images_per_shard)
+    return [f"data/train-{shard:05d}-of-{num_shards:05d}.parquet" for shard in range(num_shards)]
+
+
+def load_latent_table(latents_dir: str, cache_dir: str | None = None) -> LatentTable:
+    """Opens a folder that `scripts/prepare_latents.py` has written.
+
+    Args:
+        latents_dir: the folder.
+        cache_dir: of `load_dataset`.
+
+    Raises:
+        ValueError: if it is no such folder or not complete.
+    """
+    root = Path(latents_dir)
+    if not (root / LATENTS_METADATA).is_file():
+        raise ValueError(f"--latents_dir {root}: no {LATENTS_METADATA} there; scripts/prepare_latents.py writes one")
+    metadata = _parse_json((root / LATENTS_METADATA).read_bytes(), str(root / LATENTS_METADATA))
+    names = latent_shard_names(metadata["num_images"], metadata["images_per_shard"])
+    missing = [name for name in names if not (root / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"--latents_dir {root}: {len(missing)} of {len(names)} shards are missing, the first is {missing[0]}; "
+            "run the command of scripts/prepare_latents.py again, it goes on where it ended"
+        )
+    rows = _read_parquet([str(root / name) for name in names], cache_dir)
+    labels, class_names = None, None
+    if "label" in rows.features:
+        class_names = rows.features["label"].names
+        labels, class_names = _encode_labels(list(rows["label"]), str(root), class_names)
+    rows = rows.remove_columns("label") if labels is not None else rows
+    return LatentTable(
+        rows.with_format("numpy"), str(root), np.arange(len(rows)), labels, class_names, metadata=metadata
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Tensors for training
 
 
-class ImageDataset(torch.utils.data.Dataset):
+class StreamDataset(torch.utils.data.Dataset, ABC):
     """What training needs at a position of the stream: an image, its label, and the random numbers drawn for it.
 
     Args:
         table: where the images are.
         stream: order of the images, for replacing bad ones.
-        resolution: height and width in pixels.
-        num_channels: channels C; None: what the images have, and colour among grayscale is an error.
-        center_crop: crop the centre rather than a random place.
         random_flip: mirror half of the images left and right.
         on_bad_image: `"error"`, or `"skip"`: take the next readable image of the permutation and report the name.
+        latent_shape: shape (c, h, w) of the latents to train on; None: training in pixels.
     """
 
     def __init__(
         self,
-        table: ImageTable,
+        table: Table,
         stream: PositionStream,
-        resolution: tuple[int, int],
-        num_channels: int | None = None,
-        center_crop: bool = False,
-        random_flip: bool = False,
-        on_bad_image: str = "error",
+        random_flip: bool,
+        on_bad_image: str,
+        latent_shape: tuple[int, int, int] | None,
     ):
         self.table = table
         self.stream = stream
-        self.resolution = resolution
-        self.keep_colour = num_channels is None
-        self.num_channels = num_channels or detect_num_channels(table)
-        self.center_crop = center_crop
         self.random_flip = random_flip
         self.on_bad_image = on_bad_image
+        self.latent_shape = latent_shape
 
     def __getitem__(self, position_and_index: tuple[int, int]) -> dict:
         """Everything for one position, a function of (seed, position) alone.
 
         Returns:
-            A dictionary: `position`; `pixel_values`, shape (C, H, W), float32 in [-1, 1]; `class_labels`, int (absent
-            without labels); `noise`, standard normal, shape (C, H, W), float32; `time_uniform` and
-            `dropout_uniform`, float32 in [0, 1), from which timestep and label dropout follow; `bad_images`, messages
-            about images that were skipped.
+            A dictionary: `position`; the image, see the class; `class_labels`, int (absent without labels); `noise`,
+            standard normal, in the shape of what is trained on, float32; `time_uniform` and `dropout_uniform`, float32
+            in [0, 1), from which timestep and label dropout follow; `posterior_noise`, like `noise` (only for
+            latents), see `sample_latents`; `bad_images`, messages about images that were skipped.
 
         Raises:
             BadImageError: names the file, unless bad images are skipped.
         """
         position, index = position_and_index
+        flip, *crop_position = position_generator(self.stream.seed, position, AUGMENTATION).random(3)
+        flip = self.random_flip and flip < 0.5
         bad_images = []
         while True:
             try:
-                pixel_values = self._load_image(position, index)
+                image = self._load(index, flip, tuple(crop_position))
                 break
             except BadImageError as error:
                 if self.on_bad_image != "skip":
@@ -799,35 +968,101 @@ class ImageDataset(torch.utils.data.Dataset):
                 epoch_start = position - position % num_images
                 index = self.stream.index(epoch_start + (position + len(bad_images)) % num_images)
         rng = position_generator(self.stream.seed, position, DIFFUSION)
+        shape = self.latent_shape or tuple(image["pixel_values"].shape)
         item = {
             "position": position,
-            "pixel_values": pixel_values,
+            **image,
             "time_uniform": torch.tensor(rng.random(dtype=np.float32)),
             "dropout_uniform": torch.tensor(rng.random(dtype=np.float32)),
-            "noise": torch.from_numpy(rng.standard_normal(tuple(pixel_values.shape), dtype=np.float32)),
+            "noise": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
             "bad_images": bad_images,
         }
+        if self.latent_shape is not None:
+            item["posterior_noise"] = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
         if self.table.class_names is not None:
             item["class_labels"] = self.table.label(index)
         return item
 
-    def _load_image(self, position: int, index: int) -> torch.Tensor:
-        rng = position_generator(self.stream.seed, position, AUGMENTATION)
-        flip, *crop_position = rng.random(3)
-        name, data = self.table.read(index)
-        return decode_image(
-            name,
-            data,
+    @abstractmethod
+    def _load(self, index: int, flip: bool, crop_position: tuple[float, float]) -> dict[str, torch.Tensor]:
+        """The image by its name in the item.
+
+        Raises:
+            BadImageError: if it cannot be read.
+        """
+
+
+class ImageDataset(StreamDataset):
+    """Images to train on, or to encode on the device: `pixel_values`, shape (C, H, W), float32 in [-1, 1].
+
+    Args:
+        table: where the images are.
+        stream: order of the images, for replacing bad ones.
+        resolution: height and width in pixels.
+        num_channels: channels C; None: what the images have, and colour among grayscale is an error.
+        center_crop: crop the centre rather than a random place.
+        random_flip: mirror half of the images left and right.
+        on_bad_image: `"error"`, or `"skip"`: take the next readable image of the permutation and report the name.
+        latent_shape: shape (c, h, w) of the latents to train on; None: training in pixels.
+    """
+
+    def __init__(
+        self,
+        table: ImageTable,
+        stream: PositionStream,
+        resolution: tuple[int, int],
+        num_channels: int | None = None,
+        center_crop: bool = False,
+        random_flip: bool = False,
+        on_bad_image: str = "error",
+        latent_shape: tuple[int, int, int] | None = None,
+    ):
+        super().__init__(table, stream, random_flip, on_bad_image, latent_shape)
+        self.resolution = resolution
+        self.keep_colour = num_channels is None
+        self.num_channels = num_channels or detect_num_channels(table)
+        self.center_crop = center_crop
+
+    def _load(self, index: int, flip: bool, crop_position: tuple[float, float]) -> dict[str, torch.Tensor]:
+        pixel_values = decode_image(
+            *self.table.read(index),
             self.resolution,
             self.num_channels,
-            (0.5, 0.5) if self.center_crop else tuple(crop_position),
-            flip=self.random_flip and flip < 0.5,
+            (0.5, 0.5) if self.center_crop else crop_position,
+            flip=flip,
             keep_colour=self.keep_colour,
         )
+        return {"pixel_values": pixel_values}
+
+
+class LatentDataset(StreamDataset):
+    """Prepared latents to train on: `moments`, shape (2c, h, w), float32.
+
+    At the same seed, the order, the flips and all random numbers are those of an `ImageDataset` with `latent_shape`.
+
+    Args:
+        table: where the latents are.
+        stream: order of the images, for replacing bad ones.
+        random_flip: take the mirror image of half of the images.
+        on_bad_image: what to do about images that were bad when the latents were prepared, see `ImageDataset`.
+
+    Raises:
+        ValueError: names --random_flip, if there are no mirror images.
+    """
+
+    def __init__(
+        self, table: LatentTable, stream: PositionStream, random_flip: bool = False, on_bad_image: str = "error"
+    ):
+        if random_flip and not table.metadata["mirrored"]:
+            raise ValueError(f"--random_flip: {table.source} was prepared without mirror images (--no-mirror)")
+        super().__init__(table, stream, random_flip, on_bad_image, tuple(table.metadata["latent_shape"]))
+
+    def _load(self, index: int, flip: bool, crop_position: tuple[float, float]) -> dict[str, torch.Tensor]:
+        return {"moments": self.table.read(index, mirrored=flip)}
 
 
 def collate(items: list[dict]) -> dict:
-    """Stacks items of `ImageDataset` to a batch: shapes gain B in front, `bad_images` becomes one list."""
+    """Stacks items of a `StreamDataset` to a batch: shapes gain B in front, `bad_images` becomes one list."""
     bad_images = [message for item in items for message in item["bad_images"]]
     batch = default_collate([{key: value for key, value in item.items() if key != "bad_images"} for item in items])
     return batch | {"bad_images": bad_images}
