@@ -780,13 +780,18 @@ def load_vae(name_or_path: str) -> AutoencoderKL:
     return vae.eval().requires_grad_(False)
 
 
+def pixels_per_latent(vae: AutoencoderKL) -> int:
+    """Pixels in height and width that become one latent."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
 def vae_latent_shape(vae: AutoencoderKL, resolution: tuple[int, int]) -> tuple[int, int, int]:
     """Shape (c, h, w) of the latents of images of `resolution` (H, W).
 
     Raises:
         ValueError: names --resolution, if the VAE cannot divide it.
     """
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = pixels_per_latent(vae)
     height, width = resolution
     if height % factor or width % factor:
         raise ValueError(f"--resolution {height}x{width}: the VAE needs multiples of {factor}")

@@ -39,7 +39,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, is_wandb_available
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, ModelMixin, UNet2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, DDPMScheduler, ModelMixin, UNet2DModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from huggingface_hub import HfApi, ModelCard, ModelCardData
@@ -51,14 +51,23 @@ from tqdm.auto import tqdm
 
 from diffit_data import (
     ImageDataset,
-    ImageTable,
+    LatentDataset,
+    LatentTable,
     PositionStream,
     StreamBatchSampler,
+    StreamDataset,
+    Table,
     collate,
     detect_num_channels,
+    encode_moments,
     load_image_table,
+    load_latent_table,
+    load_vae,
+    pixels_per_latent,
     position_generator,
+    sample_latents,
     split_table,
+    vae_description,
 )
 from diffit_distributed import (
     OutputDirLock,
@@ -69,8 +78,22 @@ from diffit_distributed import (
     on_all_processes,
     on_main_process,
 )
-from diffit_model import DiffiTUNet2DModel, choose_attention_backend, model_class, set_attention_backend
-from diffit_pipeline import DiffiTPipeline, image_grid, null_label, viewable
+from diffit_model import (
+    DiffiTModelMixin,
+    DiffiTTransformer2DModel,
+    adapt_weights,
+    choose_attention_backend,
+    model_class,
+    set_attention_backend,
+)
+from diffit_pipeline import (
+    GUIDANCE_SCHEDULES,
+    DiffiTPipeline,
+    image_grid,
+    load_network,
+    null_label,
+    viewable,
+)
 
 logger = get_logger("train_diffit", log_level="INFO")
 
@@ -81,10 +104,11 @@ EXIT_STOPPED = 75  # exit code after a signal or --max_train_time: a checkpoint 
 DROPOUT = 3  # stream of `position_generator` that seeds dropout inside the network
 TIMESTEP_BINS = 4  # the loss is logged by quartile of the timesteps
 DURATIONS = ("max_train_steps", "num_train_epochs", "max_train_kimg")
-DATA_SOURCES = ("dataset_name", "train_data_dir", "train_data_file")
+DATA_SOURCES = ("dataset_name", "train_data_dir", "train_data_file", "latents_dir")
 # What makes a run the run that it is. Duration, batch per process, precision, paths and logs may change at a resume.
 SAME_AT_RESUME = (
     *("seed", "global_batch_size", "class_conditional", "resolution", "center_crop", "random_flip"),
+    "vae_model_name_or_path",
     *("prediction_type", "beta_schedule", "num_train_timesteps", "snr_gamma", "label_dropout"),
     *("learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "lr_step_rules"),
     *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm"),
@@ -151,17 +175,24 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--pretrained_model_name_or_path", help="start from the weights of a saved folder or hub model")
     group.add_argument(
+        "--reset_class_embeddings", action=flag, default=False, help="of the pretrained model: new rows, same number"
+    )
+    group.add_argument(
+        "--vae_model_name_or_path", help="train in the latents of this AutoencoderKL of diffusers (folder or hub name)"
+    )
+    group.add_argument(
         "--attention_backend", choices=("auto", "native", "_native_math", "xformers", "flex"), default="auto"
     )
     group.add_argument("--gradient_checkpointing", action=flag, default=False, help="less memory, more time")
     group.add_argument("--compile", action=flag, default=False, help="torch.compile, block by block where it can")
 
-    group = parser.add_argument_group("data: one of --dataset_name, --train_data_dir, --train_data_file")
+    group = parser.add_argument_group("data: one of the first four")
     group.add_argument("--dataset_name", help="hub name, or local path for datasets.load_dataset")
-    group.add_argument("--dataset_config_name")
-    group.add_argument("--dataset_split", default="train")
     group.add_argument("--train_data_dir", help="folder or zip of images; dataset.json, metadata.jsonl, parquet too")
     group.add_argument("--train_data_file", help="a parquet file")
+    group.add_argument("--latents_dir", help="what scripts/prepare_latents.py wrote; needs --vae_model_name_or_path")
+    group.add_argument("--dataset_config_name")
+    group.add_argument("--dataset_split", default="train")
     group.add_argument("--image_column", help="default: the only one of type Image")
     group.add_argument("--label_column", help="default: the only one of type ClassLabel; implies --class_conditional")
     group.add_argument("--class_conditional", action=flag, default=False, help="train on the labels")
@@ -239,6 +270,18 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--num_validation_images", type=positive, default=64, help="images in the preview grid")
     group.add_argument("--validation_inference_steps", type=positive, default=50, help="DDIM steps of the preview")
     group.add_argument("--validation_guidance_scale", type=not_negative, default=1.0)
+    group.add_argument("--validation_guidance_schedule", choices=GUIDANCE_SCHEDULES, default="constant")
+    group.add_argument("--validation_guidance_power", type=number_type(float, 0, open_ends=True), default=4.0)
+    group.add_argument(
+        "--validation_guidance_interval",
+        type=share,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        default=[0.0, 1.0],
+        help="timesteps that are guided, as shares of all",
+    )
+    group.add_argument("--validation_guidance_channels", type=positive, help="guide the first so many; default: all")
+    group.add_argument("--validation_guidance_model", help="folder of a weaker model: autoguidance of the preview")
     group.add_argument("--logging_dir", default="logs", help="in --output_dir")
     group.add_argument("--logging_steps", type=positive, default=10)
     group.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, all or none")
@@ -286,6 +329,10 @@ def config_file_argv(parser: argparse.ArgumentParser, path: str, skip: set[str])
             if value not in ("true", "false"):
                 parser.error(f"{path}: {key} must be true or false, got {value!r}")
             argv.append(f"--{key}" if value == "true" else f"--no-{key}")
+        elif actions[key].nargs == 2:
+            if not isinstance(value, list) or len(value) != 2:
+                parser.error(f"{path}: {key} must be a list of two values, got {value!r}")
+            argv += [f"--{key}", *value]
         elif actions[key].nargs == "+":
             if not isinstance(value, dict):
                 parser.error(f"{path}: {key} must be a mapping, got {value!r}")
@@ -340,6 +387,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--validation_split needs --dataset_name; use --validation_fraction")
     if args.validation_split is not None and args.validation_fraction is not None:
         parser.error("give --validation_split or --validation_fraction, not both")
+    if args.latents_dir is not None and args.vae_model_name_or_path is None:
+        parser.error("--latents_dir needs --vae_model_name_or_path, to decode the previews and for the saved folder")
+    if args.reset_class_embeddings and args.pretrained_model_name_or_path is None:
+        parser.error("--reset_class_embeddings needs --pretrained_model_name_or_path")
+    low, high = args.validation_guidance_interval
+    if low >= high:
+        parser.error(f"--validation_guidance_interval must be LOW < HIGH, got {low} {high}")
     if args.lr_scheduler == "piecewise_constant" and args.lr_step_rules is None:
         parser.error("--lr_scheduler piecewise_constant needs --lr_step_rules")
     if args.overwrite_output_dir and args.resume_from_checkpoint:
@@ -439,9 +493,14 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-def build_tables(args: argparse.Namespace) -> tuple[ImageTable, ImageTable | None]:
-    """Training images and, if asked for, held-out ones."""
-    source = {name: getattr(args, name) for name in (*DATA_SOURCES, "dataset_config_name", "cache_dir")}
+def build_tables(args: argparse.Namespace) -> tuple[Table, Table | None]:
+    """Training images (or their latents) and, if asked for, held-out ones."""
+    if args.latents_dir is not None:
+        table, validation = load_latent_table(args.latents_dir, args.cache_dir), None
+        if args.class_conditional and table.class_names is None:
+            raise ValueError(f"--class_conditional: {table.source} has no labels")
+        return (table, None) if args.validation_fraction is None else split_table(table, args.validation_fraction)
+    source = {name: getattr(args, name) for name in (*DATA_SOURCES[:3], "dataset_config_name", "cache_dir")}
     source |= {name: getattr(args, name) for name in ("image_column", "label_column")}
     table = load_image_table(**source, dataset_split=args.dataset_split)
     if args.class_conditional and table.class_names is None:
@@ -468,7 +527,7 @@ def read_model_config(args: argparse.Namespace) -> dict:
         if Path(path).suffix == ".json":
             config = json.loads(Path(path).read_text())
         else:
-            config = dict(UNet2DModel.load_config(path, subfolder=unet_subfolder(path)))  # of any model class
+            config = dict(UNet2DModel.load_config(path, subfolder=network_subfolder(path)))  # of any model class
     except (OSError, ValueError) as error:
         raise ValueError(f"{flag} {path}: no such config here, nor on the hub: {error}") from error
     parameters = inspect.signature(model_class(config).__init__).parameters
@@ -514,68 +573,140 @@ def fits(value, annotation) -> bool:
     return isinstance(value, int | float if annotation is float else annotation)
 
 
-def unet_subfolder(path: str) -> str | None:
-    """`"unet"` if a folder or hub repository is that of a pipeline, None if it is that of a model."""
-    if Path(path).is_dir():
-        return "unet" if Path(path, "unet").is_dir() else None
-    try:
-        UNet2DModel.load_config(path, subfolder="unet")
-        return "unet"
-    except OSError:
+def part_name(network: ModelMixin | type) -> str:
+    """Folder of a network in pipelines and checkpoints."""
+    network_class = network if isinstance(network, type) else type(network)
+    return "transformer" if issubclass(network_class, DiffiTTransformer2DModel) else "unet"
+
+
+def network_subfolder(path: str) -> str | None:
+    """`"unet"` or `"transformer"` if a folder or hub repository is that of a pipeline, None if of a network."""
+    for part in ("unet", "transformer"):
+        if Path(path).is_dir():
+            if Path(path, part).is_dir():
+                return part
+            continue
+        with contextlib.suppress(OSError):
+            UNet2DModel.load_config(path, subfolder=part)
+            return part
+    return None
+
+
+def outline_vae(args: argparse.Namespace) -> AutoencoderKL | None:
+    """The VAE of --vae_model_name_or_path without weights (on the meta device), or None without one.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    path = args.vae_model_name_or_path
+    if path is None:
         return None
+    try:
+        config = AutoencoderKL.load_config(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--vae_model_name_or_path {path}: no such config here, nor on the hub: {error}") from error
+    if config.get("_class_name") != "AutoencoderKL":
+        raise ValueError(f"--vae_model_name_or_path {path}: is a {config.get('_class_name')}, not an AutoencoderKL")
+    with torch.device("meta"):
+        return AutoencoderKL.from_config(config)
 
 
-def resolve_model_config(args: argparse.Namespace, config: dict, table: ImageTable) -> dict:
-    """Fills in what follows from data and flags: `sample_size`, channels, classes. Sets `args.resolution`.
+def build_vae(args: argparse.Namespace, table: Table, device: torch.device) -> AutoencoderKL | None:
+    """The frozen VAE in float32, or None without --vae_model_name_or_path.
+
+    Raises:
+        ValueError: if its weights cannot be read, or prepared latents are those of another one.
+    """
+    if args.vae_model_name_or_path is None:
+        return None
+    vae = load_vae(args.vae_model_name_or_path)
+    if isinstance(table, LatentTable):
+        for key, value in vae_description(vae).items():
+            if table.metadata[key] != value:
+                raise ValueError(
+                    f"--latents_dir {table.source} was made by a VAE with {key} {table.metadata[key]}, that of "
+                    f"{args.vae_model_name_or_path} is {value}"
+                )
+    return vae.to(device)
+
+
+def resolve_model_config(
+    args: argparse.Namespace, config: dict, table: Table, vae: AutoencoderKL | None = None
+) -> dict:
+    """Fills in what follows from data and flags: `sample_size`, channels, classes.
+
+    Sets `args.resolution`, in pixels, and with a VAE `args.num_channels`, of the images.
 
     Raises:
         ValueError: if the config says otherwise or the network cannot divide the resolution, naming the flag.
     """
     config = dict(config)
+    is_transformer = part_name(model_class(config)) == "transformer"
+
+    # 1. size
+    factor = 1 if vae is None else pixels_per_latent(vae)
+    if isinstance(table, LatentTable):
+        prepared = tuple(table.metadata["resolution"])
+        if args.resolution not in (None, prepared):
+            raise ValueError(f"--resolution {args.resolution}: {table.source} was made from images of {prepared}")
+        args.resolution = prepared
     if args.resolution is None:
         if config.get("sample_size") is None:
             raise ValueError("give --resolution: the model config has no sample_size")
         size = config["sample_size"]
-        args.resolution = (size, size) if isinstance(size, int) else tuple(size)
-    height, width = args.resolution
+        args.resolution = tuple(factor * side for side in ([size, size] if isinstance(size, int) else size))
+    size_in_words = f"--resolution {'x'.join(map(str, args.resolution))}"
+    if any(side % factor for side in args.resolution):
+        raise ValueError(f"{size_in_words}: must be multiples of {factor}, the pixels of a latent")
+    height, width = (side // factor for side in args.resolution)
     config["sample_size"] = height if height == width else [height, width]
 
-    num_channels = args.num_channels or detect_num_channels(table)
-    for key in ("in_channels", "out_channels"):
-        if config.setdefault(key, num_channels) != num_channels:
-            raise ValueError(
-                f"the model config says {key} {config[key]}, the images of {table.source} have {num_channels}; "
-                f"give --num_channels {config[key]} or another model config"
-            )
+    # 2. channels
+    if vae is None:
+        channels = args.num_channels or detect_num_channels(table)
+        reason = f"the images of {table.source} have {channels}; give --num_channels {config.get('in_channels')}"
+    else:
+        if args.num_channels not in (None, vae.config.in_channels):
+            raise ValueError(f"--num_channels {args.num_channels}: the VAE takes {vae.config.in_channels}")
+        args.num_channels, channels = vae.config.in_channels, vae.config.latent_channels
+        reason = f"the latents of {args.vae_model_name_or_path} have {channels}; give another VAE"
+    allowed = {"in_channels": [channels], "out_channels": [channels, 2 * channels] if is_transformer else [channels]}
+    for key, values in allowed.items():
+        config[key] = channels if config.get(key) is None else config[key]
+        if config[key] not in values:
+            raise ValueError(f"the model config says {key} {config[key]}, {reason} or another model config")
+
+    # 3. classes
+    key = "num_embeds_ada_norm" if is_transformer else "num_class_embeds"
     num_classes = len(table.class_names) if args.class_conditional else None
     extra_row = 1 if num_classes and config.get("_class_name") == "UNet2DModel" else 0  # see `null_label`
     num_class_embeds = num_classes + extra_row if num_classes else None
-    stated = config.get("num_class_embeds")
-    if stated not in (None, num_class_embeds) and args.pretrained_model_name_or_path is None:
+    if config.get(key) not in (None, num_class_embeds) and args.pretrained_model_name_or_path is None:
         raise ValueError(
-            f"the model config says num_class_embeds {stated}, but the data gives {num_class_embeds} "
+            f"the model config says {key} {config[key]}, but the data gives {num_class_embeds} "
             f"(--class_conditional is {args.class_conditional})"
         )
-    config["num_class_embeds"] = num_class_embeds
+    config[key] = num_class_embeds
+
     with torch.device("meta"):
         model = model_class(config).from_config(config)
-    if isinstance(model, DiffiTUNet2DModel):
+    if isinstance(model, DiffiTModelMixin):
         try:
             model.check_size(height, width)
         except ValueError as error:
-            raise ValueError(f"--resolution {height}x{width}: {error}") from error
+            raise ValueError(f"{size_in_words}: {error}") from error
     return config
 
 
-def build_model(config: dict, pretrained: str | None = None) -> ModelMixin:
+def build_model(config: dict, pretrained: str | None = None, reset_class_embeddings: bool = False) -> ModelMixin:
     """A new network, or one that starts from saved weights.
 
-    With another number of classes, the class rows start anew (the null row is kept if there is one), and a log line
-    says so.
+    For another resolution or number of classes the weights are adapted (see `adapt_weights`), and log lines say how.
 
     Args:
         config: complete `config.json`.
         pretrained: folder or hub name of weights.
+        reset_class_embeddings: let class rows start anew even if there are as many as before.
 
     Raises:
         ValueError: if there are no weights in safetensors, or lists the weights that do not fit.
@@ -583,7 +714,7 @@ def build_model(config: dict, pretrained: str | None = None) -> ModelMixin:
     model = model_class(config).from_config(config)
     if pretrained is None:
         return model
-    subfolder = unet_subfolder(pretrained)
+    subfolder = network_subfolder(pretrained)
     try:
         source = model_class(config).from_pretrained(pretrained, subfolder=subfolder, use_safetensors=True)
     except OSError as error:
@@ -591,20 +722,12 @@ def build_model(config: dict, pretrained: str | None = None) -> ModelMixin:
             f"--pretrained_model_name_or_path {pretrained}: cannot read weights in safetensors, and pickled ones "
             f"(.bin, .pt) are not read: {error}"
         ) from error
-    weights, wanted = source.state_dict(), model.state_dict()
-    name = "class_embedding.weight"
-    old, new = source.config.num_class_embeds, model.config.num_class_embeds
-    if old != new:
-        logger.warning(f"{pretrained} has num_class_embeds {old}, the data has {new}: class rows start anew")
-        rows = weights.pop(name, None)
-        if new is not None:
-            weights[name] = wanted[name].clone()
-            if rows is not None:
-                weights[name][null_label(model)] = rows[null_label(source)]
-    shapes = [{key: tuple(tensor.shape) for key, tensor in tensors.items()} for tensors in (weights, wanted)]
-    unfit = [key for key in shapes[0] | shapes[1] if shapes[0].get(key) != shapes[1].get(key)]
-    if unfit:
-        raise ValueError(f"weights of {pretrained} do not fit the model config: {', '.join(sorted(unfit)[:8])}")
+    try:
+        weights, changes = adapt_weights(source, model, reset_class_embeddings)
+    except ValueError as error:
+        raise ValueError(f"--pretrained_model_name_or_path {pretrained}: {error}") from error
+    for change in changes:
+        logger.warning(f"{pretrained}: {change}")
     model.load_state_dict(weights)
     return model
 
@@ -621,7 +744,8 @@ def resolve_diffusion(args: argparse.Namespace) -> None:
     path = args.pretrained_model_name_or_path
     source = {}
     if path is not None:
-        inside = Path(path).name.startswith("unet") and Path(path).is_dir()  # the folder of a model in a pipeline
+        # The folder of a network in a pipeline.
+        inside = Path(path).name.startswith(("unet", "transformer")) and Path(path).is_dir()
         with contextlib.suppress(OSError):
             source = DDPMScheduler.load_config(str(Path(path).parent) if inside else path, subfolder="scheduler")
         if not source:
@@ -645,6 +769,7 @@ def build_noise_scheduler(args: argparse.Namespace) -> DDPMScheduler:
         beta_schedule=args.beta_schedule,
         prediction_type=args.prediction_type,
         timestep_spacing="trailing",  # few-step samplers must start at the last timestep (arXiv 2305.08891)
+        clip_sample=args.vae_model_name_or_path is None,  # latents have no range
     )
 
 
@@ -687,20 +812,63 @@ def build_ema(args: argparse.Namespace, model: ModelMixin) -> EMAModel | None:
     )
 
 
+def build_guidance_model(args: argparse.Namespace, model: ModelMixin, device: torch.device) -> ModelMixin | None:
+    """The weaker model of --validation_guidance_model, or None.
+
+    Raises:
+        ValueError: if it is not there or does not fit the model.
+    """
+    path = args.validation_guidance_model
+    if path is None:
+        return None
+    try:
+        guidance_model = load_network(path, model_class).to(device)
+    except OSError as error:
+        raise ValueError(f"--validation_guidance_model {path}: no such pipeline: {error}") from error
+    for what in ("in_channels", "out_channels"):
+        if model.config[what] != guidance_model.config[what]:
+            raise ValueError(
+                f"--validation_guidance_model {path} has {what} {guidance_model.config[what]}, "
+                f"the model {model.config[what]}"
+            )
+    if null_label(model) != null_label(guidance_model):
+        raise ValueError(
+            f"--validation_guidance_model {path} has {null_label(guidance_model)} classes, the model "
+            f"{null_label(model)}"
+        )
+    return guidance_model.requires_grad_(False).eval()
+
+
+def noise_shape(config: dict) -> tuple[int, int, int]:
+    """Channels, height and width of what the network of a complete config denoises."""
+    size = config["sample_size"]
+    return (config["in_channels"], *([size, size] if isinstance(size, int) else size))
+
+
+def build_dataset(
+    args: argparse.Namespace,
+    table: Table,
+    stream: PositionStream,
+    config: dict,
+    num_channels: int | None,
+    center_crop: bool,
+    random_flip: bool,
+) -> StreamDataset:
+    """Images or prepared latents by position, with the noise for the network of a complete config."""
+    if isinstance(table, LatentTable):
+        return LatentDataset(table, stream, random_flip, args.on_bad_image)
+    latent_shape = None if args.vae_model_name_or_path is None else noise_shape(config)
+    return ImageDataset(
+        table, stream, args.resolution, num_channels, center_crop, random_flip, args.on_bad_image, latent_shape
+    )
+
+
 def build_batches(
-    accelerator: Accelerator, args: argparse.Namespace, table: ImageTable, start_position: int
+    accelerator: Accelerator, args: argparse.Namespace, table: Table, config: dict, start_position: int
 ) -> Iterator[dict]:
     """Endless micro-batches of this process, from a position of the stream on."""
     stream = PositionStream(len(table), args.seed)
-    dataset = ImageDataset(
-        table,
-        stream,
-        args.resolution,
-        args.num_channels,
-        center_crop=args.center_crop,
-        random_flip=args.random_flip,
-        on_bad_image=args.on_bad_image,
-    )
+    dataset = build_dataset(args, table, stream, config, args.num_channels, args.center_crop, args.random_flip)
     shard = (accelerator.num_processes, accelerator.process_index)
     return iter(
         DataLoader(
@@ -734,9 +902,7 @@ def training_flops_per_image(config: dict) -> int:
     """
     with torch.device("meta"):
         model = model_class(config).from_config(config).eval()
-        size = config["sample_size"]
-        height, width = (size, size) if isinstance(size, int) else size
-        sample = torch.empty(1, config["in_channels"], height, width)
+        sample = torch.empty(1, *noise_shape(config))
         timestep = torch.zeros(1)
         # UNet2DModel must be given labels; ours takes None for the null class.
         needs_labels = isinstance(model, UNet2DModel) and config["num_class_embeds"] is not None
@@ -760,8 +926,11 @@ def compute_loss(
 ) -> torch.Tensor:
     """DDPM loss of each image (DDPM, Eq. 14), with min-SNR weights if asked for (arXiv 2303.09556).
 
+    A network that learns the variance, beside epsilon, also has the variational bound in its loss.
+
     Args:
-        model_pred: what the network made of the noisy images; shape (B, C, H, W).
+        model_pred: what the network made of the noisy images; shape (B, C, H, W), or (B, 2C, H, W) with a learned
+            variance as the second half of the channels.
         noise_scheduler: says what the prediction is of: `epsilon`, `sample` or `v_prediction`.
         clean_images: in [-1, 1]; shape (B, C, H, W).
         noise: standard normal; shape (B, C, H, W).
@@ -771,6 +940,10 @@ def compute_loss(
     Returns:
         Shape (B), float32.
     """
+    if model_pred.shape[1] == 2 * clean_images.shape[1]:
+        model_pred, variance = model_pred.chunk(2, dim=1)
+        bound = variance_bound(model_pred.detach() - noise, variance, noise_scheduler, clean_images, timesteps)
+        return compute_loss(model_pred, noise_scheduler, clean_images, noise, timesteps, snr_gamma) + bound
     prediction_type = noise_scheduler.config.prediction_type
     if prediction_type == "epsilon":
         target = noise
@@ -790,6 +963,64 @@ def compute_loss(
     return loss * weight
 
 
+@functools.lru_cache(maxsize=2)
+def bound_tables(noise_scheduler: DDPMScheduler, device: torch.device) -> torch.Tensor:
+    """What `variance_bound` needs at each timestep, computed in float64.
+
+    Returns:
+        Shape (3, T), float32: the factor from an error of the noise to that of the mean of x_{t-1} (DDPM, Eq. 11);
+        the log of the variance of q(x_{t-1} | x_t, x_0) (Eq. 7; at t = 0, where it is 0, that of t = 1), the lowest
+        that is learned; the log of beta_t, the highest.
+    """
+    betas = noise_scheduler.betas.double()
+    alphas_bar = torch.cumprod(1 - betas, 0)
+    factor = betas / ((1 - alphas_bar) * (1 - betas)).sqrt()
+    variance = betas[1:] * (1 - alphas_bar[:-1]) / (1 - alphas_bar[1:])
+    variance = torch.cat([variance[:1], variance])
+    return torch.stack([factor, variance.log(), betas.log()]).float().to(device)
+
+
+def variance_bound(
+    noise_error: torch.Tensor,
+    variance: torch.Tensor,
+    noise_scheduler: DDPMScheduler,
+    clean_images: torch.Tensor,
+    timesteps: torch.Tensor,
+) -> torch.Tensor:
+    """Variational bound of each image at its timestep, from which the variance is learned (arXiv 2102.09672, Eq. 4-6
+    and 15), in bits per dimension.
+
+    For t > 0 it is the divergence of q(x_{t-1} | x_t, x_0) from the network's Gaussian; for t = 0 the surprise at the
+    image, in bins of 1 / 255 to both sides that are open at -1 and 1.
+
+    Args:
+        noise_error: predicted minus true noise, detached, so that the bound trains the variance alone; shape
+            (B, C, H, W).
+        variance: from -1 for the variance of q to 1 for beta_t, on a log scale; shape (B, C, H, W).
+        noise_scheduler: the forward process.
+        clean_images: shape (B, C, H, W).
+        timesteps: int in [0, number of training timesteps); shape (B).
+
+    Returns:
+        Shape (B), float32.
+    """
+    tables = bound_tables(noise_scheduler, timesteps.device)[:, timesteps, None, None, None]  # (3, B, 1, 1, 1)
+    factor, lowest, highest = tables  # 3 x (B, 1, 1, 1)
+    error = factor * noise_error.float()  # of the mean; at t = 0 that is the image; (B, C, H, W)
+    fraction = (variance.float() + 1) / 2
+    log_variance = fraction * highest + (1 - fraction) * lowest  # (B, C, H, W)
+
+    spread = lowest - log_variance
+    divergence = 0.5 * (spread.exp() - spread - 1 + error.square() * torch.exp(-log_variance))  # (B, C, H, W)
+    inverse_deviation = torch.exp(-0.5 * log_variance)
+    above = torch.special.ndtr((error + 1 / 255) * inverse_deviation).where(clean_images < 0.999, 1)
+    below = torch.special.ndtr((error - 1 / 255) * inverse_deviation).where(clean_images > -0.999, 0)
+    surprise = -(above - below).clamp(min=1e-12).log()  # (B, C, H, W)
+
+    nats = torch.where(timesteps[:, None, None, None] == 0, surprise, divergence)
+    return nats.mean(dim=(1, 2, 3)) / math.log(2)
+
+
 def batch_timesteps(uniform: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:
     """Timesteps, int in [0, num_train_timesteps), shape (B), from numbers in [0, 1) of shape (B)."""
     return (uniform.double() * num_train_timesteps).long()
@@ -802,8 +1033,29 @@ def batch_labels(batch: dict, label_dropout: float, null: int | None) -> torch.T
     return torch.where(batch["dropout_uniform"] < label_dropout, null, batch["class_labels"])
 
 
+def clean_samples(batch: dict, vae: AutoencoderKL | None, device: torch.device) -> torch.Tensor:
+    """What is to be diffused, on the device: images, or with a VAE a sample of their latents; shape (B, C, H, W).
+
+    Latents are drawn from the encoder's Gaussian with the noise of the batch, so they too are a function of the
+    position.
+    """
+    if vae is None:
+        return batch["pixel_values"].to(device, non_blocking=True)
+    if "moments" in batch:
+        moments = batch["moments"].to(device, non_blocking=True)  # (B, 2C, H, W)
+    else:
+        moments = encode_moments(vae, batch["pixel_values"].to(device, non_blocking=True))  # (B, 2C, H, W)
+    posterior_noise = batch["posterior_noise"].to(device, non_blocking=True)
+    return sample_latents(moments, posterior_noise, vae.config.scaling_factor, vae.config.shift_factor or 0.0)
+
+
 def diffuse(
-    batch: dict, noise_scheduler: DDPMScheduler, label_dropout: float, null: int | None, device: torch.device
+    batch: dict,
+    noise_scheduler: DDPMScheduler,
+    label_dropout: float,
+    null: int | None,
+    vae: AutoencoderKL | None,
+    device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Moves a batch to the device and adds its noise at its timesteps.
 
@@ -812,16 +1064,17 @@ def diffuse(
         noise_scheduler: the forward process.
         label_dropout: share of the labels that becomes the null class.
         null: the null class, or None for an unconditional network.
+        vae: of a latent model, or None.
         device: of the results.
 
     Returns:
-        Noisy images, clean images and noise, each of shape (B, C, H, W); timesteps, shape (B); labels, shape (B), or
-        None.
+        Noisy images (or latents), clean ones and noise, each of shape (B, C, H, W); timesteps, shape (B); labels,
+        shape (B), or None.
     """
     timesteps = batch_timesteps(batch["time_uniform"], noise_scheduler.config.num_train_timesteps)
     labels = batch_labels(batch, label_dropout, null)
-    tensors = (batch["pixel_values"], batch["noise"], timesteps)
-    clean_images, noise, timesteps = (tensor.to(device, non_blocking=True) for tensor in tensors)
+    clean_images = clean_samples(batch, vae, device)
+    noise, timesteps = (tensor.to(device, non_blocking=True) for tensor in (batch["noise"], timesteps))
     labels = None if labels is None else labels.to(device, non_blocking=True)
     return noise_scheduler.add_noise(clean_images, noise, timesteps), clean_images, noise, timesteps, labels
 
@@ -916,10 +1169,11 @@ def sync_to_disk(path: Path) -> None:
 def write_checkpoint(folder: Path, accelerator: Accelerator, args: argparse.Namespace, state: TrainingState) -> None:
     """Writes all that a resumed run needs into a new folder; the manifest comes last."""
     shutil.rmtree(folder, ignore_errors=True)
-    state.model.save_pretrained(folder / "unet")
+    part = part_name(state.model)
+    state.model.save_pretrained(folder / part)
     if state.ema_model is not None:
         with ema_weights(state.ema_model, state.model):
-            state.model.save_pretrained(folder / "unet_ema")
+            state.model.save_pretrained(folder / f"{part}_ema")
     build_noise_scheduler(args).save_pretrained(folder / "scheduler")  # so that one can fine-tune from here
     torch.save(state.optimizer.state_dict(), folder / "optimizer.pt")
     numbers = {
@@ -1035,12 +1289,13 @@ def load_checkpoint(path: Path, accelerator: Accelerator, args: argparse.Namespa
             )
     if numbers["num_images"] != state.num_images:
         raise ValueError(f"{path} was trained on {numbers['num_images']} images, the data has {state.num_images}")
-    weights, wanted = load_weights(path / "unet"), state.model.state_dict()
+    part = part_name(state.model)
+    weights, wanted = load_weights(path / part), state.model.state_dict()
     if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in wanted.items()}:
         raise ValueError(f"{path} holds another network than --model_config and --model_kwargs describe")
     state.model.load_state_dict(weights)
     if state.ema_model is not None:
-        weights = load_weights(path / "unet_ema")
+        weights = load_weights(path / f"{part}_ema")
         with torch.no_grad():
             for (name, _), shadow in zip(state.model.named_parameters(), state.ema_model.shadow_params, strict=True):
                 shadow.copy_(weights[name])
@@ -1244,8 +1499,9 @@ def validation_loss(
     accelerator: Accelerator,
     args: argparse.Namespace,
     model: ModelMixin,
+    vae: AutoencoderKL | None,
     noise_scheduler: DDPMScheduler,
-    table: ImageTable,
+    table: Table,
     stop: StopRequest,
 ) -> dict[str, float] | None:
     """Loss on held-out images at fixed noise and evenly spread timesteps, in all and by timestep quartile.
@@ -1253,10 +1509,8 @@ def validation_loss(
     None if a stop was asked for in the middle.
     """
     stream = PositionStream(len(table), seed=0)
-    num_channels = model.config.in_channels
-    dataset = ImageDataset(
-        table, stream, args.resolution, num_channels, center_crop=True, on_bad_image=args.on_bad_image
-    )
+    num_channels = model.config.in_channels if vae is None else vae.config.in_channels
+    dataset = build_dataset(args, table, stream, model.config, num_channels, center_crop=True, random_flip=False)
     num_positions = min(len(table), args.validation_loss_images)
     positions = [(p, stream.index(p)) for p in range(num_positions)]
     batches = [positions[i : i + args.train_batch_size] for i in range(0, num_positions, args.train_batch_size)]
@@ -1273,7 +1527,7 @@ def validation_loss(
         report_bad_images(batch["bad_images"], bad_images)
         batch["time_uniform"] = (batch["position"] + 0.5) / num_positions
         noisy_images, clean_images, noise, timesteps, labels = diffuse(
-            batch, noise_scheduler, 0.0, null_label(model), accelerator.device
+            batch, noise_scheduler, 0.0, null_label(model), vae, accelerator.device
         )
         model_pred = model(noisy_images, timesteps, class_labels=labels).sample
         loss = compute_loss(model_pred, noise_scheduler, clean_images, noise, timesteps)
@@ -1283,11 +1537,23 @@ def validation_loss(
     return None if stop.is_wanted_anywhere() else bin_means(accelerator, bins, "validation/loss")
 
 
+def build_pipeline(
+    model: ModelMixin,
+    vae: AutoencoderKL | None,
+    scheduler: DDPMScheduler | DDIMScheduler,
+    id2label: dict[str, str] | None = None,
+) -> DiffiTPipeline:
+    """What draws previews, and what a class-conditional or latent run saves."""
+    return DiffiTPipeline(scheduler=scheduler, id2label=id2label, vae=vae, **{"unet": None, part_name(model): model})
+
+
 @torch.no_grad()
 def draw_preview(
     accelerator: Accelerator,
     args: argparse.Namespace,
     model: ModelMixin,
+    vae: AutoencoderKL | None,
+    guidance_model: ModelMixin | None,
     noise_scheduler: DDPMScheduler,
     stop: StopRequest,
 ) -> list[PIL.Image.Image] | None:
@@ -1295,7 +1561,7 @@ def draw_preview(
 
     None if a stop was asked for in the middle.
     """
-    pipeline = DiffiTPipeline(model, DDIMScheduler.from_config(noise_scheduler.config))
+    pipeline = build_pipeline(model, vae, DDIMScheduler.from_config(noise_scheduler.config))
     pipeline.set_progress_bar_config(disable=True)
     num_images, num_processes = args.num_validation_images, accelerator.num_processes
     share = math.ceil(num_images / num_processes)
@@ -1311,7 +1577,12 @@ def draw_preview(
                 class_labels=None if null is None else [seed % null for seed in chunk],
                 batch_size=len(chunk),
                 num_inference_steps=args.validation_inference_steps,
-                guidance_scale=1.0 if null is None else args.validation_guidance_scale,
+                guidance_scale=1.0 if null is None and guidance_model is None else args.validation_guidance_scale,
+                guidance_schedule=args.validation_guidance_schedule,
+                guidance_power=args.validation_guidance_power,
+                guidance_interval=args.validation_guidance_interval,
+                guidance_channels=args.validation_guidance_channels,
+                guidance_model=guidance_model,
                 generator=[torch.Generator().manual_seed(seed) for seed in chunk],
                 output_type="pt",
             ).images.to(accelerator.device)
@@ -1327,9 +1598,11 @@ def log_validation(
     accelerator: Accelerator,
     args: argparse.Namespace,
     state: TrainingState,
+    vae: AutoencoderKL | None,
+    guidance_model: ModelMixin | None,
     noise_scheduler: DDPMScheduler,
-    table: ImageTable,
-    validation_table: ImageTable | None,
+    table: Table,
+    validation_table: Table | None,
     stop: StopRequest,
 ) -> bool:
     """With the EMA weights: held-out loss, preview grid, and the pipeline folder. To be called by all processes.
@@ -1341,9 +1614,9 @@ def log_validation(
     with ema_weights(state.ema_model, model):
         values, images = {}, None
         if validation_table is not None:
-            values = validation_loss(accelerator, args, model, noise_scheduler, validation_table, stop)
+            values = validation_loss(accelerator, args, model, vae, noise_scheduler, validation_table, stop)
         if values is not None:
-            images = draw_preview(accelerator, args, model, noise_scheduler, stop)
+            images = draw_preview(accelerator, args, model, vae, guidance_model, noise_scheduler, stop)
         if images is not None:
             accelerator.log(values, step=state.global_step)
         if images is not None and accelerator.is_main_process:
@@ -1355,7 +1628,7 @@ def log_validation(
             for tracker in accelerator.trackers:
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": stacked}, step=state.global_step, **options)
-            save_pipeline(args, state, noise_scheduler, table, grid, values)
+            save_pipeline(args, state, vae, noise_scheduler, table, grid, values)
     model.train()
     accelerator.wait_for_everyone()
     if images is None:
@@ -1366,8 +1639,9 @@ def log_validation(
 def save_pipeline(
     args: argparse.Namespace,
     state: TrainingState,
+    vae: AutoencoderKL | None,
     noise_scheduler: DDPMScheduler,
-    table: ImageTable,
+    table: Table,
     grid: PIL.Image.Image,
     validation: dict[str, float],
 ) -> None:
@@ -1375,9 +1649,10 @@ def save_pipeline(
     output_dir = Path(args.output_dir)
     folder = output_dir / "tmp-pipeline"
     shutil.rmtree(folder, ignore_errors=True)
-    if args.class_conditional:
-        id2label = {str(number): name for number, name in enumerate(table.class_names)}
-        DiffiTPipeline(state.model, noise_scheduler, id2label=id2label).save_pretrained(folder)
+    if args.class_conditional or part_name(state.model) == "transformer":
+        names = table.class_names if args.class_conditional else ()
+        id2label = {str(number): name for number, name in enumerate(names)} or None
+        build_pipeline(state.model, vae, noise_scheduler, id2label).save_pretrained(folder)
     else:
         DDPMPipeline(state.model, noise_scheduler).save_pretrained(folder)
         (output_dir / "diffit_pipeline.py").unlink(missing_ok=True)
@@ -1392,7 +1667,7 @@ def save_pipeline(
 
 
 def model_card(
-    args: argparse.Namespace, state: TrainingState, table: ImageTable, validation: dict[str, float]
+    args: argparse.Namespace, state: TrainingState, table: Table, validation: dict[str, float]
 ) -> ModelCard:
     """What was trained on what, and how to load it."""
     name = args.hub_model_id or Path(args.output_dir).resolve().name
@@ -1452,7 +1727,7 @@ def push_to_hub(args: argparse.Namespace) -> None:
     """
     api = HfApi(token=args.hub_token)
     repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
-    patterns = [*PIPELINE_FILES, "unet/*", "scheduler/*"]
+    patterns = [*PIPELINE_FILES, "unet/*", "transformer/*", "vae/*", "scheduler/*"]
     try:
         repo_id = api.create_repo(repo_id, private=args.hub_private_repo, exist_ok=True).repo_id
         if args.hub_private_repo and not api.model_info(repo_id).private:
@@ -1505,15 +1780,17 @@ def train(
     # 1. set up
     checkpoint = on_main_process(accelerator, find_checkpoint, args)
     table, validation_table = on_all_processes(accelerator, build_tables, args)
-    config = resolve_model_config(args, config, table)
+    config = resolve_model_config(args, config, table, outline_vae(args))
     resolve_duration(args, len(table))
     check_agreement(accelerator, {"the training data": table.digest(), "the model config": config})
     if args.dry_run:
         print_dry_run(accelerator, args, config, table, validation_table)
         return
     torch.manual_seed(args.seed)
-    raw_model = build_model(config, args.pretrained_model_name_or_path)
+    raw_model = build_model(config, args.pretrained_model_name_or_path, args.reset_class_embeddings)
     set_up_model(accelerator, args, raw_model)
+    vae = build_vae(args, table, accelerator.device)
+    guidance_model = build_guidance_model(args, raw_model, accelerator.device)
     noise_scheduler = build_noise_scheduler(args)
     raw_optimizer = build_optimizer(args, raw_model)
     lr_scheduler = build_lr_scheduler(args, raw_optimizer)
@@ -1525,7 +1802,7 @@ def train(
         load_checkpoint(checkpoint, accelerator, args, state)
     prepare_output_dir(accelerator, args, state.global_step)
     model, optimizer = accelerator.prepare(raw_model, raw_optimizer)
-    batches = build_batches(accelerator, args, table, state.position)
+    batches = build_batches(accelerator, args, table, config, state.position)
     arguments = public_args(args)
     accelerator.init_trackers(
         PROJECT,
@@ -1534,11 +1811,15 @@ def train(
     )
     describe_run(accelerator, args, raw_model, table, validation_table)
     stop = StopRequest(started, args.max_train_time)
+    validate = functools.partial(
+        log_validation,
+        *(accelerator, args, state, vae, guidance_model, noise_scheduler, table, validation_table, stop),
+    )
     validated = True
     if state.global_step >= args.max_train_steps:
         logger.info(f"nothing left to train: {checkpoint} is at step {state.global_step} of {args.max_train_steps}")
         # It may have been cut off.
-        validated = log_validation(accelerator, args, state, noise_scheduler, table, validation_table, stop)
+        validated = validate()
 
     # 3. train
     null = null_label(raw_model)
@@ -1554,7 +1835,7 @@ def train(
             batch = next(batches)
             report_bad_images(batch["bad_images"], bad_images)
             noisy_images, clean_images, noise, timesteps, labels = diffuse(
-                batch, noise_scheduler, args.label_dropout, null, accelerator.device
+                batch, noise_scheduler, args.label_dropout, null, vae, accelerator.device
             )
             seed_dropout(args.seed, int(batch["position"][0]))
             with accelerator.accumulate(model):
@@ -1587,7 +1868,7 @@ def train(
         if stopping and not finished:
             break
         if is_due(state.global_step, args.validation_steps, args.max_train_steps):
-            validated = log_validation(accelerator, args, state, noise_scheduler, table, validation_table, stop)
+            validated = validate()
         log_time += time.perf_counter() - paused  # images/s is of training alone
 
     # 4. finish
@@ -1609,7 +1890,7 @@ def describe_launch(args: argparse.Namespace, config: dict) -> dict:
 
     Where the data lies may differ from machine to machine: the images themselves are compared later.
     """
-    places = {"train_data_dir", "train_data_file", "cache_dir"}
+    places = {"train_data_dir", "train_data_file", "latents_dir", "cache_dir"}
     arguments = {f"--{key}": value for key, value in public_args(args).items() if key not in places}
     here = Path(__file__).parent
     code = {f.name: file_digest(f)["sha256"][:8] for f in sorted([*here.glob("diffit_*.py"), Path(__file__)])}
@@ -1673,8 +1954,8 @@ def describe_run(
     accelerator: Accelerator,
     args: argparse.Namespace,
     model: ModelMixin,
-    table: ImageTable,
-    validation_table: ImageTable | None,
+    table: Table,
+    validation_table: Table | None,
 ) -> None:
     """Logs the sizes of the run."""
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -1695,8 +1976,8 @@ def print_dry_run(
     accelerator: Accelerator,
     args: argparse.Namespace,
     config: dict,
-    table: ImageTable,
-    validation_table: ImageTable | None,
+    table: Table,
+    validation_table: Table | None,
 ) -> None:
     """Prints the resolved arguments, parameters and FLOPs. The network exists on the meta device only."""
     with torch.device("meta"):

@@ -1,0 +1,292 @@
+"""Training in latents: the learned variance, checkpoints and folders, and fine-tuning from converted weights."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run, train
+from diffusers import AutoencoderKL, DDPMScheduler
+from safetensors.torch import load_file, save_file
+from test_convert import nvidia_tensors
+from test_train import assert_same_files, losses
+from torch.distributions import Normal, kl_divergence
+
+import convert_nvidia_checkpoint
+import train_diffit
+from diffit_data import ImageDataset, PositionStream, collate, load_image_table
+from diffit_model import DiffiTTransformer2DModel, model_class
+from diffit_pipeline import DiffiTPipeline
+
+TINY_TRANSFORMER = {
+    "_class_name": "DiffiTTransformer2DModel",
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "in_channels": 2,
+    "out_channels": 4,
+    "num_layers": 2,
+    "sample_size": 4,
+    "patch_size": 1,
+}
+PARTS = [f"{folder}/diffusion_pytorch_model.safetensors" for folder in ("transformer", "transformer_ema")]
+
+
+@pytest.fixture(scope="module")
+def tiny_vae(tmp_path_factory) -> Path:
+    """From 8 x 8 colour images to 4 x 4 latents of two channels."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    vae = AutoencoderKL(
+        **blocks,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=2,
+        norm_num_groups=4,
+        scaling_factor=0.7,
+    )
+    folder = tmp_path_factory.mktemp("vae")
+    vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def transformer_config(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("config") / "transformer.json"
+    file.write_text(json.dumps(TINY_TRANSFORMER))
+    return file
+
+
+@pytest.fixture
+def latent_args(base_args, transformer_config, tiny_vae, tmp_path) -> list[str]:
+    flags = [f"--model_config={transformer_config}", f"--vae_model_name_or_path={tiny_vae}"]
+    return [*base_args, *flags, f"--output_dir={tmp_path / 'run'}"]
+
+
+# --- the learned variance
+
+
+@pytest.fixture
+def bound_inputs() -> dict[str, torch.Tensor]:
+    """Two images, of which one reaches both ends of the range, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 3, 4, 4)
+    clean = torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
+    clean[1, 0] = 1.0
+    clean[1, 1] = -1.0
+    draw = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name in ("noise", "error")}
+    variance = torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
+    return {"clean": clean, "variance": variance, **draw}
+
+
+def coefficients(t: int) -> tuple[float, float, float, float]:
+    """beta_t, alpha-bar_t, alpha-bar_{t-1} and the variance of q(x_{t-1} | x_t, x_0), of linear betas."""
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float32).double()
+    bars = torch.cumprod(1 - betas, 0).tolist()
+    before = bars[t - 1] if t > 0 else 1.0
+    beta = betas[t].item()
+    return beta, bars[t], before, beta * (1 - before) / (1 - bars[t])
+
+
+def network_gaussian(t: int, clean, noise, error, variance) -> Normal:
+    """p(x_{t-1} | x_t) of improved DDPM for a network that predicts `noise + error` and `variance`."""
+    beta, bar, before, posterior = coefficients(t)
+    noisy = math.sqrt(bar) * clean + math.sqrt(1 - bar) * noise
+    clean_pred = (noisy - math.sqrt(1 - bar) * (noise + error)) / math.sqrt(bar)
+    mean = beta * math.sqrt(before) / (1 - bar) * clean_pred
+    mean = mean + (1 - before) * math.sqrt(1 - beta) / (1 - bar) * noisy
+    lowest = math.log(coefficients(max(t, 1))[3])
+    log_variance = (variance + 1) / 2 * math.log(beta) + (1 - variance) / 2 * lowest
+    return Normal(mean, torch.exp(0.5 * log_variance))
+
+
+@pytest.mark.parametrize("t", [1, 2, 17, 500, 999])
+def test_variance_bound_is_the_divergence_of_two_gaussians(t, bound_inputs):
+    inputs = {name: bound_inputs[name] for name in ("clean", "noise", "error", "variance")}
+    beta, bar, before, posterior = coefficients(t)
+    noisy = math.sqrt(bar) * inputs["clean"] + math.sqrt(1 - bar) * inputs["noise"]
+    true_mean = beta * math.sqrt(before) / (1 - bar) * inputs["clean"]
+    true_mean = true_mean + (1 - before) * math.sqrt(1 - beta) / (1 - bar) * noisy
+    divergence = kl_divergence(Normal(true_mean, math.sqrt(posterior)), network_gaussian(t, **inputs))
+    expected = divergence.mean(dim=(1, 2, 3)) / math.log(2)
+    got = train_diffit.variance_bound(
+        inputs["error"], inputs["variance"], DDPMScheduler(), inputs["clean"], torch.full((2,), t)
+    )
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_variance_bound_at_the_first_timestep_is_the_surprise_at_the_image(bound_inputs):
+    """Bins of 1/255 to both sides, open at -1 and 1."""
+    inputs = {name: bound_inputs[name] for name in ("clean", "noise", "error", "variance")}
+    inputs["error"] = 0.1 * inputs["error"]
+    gaussian = network_gaussian(0, **inputs)
+    above = torch.where(inputs["clean"] >= 1, 1.0, gaussian.cdf(inputs["clean"] + 1 / 255))
+    below = torch.where(inputs["clean"] <= -1, 0.0, gaussian.cdf(inputs["clean"] - 1 / 255))
+    expected = -torch.log2((above - below).clamp(min=1e-12)).mean(dim=(1, 2, 3))
+    got = train_diffit.variance_bound(
+        inputs["error"], inputs["variance"], DDPMScheduler(), inputs["clean"], torch.zeros(2, dtype=torch.long)
+    )
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_bound_is_added_to_the_loss_and_trains_the_variance_alone(bound_inputs):
+    scheduler, timesteps = DDPMScheduler(), torch.tensor([0, 400])
+    clean, noise = (bound_inputs[name].float() for name in ("clean", "noise"))
+    model_pred = torch.cat([noise + bound_inputs["error"], bound_inputs["variance"]], dim=1).float().requires_grad_()
+    loss = train_diffit.compute_loss(model_pred, scheduler, clean, noise, timesteps)
+    error, variance = model_pred.detach()[:, :3] - noise, model_pred.detach()[:, 3:]
+    bound = train_diffit.variance_bound(error, variance, scheduler, clean, timesteps)
+    torch.testing.assert_close(loss, error.square().mean(dim=(1, 2, 3)) + bound)
+    loss.sum().backward()
+    torch.testing.assert_close(model_pred.grad[:, :3], 2 * error / error[0].numel())  # of the squared error alone
+    assert model_pred.grad[:, 3:].abs().min() > 0
+
+
+# --- training
+
+
+def test_latent_run_is_saved_resumed_and_sampled(latent_args, tiny_vae, tmp_path):
+    flags = ["--max_train_steps=4", "--checkpointing_steps=2", "--validation_fraction=0.25", "--random_flip"]
+    guidance = ["--validation_guidance_scale=2", "--validation_guidance_schedule=power_cosine"]
+    guidance += ["--validation_guidance_interval", "0.1", "0.9", "--validation_guidance_channels=1"]
+    train([*latent_args, *flags, *guidance])
+    here = tmp_path / "run"
+    other = [*latent_args, *flags, *guidance, f"--output_dir={tmp_path / 'other'}"]
+    train([*other, "--max_train_steps=2"])
+    train([*other, "--resume_from_checkpoint=latest", "--dataloader_num_workers=1"])
+    assert_same_files(here / "checkpoint-4", tmp_path / "other/checkpoint-4", [*PARTS, "optimizer.pt"])
+
+    pipe = DiffiTPipeline.from_folder(str(here), model_class, "ddpm")
+    assert type(pipe.transformer) is DiffiTTransformer2DModel
+    assert pipe.scheduler.config.variance_type == "learned_range"
+    torch.testing.assert_close(pipe.vae.state_dict(), AutoencoderKL.from_pretrained(tiny_vae).state_dict())
+    script = (
+        "from diffusers import DiffusionPipeline\n"
+        f"pipe = DiffusionPipeline.from_pretrained({str(here)!r}, trust_remote_code=True)\n"
+        "assert type(pipe).__name__ == 'DiffiTPipeline', type(pipe)\n"
+        "images = pipe(class_labels=['red', 'blue'], guidance_scale=2.0, num_inference_steps=2).images\n"
+        "assert images[1].size == (8, 8)\n"
+    )
+    run(["-c", script], cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
+
+
+def test_unconditional_latent_run_is_saved(latent_args, tmp_path):
+    train([*latent_args, "--no-class_conditional", "--max_train_steps=1"])
+    images = DiffiTPipeline.from_folder(str(tmp_path / "run"), model_class)(num_inference_steps=2).images
+    assert images[0].size == (8, 8)
+
+
+def test_preview_takes_a_weaker_model(latent_args, tmp_path):
+    train([*latent_args, "--max_train_steps=1", "--learning_rate=0.1", f"--output_dir={tmp_path / 'weak'}"])
+    flags = [f"--validation_guidance_model={tmp_path / 'weak'}", "--validation_guidance_scale=3"]
+    grids = {}
+    for name, extra in {"guided": flags, "plain": []}.items():
+        arguments = ["--max_train_steps=2", "--lr_warmup_steps=0", f"--output_dir={tmp_path / name}", *extra]
+        train([*latent_args, *arguments])
+        grids[name] = (tmp_path / name / "sample_grid.png").read_bytes()
+    assert grids["guided"] != grids["plain"]
+    with pytest.raises(ValueError, match="--validation_guidance_model .* has 3 classes"):
+        train([*latent_args, *flags, "--no-class_conditional", f"--output_dir={tmp_path / 'other'}"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--resolution=9"], "--resolution 9x9: must be multiples of 2"),
+        (["--resolution=8x12", "--model_kwargs", "patch_size=4"], "patch_size"),
+        (["--num_channels=1"], "--num_channels 1: the VAE takes 3"),
+        (["--model_kwargs", "in_channels=4"], "in_channels 4, the latents of .* have 2"),
+        (["--model_kwargs", "out_channels=3"], "out_channels 3"),
+        (["--vae_model_name_or_path=no/where"], "--vae_model_name_or_path no/where: no such config"),
+        (["--validation_guidance_model=no/where"], "--validation_guidance_model no/where"),
+    ],
+)
+def test_latent_settings_that_cannot_work_are_refused(flags, words, latent_args):
+    with pytest.raises(ValueError, match=words):
+        train([*latent_args, *flags])
+
+
+def test_dry_run_reads_no_weights(latent_args, transformer_config, tiny_vae, tmp_path, capsys):
+    outline = tmp_path / "outline"
+    outline.mkdir()
+    (outline / "config.json").write_text((tiny_vae / "config.json").read_text())
+    train([*latent_args, f"--vae_model_name_or_path={outline}", "--dry_run"])
+    assert '"num_embeds_ada_norm": 3' in capsys.readouterr().out
+
+
+# --- fine-tuning from NVIDIA's weights
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory) -> Path:
+    """A folder made by the converter from random weights in NVIDIA's layout, of 1,000 classes."""
+    root = tmp_path_factory.mktemp("nvidia")
+    save_file(nvidia_tensors(in_channels=2, out_channels=4, patch=1), root / "diffit.safetensors")
+    arguments = ["--checkpoint", str(root / "diffit.safetensors"), "--output_dir", str(root / "converted")]
+    convert_nvidia_checkpoint.main(convert_nvidia_checkpoint.parse_args(arguments))
+    return root / "converted"
+
+
+@pytest.fixture
+def finetuning_args(converted, tiny_vae, tmp_path) -> list[str]:
+    """The included digits, 10 classes, from converted weights."""
+    return [
+        f"--pretrained_model_name_or_path={converted}",
+        f"--vae_model_name_or_path={tiny_vae}",
+        f"--train_data_file={ROOT / 'data/digits.parquet'}",
+        "--class_conditional",
+        "--train_batch_size=16",
+        "--logging_steps=1",
+        "--num_validation_images=2",
+        "--validation_inference_steps=2",
+        "--lr_warmup_steps=0",
+        f"--output_dir={tmp_path / 'run'}",
+    ]
+
+
+def test_finetuning_starts_from_the_loss_of_the_converted_model(
+    finetuning_args, converted, tiny_vae, tmp_path, caplog
+):
+    """All labels null: the class rows that start anew play no part."""
+    train([*finetuning_args, "--label_dropout=1", "--max_train_steps=1"])
+    assert "10 class embeddings start anew, the null class is kept" in caplog.text
+
+    model = DiffiTTransformer2DModel.from_pretrained(converted, subfolder="transformer")
+    vae, scheduler = AutoencoderKL.from_pretrained(tiny_vae), DDPMScheduler()
+    table = load_image_table(train_data_file=str(ROOT / "data/digits.parquet"))
+    stream = PositionStream(len(table), seed=0)
+    dataset = ImageDataset(table, stream, (8, 8), 3, latent_shape=(2, 4, 4))
+    batch = collate([dataset[(p, stream.index(p))] for p in range(16)])
+    with torch.no_grad():
+        posterior = vae.encode(batch["pixel_values"]).latent_dist
+        clean = 0.7 * (posterior.mean + posterior.std * batch["posterior_noise"])
+        timesteps = (batch["time_uniform"].double() * 1000).long()
+        model_pred = model(scheduler.add_noise(clean, batch["noise"], timesteps), timesteps, None).sample
+        expected = train_diffit.compute_loss(model_pred, scheduler, clean, batch["noise"], timesteps).mean().item()
+    assert losses(tmp_path / "run") == pytest.approx([expected], rel=1e-6)
+
+
+def test_finetuning_from_converted_weights_lowers_the_loss(finetuning_args, tmp_path):
+    train([*finetuning_args, "--max_train_steps=60", "--learning_rate=1e-3"])
+    values = losses(tmp_path / "run")
+    assert sum(values[-10:]) < 0.5 * sum(values[:10])
+
+
+def test_class_rows_start_anew_only_if_asked_for(finetuning_args, tmp_path, caplog):
+    """From a run of 10 classes to another of the same."""
+    train([*finetuning_args, "--max_train_steps=1"])
+    again = [*finetuning_args, f"--pretrained_model_name_or_path={tmp_path / 'run'}", "--learning_rate=0"]
+    kept = load_file(tmp_path / "run/transformer/diffusion_pytorch_model.safetensors")["class_embedding.weight"]
+    for flags, same in ((["--no-reset_class_embeddings"], True), (["--reset_class_embeddings"], False)):
+        folder = tmp_path / str(same)
+        train([*again, *flags, "--max_train_steps=1", f"--output_dir={folder}"])
+        rows = load_file(folder / "transformer/diffusion_pytorch_model.safetensors")["class_embedding.weight"]
+        assert torch.equal(rows[:-1], kept[:-1]) is same
+        assert torch.equal(rows[-1], kept[-1])
+
+
+def test_finetuning_at_another_resolution_says_what_it_interpolates(finetuning_args, tmp_path, caplog):
+    train([*finetuning_args, "--max_train_steps=1", "--resolution=12"])
+    assert "relative_position_bias_table interpolated from 4 x 4 to 6 x 6 tokens" in caplog.text
+    config = json.loads((tmp_path / "run/transformer/config.json").read_text())
+    assert config["sample_size"] == 6
