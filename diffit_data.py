@@ -16,6 +16,7 @@ Shapes: B batch, C channels, H/W height/width in pixels, c channels and h/w heig
 table.
 """
 
+import argparse
 import contextlib
 import glob
 import hashlib
@@ -355,6 +356,14 @@ def _list_zip(root: Path) -> list[str]:
         if not entry.is_dir() and not any(_is_hidden(part) for part in entry.filename.split("/")):
             names.append(entry.filename)
     return sorted(names)
+
+
+def resolution_type(text: str) -> tuple[int, int]:
+    """An argparse type: height and width in pixels from `N` or `HxW`."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not match or 0 in (size := (int(match[1]), int(match[2] or match[1]))):
+        raise argparse.ArgumentTypeError(f"expected N or HxW with positive numbers, got {text!r}")
+    return size
 
 
 def load_image_table(

@@ -1,0 +1,135 @@
+# Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Trains a small `AutoencoderKL`, for latents of data that the VAEs of Stable Diffusion are too large for.
+
+    python scripts/train_vae.py --train_data_file data/digits.parquet --output_dir outputs/vae-digits
+
+The defaults are for the included digits, drawn at 32 x 32 pixels: latents of 4 x 8 x 8, two minutes on one CPU core.
+Mean squared error plus a small KL term; no perceptual or adversarial loss, which photographs need.
+The scaling factor in the saved config is 1 / (standard deviation of the latents), so that these have unit variance.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from diffit_data import (  # noqa: E402
+    ImageDataset,
+    ImageTable,
+    PositionStream,
+    StreamBatchSampler,
+    collate,
+    detect_num_channels,
+    load_image_table,
+    split_table,
+)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--train_data_dir", help="folder or zip of images, see train_diffit.py")
+    parser.add_argument("--train_data_file", help="a parquet file")
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--resolution", type=int, default=32, help="height and width in pixels")
+    parser.add_argument(
+        "--block_out_channels", type=int, nargs="+", default=[16, 32, 32], help="each but the first halves the size"
+    )
+    parser.add_argument("--latent_channels", type=int, default=4)
+    parser.add_argument("--kl_weight", type=float, default=1e-2, help="of the KL term per pixel and channel")
+    parser.add_argument("--max_train_steps", type=int, default=300)
+    parser.add_argument("--train_batch_size", type=int, default=64)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def read_batches(table: ImageTable, args: argparse.Namespace, num_channels: int) -> Iterator[torch.Tensor]:
+    """Endless batches of images (B, C, H, W) in [-1, 1], cropped to the centre."""
+    stream = PositionStream(len(table), args.seed)
+    size = (args.resolution, args.resolution)
+    dataset = ImageDataset(table, stream, size, num_channels, center_crop=True)
+    loader = DataLoader(dataset, batch_sampler=StreamBatchSampler(stream, args.train_batch_size), collate_fn=collate)
+    return (batch["pixel_values"] for batch in loader)
+
+
+def build_vae(args: argparse.Namespace, num_channels: int) -> AutoencoderKL:
+    """A new network of a few layers, without attention."""
+    num_levels = len(args.block_out_channels)
+    return AutoencoderKL(
+        in_channels=num_channels,
+        out_channels=num_channels,
+        down_block_types=("DownEncoderBlock2D",) * num_levels,
+        up_block_types=("UpDecoderBlock2D",) * num_levels,
+        block_out_channels=tuple(args.block_out_channels),
+        layers_per_block=1,
+        latent_channels=args.latent_channels,
+        norm_num_groups=math.gcd(8, *args.block_out_channels),
+        sample_size=args.resolution,
+        mid_block_add_attention=False,
+    )
+
+
+def compute_loss(vae: AutoencoderKL, images: torch.Tensor, kl_weight: float) -> torch.Tensor:
+    """Squared error of the decoded latents plus the KL divergence to a standard normal, both per pixel and channel."""
+    posterior = vae.encode(images).latent_dist
+    reconstruction = vae.decode(posterior.sample()).sample
+    return F.mse_loss(reconstruction, images) + kl_weight * posterior.kl().mean() / images[0].numel()
+
+
+@torch.no_grad()
+def measure_psnr(vae: AutoencoderKL, images: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio of images after encoding, sampling and decoding; in dB."""
+    reconstruction = vae.decode(vae.encode(images).latent_dist.sample()).sample.clamp(-1, 1)
+    return -10 * math.log10(F.mse_loss(reconstruction, images).item() / 4)  # the range of values is 2
+
+
+@torch.no_grad()
+def measure_std(vae: AutoencoderKL, batches: Iterator[torch.Tensor]) -> float:
+    """Standard deviation of latents drawn from the posterior."""
+    return torch.cat([vae.encode(images).latent_dist.sample() for images in batches]).std().item()
+
+
+def main(args: argparse.Namespace) -> None:
+    """Trains, measures on held-out images, and saves."""
+    torch.manual_seed(args.seed)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    table = load_image_table(train_data_dir=args.train_data_dir, train_data_file=args.train_data_file)
+    num_channels = detect_num_channels(table)
+    training_table, held_out_table = split_table(table, 0.05)
+    batches = (images.to(device) for images in read_batches(training_table, args, num_channels))
+    vae = build_vae(args, num_channels).to(device)
+    optimizer = torch.optim.AdamW(vae.parameters(), args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    lr_scheduler = get_cosine_schedule_with_warmup(optimizer, 20, args.max_train_steps)
+
+    progress = tqdm(islice(batches, args.max_train_steps), total=args.max_train_steps)
+    for images in progress:
+        loss = compute_loss(vae, images, args.kl_weight)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        lr_scheduler.step()
+        progress.set_postfix(loss=f"{loss.item():.4f}")
+
+    vae.eval()
+    vae.register_to_config(scaling_factor=1 / measure_std(vae, islice(batches, 8)))
+    vae.save_pretrained(args.output_dir)
+    psnr = measure_psnr(vae, next(read_batches(held_out_table, args, num_channels)).to(device))
+    print(f"{args.output_dir}: scaling factor {vae.config.scaling_factor:.4f}, PSNR of held-out images {psnr:.1f} dB")
+
+
+if __name__ == "__main__":
+    main(parse_args())
