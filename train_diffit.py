@@ -65,6 +65,7 @@ from diffit_data import (
     load_vae,
     pixels_per_latent,
     position_generator,
+    resolution_type,
     sample_latents,
     split_table,
     vae_description,
@@ -125,14 +126,6 @@ ALTERNATIVES = (
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags
-
-
-def resolution_type(text: str) -> tuple[int, int]:
-    """Height and width in pixels from `N` or `HxW`."""
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    if not match or 0 in (size := (int(match[1]), int(match[2] or match[1]))):
-        raise argparse.ArgumentTypeError(f"expected N or HxW with positive numbers, got {text!r}")
-    return size
 
 
 def number_type(kind: type, minimum: float, maximum: float = math.inf, open_ends: bool = False):

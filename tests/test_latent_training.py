@@ -170,6 +170,25 @@ def test_latent_run_is_saved_resumed_and_sampled(latent_args, tiny_vae, tmp_path
     run(["-c", script], cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
 
 
+def test_prepared_latents_train_like_those_encoded_on_the_way(latent_args, image_folder, tiny_vae, tmp_path):
+    flags = ["--max_train_steps=6", "--center_crop", "--random_flip", "--num_channels=3"]
+    train([*latent_args, *flags])
+    prepared = tmp_path / "latents"
+    source = [f"--train_data_dir={image_folder}", "--resolution=8", f"--output_dir={prepared}"]
+    run(["scripts/prepare_latents.py", f"--vae_model_name_or_path={tiny_vae}", *source])
+    without = [flag for flag in latent_args if not flag.startswith("--train_data_dir")]
+    other = [*without, *flags, f"--latents_dir={prepared}", f"--output_dir={tmp_path / 'other'}"]
+    train(other)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "other"), rel=1e-5)
+    again = [*other, "--overwrite_output_dir"]
+    with pytest.raises(ValueError, match="was made from images of"):
+        train([*again, "--resolution=16"])
+    config = dict(AutoencoderKL.load_config(tiny_vae)) | {"scaling_factor": 0.5}
+    AutoencoderKL.from_config(config).save_pretrained(tmp_path / "other_vae")
+    with pytest.raises(ValueError, match="was made by a VAE with"):
+        train([*again, f"--vae_model_name_or_path={tmp_path / 'other_vae'}"])
+
+
 def test_unconditional_latent_run_is_saved(latent_args, tmp_path):
     train([*latent_args, "--no-class_conditional", "--max_train_steps=1"])
     images = DiffiTPipeline.from_folder(str(tmp_path / "run"), model_class)(num_inference_steps=2).images
