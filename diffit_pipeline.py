@@ -83,6 +83,11 @@ def image_grid(images: list[PIL.Image.Image], columns: int | None = None, rows: 
     return make_image_grid(tiles + [blank] * (columns * rows - len(tiles)), rows, columns)
 
 
+def part_name(network: torch.nn.Module) -> str:
+    """Folder of a network in pipelines and checkpoints: `"transformer"` for those of latents, else `"unet"`."""
+    return "transformer" if "num_embeds_ada_norm" in network.config else "unet"
+
+
 def null_label(network: torch.nn.Module) -> int | None:
     """Index of the null class for classifier-free guidance, or None for an unconditional network.
 

@@ -13,20 +13,18 @@ import argparse
 import contextlib
 import difflib
 import functools
-import hashlib
 import inspect
 import json
 import logging
 import math
 import os
-import pickle
 import re
 import shutil
 import sys
 import time
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,21 +32,40 @@ import numpy as np
 import PIL.Image
 import psutil
 import torch
-import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, is_wandb_available
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, DDPMScheduler, ModelMixin, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    ModelMixin,
+    UNet2DModel,
+)
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import EMAModel, compute_snr
+from diffusers.training_utils import EMAModel
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
+from transformers.optimization import get_wsd_schedule
 
+from diffit_checkpoint import (
+    TrainingState,
+    checkpoint_problem,
+    ema_weights,
+    file_digest,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    step_of,
+)
 from diffit_data import (
     ImageDataset,
     LatentDataset,
@@ -79,6 +96,7 @@ from diffit_distributed import (
     on_all_processes,
     on_main_process,
 )
+from diffit_loss import NoiseScheduler, build_network_inputs, build_noise_levels, compute_loss, spread_non_finite
 from diffit_model import (
     DiffiTModelMixin,
     DiffiTTransformer2DModel,
@@ -93,6 +111,7 @@ from diffit_pipeline import (
     image_grid,
     load_network,
     null_label,
+    part_name,
     viewable,
 )
 
@@ -100,26 +119,19 @@ logger = get_logger("train_diffit", log_level="INFO")
 
 PIPELINE_FILES = ("README.md", "sample_grid.png", "diffit_pipeline.py", "training_args.yaml", "model_index.json")
 PROJECT = "train_diffit"  # name of the run in the trackers
-MANIFEST = "manifest.json"  # of a checkpoint: size and checksum of each file
 EXIT_STOPPED = 75  # exit code after a signal or --max_train_time: a checkpoint was saved, the run can go on
 DROPOUT = 3  # stream of `position_generator` that seeds dropout inside the network
-TIMESTEP_BINS = 4  # the loss is logged by quartile of the timesteps
+LEVEL_BINS = 4  # the loss is logged by quartile of the noise levels
+SCHEDULES = (*(schedule.value for schedule in SchedulerType), "warmup_stable_decay")
 DURATIONS = ("max_train_steps", "num_train_epochs", "max_train_kimg")
 DATA_SOURCES = ("dataset_name", "train_data_dir", "train_data_file", "latents_dir")
-# What makes a run the run that it is. Duration, batch per process, precision, paths and logs may change at a resume.
-SAME_AT_RESUME = (
-    *("seed", "global_batch_size", "class_conditional", "resolution", "center_crop", "random_flip"),
-    "vae_model_name_or_path",
-    *("prediction_type", "beta_schedule", "num_train_timesteps", "snr_gamma", "label_dropout"),
-    *("learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "lr_step_rules"),
-    *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm"),
-    *("use_ema", "ema_max_decay", "ema_inv_gamma", "ema_power"),
-)
 # One flag of such a group on the command line takes the place of another in the config file.
 ALTERNATIVES = (
     DATA_SOURCES,
     ("model_config", "pretrained_model_name_or_path"),
     ("global_batch_size", "gradient_accumulation_steps"),
+    ("lr_warmup_steps", "lr_warmup_kimg"),
+    ("lr_decay_steps", "lr_decay_kimg"),
     ("validation_split", "validation_fraction"),
 )
 
@@ -158,6 +170,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag = argparse.BooleanOptionalAction
     positive, natural = number_type(int, 1), number_type(int, 0)
     not_negative, share = number_type(float, 0), number_type(float, 0, 1)
+    finite = number_type(float, -math.inf, open_ends=True)
     parser.add_argument("--config", help="YAML list of flags, e.g. configs/train/quickstart.yaml")
     parser.add_argument("--dry_run", action=flag, default=False, help="check everything, print sizes and stop")
 
@@ -199,9 +212,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("diffusion")
     group.add_argument(
+        "--formulation",
+        choices=("ddpm", "edm"),
+        help="discrete timesteps, or noise levels with preconditioning (arXiv 2206.00364); default: that of "
+        "--pretrained_model_name_or_path, or ddpm",
+    )
+    group.add_argument("--sigma_mean", type=finite, default=-1.2, help="of edm: mean of ln sigma")
+    group.add_argument("--sigma_std", type=number_type(float, 0, open_ends=True), default=1.2, help="of ln sigma")
+    group.add_argument(
         "--prediction_type",
         choices=("epsilon", "sample", "v_prediction"),
-        help="default: that of --pretrained_model_name_or_path, or epsilon; the next two likewise",
+        help="of ddpm; default: that of --pretrained_model_name_or_path, or epsilon; the next two likewise",
     )
     group.add_argument("--beta_schedule", choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"))
     group.add_argument("--num_train_timesteps", type=positive)
@@ -224,8 +245,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("optimizer")
     group.add_argument("--learning_rate", type=not_negative, default=1e-4)
-    group.add_argument("--lr_scheduler", choices=[s.value for s in SchedulerType], default="constant_with_warmup")
-    group.add_argument("--lr_warmup_steps", type=natural, default=500)
+    group.add_argument("--lr_scheduler", choices=SCHEDULES, default="constant_with_warmup")
+    group.add_argument("--lr_warmup_steps", type=natural, help="default 500")
+    group.add_argument("--lr_warmup_kimg", type=not_negative, help="the same in thousands of images")
+    group.add_argument("--lr_decay_steps", type=natural, help="of warmup_stable_decay: the last so many steps")
+    group.add_argument("--lr_decay_kimg", type=not_negative, help="the same in thousands of images")
     group.add_argument("--lr_num_cycles", type=positive, default=1, help="of cosine_with_restarts")
     group.add_argument("--lr_power", type=not_negative, default=1.0, help="of polynomial")
     group.add_argument("--lr_step_rules", help='of piecewise_constant, e.g. "1:1000,0.1:2000,0.01"')
@@ -244,6 +268,16 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--ema_max_decay", type=share, default=0.9999)
     group.add_argument("--ema_inv_gamma", type=number_type(float, 0, open_ends=True), default=1.0)
     group.add_argument("--ema_power", type=not_negative, default=0.75)
+    group.add_argument(
+        "--ema_half_life_kimg",
+        type=number_type(float, 0, open_ends=True),
+        nargs="+",
+        metavar="KIMG",
+        help="EMA by images seen, as in EDM, in place of the three flags before; several widths are kept side by side",
+    )
+    group.add_argument(
+        "--ema_ramp_up", type=share, default=0.05, help="half-lives are at most this share of the images seen so far"
+    )
 
     group = parser.add_argument_group("precision")
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's own config")
@@ -322,11 +356,9 @@ def config_file_argv(parser: argparse.ArgumentParser, path: str, skip: set[str])
             if value not in ("true", "false"):
                 parser.error(f"{path}: {key} must be true or false, got {value!r}")
             argv.append(f"--{key}" if value == "true" else f"--no-{key}")
-        elif actions[key].nargs == 2:
-            if not isinstance(value, list) or len(value) != 2:
-                parser.error(f"{path}: {key} must be a list of two values, got {value!r}")
-            argv += [f"--{key}", *value]
-        elif actions[key].nargs == "+":
+        elif isinstance(value, list) and actions[key].nargs in (2, "+") and key != "model_kwargs":
+            argv += [f"--{key}", *map(str, value)]
+        elif key == "model_kwargs":
             if not isinstance(value, dict):
                 parser.error(f"{path}: {key} must be a mapping, got {value!r}")
             for name, item in value.items():
@@ -384,6 +416,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--latents_dir needs --vae_model_name_or_path, to decode the previews and for the saved folder")
     if args.reset_class_embeddings and args.pretrained_model_name_or_path is None:
         parser.error("--reset_class_embeddings needs --pretrained_model_name_or_path")
+    for name in ("lr_warmup", "lr_decay"):
+        if getattr(args, f"{name}_steps") is not None and getattr(args, f"{name}_kimg") is not None:
+            parser.error(f"give --{name}_steps or --{name}_kimg, not both")
+    decay = [name for name in ("lr_decay_steps", "lr_decay_kimg") if getattr(args, name) is not None]
+    if (args.lr_scheduler == "warmup_stable_decay") != bool(decay):
+        parser.error("--lr_scheduler warmup_stable_decay and --lr_decay_steps (or --lr_decay_kimg) need each other")
+    if args.ema_half_life_kimg is not None:
+        if not args.use_ema:
+            parser.error("--ema_half_life_kimg needs --use_ema")
+        if len(set(args.ema_half_life_kimg)) < len(args.ema_half_life_kimg):
+            parser.error(f"--ema_half_life_kimg: {args.ema_half_life_kimg} names a width twice")
     low, high = args.validation_guidance_interval
     if low >= high:
         parser.error(f"--validation_guidance_interval must be LOW < HIGH, got {low} {high}")
@@ -419,6 +462,7 @@ def public_args(args: argparse.Namespace) -> dict:
     derived = {"gradient_accumulation_steps"}  # from the global batch size
     if args.num_train_epochs is not None or args.max_train_kimg is not None:
         derived.add("max_train_steps")
+    derived |= {f"{name}_steps" for name in ("lr_warmup", "lr_decay") if getattr(args, f"{name}_kimg") is not None}
     values = {key: value for key, value in vars(args).items() if key not in private | derived and value is not None}
     if args.resolution is not None:
         values["resolution"] = "x".join(map(str, args.resolution))
@@ -566,12 +610,6 @@ def fits(value, annotation) -> bool:
     return isinstance(value, int | float if annotation is float else annotation)
 
 
-def part_name(network: ModelMixin | type) -> str:
-    """Folder of a network in pipelines and checkpoints."""
-    network_class = network if isinstance(network, type) else type(network)
-    return "transformer" if issubclass(network_class, DiffiTTransformer2DModel) else "unet"
-
-
 def network_subfolder(path: str) -> str | None:
     """`"unet"` or `"transformer"` if a folder or hub repository is that of a pipeline, None if of a network."""
     for part in ("unet", "transformer"):
@@ -634,7 +672,7 @@ def resolve_model_config(
         ValueError: if the config says otherwise or the network cannot divide the resolution, naming the flag.
     """
     config = dict(config)
-    is_transformer = part_name(model_class(config)) == "transformer"
+    is_transformer = issubclass(model_class(config), DiffiTTransformer2DModel)
 
     # 1. size
     factor = 1 if vae is None else pixels_per_latent(vae)
@@ -731,32 +769,45 @@ def resolve_diffusion(args: argparse.Namespace) -> None:
     A pretrained model is of little use for another target or schedule, so a difference is logged.
 
     Raises:
-        ValueError: if the preview wants more steps than there are timesteps.
+        ValueError: if flags of one formulation are given with the other, or if the preview wants more steps than
+            there are timesteps.
     """
-    defaults = {"prediction_type": "epsilon", "beta_schedule": "linear", "num_train_timesteps": 1000}
     path = args.pretrained_model_name_or_path
     source = {}
     if path is not None:
         # The folder of a network in a pipeline.
         inside = Path(path).name.startswith(("unet", "transformer")) and Path(path).is_dir()
         with contextlib.suppress(OSError):
-            source = DDPMScheduler.load_config(str(Path(path).parent) if inside else path, subfolder="scheduler")
+            source = dict(DDPMScheduler.load_config(str(Path(path).parent) if inside else path, subfolder="scheduler"))
         if not source:
             logger.warning(f"{path} has no scheduler: what its weights predict is taken from the flags")
+    if source:
+        source["formulation"] = "edm" if source.get("_class_name", "").startswith("EDM") else "ddpm"
+    args.formulation = args.formulation or source.get("formulation", "ddpm")
+
+    defaults = {"prediction_type": "epsilon", "beta_schedule": "linear", "num_train_timesteps": 1000}
+    if args.formulation == "edm":
+        for name in (*defaults, "snr_gamma"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name} is of --formulation ddpm, not edm")
+        defaults = {}
     for name, default in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, source.get(name, default))
-        elif source.get(name, getattr(args, name)) != getattr(args, name):
+    for name in ("formulation", *defaults):
+        if source.get(name, getattr(args, name)) != getattr(args, name):
             logger.warning(f"{path} was trained with --{name} {source[name]}, this run has {getattr(args, name)}")
-    if args.validation_inference_steps > args.num_train_timesteps:
+    if args.formulation == "ddpm" and args.validation_inference_steps > args.num_train_timesteps:
         raise ValueError(
             f"--validation_inference_steps {args.validation_inference_steps} are more than --num_train_timesteps "
             f"{args.num_train_timesteps}"
         )
 
 
-def build_noise_scheduler(args: argparse.Namespace) -> DDPMScheduler:
+def build_noise_scheduler(args: argparse.Namespace) -> NoiseScheduler:
     """The forward process, and what the saved folder samples with."""
+    if args.formulation == "edm":
+        return EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, rho=7.0)  # EDM, Table 1
     return DDPMScheduler(
         num_train_timesteps=args.num_train_timesteps,
         beta_schedule=args.beta_schedule,
@@ -780,6 +831,10 @@ def build_optimizer(args: argparse.Namespace, model: ModelMixin) -> torch.optim.
 
 def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> LambdaLR:
     """The learning rate over optimizer steps. It stays unprepared: accelerate would step it once per process."""
+    if args.lr_scheduler == "warmup_stable_decay":
+        return get_wsd_schedule(
+            optimizer, args.lr_warmup_steps, args.lr_decay_steps, args.max_train_steps, decay_type="linear"
+        )
     return get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -791,11 +846,38 @@ def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimize
     )
 
 
-def build_ema(args: argparse.Namespace, model: ModelMixin) -> EMAModel | None:
-    """EMA of the float32 parameters, its decay warming up as 1 - (1 + step / inv_gamma) ** -power."""
+class HalfLifeEMA(EMAModel):
+    """EMA whose memory is counted in images, so that it does not depend on the batch (EDM, appendix F.1).
+
+    Args:
+        parameters: of the network, float32.
+        half_life: images after which a weight counts half.
+        ramp_up: the half-life is at most this share of the images seen so far.
+        batch_size: images of an optimizer step.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], half_life: float, ramp_up: float, batch_size: int):
+        super().__init__(parameters, foreach=True)
+        self.half_life, self.ramp_up, self.batch_size = half_life, ramp_up, batch_size
+
+    def get_decay(self, optimization_step: int) -> float:
+        """What the average keeps of itself at an optimizer step, from 1 up; in [0, 1)."""
+        half_life = min(self.half_life, self.ramp_up * optimization_step * self.batch_size)
+        return 0.5 ** (self.batch_size / half_life) if half_life > 0 else 0.0
+
+
+def build_ema(args: argparse.Namespace, model: ModelMixin) -> dict[str, EMAModel]:
+    """Averages of the float32 parameters, by the end of their folder's name.
+
+    One whose decay warms up as 1 - (1 + step / inv_gamma) ** -power; or with --ema_half_life_kimg one for each width.
+    """
     if not args.use_ema:
-        return None
-    return EMAModel(
+        return {}
+    if args.ema_half_life_kimg is not None:
+        widths = {f"ema_{kimg:g}kimg": 1000 * kimg for kimg in args.ema_half_life_kimg}
+        options = (args.ema_ramp_up, args.global_batch_size)
+        return {name: HalfLifeEMA(model.parameters(), width, *options) for name, width in widths.items()}
+    ema_model = EMAModel(
         model.parameters(),
         decay=args.ema_max_decay,
         use_ema_warmup=True,
@@ -803,6 +885,7 @@ def build_ema(args: argparse.Namespace, model: ModelMixin) -> EMAModel | None:
         power=args.ema_power,
         foreach=True,
     )
+    return {"ema": ema_model}
 
 
 def build_guidance_model(args: argparse.Namespace, model: ModelMixin, device: torch.device) -> ModelMixin | None:
@@ -876,11 +959,20 @@ def build_batches(
 
 
 def resolve_duration(args: argparse.Namespace, num_images: int) -> None:
-    """Turns --num_train_epochs or --max_train_kimg into `args.max_train_steps`, rounded up."""
+    """Turns durations in epochs and kimg into optimizer steps, rounded up, of the training and of its schedule."""
     if args.num_train_epochs is not None:
         args.max_train_steps = math.ceil(args.num_train_epochs * num_images / args.global_batch_size)
     elif args.max_train_kimg is not None:
         args.max_train_steps = math.ceil(args.max_train_kimg * 1000 / args.global_batch_size)
+    for name in ("lr_warmup", "lr_decay"):
+        if (kimg := getattr(args, f"{name}_kimg")) is not None:
+            setattr(args, f"{name}_steps", math.ceil(kimg * 1000 / args.global_batch_size))
+    args.lr_warmup_steps = 500 if args.lr_warmup_steps is None else args.lr_warmup_steps
+    if args.lr_decay_steps is not None and args.lr_warmup_steps + args.lr_decay_steps > args.max_train_steps:
+        raise ValueError(
+            f"warm-up ({args.lr_warmup_steps} steps) and decay ({args.lr_decay_steps}) are longer than the training "
+            f"({args.max_train_steps} steps)"
+        )
     if args.lr_scheduler == "polynomial" and args.lr_warmup_steps >= args.max_train_steps:
         raise ValueError(
             f"--lr_warmup_steps {args.lr_warmup_steps} must be less than the {args.max_train_steps} optimizer steps "
@@ -906,117 +998,7 @@ def training_flops_per_image(config: dict) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loss
-
-
-def compute_loss(
-    model_pred: torch.Tensor,
-    noise_scheduler: DDPMScheduler,
-    clean_images: torch.Tensor,
-    noise: torch.Tensor,
-    timesteps: torch.Tensor,
-    snr_gamma: float | None = None,
-) -> torch.Tensor:
-    """DDPM loss of each image (DDPM, Eq. 14), with min-SNR weights if asked for (arXiv 2303.09556).
-
-    A network that learns the variance, beside epsilon, also has the variational bound in its loss.
-
-    Args:
-        model_pred: what the network made of the noisy images; shape (B, C, H, W), or (B, 2C, H, W) with a learned
-            variance as the second half of the channels.
-        noise_scheduler: says what the prediction is of: `epsilon`, `sample` or `v_prediction`.
-        clean_images: in [-1, 1]; shape (B, C, H, W).
-        noise: standard normal; shape (B, C, H, W).
-        timesteps: int in [0, number of training timesteps); shape (B).
-        snr_gamma: cap of the signal-to-noise ratio, or None for the plain mean squared error.
-
-    Returns:
-        Shape (B), float32.
-    """
-    if model_pred.shape[1] == 2 * clean_images.shape[1]:
-        model_pred, variance = model_pred.chunk(2, dim=1)
-        bound = variance_bound(model_pred.detach() - noise, variance, noise_scheduler, clean_images, timesteps)
-        return compute_loss(model_pred, noise_scheduler, clean_images, noise, timesteps, snr_gamma) + bound
-    prediction_type = noise_scheduler.config.prediction_type
-    if prediction_type == "epsilon":
-        target = noise
-    elif prediction_type == "sample":
-        target = clean_images
-    else:
-        target = noise_scheduler.get_velocity(clean_images, noise, timesteps)
-    loss = F.mse_loss(model_pred.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))  # (B)
-    if snr_gamma is None:
-        return loss
-    snr = compute_snr(noise_scheduler, timesteps)  # (B)
-    weight = snr.clamp(max=snr_gamma)  # of the error of the image
-    if prediction_type == "epsilon":
-        weight = weight / snr
-    elif prediction_type == "v_prediction":
-        weight = weight / (snr + 1)
-    return loss * weight
-
-
-@functools.lru_cache(maxsize=2)
-def bound_tables(noise_scheduler: DDPMScheduler, device: torch.device) -> torch.Tensor:
-    """What `variance_bound` needs at each timestep, computed in float64.
-
-    Returns:
-        Shape (3, T), float32: the factor from an error of the noise to that of the mean of x_{t-1} (DDPM, Eq. 11);
-        the log of the variance of q(x_{t-1} | x_t, x_0) (Eq. 7; at t = 0, where it is 0, that of t = 1), the lowest
-        that is learned; the log of beta_t, the highest.
-    """
-    betas = noise_scheduler.betas.double()
-    alphas_bar = torch.cumprod(1 - betas, 0)
-    factor = betas / ((1 - alphas_bar) * (1 - betas)).sqrt()
-    variance = betas[1:] * (1 - alphas_bar[:-1]) / (1 - alphas_bar[1:])
-    variance = torch.cat([variance[:1], variance])
-    return torch.stack([factor, variance.log(), betas.log()]).float().to(device)
-
-
-def variance_bound(
-    noise_error: torch.Tensor,
-    variance: torch.Tensor,
-    noise_scheduler: DDPMScheduler,
-    clean_images: torch.Tensor,
-    timesteps: torch.Tensor,
-) -> torch.Tensor:
-    """Variational bound of each image at its timestep, from which the variance is learned (arXiv 2102.09672, Eq. 4-6
-    and 15), in bits per dimension.
-
-    For t > 0 it is the divergence of q(x_{t-1} | x_t, x_0) from the network's Gaussian; for t = 0 the surprise at the
-    image, in bins of 1 / 255 to both sides that are open at -1 and 1.
-
-    Args:
-        noise_error: predicted minus true noise, detached, so that the bound trains the variance alone; shape
-            (B, C, H, W).
-        variance: from -1 for the variance of q to 1 for beta_t, on a log scale; shape (B, C, H, W).
-        noise_scheduler: the forward process.
-        clean_images: shape (B, C, H, W).
-        timesteps: int in [0, number of training timesteps); shape (B).
-
-    Returns:
-        Shape (B), float32.
-    """
-    tables = bound_tables(noise_scheduler, timesteps.device)[:, timesteps, None, None, None]  # (3, B, 1, 1, 1)
-    factor, lowest, highest = tables  # 3 x (B, 1, 1, 1)
-    error = factor * noise_error.float()  # of the mean; at t = 0 that is the image; (B, C, H, W)
-    fraction = (variance.float() + 1) / 2
-    log_variance = fraction * highest + (1 - fraction) * lowest  # (B, C, H, W)
-
-    spread = lowest - log_variance
-    divergence = 0.5 * (spread.exp() - spread - 1 + error.square() * torch.exp(-log_variance))  # (B, C, H, W)
-    inverse_deviation = torch.exp(-0.5 * log_variance)
-    above = torch.special.ndtr((error + 1 / 255) * inverse_deviation).where(clean_images < 0.999, 1)
-    below = torch.special.ndtr((error - 1 / 255) * inverse_deviation).where(clean_images > -0.999, 0)
-    surprise = -(above - below).clamp(min=1e-12).log()  # (B, C, H, W)
-
-    nats = torch.where(timesteps[:, None, None, None] == 0, surprise, divergence)
-    return nats.mean(dim=(1, 2, 3)) / math.log(2)
-
-
-def batch_timesteps(uniform: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:
-    """Timesteps, int in [0, num_train_timesteps), shape (B), from numbers in [0, 1) of shape (B)."""
-    return (uniform.double() * num_train_timesteps).long()
+# A batch on the device
 
 
 def batch_labels(batch: dict, label_dropout: float, null: int | None) -> torch.Tensor | None:
@@ -1042,300 +1024,60 @@ def clean_samples(batch: dict, vae: AutoencoderKL | None, device: torch.device) 
     return sample_latents(moments, posterior_noise, vae.config.scaling_factor, vae.config.shift_factor or 0.0)
 
 
+@dataclass
+class NoisyBatch:
+    """What a training step works on, on the device.
+
+    Attributes:
+        network_inputs: noisy images or latents, shape (B, C, H, W), and what tells the network their level, shape (B).
+        clean_images: without noise, shape (B, C, H, W).
+        noise: standard normal, shape (B, C, H, W).
+        levels: timesteps or sigmas, shape (B).
+        level_bins: quartile of each level, int in [0, LEVEL_BINS); shape (B).
+        labels: shape (B), or None for an unconditional network.
+    """
+
+    network_inputs: tuple[torch.Tensor, torch.Tensor]
+    clean_images: torch.Tensor
+    noise: torch.Tensor
+    levels: torch.Tensor
+    level_bins: torch.Tensor
+    labels: torch.Tensor | None
+
+
 def diffuse(
     batch: dict,
-    noise_scheduler: DDPMScheduler,
+    args: argparse.Namespace,
+    noise_scheduler: NoiseScheduler,
     label_dropout: float,
     null: int | None,
     vae: AutoencoderKL | None,
     device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Moves a batch to the device and adds its noise at its timesteps.
+) -> NoisyBatch:
+    """Moves a batch to the device and adds its noise.
 
     Args:
         batch: of `diffit_data.collate`.
+        args: its `sigma_mean` and `sigma_std` are the distribution of noise levels of EDM.
         noise_scheduler: the forward process.
         label_dropout: share of the labels that becomes the null class.
         null: the null class, or None for an unconditional network.
         vae: of a latent model, or None.
         device: of the results.
-
-    Returns:
-        Noisy images (or latents), clean ones and noise, each of shape (B, C, H, W); timesteps, shape (B); labels,
-        shape (B), or None.
     """
-    timesteps = batch_timesteps(batch["time_uniform"], noise_scheduler.config.num_train_timesteps)
+    levels = build_noise_levels(batch["time_uniform"], noise_scheduler, args.sigma_mean, args.sigma_std)
+    level_bins = (batch["time_uniform"] * LEVEL_BINS).long()
     labels = batch_labels(batch, label_dropout, null)
     clean_images = clean_samples(batch, vae, device)
-    noise, timesteps = (tensor.to(device, non_blocking=True) for tensor in (batch["noise"], timesteps))
+    tensors = (batch["noise"], levels, level_bins)
+    noise, levels, level_bins = (tensor.to(device, non_blocking=True) for tensor in tensors)
     labels = None if labels is None else labels.to(device, non_blocking=True)
-    return noise_scheduler.add_noise(clean_images, noise, timesteps), clean_images, noise, timesteps, labels
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-
-@dataclass
-class TrainingState:
-    """All that changes while training, and so all that a checkpoint holds.
-
-    Attributes:
-        model: the network itself, not what accelerate wraps around it.
-        ema_model: its averaged weights, or None.
-        optimizer: likewise unwrapped; fused, see `take_step`.
-        lr_scheduler: steps once per optimizer step.
-        num_images: in the training data, which fixes what a position means.
-        global_step: successful optimizer steps.
-        position: first position of the stream that has not been trained on.
-        bad_steps: left out so far because the loss or the gradient was not finite; their positions are passed by.
-        bad_steps_in_a_row: of these, since the last successful step.
-    """
-
-    model: ModelMixin
-    ema_model: EMAModel | None
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: LambdaLR
-    num_images: int
-    global_step: int = 0
-    position: int = 0
-    bad_steps: int = 0
-    bad_steps_in_a_row: int = 0
-
-
-@contextlib.contextmanager
-def ema_weights(ema_model: EMAModel | None, model: ModelMixin) -> Iterator[None]:
-    """Puts the EMA weights into the network for the duration of a `with` block; without EMA it does nothing."""
-    if ema_model is None:
-        yield
-        return
-    ema_model.store(model.parameters())
-    ema_model.copy_to(model.parameters())
-    try:
-        yield
-    finally:
-        ema_model.restore(model.parameters())
-
-
-def step_of(checkpoint: Path) -> int:
-    """N of `checkpoint-N`."""
-    return int(checkpoint.name.split("-")[1])
-
-
-def list_checkpoints(output_dir: str) -> list[Path]:
-    """Checkpoints `checkpoint-N` of a folder, oldest first; `checkpoint_problem` tells whether one is damaged."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=step_of)
-
-
-def file_digest(file: Path) -> dict[str, int | str]:
-    """Size in bytes and SHA-256 of a file."""
-    with file.open("rb") as handle:
-        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
-
-
-def checkpoint_problem(path: Path) -> str | None:
-    """What is wrong with a checkpoint, in words, by its manifest of sizes and checksums; None if it is complete."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        for name, expected in manifest.items():
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                return f"{MANIFEST} names {name!r}, which is outside of the checkpoint"
-            if not (path / name).is_file():
-                return f"{name} is missing"
-            if file_digest(path / name) != expected:
-                return f"{name} is damaged (size or checksum differs from {MANIFEST})"
-    except (OSError, ValueError, AttributeError) as error:  # the last for JSON that is no object
-        return f"cannot read {MANIFEST}: {error}"
-    return None
-
-
-def sync_to_disk(path: Path) -> None:
-    """Returns when a file or the entries of a folder are on the disk, not only in memory."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_checkpoint(folder: Path, accelerator: Accelerator, args: argparse.Namespace, state: TrainingState) -> None:
-    """Writes all that a resumed run needs into a new folder; the manifest comes last."""
-    shutil.rmtree(folder, ignore_errors=True)
-    part = part_name(state.model)
-    state.model.save_pretrained(folder / part)
-    if state.ema_model is not None:
-        with ema_weights(state.ema_model, state.model):
-            state.model.save_pretrained(folder / f"{part}_ema")
-    build_noise_scheduler(args).save_pretrained(folder / "scheduler")  # so that one can fine-tune from here
-    torch.save(state.optimizer.state_dict(), folder / "optimizer.pt")
-    numbers = {
-        "global_step": state.global_step,
-        "position": state.position,
-        "bad_steps": state.bad_steps,
-        "bad_steps_in_a_row": state.bad_steps_in_a_row,
-        "num_images": state.num_images,
-        "lr_scheduler": state.lr_scheduler.state_dict(),
-        "ema_step": None if state.ema_model is None else state.ema_model.optimization_step,
-        "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
-    }
-    (folder / "state.json").write_text(json.dumps(numbers, indent=2) + "\n")
-    (folder / "training_args.yaml").write_text(yaml.safe_dump(public_args(args)))
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    manifest = {file.relative_to(folder).as_posix(): file_digest(file) for file in files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    for path in (*files, folder / MANIFEST, *(path for path in folder.iterdir() if path.is_dir()), folder):
-        sync_to_disk(path)
-
-
-def save_checkpoint(
-    accelerator: Accelerator, args: argparse.Namespace, state: TrainingState, lock: OutputDirLock
-) -> None:
-    """Writes `checkpoint-N`, then deletes old ones. To be called by all processes.
-
-    It is written under another name and renamed at the end, so a `checkpoint-N` is complete or does not exist. Only
-    the main process writes and deletes, and only while it owns the folder.
-
-    Raises:
-        RuntimeError: in all processes, if it could not be written; earlier checkpoints stay.
-    """
-    accelerator.wait_for_everyone()
-    failed = torch.zeros(1, device=accelerator.device)
-    reason = "see the main process"
-    if accelerator.is_main_process:
-        target = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        temporary = target.with_name(f"tmp-{target.name}")
-        try:
-            lock.check_owned()
-            write_checkpoint(temporary, accelerator, args, state)
-            shutil.rmtree(target, ignore_errors=True)  # a damaged one of the same step
-            temporary.rename(target)
-            sync_to_disk(target.parent)
-            if args.checkpoints_total_limit is not None:
-                # A damaged one that was passed over may have a later number: it is left, and does not count.
-                kept = [path for path in list_checkpoints(args.output_dir) if step_of(path) <= state.global_step]
-                for old in kept[: -args.checkpoints_total_limit]:
-                    shutil.rmtree(old)
-        except Exception as error:  # a full disk is an OSError, a SafetensorError or a RuntimeError
-            reason = str(error)
-            failed += 1
-            shutil.rmtree(temporary, ignore_errors=True)
-    if accelerator.reduce(failed, "sum").item() > 0:
-        left = list_checkpoints(args.output_dir)
-        raise RuntimeError(
-            f"checkpoint-{state.global_step} could not be written to {args.output_dir} ({reason}); "
-            f"the last one there is {left[-1].name if left else 'none'}"
-        )
-    logger.info(f"saved checkpoint-{state.global_step}")
-
-
-def find_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The checkpoint that --resume_from_checkpoint means; None starts afresh.
-
-    `latest` is the newest complete one. Damaged ones are named, passed over and left where they are.
-
-    Raises:
-        ValueError: if it does not exist or is damaged, if there are only damaged ones, or if --output_dir already
-            holds checkpoints and no flag says what to do.
-    """
-    existing = list_checkpoints(args.output_dir)
-    if args.resume_from_checkpoint is None:
-        if existing and not args.overwrite_output_dir:
-            raise ValueError(
-                f"--output_dir {args.output_dir} already holds checkpoints up to {existing[-1].name}: give "
-                "--resume_from_checkpoint latest to go on, or --overwrite_output_dir to delete them"
-            )
-        return None
-    if args.resume_from_checkpoint != "latest":
-        path = Path(args.resume_from_checkpoint)
-        if problem := checkpoint_problem(path):
-            raise ValueError(f"--resume_from_checkpoint {path}: {problem}")
-        return path
-    for path in reversed(existing):
-        problem = checkpoint_problem(path)
-        if problem is None:
-            return path
-        logger.warning(f"passing over {path}: {problem}")
-    if existing:
-        raise ValueError(f"--resume_from_checkpoint latest: all checkpoints in {args.output_dir} are damaged")
-    logger.info(f"no checkpoint in {args.output_dir}: starting afresh")
-    return None
-
-
-def load_checkpoint(path: Path, accelerator: Accelerator, args: argparse.Namespace, state: TrainingState) -> None:
-    """Restores what `save_checkpoint` wrote, in every process.
-
-    Raises:
-        ValueError: names what the checkpoint was trained with where the arguments say otherwise, or a file in it that
-            is damaged or holds more than data.
-    """
-    numbers = read_data(path / "state.json", lambda file: json.loads(file.read_text()))
-    earlier = read_data(path / "training_args.yaml", lambda file: yaml.safe_load(file.read_text()))
-    read_tensors = functools.partial(torch.load, map_location="cpu", weights_only=True)
-    optimizer_state = read_data(path / "optimizer.pt", read_tensors)
-    now = public_args(args)
-    for key in SAME_AT_RESUME:
-        if earlier.get(key) != now.get(key):
-            raise ValueError(
-                f"{path} was trained with --{key} {earlier.get(key)}, not {now.get(key)}: a resumed run is the same "
-                "run; to train on under other settings start from it with --pretrained_model_name_or_path"
-            )
-    if numbers["num_images"] != state.num_images:
-        raise ValueError(f"{path} was trained on {numbers['num_images']} images, the data has {state.num_images}")
-    part = part_name(state.model)
-    weights, wanted = load_weights(path / part), state.model.state_dict()
-    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in wanted.items()}:
-        raise ValueError(f"{path} holds another network than --model_config and --model_kwargs describe")
-    state.model.load_state_dict(weights)
-    if state.ema_model is not None:
-        weights = load_weights(path / f"{part}_ema")
-        with torch.no_grad():
-            for (name, _), shadow in zip(state.model.named_parameters(), state.ema_model.shadow_params, strict=True):
-                shadow.copy_(weights[name])
-        state.ema_model.optimization_step = numbers["ema_step"]
-    state.optimizer.load_state_dict(optimizer_state)
-    state.lr_scheduler.load_state_dict(numbers["lr_scheduler"])
-    if numbers["scaler"] is not None and accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(numbers["scaler"])
-    for name in ("global_step", "position", "bad_steps", "bad_steps_in_a_row"):
-        setattr(state, name, numbers[name])
-    logger.info(f"resumed from {path} at step {state.global_step}")
-
-
-def read_data(file: Path, reader: Callable[[Path], dict]) -> dict:
-    """A file of a checkpoint, by a reader that runs no code.
-
-    Raises:
-        ValueError: names the file, if it holds anything but data.
-    """
-    try:
-        data = reader(file)
-    except (pickle.UnpicklingError, yaml.YAMLError, RuntimeError, ValueError, EOFError) as error:
-        # PyTorch's own message advises to load it without the protection.
-        raise ValueError(
-            f"{file} is damaged, or holds code, which is never run ({type(error).__name__}): delete the checkpoint, "
-            "and take such files only from people you trust"
-        ) from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{file}: expected a mapping, got {type(data).__name__}")
-    return data
-
-
-def load_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the safetensors files in a folder, one file or several shards."""
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    network_inputs = build_network_inputs(clean_images, noise, levels, noise_scheduler)
+    return NoisyBatch(network_inputs, clean_images, noise, levels, level_bins, labels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Steps that go wrong
-
-
-def spread_non_finite(loss: torch.Tensor) -> torch.Tensor:
-    """Makes the gradient of a loss that is not finite NaN, so that all processes learn of it; others stay as they are.
-
-    Shape (B) to shape (B).
-    """
-    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
 class StepGuard:
@@ -1386,8 +1128,8 @@ def complete_step(args: argparse.Namespace, state: TrainingState, guard: StepGua
         return False
     if taken:
         state.lr_scheduler.step()
-        if state.ema_model is not None:
-            state.ema_model.step(state.model.parameters())
+        for ema_model in state.ema_models.values():
+            ema_model.step(state.model.parameters())
         state.global_step += 1
         state.bad_steps_in_a_row = 0
         return True
@@ -1430,24 +1172,23 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def add_to_bins(bins: torch.Tensor, loss: torch.Tensor, timesteps: torch.Tensor, num_train_timesteps: int) -> None:
-    """Adds losses of shape (B), those that are finite, to the sums and counts of their timestep quartiles."""
-    quartile = timesteps * TIMESTEP_BINS // num_train_timesteps  # (B)
+def add_to_bins(bins: torch.Tensor, loss: torch.Tensor, level_bins: torch.Tensor) -> None:
+    """Adds losses of shape (B), those that are finite, to the sums and counts of their quartiles, also (B)."""
     loss = loss.detach().float()
     finite = loss.isfinite()
-    bins.index_add_(1, quartile, torch.stack([loss.where(finite, 0), finite.float()]))
+    bins.index_add_(1, level_bins, torch.stack([loss.where(finite, 0), finite.float()]))
 
 
 def bin_means(accelerator: Accelerator, bins: torch.Tensor, name: str) -> dict[str, float]:
-    """Mean loss of all processes, under `name`, and by timestep quartile. To be called by all processes.
+    """Mean loss of all processes, under `name`, and by quartile of the noise levels. To be called by all processes.
 
     Args:
-        bins: sums of the losses by timestep quartile, and counts; shape (2, TIMESTEP_BINS).
+        bins: sums of the losses by quartile of the noise levels, and counts; shape (2, LEVEL_BINS).
         name: for trackers, such as `"train/loss"`.
     """
     sums, counts = accelerator.reduce(bins, "sum").tolist()
     means = {name: sum(sums) / max(sum(counts), 1)}
-    for i in range(TIMESTEP_BINS):
+    for i in range(LEVEL_BINS):
         if counts[i] > 0:
             means[f"{name}_quartile_{i + 1}"] = sums[i] / counts[i]
     return means
@@ -1479,8 +1220,8 @@ def log_metrics(
         "train/bad_images": num_bad_images,
         "train/bad_steps": state.bad_steps,
     }
-    if state.ema_model is not None:
-        values["train/ema_decay"] = state.ema_model.cur_decay_value
+    for name, ema_model in state.ema_models.items():
+        values[f"train/{name}_decay"] = ema_model.cur_decay_value
     accelerator.log(values, step=state.global_step)
     loss = values["train/loss"]
     progress.update(state.global_step - progress.n)
@@ -1493,11 +1234,11 @@ def validation_loss(
     args: argparse.Namespace,
     model: ModelMixin,
     vae: AutoencoderKL | None,
-    noise_scheduler: DDPMScheduler,
+    noise_scheduler: NoiseScheduler,
     table: Table,
     stop: StopRequest,
 ) -> dict[str, float] | None:
-    """Loss on held-out images at fixed noise and evenly spread timesteps, in all and by timestep quartile.
+    """Loss on held-out images at fixed noise and evenly spread timesteps, in all and by quartile of the noise levels.
 
     None if a stop was asked for in the middle.
     """
@@ -1508,7 +1249,7 @@ def validation_loss(
     positions = [(p, stream.index(p)) for p in range(num_positions)]
     batches = [positions[i : i + args.train_batch_size] for i in range(0, num_positions, args.train_batch_size)]
     mine = batches[accelerator.process_index :: accelerator.num_processes]
-    bins = torch.zeros(2, TIMESTEP_BINS, device=accelerator.device)
+    bins = torch.zeros(2, LEVEL_BINS, device=accelerator.device)
     bad_images: set[str] = set()
     for batch in DataLoader(
         dataset,
@@ -1519,12 +1260,10 @@ def validation_loss(
     ):
         report_bad_images(batch["bad_images"], bad_images)
         batch["time_uniform"] = (batch["position"] + 0.5) / num_positions
-        noisy_images, clean_images, noise, timesteps, labels = diffuse(
-            batch, noise_scheduler, 0.0, null_label(model), vae, accelerator.device
-        )
-        model_pred = model(noisy_images, timesteps, class_labels=labels).sample
-        loss = compute_loss(model_pred, noise_scheduler, clean_images, noise, timesteps)
-        add_to_bins(bins, loss, timesteps, args.num_train_timesteps)
+        noisy = diffuse(batch, args, noise_scheduler, 0.0, null_label(model), vae, accelerator.device)
+        model_pred = model(*noisy.network_inputs, class_labels=noisy.labels).sample
+        loss = compute_loss(model_pred, noise_scheduler, noisy.clean_images, noisy.noise, noisy.levels)
+        add_to_bins(bins, loss, noisy.level_bins)
         if stop.is_wanted():
             break
     return None if stop.is_wanted_anywhere() else bin_means(accelerator, bins, "validation/loss")
@@ -1547,14 +1286,16 @@ def draw_preview(
     model: ModelMixin,
     vae: AutoencoderKL | None,
     guidance_model: ModelMixin | None,
-    noise_scheduler: DDPMScheduler,
+    noise_scheduler: NoiseScheduler,
     stop: StopRequest,
 ) -> list[PIL.Image.Image] | None:
     """Images of the seeds 0, 1, 2, ..., class after class, drawn by all processes together; the same list in each.
 
     None if a stop was asked for in the middle.
     """
-    pipeline = build_pipeline(model, vae, DDIMScheduler.from_config(noise_scheduler.config))
+    is_edm = isinstance(noise_scheduler, EDMEulerScheduler)
+    sampler = EDMDPMSolverMultistepScheduler if is_edm else DDIMScheduler
+    pipeline = build_pipeline(model, vae, sampler.from_config(noise_scheduler.config))
     pipeline.set_progress_bar_config(disable=True)
     num_images, num_processes = args.num_validation_images, accelerator.num_processes
     share = math.ceil(num_images / num_processes)
@@ -1593,56 +1334,72 @@ def log_validation(
     state: TrainingState,
     vae: AutoencoderKL | None,
     guidance_model: ModelMixin | None,
-    noise_scheduler: DDPMScheduler,
+    noise_scheduler: NoiseScheduler,
     table: Table,
     validation_table: Table | None,
     stop: StopRequest,
 ) -> bool:
-    """With the EMA weights: held-out loss, preview grid, and the pipeline folder. To be called by all processes.
+    """Held-out loss and preview grid of each average, and the pipeline folder of the best. To be called by all
+    processes.
 
     Returns:
         False if it was given up because a stop was asked for.
     """
     model = state.model.eval()
-    with ema_weights(state.ema_model, model):
-        values, images = {}, None
-        if validation_table is not None:
-            values = validation_loss(accelerator, args, model, vae, noise_scheduler, validation_table, stop)
-        if values is not None:
-            images = draw_preview(accelerator, args, model, vae, guidance_model, noise_scheduler, stop)
-        if images is not None:
-            accelerator.log(values, step=state.global_step)
-        if images is not None and accelerator.is_main_process:
-            grid = image_grid(images)
+    results = {}  # by the name of the average: losses and images
+    averages = state.ema_models or {"": None}
+    for name, ema_model in averages.items():
+        with ema_weights(ema_model, model):
+            values, images = {}, None
+            if validation_table is not None:
+                values = validation_loss(accelerator, args, model, vae, noise_scheduler, validation_table, stop)
+            if values is not None:
+                images = draw_preview(accelerator, args, model, vae, guidance_model, noise_scheduler, stop)
+        if images is None:
+            logger.info(f"gave up the validation of step {state.global_step}, because a stop was asked for")
+            break
+        results[name] = values, image_grid(images)
+    finished = len(results) == len(averages)
+    if finished and accelerator.is_main_process:
+        for name, (values, grid) in results.items():
+            suffix = f"_{name}" if len(results) > 1 else ""
+            accelerator.log({f"{key}{suffix}": value for key, value in values.items()}, step=state.global_step)
             previews = Path(args.output_dir, "previews")
             previews.mkdir(exist_ok=True)
-            grid.save(previews / f"step_{state.global_step:08d}.png")
+            grid.save(previews / f"step_{state.global_step:08d}{suffix}.png")
             stacked = np.asarray(grid.convert("RGB"))[None]
             for tracker in accelerator.trackers:
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"samples": stacked}, step=state.global_step, **options)
-            save_pipeline(args, state, vae, noise_scheduler, table, grid, values)
+                tracker.log_images({f"samples{suffix}": stacked}, step=state.global_step, **options)
+        best = min(results, key=lambda name: results[name][0].get("validation/loss", 0.0))  # or the first
+        with ema_weights(averages[best], model):
+            save_pipeline(args, state, vae, noise_scheduler, table, best, *results[best])
     model.train()
     accelerator.wait_for_everyone()
-    if images is None:
-        logger.info(f"gave up the validation of step {state.global_step}, because a stop was asked for")
-    return images is not None
+    return finished
 
 
 def save_pipeline(
     args: argparse.Namespace,
     state: TrainingState,
     vae: AutoencoderKL | None,
-    noise_scheduler: DDPMScheduler,
+    noise_scheduler: NoiseScheduler,
     table: Table,
-    grid: PIL.Image.Image,
+    average: str,
     validation: dict[str, float],
+    grid: PIL.Image.Image,
 ) -> None:
-    """Writes the pipeline folder into --output_dir: weights as they are now, scheduler, arguments, model card."""
+    """Writes the pipeline folder into --output_dir: weights as they are now, scheduler, arguments, model card.
+
+    Args:
+        average: name of the average whose weights they are, or "".
+        validation: its held-out losses, if there are held-out images.
+        grid: its preview.
+    """
     output_dir = Path(args.output_dir)
     folder = output_dir / "tmp-pipeline"
     shutil.rmtree(folder, ignore_errors=True)
-    if args.class_conditional or part_name(state.model) == "transformer":
+    if args.class_conditional or part_name(state.model) == "transformer" or args.formulation == "edm":
         names = table.class_names if args.class_conditional else ()
         id2label = {str(number): name for number, name in enumerate(names)} or None
         build_pipeline(state.model, vae, noise_scheduler, id2label).save_pretrained(folder)
@@ -1651,7 +1408,7 @@ def save_pipeline(
         (output_dir / "diffit_pipeline.py").unlink(missing_ok=True)
     (folder / "training_args.yaml").write_text(yaml.safe_dump(public_args(args)))
     grid.save(folder / "sample_grid.png")
-    model_card(args, state, table, validation).save(folder / "README.md")
+    model_card(args, state, table, average, validation).save(folder / "README.md")
     for path in sorted(folder.iterdir(), key=lambda path: path.name == "model_index.json"):  # which comes last
         if path.is_dir():
             shutil.rmtree(output_dir / path.name, ignore_errors=True)
@@ -1660,7 +1417,7 @@ def save_pipeline(
 
 
 def model_card(
-    args: argparse.Namespace, state: TrainingState, table: Table, validation: dict[str, float]
+    args: argparse.Namespace, state: TrainingState, table: Table, average: str, validation: dict[str, float]
 ) -> ModelCard:
     """What was trained on what, and how to load it."""
     name = args.hub_model_id or Path(args.output_dir).resolve().name
@@ -1673,6 +1430,14 @@ def model_card(
         datasets=[args.dataset_name] if args.dataset_name and not Path(args.dataset_name).exists() else None,
     )
     num_parameters = sum(parameter.numel() for parameter in state.model.parameters())
+    objective = f"{args.prediction_type}, {args.beta_schedule} betas, {args.num_train_timesteps} timesteps"
+    if args.formulation == "edm":
+        objective = f"EDM, ln sigma of mean {args.sigma_mean} and standard deviation {args.sigma_std}"
+    weights = f"EMA, decay up to {args.ema_max_decay}" if args.use_ema else "as trained, no EMA"
+    if args.ema_half_life_kimg is not None:
+        widths = ", ".join(f"{kimg:g}" for kimg in args.ema_half_life_kimg)
+        chosen = "the best by held-out loss" if validation else "the first"
+        weights = f"`{average}`: EMA with a half-life of so many thousand images, {chosen} of {widths}"
     classes = ""
     call = "pipeline(batch_size=4, num_inference_steps=1000).images"
     if args.class_conditional:
@@ -1683,8 +1448,8 @@ def model_card(
         "data": f"{source}, {len(table):,} images, {'x'.join(map(str, args.resolution))} pixels",
         "optimizer steps": f"{state.global_step:,} of {args.max_train_steps:,}, {args.global_batch_size} images each",
         "images seen": f"{state.position:,}",
-        "objective": f"{args.prediction_type}, {args.beta_schedule} betas, {args.num_train_timesteps} timesteps",
-        "weights": f"EMA, decay up to {args.ema_max_decay}" if args.use_ema else "as trained, no EMA",
+        "objective": objective,
+        "weights": weights,
     } | ({"held-out loss": f"{validation['validation/loss']:.4f}"} if validation else {})
     table_text = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return ModelCard(f"""---
@@ -1771,7 +1536,8 @@ def train(
         started: `time.monotonic()` from which --max_train_time counts.
     """
     # 1. set up
-    checkpoint = on_main_process(accelerator, find_checkpoint, args)
+    resume_flags = (args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
+    checkpoint = on_main_process(accelerator, find_checkpoint, *resume_flags)
     table, validation_table = on_all_processes(accelerator, build_tables, args)
     config = resolve_model_config(args, config, table, outline_vae(args))
     resolve_duration(args, len(table))
@@ -1787,12 +1553,11 @@ def train(
     noise_scheduler = build_noise_scheduler(args)
     raw_optimizer = build_optimizer(args, raw_model)
     lr_scheduler = build_lr_scheduler(args, raw_optimizer)
-    ema_model = build_ema(args, raw_model)
-    state = TrainingState(raw_model, ema_model, raw_optimizer, lr_scheduler, len(table))
+    state = TrainingState(raw_model, build_ema(args, raw_model), raw_optimizer, lr_scheduler, len(table))
 
     # 2. resume
     if checkpoint is not None:
-        load_checkpoint(checkpoint, accelerator, args, state)
+        load_checkpoint(checkpoint, accelerator, public_args(args), state)
     prepare_output_dir(accelerator, args, state.global_step)
     model, optimizer = accelerator.prepare(raw_model, raw_optimizer)
     batches = build_batches(accelerator, args, table, config, state.position)
@@ -1816,7 +1581,7 @@ def train(
 
     # 3. train
     null = null_label(raw_model)
-    bins = torch.zeros(2, TIMESTEP_BINS, device=accelerator.device)  # losses since the last log, by timestep
+    bins = torch.zeros(2, LEVEL_BINS, device=accelerator.device)  # losses since the last log, by timestep
     bad_images: set[str] = set()
     guard = StepGuard(raw_optimizer)
     periods = (args.logging_steps, args.checkpointing_steps, args.validation_steps)
@@ -1827,13 +1592,13 @@ def train(
         for _ in range(args.gradient_accumulation_steps):
             batch = next(batches)
             report_bad_images(batch["bad_images"], bad_images)
-            noisy_images, clean_images, noise, timesteps, labels = diffuse(
-                batch, noise_scheduler, args.label_dropout, null, vae, accelerator.device
-            )
+            noisy = diffuse(batch, args, noise_scheduler, args.label_dropout, null, vae, accelerator.device)
             seed_dropout(args.seed, int(batch["position"][0]))
             with accelerator.accumulate(model):
-                model_pred = model(noisy_images, timesteps, class_labels=labels).sample
-                loss = compute_loss(model_pred, noise_scheduler, clean_images, noise, timesteps, args.snr_gamma)
+                model_pred = model(*noisy.network_inputs, class_labels=noisy.labels).sample
+                loss = compute_loss(
+                    model_pred, noise_scheduler, noisy.clean_images, noisy.noise, noisy.levels, args.snr_gamma
+                )
                 accelerator.backward(spread_non_finite(loss).mean())
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -1842,7 +1607,7 @@ def train(
                     lr = lr_scheduler.get_last_lr()[0]
                 optimizer.step()
                 optimizer.zero_grad()
-            add_to_bins(bins, loss, timesteps, args.num_train_timesteps)
+            add_to_bins(bins, loss, noisy.level_bins)
         state.position += args.global_batch_size
         stopping = stop.agreed()
         if not stopping and not any(is_due(state.global_step + 1, every, args.max_train_steps) for every in periods):
@@ -1857,7 +1622,7 @@ def train(
         paused = time.perf_counter()
         finished = state.global_step == args.max_train_steps
         if stopping or is_due(state.global_step, args.checkpointing_steps, args.max_train_steps):
-            save_checkpoint(accelerator, args, state, lock)
+            save_checkpoint(accelerator, lock, arguments, state, noise_scheduler, args.checkpoints_total_limit)
         if stopping and not finished:
             break
         if is_due(state.global_step, args.validation_steps, args.max_train_steps):

@@ -14,8 +14,8 @@ from test_train import assert_same_files, losses
 from torch.distributions import Normal, kl_divergence
 
 import convert_nvidia_checkpoint
-import train_diffit
 from diffit_data import ImageDataset, PositionStream, collate, load_image_table
+from diffit_loss import compute_loss, variance_bound
 from diffit_model import DiffiTTransformer2DModel, model_class
 from diffit_pipeline import DiffiTPipeline
 
@@ -109,9 +109,7 @@ def test_variance_bound_is_the_divergence_of_two_gaussians(t, bound_inputs):
     true_mean = true_mean + (1 - before) * math.sqrt(1 - beta) / (1 - bar) * noisy
     divergence = kl_divergence(Normal(true_mean, math.sqrt(posterior)), network_gaussian(t, **inputs))
     expected = divergence.mean(dim=(1, 2, 3)) / math.log(2)
-    got = train_diffit.variance_bound(
-        inputs["error"], inputs["variance"], DDPMScheduler(), inputs["clean"], torch.full((2,), t)
-    )
+    got = variance_bound(inputs["error"], inputs["variance"], DDPMScheduler(), inputs["clean"], torch.full((2,), t))
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-7)
 
 
@@ -123,7 +121,7 @@ def test_variance_bound_at_the_first_timestep_is_the_surprise_at_the_image(bound
     above = torch.where(inputs["clean"] >= 1, 1.0, gaussian.cdf(inputs["clean"] + 1 / 255))
     below = torch.where(inputs["clean"] <= -1, 0.0, gaussian.cdf(inputs["clean"] - 1 / 255))
     expected = -torch.log2((above - below).clamp(min=1e-12)).mean(dim=(1, 2, 3))
-    got = train_diffit.variance_bound(
+    got = variance_bound(
         inputs["error"], inputs["variance"], DDPMScheduler(), inputs["clean"], torch.zeros(2, dtype=torch.long)
     )
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6)
@@ -133,9 +131,9 @@ def test_bound_is_added_to_the_loss_and_trains_the_variance_alone(bound_inputs):
     scheduler, timesteps = DDPMScheduler(), torch.tensor([0, 400])
     clean, noise = (bound_inputs[name].float() for name in ("clean", "noise"))
     model_pred = torch.cat([noise + bound_inputs["error"], bound_inputs["variance"]], dim=1).float().requires_grad_()
-    loss = train_diffit.compute_loss(model_pred, scheduler, clean, noise, timesteps)
+    loss = compute_loss(model_pred, scheduler, clean, noise, timesteps)
     error, variance = model_pred.detach()[:, :3] - noise, model_pred.detach()[:, 3:]
-    bound = train_diffit.variance_bound(error, variance, scheduler, clean, timesteps)
+    bound = variance_bound(error, variance, scheduler, clean, timesteps)
     torch.testing.assert_close(loss, error.square().mean(dim=(1, 2, 3)) + bound)
     loss.sum().backward()
     torch.testing.assert_close(model_pred.grad[:, :3], 2 * error / error[0].numel())  # of the squared error alone
@@ -281,7 +279,7 @@ def test_finetuning_starts_from_the_loss_of_the_converted_model(
         clean = 0.7 * (posterior.mean + posterior.std * batch["posterior_noise"])
         timesteps = (batch["time_uniform"].double() * 1000).long()
         model_pred = model(scheduler.add_noise(clean, batch["noise"], timesteps), timesteps, None).sample
-        expected = train_diffit.compute_loss(model_pred, scheduler, clean, batch["noise"], timesteps).mean().item()
+        expected = compute_loss(model_pred, scheduler, clean, batch["noise"], timesteps).mean().item()
     assert losses(tmp_path / "run") == pytest.approx([expected], rel=1e-6)
 
 

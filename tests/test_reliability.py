@@ -141,7 +141,7 @@ def test_bad_steps_are_passed_by_and_nothing_moves_on(value, train_args, image_f
     train([*train_args, "--max_train_steps=3", "--num_channels=3"])
     checkpoint = tmp_path / "run/checkpoint-3"
     numbers = json.loads((checkpoint / "state.json").read_text())
-    assert numbers["position"] == 20 and numbers["bad_steps"] == 2 and numbers["ema_step"] == 3
+    assert numbers["position"] == 20 and numbers["bad_steps"] == 2 and numbers["ema_steps"] == {"ema": 3}
     for positions in ("step 2 on the images at positions 4 to 7", "step 2 on the images at positions 8 to 11"):
         assert positions in caplog.text
     model, expected = plain_loop(image_folder, [0, 12, 16], 4)
@@ -216,7 +216,7 @@ def test_fp16_overflow_moves_neither_schedule_nor_ema(train_args):
         scaler.step(optimizer)
         scaler.update(2.0**10)
         outcomes.append(train_diffit.complete_step(args, state, guard))
-        counts = (state.global_step, state.lr_scheduler.last_epoch, state.ema_model.optimization_step)
+        counts = (state.global_step, state.lr_scheduler.last_epoch, state.ema_models["ema"].optimization_step)
         assert counts == (len(outcomes) - 1,) * 3
         if len(outcomes) == 1:
             assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_diffit
+from diffit_loss import build_noise_levels
 from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import DiffiTPipeline
 
@@ -284,7 +285,7 @@ def test_loss_equals_its_formula(prediction_type, snr_gamma):
 
 def test_timesteps_cover_the_range_evenly():
     uniform = (torch.arange(4000) + 0.5) / 4000
-    timesteps = train_diffit.batch_timesteps(uniform, 1000)
+    timesteps = build_noise_levels(uniform, DDPMScheduler())
     assert timesteps.bincount(minlength=1000).tolist() == [4] * 1000
 
 
@@ -571,7 +572,7 @@ def test_finetuning_keeps_weights_and_renews_class_rows_only(finished_run, train
             "--max_train_steps=1",
         ]
     )
-    assert "class rows start anew" in caplog.text
+    assert "2 class embeddings start anew, the null class is kept" in caplog.text
     name = "diffusion_pytorch_model.safetensors"
     old, new = load_file(finished_run / "unet" / name), load_file(tmp_path / "run/unet" / name)
     rows = "class_embedding.weight"

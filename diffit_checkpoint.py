@@ -1,0 +1,315 @@
+# Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Checkpoints: complete or not there, checked when they are read, and of data alone.
+
+A checkpoint is written under another name, with a manifest of sizes and checksums that comes last, brought to the
+disk and renamed; then old ones are deleted. What faults this survives: docs/reliability.md.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers import ModelMixin
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file
+from torch.optim.lr_scheduler import LambdaLR
+
+from diffit_distributed import OutputDirLock
+from diffit_loss import NoiseScheduler
+from diffit_pipeline import part_name
+
+logger = get_logger("train_diffit", log_level="INFO")
+
+MANIFEST = "manifest.json"  # of a checkpoint: size and checksum of each file
+# What makes a run the run that it is. Duration, batch per process, precision, paths and logs may change at a resume.
+SAME_AT_RESUME = (
+    *("seed", "global_batch_size", "class_conditional", "resolution", "center_crop", "random_flip"),
+    "vae_model_name_or_path",
+    *("formulation", "sigma_mean", "sigma_std", "augmentation_probability", "prediction_type"),
+    *("beta_schedule", "num_train_timesteps", "snr_gamma", "label_dropout"),
+    *("learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps", "lr_num_cycles", "lr_power"),
+    *("lr_warmup_kimg", "lr_decay_kimg"),
+    "lr_step_rules",
+    *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm"),
+    *("use_ema", "ema_max_decay", "ema_inv_gamma", "ema_power", "ema_half_life_kimg", "ema_ramp_up"),
+)
+
+
+@dataclass
+class TrainingState:
+    """All that changes while training, and so all that a checkpoint holds.
+
+    Attributes:
+        model: the network itself, not what accelerate wraps around it.
+        ema_models: its averaged weights by the end of their folder's name: `ema`, or `ema_2kimg` for a half-life.
+        optimizer: likewise unwrapped.
+        lr_scheduler: steps once per optimizer step.
+        num_images: in the training data, which fixes what a position means.
+        global_step: successful optimizer steps.
+        position: first position of the stream that has not been trained on.
+        bad_steps: left out so far because the loss or the gradient was not finite; their positions are passed by.
+        bad_steps_in_a_row: of these, since the last successful step.
+    """
+
+    model: ModelMixin
+    ema_models: dict[str, EMAModel]
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: LambdaLR
+    num_images: int
+    global_step: int = 0
+    position: int = 0
+    bad_steps: int = 0
+    bad_steps_in_a_row: int = 0
+
+
+@contextlib.contextmanager
+def ema_weights(ema_model: EMAModel | None, model: ModelMixin) -> Iterator[None]:
+    """Puts the EMA weights into the network for the duration of a `with` block; without EMA it does nothing."""
+    if ema_model is None:
+        yield
+        return
+    ema_model.store(model.parameters())
+    ema_model.copy_to(model.parameters())
+    try:
+        yield
+    finally:
+        ema_model.restore(model.parameters())
+
+
+def step_of(checkpoint: Path) -> int:
+    """N of `checkpoint-N`."""
+    return int(checkpoint.name.split("-")[1])
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Checkpoints `checkpoint-N` of a folder, oldest first; `checkpoint_problem` tells whether one is damaged."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=step_of)
+
+
+def file_digest(file: Path) -> dict[str, int | str]:
+    """Size in bytes and SHA-256 of a file."""
+    with file.open("rb") as handle:
+        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
+
+
+def checkpoint_problem(path: Path) -> str | None:
+    """What is wrong with a checkpoint, in words, by its manifest of sizes and checksums; None if it is complete."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, expected in manifest.items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                return f"{MANIFEST} names {name!r}, which is outside of the checkpoint"
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if file_digest(path / name) != expected:
+                return f"{name} is damaged (size or checksum differs from {MANIFEST})"
+    except (OSError, ValueError, AttributeError) as error:  # the last for JSON that is no object
+        return f"cannot read {MANIFEST}: {error}"
+    return None
+
+
+def sync_to_disk(path: Path) -> None:
+    """Returns when a file or the entries of a folder are on the disk, not only in memory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_checkpoint(
+    folder: Path, accelerator: Accelerator, arguments: dict, state: TrainingState, noise_scheduler: NoiseScheduler
+) -> None:
+    """Writes all that a resumed run needs into a new folder; the manifest comes last."""
+    shutil.rmtree(folder, ignore_errors=True)
+    part = part_name(state.model)
+    state.model.save_pretrained(folder / part)
+    for name, ema_model in state.ema_models.items():
+        with ema_weights(ema_model, state.model):
+            state.model.save_pretrained(folder / f"{part}_{name}")
+    noise_scheduler.save_pretrained(folder / "scheduler")  # so that one can fine-tune from here
+    torch.save(state.optimizer.state_dict(), folder / "optimizer.pt")
+    numbers = {
+        "global_step": state.global_step,
+        "position": state.position,
+        "bad_steps": state.bad_steps,
+        "bad_steps_in_a_row": state.bad_steps_in_a_row,
+        "num_images": state.num_images,
+        "lr_scheduler": state.lr_scheduler.state_dict(),
+        "ema_steps": {name: ema_model.optimization_step for name, ema_model in state.ema_models.items()},
+        "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
+    }
+    (folder / "state.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    (folder / "training_args.yaml").write_text(yaml.safe_dump(arguments))
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest = {file.relative_to(folder).as_posix(): file_digest(file) for file in files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    for path in (*files, folder / MANIFEST, *(path for path in folder.iterdir() if path.is_dir()), folder):
+        sync_to_disk(path)
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    lock: OutputDirLock,
+    arguments: dict,
+    state: TrainingState,
+    noise_scheduler: NoiseScheduler,
+    total_limit: int | None,
+) -> None:
+    """Writes `checkpoint-N`, then deletes old ones. To be called by all processes.
+
+    It is written under another name and renamed at the end, so a `checkpoint-N` is complete or does not exist. Only
+    the main process writes and deletes, and only while it owns the folder.
+
+    Args:
+        lock: of the folder of the run.
+        arguments: as a config file holds them; saved beside the state, and compared at a resume.
+        state: what is saved.
+        noise_scheduler: saved too, so that one can sample and fine-tune from a checkpoint.
+        total_limit: checkpoints that are kept, or None for all.
+
+    Raises:
+        RuntimeError: in all processes, if it could not be written; earlier checkpoints stay.
+    """
+    accelerator.wait_for_everyone()
+    failed = torch.zeros(1, device=accelerator.device)
+    reason = "see the main process"
+    if accelerator.is_main_process:
+        target = lock.folder / f"checkpoint-{state.global_step}"
+        temporary = target.with_name(f"tmp-{target.name}")
+        try:
+            lock.check_owned()
+            write_checkpoint(temporary, accelerator, arguments, state, noise_scheduler)
+            shutil.rmtree(target, ignore_errors=True)  # a damaged one of the same step
+            temporary.rename(target)
+            sync_to_disk(target.parent)
+            if total_limit is not None:
+                # A damaged one that was passed over may have a later number: it is left, and does not count.
+                kept = [path for path in list_checkpoints(lock.folder) if step_of(path) <= state.global_step]
+                for old in kept[:-total_limit]:
+                    shutil.rmtree(old)
+        except Exception as error:  # a full disk is an OSError, a SafetensorError or a RuntimeError
+            reason = str(error)
+            failed += 1
+            shutil.rmtree(temporary, ignore_errors=True)
+    if accelerator.reduce(failed, "sum").item() > 0:
+        left = list_checkpoints(lock.folder)
+        raise RuntimeError(
+            f"checkpoint-{state.global_step} could not be written to {lock.folder} ({reason}); "
+            f"the last one there is {left[-1].name if left else 'none'}"
+        )
+    logger.info(f"saved checkpoint-{state.global_step}")
+
+
+def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None, overwrite: bool) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint means; None starts afresh.
+
+    `latest` is the newest complete one. Damaged ones are named, passed over and left where they are.
+
+    Raises:
+        ValueError: if it does not exist or is damaged, if there are only damaged ones, or if --output_dir already
+            holds checkpoints and no flag says what to do.
+    """
+    existing = list_checkpoints(output_dir)
+    if resume_from_checkpoint is None:
+        if existing and not overwrite:
+            raise ValueError(
+                f"--output_dir {output_dir} already holds checkpoints up to {existing[-1].name}: give "
+                "--resume_from_checkpoint latest to go on, or --overwrite_output_dir to delete them"
+            )
+        return None
+    if resume_from_checkpoint != "latest":
+        path = Path(resume_from_checkpoint)
+        if problem := checkpoint_problem(path):
+            raise ValueError(f"--resume_from_checkpoint {path}: {problem}")
+        return path
+    for path in reversed(existing):
+        problem = checkpoint_problem(path)
+        if problem is None:
+            return path
+        logger.warning(f"passing over {path}: {problem}")
+    if existing:
+        raise ValueError(f"--resume_from_checkpoint latest: all checkpoints in {output_dir} are damaged")
+    logger.info(f"no checkpoint in {output_dir}: starting afresh")
+    return None
+
+
+def load_checkpoint(path: Path, accelerator: Accelerator, arguments: dict, state: TrainingState) -> None:
+    """Restores what `save_checkpoint` wrote, in every process.
+
+    Args:
+        path: of the checkpoint.
+        arguments: of the run that goes on.
+        state: of a new run; it becomes that of the checkpoint.
+
+    Raises:
+        ValueError: names what the checkpoint was trained with where the arguments say otherwise, or a file in it that
+            is damaged or holds more than data.
+    """
+    numbers = read_data(path / "state.json", lambda file: json.loads(file.read_text()))
+    earlier = read_data(path / "training_args.yaml", lambda file: yaml.safe_load(file.read_text()))
+    read_tensors = functools.partial(torch.load, map_location="cpu", weights_only=True)
+    optimizer_state = read_data(path / "optimizer.pt", read_tensors)
+    for key in SAME_AT_RESUME:
+        if earlier.get(key) != arguments.get(key):
+            raise ValueError(
+                f"{path} was trained with --{key} {earlier.get(key)}, not {arguments.get(key)}: a resumed run is the "
+                "same run; to train on under other settings start from it with --pretrained_model_name_or_path"
+            )
+    if numbers["num_images"] != state.num_images:
+        raise ValueError(f"{path} was trained on {numbers['num_images']} images, the data has {state.num_images}")
+    part = part_name(state.model)
+    weights, wanted = load_weights(path / part), state.model.state_dict()
+    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in wanted.items()}:
+        raise ValueError(f"{path} holds another network than --model_config and --model_kwargs describe")
+    state.model.load_state_dict(weights)
+    for ema_name, ema_model in state.ema_models.items():
+        weights = load_weights(path / f"{part}_{ema_name}")
+        with torch.no_grad():
+            for (name, _), shadow in zip(state.model.named_parameters(), ema_model.shadow_params, strict=True):
+                shadow.copy_(weights[name])
+        ema_model.optimization_step = numbers["ema_steps"][ema_name]
+    state.optimizer.load_state_dict(optimizer_state)
+    state.lr_scheduler.load_state_dict(numbers["lr_scheduler"])
+    if numbers["scaler"] is not None and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(numbers["scaler"])
+    for name in ("global_step", "position", "bad_steps", "bad_steps_in_a_row"):
+        setattr(state, name, numbers[name])
+    logger.info(f"resumed from {path} at step {state.global_step}")
+
+
+def read_data(file: Path, reader: Callable[[Path], dict]) -> dict:
+    """A file of a checkpoint, by a reader that runs no code.
+
+    Raises:
+        ValueError: names the file, if it holds anything but data.
+    """
+    try:
+        data = reader(file)
+    except (pickle.UnpicklingError, yaml.YAMLError, RuntimeError, ValueError, EOFError) as error:
+        # PyTorch's own message advises to load it without the protection.
+        raise ValueError(
+            f"{file} is damaged, or holds code, which is never run ({type(error).__name__}): delete the checkpoint, "
+            "and take such files only from people you trust"
+        ) from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{file}: expected a mapping, got {type(data).__name__}")
+    return data
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the safetensors files in a folder, one file or several shards."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}

@@ -1,0 +1,153 @@
+"""The EDM formulation against hand-computed values; averages by images; the schedule with a stable part."""
+
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from conftest import TINY_CONFIG, train
+from diffusers import EDMEulerScheduler
+from safetensors.torch import load_file
+from test_train import STATES, assert_same_files, logged, refusal
+
+import train_diffit
+from diffit_loss import build_network_inputs, build_noise_levels, compute_loss
+from diffit_model import DiffiTUNet2DModel
+
+
+@pytest.fixture
+def edm() -> EDMEulerScheduler:
+    return EDMEulerScheduler(sigma_data=0.5)
+
+
+def test_sigmas_are_log_normal(edm):
+    uniform = (torch.arange(100_000) + 0.5) / 100_000
+    logs = build_noise_levels(uniform, edm, -1.2, 1.2).double().log()
+    assert logs.mean().item() == pytest.approx(-1.2, abs=1e-4) and logs.std().item() == pytest.approx(1.2, rel=1e-3)
+    assert build_noise_levels(torch.tensor([0.0, 1 - 2**-24]), edm).isfinite().all()
+
+
+def test_edm_inputs_and_loss_equal_hand_computed_values(edm):
+    """One pixel: image 0.4, noise 2, sigma 0.5, F = 0.3."""
+    clean, noise, sigma = torch.full((1, 1, 1, 1), 0.4), torch.full((1, 1, 1, 1), 2.0), torch.tensor([0.5])
+    noisy, time = build_network_inputs(clean, noise, sigma, edm)
+    assert noisy.item() == pytest.approx(1.4 / math.sqrt(0.5), rel=1e-6)  # c_in = 1 / sqrt(0.25 + 0.25)
+    assert time.item() == pytest.approx(math.log(0.5) / 4, rel=1e-6)
+    loss = compute_loss(torch.full((1, 1, 1, 1), 0.3), edm, clean, noise, sigma)
+    denoised = 0.5 * 1.4 + 0.25 / math.sqrt(0.5) * 0.3  # c_skip = 0.25 / 0.5, c_out = 0.25 / sqrt(0.5)
+    assert loss.item() == pytest.approx(0.5 / 0.0625 * (denoised - 0.4) ** 2, rel=1e-5)
+
+
+def test_network_of_zero_output_denoises_by_the_skip_and_has_a_loss_of_one(edm):
+    """c_skip * x is the best linear guess for images of standard deviation 0.5: its weighted error is 1."""
+    torch.manual_seed(0)
+    model = DiffiTUNet2DModel(**TINY_CONFIG)
+    clean = 0.5 * torch.randn(4000, 3, 8, 8)
+    noise, uniform = torch.randn_like(clean), torch.rand(4000)
+    sigma = build_noise_levels(uniform, edm)
+    noisy, time = build_network_inputs(clean, noise, sigma, edm)
+    with torch.no_grad():
+        model_pred = model(noisy[:8], time[:8]).sample
+    assert model_pred.abs().max() == 0
+    x = clean + sigma[:, None, None, None] * noise
+    skip = 0.25 / (sigma**2 + 0.25)
+    denoised = edm.precondition_outputs(x[:8], model_pred, sigma[:8, None, None, None])
+    torch.testing.assert_close(denoised, skip[:8, None, None, None] * x[:8])
+    loss = compute_loss(torch.zeros_like(clean), edm, clean, noise, sigma)
+    assert loss.mean().item() == pytest.approx(1.0, rel=0.01)
+
+
+def test_edm_run_is_saved_resumed_and_sampled_with_no_flag(train_args, tmp_path):
+    flags = ["--formulation=edm", "--max_train_steps=4", "--checkpointing_steps=2", "--validation_fraction=0.25"]
+    train([*train_args, *flags])
+    other = [*train_args, *flags, f"--output_dir={tmp_path / 'other'}"]
+    train([*other, "--max_train_steps=2"])
+    train([*other, "--resume_from_checkpoint=latest"])
+    assert_same_files(tmp_path / "run/checkpoint-4", tmp_path / "other/checkpoint-4", STATES)
+    config = json.loads((tmp_path / "run/scheduler/scheduler_config.json").read_text())
+    assert config["_class_name"] == "EDMEulerScheduler" and config["sigma_data"] == 0.5
+    again = [*(a for a in train_args if not a.startswith("--model_config")), "--max_train_steps=1"]
+    train([*again, f"--pretrained_model_name_or_path={tmp_path / 'run'}", f"--output_dir={tmp_path / 'tuned'}"])
+    assert yaml.safe_load((tmp_path / "tuned/training_args.yaml").read_text())["formulation"] == "edm"
+
+
+def test_flag_of_the_other_formulation_is_refused(train_args):
+    with pytest.raises(ValueError, match="--prediction_type is of --formulation ddpm"):
+        train([*train_args, "--formulation=edm", "--prediction_type=epsilon"])
+
+
+# --- averages
+
+
+def test_average_counts_half_after_its_half_life():
+    """A weight that jumps from 0 to 1 after the ramp-up: half of it after half_life images, 3/4 after twice that."""
+    parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    ema = train_diffit.HalfLifeEMA([parameter], half_life=800, ramp_up=0.5, batch_size=8)
+    for _ in range(1000):
+        ema.step([parameter])
+    parameter.data.fill_(1.0)
+    for expected in (0.5, 0.75):
+        for _ in range(100):
+            ema.step([parameter])
+        assert ema.shadow_params[0].item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_half_life_ramps_up_with_the_images_seen():
+    ema = train_diffit.HalfLifeEMA([torch.nn.Parameter(torch.zeros(1))], half_life=1e6, ramp_up=0.05, batch_size=64)
+    for step in (1, 10, 1000):
+        assert ema.get_decay(step) == pytest.approx(0.5 ** (64 / (0.05 * 64 * step)))
+    assert ema.get_decay(10**9) == pytest.approx(0.5 ** (64 / 1e6))
+
+
+def test_several_widths_are_saved_previewed_and_the_best_is_named(train_args, tmp_path):
+    flags = ["--ema_half_life_kimg", "0.004", "0.02", "--ema_ramp_up=1", "--validation_fraction=0.25"]
+    flags += ["--max_train_steps=12", "--checkpointing_steps=6", "--validation_steps=6", "--learning_rate=1e-2"]
+    train([*train_args, *flags])
+    run_dir = tmp_path / "run"
+    names = ("ema_0.004kimg", "ema_0.02kimg")
+    scalars = {name: [e.value for e in logged(run_dir).Scalars(f"validation/loss_{name}")][-1] for name in names}
+    best = min(names, key=scalars.get)
+    assert f"`{best}`" in (run_dir / "README.md").read_text()
+    file = "diffusion_pytorch_model.safetensors"
+    weights = {name: load_file(run_dir / f"checkpoint-12/unet_{name}" / file) for name in names}
+    saved = load_file(run_dir / "unet" / file)
+    assert all(torch.equal(saved[key], weights[best][key]) for key in saved)
+    assert any(not torch.equal(weights[names[0]][key], weights[names[1]][key]) for key in saved)
+    assert len(list((run_dir / "previews").glob("step_00000012_ema_*.png"))) == 2
+
+    other = [*train_args, *flags, f"--output_dir={tmp_path / 'other'}"]
+    train([*other, "--max_train_steps=6"])
+    train([*other, "--resume_from_checkpoint=latest"])
+    parts = [f"unet_{name}/{file}" for name in names]
+    assert_same_files(run_dir / "checkpoint-12", tmp_path / "other/checkpoint-12", parts)
+
+
+# --- schedule
+
+
+def test_warmup_stable_decay_in_images(train_args, tmp_path):
+    flags = ["--lr_scheduler=warmup_stable_decay", "--lr_warmup_kimg=0.008", "--lr_decay_kimg=0.016"]
+    arguments = [argument for argument in train_args if not argument.startswith("--lr_warmup")]
+    train([*arguments, *flags, "--max_train_steps=10", "--learning_rate=1"])
+    rates = [event.value for event in logged(tmp_path / "run").Scalars("train/learning_rate")]
+    assert rates == pytest.approx([0, 0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lr_scheduler=warmup_stable_decay"], "need each other"),
+        (["--lr_decay_steps=2"], "need each other"),
+        (["--lr_warmup_kimg=1"], "--lr_warmup_steps or --lr_warmup_kimg"),
+        (["--ema_half_life_kimg", "1", "1"], "names a width twice"),
+        (["--ema_half_life_kimg", "1", "--no-use_ema"], "--ema_half_life_kimg needs --use_ema"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(flags, words, train_args, capsys):
+    assert words in refusal([*train_args, *flags], capsys)
+
+
+def test_schedule_longer_than_the_training_is_refused(train_args):
+    with pytest.raises(ValueError, match="are longer than the training"):
+        train([*train_args, "--lr_scheduler=warmup_stable_decay", "--lr_decay_steps=4"])
