@@ -82,27 +82,28 @@ def augment(images: torch.Tensor, numbers: torch.Tensor, probability: float) -> 
     images = torch.where(x_flip[:, None, None, None], images.flip(-1), images)
     images = torch.where(y_flip[:, None, None, None], images.flip(-2), images)
 
-    # 3. the other transforms, backwards: from points of the new image to those of the old, in pixels from the centre
-    columns, rows = (
+    # 3. the other transforms, backwards: from points of the new image to those of the old, in pixels from the centre.
+    # Without matrix products, whose precision autocast and TF32 lower.
+    angle, axis, log_scale, log_stretch, right, down = (
+        number[:, None, None] for number in (angle, axis, log_scale, log_stretch, right, down)
+    )  # (B, 1, 1)
+    x, y = (
         (torch.arange(SUPERSAMPLING * size, device=images.device) + 0.5) / SUPERSAMPLING - size / 2
         for size in (width, height)
-    )
-    points = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)  # (2H, 2W, 2)
-    points = points - torch.stack([right * width, down * height], dim=1)[:, None, None] / 8  # (B, 2H, 2W, 2)
-    stretch = 2 ** (0.2 * log_stretch)
-    shrink = torch.diag_embed(torch.stack([1 / stretch, stretch], dim=1))  # (B, 2, 2)
-    backwards = _rotation(-angle) @ _rotation(axis) @ shrink @ _rotation(-axis)  # (B, 2, 2)
-    backwards = backwards * 2 ** (-0.2 * log_scale)[:, None, None]
-    points = points.flatten(1, 2) @ backwards.mT  # (B, 2H * 2W, 2)
-    sides = torch.tensor([width, height], device=images.device)
-    grid = (2 * points / sides).reshape(batch, len(rows), len(columns), 2)  # -1 to 1 from edge to edge
+    )  # (2W), (2H)
+    x, y = x - right * width / 8, y[:, None] - down * height / 8  # (B, 1, 2W), (B, 2H, 1)
+    x, y = _rotate(x, y, -axis)  # (B, 2H, 2W) each
+    x, y = x * 2 ** (-0.2 * log_stretch), y * 2 ** (0.2 * log_stretch)
+    x, y = _rotate(x, y, axis - angle)
+    x, y = x * 2 ** (-0.2 * log_scale), y * 2 ** (-0.2 * log_scale)
+    grid = torch.stack([2 * x / width, 2 * y / height], dim=-1)  # (B, 2H, 2W, 2), -1 to 1 from edge to edge
     warped = F.grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
     warped = F.avg_pool2d(warped, SUPERSAMPLING).clamp(-1, 1)  # (B, C, H, W)
     is_warped = scaled | rotated | squeezed | moved
     return torch.where(is_warped[:, None, None, None], warped, images), labels
 
 
-def _rotation(angle: torch.Tensor) -> torch.Tensor:
-    """Matrices of shape (B, 2, 2) that turn (x, y) by angles of shape (B), from the x axis to the y axis."""
+def _rotate(x: torch.Tensor, y: torch.Tensor, angle: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points turned by angles, from the x axis to the y axis; shapes that broadcast."""
     cos, sin = angle.cos(), angle.sin()
-    return torch.stack([torch.stack([cos, -sin], dim=1), torch.stack([sin, cos], dim=1)], dim=1)
+    return cos * x - sin * y, sin * x + cos * y
