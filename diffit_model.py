@@ -7,8 +7,8 @@ those of version 3 of the paper. Where the paper is silent, a comment says what 
 torch and diffusers, and xformers only if that attention backend is chosen.
 
 Shapes: B batch, C channels, H/W height/width (pixels or latents), G windows per image (1 = global attention),
-N tokens in a window, D hidden size of the tokens, T size of the time token, h attention heads, d size of a head,
-p height and width of a patch.
+N tokens in a window, D hidden size of the tokens, T size of the time token, A labels of augmentation, h attention
+heads, d size of a head, p height and width of a patch.
 """
 
 import functools
@@ -469,7 +469,8 @@ class DiffiTModelMixin(ModelMixin, ConfigMixin, AttentionMixin):
         for module in self.modules():
             if isinstance(module, nn.Linear):  # as in NVIDIA's latent model; the paper is silent
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, TimeDependentSelfAttention):
                 nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)  # as in Swin
         if self.class_embedding is not None:
@@ -590,6 +591,8 @@ class DiffiTUNet2DModel(DiffiTModelMixin):
         zero_init_output: start with an output of zero. Not in the paper: follows DDPM.
         num_class_embeds: number of classes, or None for an unconditional network. One more row, with the index
             `num_class_embeds`, is the null class for classifier-free guidance.
+        num_augment_labels: number A of labels that tell what augmentation did to an image, or None for a network that
+            takes none. EDM (arXiv 2206.00364, appendix F.2), which the paper follows, has nine.
 
     Raises:
         ValueError: if the arguments do not fit each other; the message names them.
@@ -600,7 +603,7 @@ class DiffiTUNet2DModel(DiffiTModelMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DiffiTResBlock"]
     _repeated_blocks = ["DiffiTResBlock"]
-    _skip_layerwise_casting_patterns = ["conv_in", "time_embedding", "class_embedding", "norm"]
+    _skip_layerwise_casting_patterns = ["conv_in", "time_embedding", "class_embedding", "augment_embedding", "norm"]
 
     @register_to_config
     def __init__(
@@ -623,6 +626,7 @@ class DiffiTUNet2DModel(DiffiTModelMixin):
         skip_merge: str = "concat",
         zero_init_output: bool = True,
         num_class_embeds: int | None = None,
+        num_augment_labels: int | None = None,
     ):
         super().__init__()
         self._check_config()
@@ -641,6 +645,9 @@ class DiffiTUNet2DModel(DiffiTModelMixin):
         self.class_embedding = None
         if num_class_embeds is not None:
             self.class_embedding = nn.Embedding(num_class_embeds + 1, time_embed_dim)
+        self.augment_embedding = None
+        if num_augment_labels is not None:  # without a bias, so that labels of zero add nothing
+            self.augment_embedding = nn.Linear(num_augment_labels, time_embed_dim, bias=False)
 
         def build_stage(index: int, in_width: int) -> DiffiTStage:
             width = block_out_channels[index]
@@ -684,7 +691,7 @@ class DiffiTUNet2DModel(DiffiTModelMixin):
         for name in ("in_channels", "out_channels", "norm_num_groups"):
             if config[name] < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {config[name]}")
-        for name in ("attention_head_dim", "time_embedding_dim", "num_class_embeds"):
+        for name in ("attention_head_dim", "time_embedding_dim", "num_class_embeds", "num_augment_labels"):
             if config[name] is not None and config[name] < 1:
                 raise ValueError(f"`{name}` must be at least 1 or None, got {config[name]}")
         if not config.block_out_channels or min(config.block_out_channels) < 1:
@@ -730,37 +737,60 @@ class DiffiTUNet2DModel(DiffiTModelMixin):
                 f"{self.config.window_size}), got {height} x {width}"
             )
 
+    def _checked_augment_labels(
+        self, sample: torch.Tensor, augment_labels: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Labels of augmentation in the dtype of the images, shape (B, A); None for a network that takes none."""
+        num_labels = self.config.num_augment_labels
+        if num_labels is None:
+            if augment_labels is not None:
+                raise ValueError("`augment_labels` were given to a network without `num_augment_labels`")
+            return None
+        shape = (sample.shape[0], num_labels)
+        if augment_labels is None:
+            return sample.new_zeros(shape)  # through the layer too: under DDP every parameter must be used
+        if augment_labels.shape != shape:
+            raise ValueError(f"`augment_labels` must have the shape {shape}, got {tuple(augment_labels.shape)}")
+        return augment_labels.to(sample.dtype)
+
     def forward(
         self,
         sample: torch.Tensor,
         timestep: torch.Tensor | float | int,
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
+        augment_labels: torch.Tensor | None = None,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
         """Predicts what the network was trained for (noise, image or velocity) from noisy images.
 
         Args:
             sample: noisy images, about unit variance; shape (B, in_channels, H, W).
-            timestep: timestep in [0, number of training timesteps), integer or fractional, one for all or one per
-                image; a number, or a tensor of shape () or (1,) or (B,).
+            timestep: timestep in [0, number of training timesteps), integer or fractional, or ln(sigma) / 4 of an EDM
+                model; one for all or one per image; a number, or a tensor of shape () or (1,) or (B,).
             class_labels: classes in [0, num_class_embeds], the last being the null class; integers of shape (B,).
                 None means the null class for all.
             return_dict: return a `UNet2DOutput` rather than a tuple.
+            augment_labels: what augmentation did to each image, zero where it did nothing; floats of shape
+                (B, num_augment_labels). None means zeros, as in sampling.
 
         Returns:
             `UNet2DOutput` whose `sample`, or a tuple whose first entry, has shape (B, out_channels, H, W).
 
         Raises:
             ValueError: if the network cannot divide H x W (the message names the multiple that it must be), if labels
-                are given to an unconditional network or are out of range, or if timesteps are not one or B.
+                are given to an unconditional network or are out of range, if timesteps are not one or B, or if
+                `augment_labels` are given to a network without or are not of that shape.
         """
         self.check_size(*sample.shape[-2:])
         timesteps, class_labels = self._one_per_image(sample, timestep, class_labels)  # (B), (B)
+        augment_labels = self._checked_augment_labels(sample, augment_labels)  # (B, A)
 
         # 1. time token
         time_token = self.time_embedding(self.time_proj(timesteps).to(sample.dtype))  # (B, T)
         if self.class_embedding is not None:
             time_token = time_token + self.class_embedding(class_labels)  # (B, T)
+        if self.augment_embedding is not None:
+            time_token = time_token + self.augment_embedding(augment_labels)  # (B, T)
 
         # 2. tokenizer
         hidden_states = self.conv_in(sample)  # (B, C, H, W)
@@ -1082,7 +1112,7 @@ def adapt_weights(
     Relative position bias tables and positions are interpolated. With another number of classes, and where asked for,
     class rows start anew as `target` has them. The null class never changes what the network predicts: its row is
     kept, becomes a row of zeros where `source` had no classes, and a part of the time embedding where `target` has
-    none.
+    none. Labels of augmentation are dropped, or start with weights of zero, which change no prediction either.
 
     Args:
         source: network with the weights; it stays as it is.
@@ -1133,7 +1163,16 @@ def adapt_weights(
         weights[name] = torch.cat([new_rows[:-1], rows[-1:]])
         changes.append(f"{len(new_rows) - 1} class embeddings start anew, the null class is kept")
 
-    # 3. what is left must fit
+    # 3. augmentation: labels of zero, which sampling has, add nothing
+    name = "augment_embedding.weight"
+    if name in weights and name not in wanted:
+        del weights[name]
+        changes.append("the labels of augmentation dropped")
+    elif name in wanted and name not in weights:
+        weights[name] = torch.zeros_like(wanted[name])
+        changes.append("the labels of augmentation start at zero")
+
+    # 4. what is left must fit
     shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (weights, wanted)]
     misfits = [
         f"{name} (has {shapes[0].get(name, 'nothing')}, needs {shapes[1].get(name, 'nothing')})"

@@ -27,6 +27,8 @@ from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
@@ -49,6 +51,11 @@ SCHEDULERS = {
     "heun": HeunDiscreteScheduler,
     "kdpm2": KDPM2DiscreteScheduler,
     "unipc": UniPCMultistepScheduler,
+}
+EDM_SCHEDULERS = {
+    "edm_dpmsolver++": EDMDPMSolverMultistepScheduler,
+    "edm_euler": EDMEulerScheduler,
+    "edm_heun": EDMEulerScheduler,  # the same noise levels; the pipeline corrects each step
 }
 GUIDANCE_SCHEDULES = ("constant", "power_cosine")
 
@@ -102,6 +109,80 @@ def null_label(network: torch.nn.Module) -> int | None:
     return num_class_embeds - 1 if type(network).__name__ == "UNet2DModel" else num_class_embeds
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# EDM (Karras et al. 2022, arXiv 2206.00364): noise levels sigma in place of timesteps
+
+
+def edm_preconditioning(
+    sigma: torch.Tensor, sigma_data: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """How a network F becomes a denoiser, EDM Eq. 7: `D(x; sigma) = c_skip * x + c_out * F(c_in * x; c_noise)`.
+
+    Args:
+        sigma: noise levels above 0, of any shape.
+        sigma_data: standard deviation of the clean images.
+
+    Returns:
+        c_skip, c_out, c_in and c_noise (EDM Table 1), each in the shape and dtype of `sigma`.
+    """
+    variance = sigma**2 + sigma_data**2
+    return sigma_data**2 / variance, sigma * sigma_data / variance.sqrt(), 1 / variance.sqrt(), sigma.log() / 4
+
+
+def edm_time(sigma: float, sigma_min: float, sigma_max: float, rho: float) -> float:
+    """Place of a noise level among those that sampling passes (EDM Eq. 5): 0 at sigma_min or below, 1 at sigma_max."""
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return min(max((sigma ** (1 / rho) - low) / (high - low), 0.0), 1.0)
+
+
+def edm_heun(
+    denoise: Callable[[torch.Tensor, float], torch.Tensor],
+    sample: torch.Tensor,
+    sigmas: list[float],
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> torch.Tensor:
+    """From noise to images by Heun's method: EDM Algorithm 2, and without churn its deterministic Algorithm 1.
+
+    Args:
+        denoise: D(x; sigma), the expected clean images for noisy ones x of the noise level sigma; called twice in each
+            step but once in one that ends at 0, so 2N - 1 times, with x in the dtype of the result.
+        sample: noise of standard deviation `sigmas[0]`; shape (B, C, H, W).
+        sigmas: N + 1 noise levels for N steps, falling; the last is usually 0.
+        s_churn: how much of the noise is renewed on the way; 0 is deterministic.
+        s_tmin: lowest noise level at which noise is renewed.
+        s_tmax: highest.
+        s_noise: standard deviation of new noise, 1 in theory.
+        generator: of the new noise, one for all images or one for each.
+
+    Returns:
+        Images in float64 (float32 on MPS, which has none), shape (B, C, H, W).
+    """
+    dtype = torch.float32 if sample.device.type == "mps" else torch.float64
+    sample = sample.to(dtype)
+    num_steps = len(sigmas) - 1
+    for sigma, next_sigma in zip(sigmas, sigmas[1:], strict=False):
+        if s_churn > 0 and s_tmin <= sigma <= s_tmax:
+            higher_sigma = sigma * (1 + min(s_churn / num_steps, math.sqrt(2) - 1))
+            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=torch.float32)
+            sample = sample + math.sqrt(higher_sigma**2 - sigma**2) * s_noise * noise.to(dtype)
+            sigma = higher_sigma
+        slope = (sample - denoise(sample, sigma)) / sigma
+        next_sample = sample + (next_sigma - sigma) * slope
+        if next_sigma > 0:
+            next_slope = (next_sample - denoise(next_sample, next_sigma)) / next_sigma
+            next_sample = sample + (next_sigma - sigma) * (slope + next_slope) / 2
+        sample = next_sample
+    return sample
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pipeline
+
+
 def guidance_weight(
     timestep: float,
     num_train_timesteps: int,
@@ -113,8 +194,9 @@ def guidance_weight(
     """Weight w(t) of guidance at a timestep: `other + w * (prediction - other)`, so that 1 is no guidance.
 
     Args:
-        timestep: t in [0, num_train_timesteps), integer or fractional; not the number of the sampling step.
-        num_train_timesteps: T.
+        timestep: t in [0, num_train_timesteps), integer or fractional; not the number of the sampling step. For an
+            EDM model `edm_time` in [0, 1], which is spaced as its sampling steps are.
+        num_train_timesteps: T; for an EDM model 1.
         scale: s, the weight wherever a constant schedule guides.
         schedule: `"constant"`, or `"power_cosine"`: `1 + (s - 1) * (1 - cos(pi * (1 - t/T)^p)) / 2`, which rises from
             1 at pure noise to s at the image; DiffiT samples ImageNet at 256 pixels with it.
@@ -132,6 +214,27 @@ def guidance_weight(
     if schedule == "constant":
         return scale
     return 1 + (scale - 1) * (1 - math.cos(math.pi * (1 - time) ** power)) / 2
+
+
+def choose_scheduler(model_path: str, scheduler: str | None = None) -> str:
+    """The name of the scheduler for a folder.
+
+    Args:
+        model_path: local folder or hub name with `scheduler/`.
+        scheduler: one of `SCHEDULERS`, or of `EDM_SCHEDULERS` for an EDM model; None means `"ddim"`, or for an EDM
+            model `"edm_heun"`.
+
+    Raises:
+        ValueError: if there is no such scheduler for the model of this folder.
+    """
+    config = DDPMScheduler.load_config(model_path, subfolder="scheduler")
+    edm = config["_class_name"] in {scheduler_class.__name__ for scheduler_class in EDM_SCHEDULERS.values()}
+    names = sorted(EDM_SCHEDULERS if edm else SCHEDULERS)
+    scheduler = scheduler or ("edm_heun" if edm else "ddim")
+    if scheduler not in names:
+        kind = "an EDM model" if edm else "no EDM model"
+        raise ValueError(f"scheduler must be one of {', '.join(names)}, as {model_path} is {kind}, got {scheduler!r}")
+    return scheduler
 
 
 def predicts_variance(network: torch.nn.Module) -> bool:
@@ -164,6 +267,7 @@ class DiffiTPipeline(DiffusionPipeline):
             half of its output channels is the variance: a `DDPMScheduler` with `variance_type="learned_range"` or
             `"learned"` uses it, any other scheduler gets the first half.
         vae: an `AutoencoderKL` for the images of a latent model; without one there are only latents.
+        heun: with an `EDMEulerScheduler`, correct each Euler step as Heun's method does, see `edm_heun`.
 
     Raises:
         ValueError: unless there is one network, `unet` or `transformer`.
@@ -172,19 +276,22 @@ class DiffiTPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "unet->transformer->vae"
     _optional_components = ["unet", "transformer", "vae"]
 
-    def __init__(self, unet, scheduler, id2label: dict[str, str] | None = None, transformer=None, vae=None):
+    def __init__(
+        self, unet, scheduler, id2label: dict[str, str] | None = None, transformer=None, vae=None, heun: bool = True
+    ):
         super().__init__()
         if (unet is None) == (transformer is None):
             raise ValueError("a pipeline has one network: either unet or transformer")
         self.register_modules(unet=unet, transformer=transformer, vae=vae, scheduler=scheduler)
         self.register_to_config(id2label=id2label)
+        self.heun = heun
 
     @classmethod
     def from_folder(
         cls,
         model_path: str,
         model_class: Callable[[dict], type],
-        scheduler: str = "ddim",
+        scheduler: str | None = None,
         dtype=torch.float32,
         vae: AutoencoderKL | None = None,
     ):
@@ -197,16 +304,21 @@ class DiffiTPipeline(DiffusionPipeline):
         Args:
             model_path: local folder or hub name with `model_index.json`, `scheduler/`, and `unet/` or `transformer/`.
             model_class: gives the class of the network for the contents of its `config.json`.
-            scheduler: one of `SCHEDULERS`.
+            scheduler: as for `choose_scheduler`.
             dtype: of the network's weights; the VAE stays in float32.
             vae: for a latent model, in place of the folder's `vae/`, if it has one.
+
+        Raises:
+            ValueError: if there is no such scheduler for the model of this folder.
         """
         index = cls.load_config(model_path)
+        scheduler = choose_scheduler(model_path, scheduler)
+        heun = scheduler == "edm_heun"
+        scheduler_class = (SCHEDULERS | EDM_SCHEDULERS)[scheduler]
         network = load_network(model_path, model_class, dtype)
-        scheduler_class = SCHEDULERS[scheduler]
         if "transformer" not in index:
             scheduler = scheduler_class.from_pretrained(model_path, subfolder="scheduler")
-            return cls(network, scheduler, index.get("id2label"))
+            return cls(network, scheduler, index.get("id2label"), heun=heun)
 
         if vae is None and "vae" in index:
             vae = AutoencoderKL.from_pretrained(model_path, subfolder="vae", use_safetensors=True)
@@ -218,7 +330,7 @@ class DiffiTPipeline(DiffusionPipeline):
         accepted = inspect.signature(scheduler_class).parameters
         settings = {key: value for key, value in settings.items() if key in accepted}
         scheduler = scheduler_class.from_pretrained(model_path, subfolder="scheduler", **settings)
-        return cls(None, scheduler, index.get("id2label"), network, vae)
+        return cls(None, scheduler, index.get("id2label"), network, vae, heun)
 
     @property
     def network(self) -> torch.nn.Module:
@@ -304,6 +416,10 @@ class DiffiTPipeline(DiffusionPipeline):
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_channels: int | None = None,
         guidance_model: torch.nn.Module | None = None,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = math.inf,
+        s_noise: float = 1.0,
     ) -> ImagePipelineOutput | tuple:
         """Generates images.
 
@@ -311,7 +427,7 @@ class DiffiTPipeline(DiffusionPipeline):
             class_labels: classes by number or name, one for all images or one for each; None: no class (the null
                 class of a conditional network).
             batch_size: number of images B; default: one for each class label, or 1.
-            num_inference_steps: steps of the scheduler.
+            num_inference_steps: steps of the scheduler; one of Heun takes two forward passes, but for the last.
             guidance_scale: classifier-free guidance, `uncond + scale * (cond - uncond)`; where it is 1 it is off and
                 a step takes one forward pass instead of one of the double batch.
             eta: of DDIM, 0 (deterministic) to 1 (as much noise as DDPM); other schedulers ignore it.
@@ -324,17 +440,22 @@ class DiffiTPipeline(DiffusionPipeline):
             return_dict: return an `ImagePipelineOutput` rather than a tuple.
             guidance_schedule: how the scale depends on the timestep: see `guidance_weight`.
             guidance_power: see `guidance_weight`.
-            guidance_interval: lowest and highest timestep that is guided, as fractions of the training timesteps.
+            guidance_interval: lowest and highest timestep that is guided, as fractions of the training timesteps; of
+                an EDM model, lowest and highest `edm_time`.
             guidance_channels: only the first so many channels are guided, the others are those of the conditional
                 pass, and so is the variance in any case; default: all. The published ImageNet numbers of DiT and
                 DiffiT guide 3 of 4 latent channels.
             guidance_model: a weaker model for autoguidance (arXiv 2406.02507), on the same device: `weak + scale *
                 (strong - weak)`, both with the same class or none, in place of classifier-free guidance. A step
                 takes one forward pass of each where the scale is not 1.
+            s_churn: of Heun's method, as `s_tmin`, `s_tmax` and `s_noise`: see `edm_heun`.
+            s_tmin: lowest sigma with churn.
+            s_tmax: highest sigma with churn.
+            s_noise: standard deviation of the noise that churn adds.
 
         Raises:
-            ValueError: for a class that does not exist, guidance without classes or a weaker model, or numbers that
-                do not fit.
+            ValueError: for a class that does not exist, guidance without classes or a weaker model, churn without
+                Heun's method, or numbers that do not fit.
         """
         network, device = self.network, self._execution_device
         if class_labels is None and guidance_model is None and guidance_scale != 1:
@@ -344,6 +465,9 @@ class DiffiTPipeline(DiffusionPipeline):
         if output_type == "pil" and self.image_channels not in (1, 3, 4):
             raise ValueError(f"no picture has {self.image_channels} channels: give output_type='np' or 'pt'")
         self.check_guidance(guidance_channels, guidance_model)
+        uses_heun = self.heun and isinstance(self.scheduler, EDMEulerScheduler)
+        if s_churn != 0 and not uses_heun:
+            raise ValueError(f"s_churn {s_churn} needs Heun's method: an EDMEulerScheduler, and heun=True")
         labels, batch_size = self._labels(class_labels, batch_size)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"{len(generator)} generators were given for {batch_size} images")
@@ -354,31 +478,30 @@ class DiffiTPipeline(DiffusionPipeline):
 
         # 2. scheduler
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        sample = sample * self.scheduler.init_noise_sigma
         step_kwargs = self._step_kwargs(eta, generator)
         uses_variance = isinstance(self.scheduler, DDPMScheduler) and self.scheduler.config.variance_type in (
             "learned",
             "learned_range",
         )
         step_channels = None if uses_variance else network.config.in_channels
-        weights = [
-            guidance_weight(
-                timestep,
-                self.scheduler.config.num_train_timesteps,
-                guidance_scale,
-                guidance_schedule,
-                guidance_power,
-                guidance_interval,
-            )
-            for timestep in self.scheduler.timesteps.tolist()  # read from the device once, not at every step
-        ]
+
+        def predict(model_input: torch.Tensor, timestep: torch.Tensor, time: float) -> torch.Tensor:
+            """Guided prediction in float32, shape (B, C, H, W), or (B, 2C, H, W) with the variance; time in [0, 1]."""
+            weight = guidance_weight(time, 1, guidance_scale, guidance_schedule, guidance_power, guidance_interval)
+            model_input = model_input.to(network.dtype)
+            prediction = self._predict(model_input, timestep, labels, weight, guidance_channels, guidance_model)
+            return prediction[:, :step_channels].float()
 
         # 3. denoising
-        for timestep, weight in zip(self.progress_bar(self.scheduler.timesteps), weights, strict=True):
-            model_input = self.scheduler.scale_model_input(sample, timestep).to(network.dtype)
-            prediction = self._predict(model_input, timestep, labels, weight, guidance_channels, guidance_model)
-            prediction = prediction[:, :step_channels].float()  # (B, C, H, W), or (B, 2C, H, W) with the variance
-            sample = self.scheduler.step(prediction, timestep, sample, **step_kwargs).prev_sample
+        if uses_heun:
+            sample = self._heun(predict, sample, s_churn, s_tmin, s_tmax, s_noise, generator)
+        else:
+            sample = sample * self.scheduler.init_noise_sigma
+            timesteps = self.scheduler.timesteps
+            for timestep, time in zip(self.progress_bar(timesteps), self._times(), strict=True):
+                model_input = self.scheduler.scale_model_input(sample, timestep)
+                prediction = predict(model_input, timestep, time)
+                sample = self.scheduler.step(prediction, timestep, sample, **step_kwargs).prev_sample
 
         # 4. images
         images = sample if output_type == "latent" else self._decode(sample)  # (B, C, H, W)
@@ -429,6 +552,47 @@ class DiffiTPipeline(DiffusionPipeline):
         if "generator" in accepted:
             step_kwargs["generator"] = generator
         return step_kwargs
+
+    def _times(self) -> list[float]:
+        """Time in [0, 1] of each timestep of the scheduler: t / T, or `edm_time`."""
+        config = self.scheduler.config
+        if not isinstance(self.scheduler, tuple(EDM_SCHEDULERS.values())):
+            # Read from the device once, not at every step.
+            return [timestep / config.num_train_timesteps for timestep in self.scheduler.timesteps.tolist()]
+        sigmas = self.scheduler.sigmas[:-1].tolist()
+        return [edm_time(sigma, config.sigma_min, config.sigma_max, config.rho) for sigma in sigmas]
+
+    def _heun(
+        self,
+        predict: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor],
+        noise: torch.Tensor,
+        *churn: float | torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """Images (B, C, H, W) in float32 from standard normal noise, at the noise levels of the scheduler.
+
+        Args:
+            predict: of (model input, timestep, time in [0, 1]).
+            noise: shape (B, C, H, W).
+            churn: `s_churn`, `s_tmin`, `s_tmax`, `s_noise` and the generator, for `edm_heun`.
+
+        Raises:
+            ValueError: if the scheduler is that of a network with another preconditioning.
+        """
+        config = self.scheduler.config
+        if config.prediction_type != "epsilon":
+            raise ValueError(f"Heun's method needs the prediction_type epsilon, got {config.prediction_type}")
+        sigmas = self.scheduler.sigmas.tolist()
+        with self.progress_bar(total=2 * (len(sigmas) - 1) - 1) as progress:
+
+            def denoise(sample: torch.Tensor, sigma: float) -> torch.Tensor:
+                on_device = torch.full((), sigma, dtype=sample.dtype, device=sample.device)
+                c_skip, c_out, c_in, c_noise = edm_preconditioning(on_device, config.sigma_data)
+                time = edm_time(sigma, config.sigma_min, config.sigma_max, config.rho)
+                prediction = predict(c_in * sample, c_noise.float(), time)
+                progress.update()
+                return c_skip * sample + c_out * prediction
+
+            return edm_heun(denoise, noise * sigmas[0], sigmas, *churn).float()
 
     def _predict(
         self,

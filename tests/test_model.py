@@ -564,8 +564,8 @@ def test_return_dict_false_gives_a_tuple():
 
 def test_forward_has_the_signature_of_unet2dmodel():
     ours, theirs = (inspect.signature(c.forward).parameters for c in (DiffiTUNet2DModel, diffusers.UNet2DModel))
-    assert list(ours) == list(theirs)
-    assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]
+    assert list(ours) == [*theirs, "augment_labels"]  # last, so that calls by position stay
+    assert [p.default for p in ours.values()] == [*(p.default for p in theirs.values()), None]
 
 
 def test_shared_arguments_are_those_of_unet2dmodel():
@@ -699,6 +699,7 @@ def test_global_attention_at_another_size_raises():
         ("dropout", {"dropout": -0.1}),
         ("skip_merge", {"skip_merge": "mean"}),
         ("num_class_embeds", {"num_class_embeds": 0}),
+        ("num_augment_labels", {"num_augment_labels": 0}),
         ("num_attention_heads", {"num_attention_heads": 0}),
         ("attention_head_dim", {"attention_head_dim": 0}),
         ("attention_head_dim", {"num_attention_heads": None, "attention_head_dim": 0}),
@@ -749,6 +750,54 @@ def test_bad_labels_raise(labels, message, training):
 def test_labels_to_an_unconditional_network_raise():
     with pytest.raises(ValueError, match="unconditional"):
         predict(build_unet(), class_labels=torch.tensor([0, 1]))
+
+
+def test_no_augment_labels_mean_zeros_and_add_nothing():
+    unet, plain = build_unet(num_augment_labels=9), build_unet()
+    weights = unet.state_dict()
+    assert weights.pop("augment_embedding.weight").shape == (64, 9)  # (T, A)
+    plain.load_state_dict(weights)
+    torch.testing.assert_close(predict(unet), predict(plain), **EXACT)
+    torch.testing.assert_close(predict(unet, augment_labels=torch.zeros(2, 9)), predict(plain), **EXACT)
+
+
+@pytest.mark.parametrize("label", [0, 8])
+def test_augment_labels_change_their_own_image_only(label):
+    unet = build_unet(num_augment_labels=9)
+    labels = torch.zeros(2, 9)
+    labels[1, label] = 0.5
+    change = (predict(unet, augment_labels=labels) - predict(unet)).abs().amax((1, 2, 3))
+    assert change[0] < 1e-6 and change[1] > 1e-3
+
+
+def test_augment_labels_are_a_linear_map_in_the_time_token():
+    """What they add can be had from the bias of the time embedding instead."""
+    unet = build_unet(num_augment_labels=2)
+    labels = torch.tensor([[0.3, -2.0], [0.3, -2.0]])
+    expected = predict(unet, augment_labels=labels)
+    with torch.no_grad():
+        unet.time_embedding.linear_2.bias += unet.augment_embedding.weight @ labels[0]
+    torch.testing.assert_close(predict(unet), expected, **FLOAT32)
+
+
+def test_augment_embedding_receives_a_gradient_of_zero_without_labels():
+    """Under DDP a parameter that takes no part is an error."""
+    unet = build_unet(num_augment_labels=2)
+    unet(noise_like_input(unet), 10).sample.sum().backward()
+    torch.testing.assert_close(unet.augment_embedding.weight.grad, torch.zeros(64, 2), **EXACT)
+
+
+@pytest.mark.parametrize(
+    "num_augment_labels, shape, message",
+    [
+        (None, (2, 9), "without `num_augment_labels`"),
+        (9, (2, 8), r"shape \(2, 9\), got \(2, 8\)"),
+        (9, (1, 9), r"shape \(2, 9\), got \(1, 9\)"),
+    ],
+)
+def test_bad_augment_labels_raise(num_augment_labels, shape, message):
+    with pytest.raises(ValueError, match=message):
+        predict(build_unet(num_augment_labels=num_augment_labels), augment_labels=torch.zeros(shape))
 
 
 @pytest.mark.parametrize(

@@ -497,12 +497,11 @@ def test_unet_with_global_attention_adapts_to_another_resolution():
 # Weights for other classes
 
 
-def build_unet(num_classes: int | None) -> DiffiTUNet2DModel:
+def build_unet(num_classes: int | None, **kwargs) -> DiffiTUNet2DModel:
     torch.manual_seed(0)
     config = {"block_out_channels": (8, 16), "norm_num_groups": 4, "num_attention_heads": 2, "layers_per_block": 1}
-    return DiffiTUNet2DModel(
-        8, **config, in_channels=4, out_channels=8, num_class_embeds=num_classes, zero_init_output=False
-    ).eval()
+    config |= {"in_channels": 4, "out_channels": 8, "num_class_embeds": num_classes, "zero_init_output": False}
+    return DiffiTUNet2DModel(8, **config | kwargs).eval()
 
 
 @pytest.mark.parametrize(
@@ -530,6 +529,15 @@ def test_null_class_predicts_the_same_whatever_the_classes(build, old, new, rese
     torch.testing.assert_close(source.state_dict(), before, **EXACT)
     if new and change:
         torch.testing.assert_close(target.class_embedding.weight[:-1].detach(), own_rows, **EXACT)
+
+
+@pytest.mark.parametrize("old, new, change", [(9, None, "dropped"), (None, 9, "start at zero"), (9, 9, None)], ids=str)
+def test_labels_of_augmentation_come_and_go_without_changing_predictions(old, new, change):
+    source, target = (build_unet(3, num_augment_labels=number) for number in (old, new))
+    weights, changes = adapt_weights(source, target)
+    assert changes == ([f"the labels of augmentation {change}"] if change else [])
+    target.load_state_dict(weights)
+    torch.testing.assert_close(predict(target), predict(source), **EXACT)
 
 
 def test_new_class_rows_are_as_initialised():

@@ -1,0 +1,109 @@
+# Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Non-leaking augmentation: geometric transforms of training images, with labels that tell the network what was done.
+
+A network that is told learns from the transformed images, yet draws upright ones where the labels are zero. The
+transforms, their strengths and their labels are those of EDM (arXiv 2206.00364, appendix F.2), which DiffiT follows;
+how images are resampled is ours. This file stands alone: numpy and torch.
+
+Shapes: B images, C channels, H/W height/width in pixels, K = `NUM_AUGMENT_NUMBERS`, A = `NUM_AUGMENT_LABELS`.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+NUM_AUGMENT_NUMBERS = 12
+NUM_AUGMENT_LABELS = 9
+SUPERSAMPLING = 2  # points at which a transformed image is read, along each side of a pixel
+
+
+def draw_augmentation(rng: np.random.Generator) -> np.ndarray:
+    """The random numbers behind the augmentation of one image, as many whatever becomes of them.
+
+    Args:
+        rng: of the image's position in the stream, so that the transforms are a function of it.
+
+    Returns:
+        float32 of shape (K,): first 8 uniform in [0, 1), then 4 standard normal.
+    """
+    return np.concatenate([rng.random(8, dtype=np.float32), rng.standard_normal(4, dtype=np.float32)])
+
+
+def augment(images: torch.Tensor, numbers: torch.Tensor, probability: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Transforms each image as its random numbers say.
+
+    In this order, angles turning from right to down: a flip from left to right (half of the images, whatever the
+    probability), one upside down (half of those to which it is open, with the given probability), scaling by 2^(0.2
+    n1), rotation by an angle up to pi either way, scaling by 2^(0.2 n2) along an axis at any angle and by the inverse
+    across it, translation by n3 and n4 eighths of width and height; n1 to n4 are standard normal. What comes into
+    view from outside is the mirrored image. Beyond flips, images are interpolated, anti-aliased and clipped.
+
+    Args:
+        images: in [-1, 1], float32, shape (B, C, H, W); they stay as they are.
+        numbers: of `draw_augmentation`, float32 on the same device, shape (B, K).
+        probability: of each transform but the first, on its own, in [0, 1]; 0 turns off all of them.
+
+    Returns:
+        Images like `images`, bitwise the same if no transform touched them; and labels, float32 of shape (B, A), zero
+        for what was not done: x-flip 0 or 1, y-flip 0 or 1, n1, rotation (cos - 1, sin), n2 (cos, sin) of the axis,
+        n3, n4.
+
+    Raises:
+        ValueError: if the probability is out of range, or if there is another number of numbers.
+    """
+    if not 0 <= probability <= 1:
+        raise ValueError(f"probability must be in [0, 1], got {probability}")
+    batch, _, height, width = images.shape
+    if numbers.shape != (batch, NUM_AUGMENT_NUMBERS):
+        raise ValueError(f"numbers must have the shape {(batch, NUM_AUGMENT_NUMBERS)}, got {tuple(numbers.shape)}")
+
+    # 1. what happens to which image, all of shape (B); no number of the device is read on the host
+    x_flip, y_flip, scaled, rotated, angle, squeezed, axis, moved = numbers[:, :8].unbind(1)
+    log_scale, log_stretch, right, down = numbers[:, 8:].unbind(1)
+    x_flip = x_flip < (0.5 if probability > 0 else 0.0)
+    y_flip = y_flip < probability / 2
+    scaled, rotated, squeezed, moved = (uniform < probability for uniform in (scaled, rotated, squeezed, moved))
+    angle, axis = (math.pi * (2 * uniform - 1) for uniform in (angle, axis))
+    angle, log_scale, log_stretch = angle * rotated, log_scale * scaled, log_stretch * squeezed
+    right, down = right * moved, down * moved
+    labels = torch.stack(
+        [
+            *(x_flip, y_flip, log_scale),
+            *(angle.cos() - 1, angle.sin()),
+            *(log_stretch * axis.cos(), log_stretch * axis.sin()),
+            *(right, down),
+        ],
+        dim=1,
+    )  # (B, A)
+
+    # 2. flips, exact
+    images = torch.where(x_flip[:, None, None, None], images.flip(-1), images)
+    images = torch.where(y_flip[:, None, None, None], images.flip(-2), images)
+
+    # 3. the other transforms, backwards: from points of the new image to those of the old, in pixels from the centre.
+    # Without matrix products, whose precision autocast and TF32 lower.
+    angle, axis, log_scale, log_stretch, right, down = (
+        number[:, None, None] for number in (angle, axis, log_scale, log_stretch, right, down)
+    )  # (B, 1, 1)
+    x, y = (
+        (torch.arange(SUPERSAMPLING * size, device=images.device) + 0.5) / SUPERSAMPLING - size / 2
+        for size in (width, height)
+    )  # (2W), (2H)
+    x, y = x - right * width / 8, y[:, None] - down * height / 8  # (B, 1, 2W), (B, 2H, 1)
+    x, y = _rotate(x, y, -axis)  # (B, 2H, 2W) each
+    x, y = x * 2 ** (-0.2 * log_stretch), y * 2 ** (0.2 * log_stretch)
+    x, y = _rotate(x, y, axis - angle)
+    x, y = x * 2 ** (-0.2 * log_scale), y * 2 ** (-0.2 * log_scale)
+    grid = torch.stack([2 * x / width, 2 * y / height], dim=-1)  # (B, 2H, 2W, 2), -1 to 1 from edge to edge
+    warped = F.grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
+    warped = F.avg_pool2d(warped, SUPERSAMPLING).clamp(-1, 1)  # (B, C, H, W)
+    is_warped = scaled | rotated | squeezed | moved
+    return torch.where(is_warped[:, None, None, None], warped, images), labels
+
+
+def _rotate(x: torch.Tensor, y: torch.Tensor, angle: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points turned by angles, from the x axis to the y axis; shapes that broadcast."""
+    cos, sin = angle.cos(), angle.sin()
+    return cos * x - sin * y, sin * x + cos * y
