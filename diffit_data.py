@@ -45,6 +45,8 @@ from diffusers import AutoencoderKL
 from huggingface_hub import constants as hub_constants
 from torch.utils.data import Sampler, default_collate
 
+from diffit_augment import draw_augmentation
+
 IMAGE_EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 # Others are not even tried, whatever a file is called: for an EPS, Pillow would start Ghostscript.
 PILLOW_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -936,6 +938,7 @@ class StreamDataset(torch.utils.data.Dataset, ABC):
         random_flip: mirror half of the images left and right.
         on_bad_image: `"error"`, or `"skip"`: take the next readable image of the permutation and report the name.
         latent_shape: shape (c, h, w) of the latents to train on; None: training in pixels.
+        augment: draw the numbers of `diffit_augment`.
     """
 
     def __init__(
@@ -945,12 +948,14 @@ class StreamDataset(torch.utils.data.Dataset, ABC):
         random_flip: bool,
         on_bad_image: str,
         latent_shape: tuple[int, int, int] | None,
+        augment: bool = False,
     ):
         self.table = table
         self.stream = stream
         self.random_flip = random_flip
         self.on_bad_image = on_bad_image
         self.latent_shape = latent_shape
+        self.augment = augment
 
     def __getitem__(self, position_and_index: tuple[int, int]) -> dict:
         """Everything for one position, a function of (seed, position) alone.
@@ -959,13 +964,16 @@ class StreamDataset(torch.utils.data.Dataset, ABC):
             A dictionary: `position`; the image, see the class; `class_labels`, int (absent without labels); `noise`,
             standard normal, in the shape of what is trained on, float32; `time_uniform` and `dropout_uniform`, float32
             in [0, 1), from which timestep and label dropout follow; `posterior_noise`, like `noise` (only for
-            latents), see `sample_latents`; `bad_images`, messages about images that were skipped.
+            latents), see `sample_latents`; `augmentation` (only if asked for), see `diffit_augment`; `bad_images`,
+            messages about images that were skipped.
 
         Raises:
             BadImageError: names the file, unless bad images are skipped.
         """
         position, index = position_and_index
-        flip, *crop_position = position_generator(self.stream.seed, position, AUGMENTATION).random(3)
+        rng = position_generator(self.stream.seed, position, AUGMENTATION)
+        flip, *crop_position = rng.random(3)
+        augmentation = {"augmentation": torch.from_numpy(draw_augmentation(rng))} if self.augment else {}
         flip = self.random_flip and flip < 0.5
         bad_images = []
         while True:
@@ -986,6 +994,7 @@ class StreamDataset(torch.utils.data.Dataset, ABC):
         item = {
             "position": position,
             **image,
+            **augmentation,
             "time_uniform": torch.tensor(rng.random(dtype=np.float32)),
             "dropout_uniform": torch.tensor(rng.random(dtype=np.float32)),
             "noise": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
@@ -1018,6 +1027,7 @@ class ImageDataset(StreamDataset):
         random_flip: mirror half of the images left and right.
         on_bad_image: `"error"`, or `"skip"`: take the next readable image of the permutation and report the name.
         latent_shape: shape (c, h, w) of the latents to train on; None: training in pixels.
+        augment: draw the numbers of `diffit_augment`, which transforms images on the device.
     """
 
     def __init__(
@@ -1030,8 +1040,9 @@ class ImageDataset(StreamDataset):
         random_flip: bool = False,
         on_bad_image: str = "error",
         latent_shape: tuple[int, int, int] | None = None,
+        augment: bool = False,
     ):
-        super().__init__(table, stream, random_flip, on_bad_image, latent_shape)
+        super().__init__(table, stream, random_flip, on_bad_image, latent_shape, augment)
         self.resolution = resolution
         self.keep_colour = num_channels is None
         self.num_channels = num_channels or detect_num_channels(table)

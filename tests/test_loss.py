@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from test_train import STATES, assert_same_files, logged, refusal
 
 import train_diffit
+from diffit_data import ImageDataset, PositionStream, load_image_table
 from diffit_loss import build_network_inputs, build_noise_levels, compute_loss
-from diffit_model import DiffiTUNet2DModel
+from diffit_model import DiffiTUNet2DModel, model_class
 
 
 @pytest.fixture
@@ -151,3 +152,39 @@ def test_flags_that_contradict_each_other_are_refused(flags, words, train_args, 
 def test_schedule_longer_than_the_training_is_refused(train_args):
     with pytest.raises(ValueError, match="are longer than the training"):
         train([*train_args, "--lr_scheduler=warmup_stable_decay", "--lr_decay_steps=4"])
+
+
+# --- augmentation
+
+
+def test_augmentation_leaves_all_other_numbers_of_a_position_as_they_are(image_folder):
+    table = load_image_table(train_data_dir=str(image_folder))
+    stream = PositionStream(len(table), seed=0)
+    plain, augmented = (
+        ImageDataset(table, stream, (8, 8), 3, random_flip=True, augment=augment)[(5, stream.index(5))]
+        for augment in (False, True)
+    )
+    assert augmented.pop("augmentation").shape == (12,)
+    torch.testing.assert_close(augmented, plain, rtol=0, atol=0)
+
+
+def test_augmented_run_tells_the_network_and_resumes_bitwise(train_args, tmp_path):
+    flags = ["--augmentation_probability=0.5", "--max_train_steps=4", "--checkpointing_steps=2", "--formulation=edm"]
+    train([*train_args, *flags])
+    other = [*train_args, *flags, f"--output_dir={tmp_path / 'other'}"]
+    train([*other, "--max_train_steps=2"])
+    train([*other, "--resume_from_checkpoint=latest", "--dataloader_num_workers=1"])
+    assert_same_files(tmp_path / "run/checkpoint-4", tmp_path / "other/checkpoint-4", STATES)
+    weights = load_file(tmp_path / "run/checkpoint-4" / STATES[0])
+    torch.manual_seed(0)
+    config = json.loads((tmp_path / "run/unet/config.json").read_text())
+    untrained = model_class(config).from_config(config).augment_embedding.weight
+    assert config["num_augment_labels"] == 9 and not torch.equal(weights["augment_embedding.weight"], untrained)
+    train([*train_args, f"--output_dir={tmp_path / 'plain'}", "--max_train_steps=4", "--formulation=edm"])
+    plain = load_file(tmp_path / "plain/checkpoint-4" / STATES[0])
+    assert not torch.equal(plain["conv_in.weight"], weights["conv_in.weight"])
+
+
+def test_augmentation_of_latents_is_refused(train_args, capsys):
+    flags = ["--augmentation_probability=0.1", "--vae_model_name_or_path=x"]
+    assert "--augmentation_probability is for training in pixels" in refusal([*train_args, *flags], capsys)
