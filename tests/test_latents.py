@@ -341,7 +341,7 @@ def test_killed_run_goes_on_where_it_was_killed(tmp_path):
     assert shard_bytes(killed) == shard_bytes(prepare(flags, tmp_path / "whole"))
 
 
-def test_unfinished_shard_of_a_killed_run_is_removed(base_flags, prepared_dir, tmp_path):
+def test_unfinished_shard_of_a_killed_run_is_overwritten(base_flags, prepared_dir, tmp_path):
     output_dir = tmp_path / "latents"
     shutil.copytree(prepared_dir, output_dir)
     (output_dir / "data" / SHARDS[1]).rename(output_dir / "data" / f".{SHARDS[1]}.tmp")
