@@ -150,9 +150,7 @@ def check_metadata(output_dir: Path, metadata: dict) -> None:
 
 
 def missing_shards(output_dir: Path, names: list[str]) -> list[int]:
-    """Numbers of the shards that are yet to be made; removes what a killed run left unfinished."""
-    for unfinished in (output_dir / "data").glob(".*.tmp"):
-        unfinished.unlink()
+    """Numbers of the shards that are yet to be made."""
     return [number for number, name in enumerate(names) if not (output_dir / name).exists()]
 
 
@@ -173,7 +171,10 @@ def encode(
 
 
 def write_shard(file: Path, columns: dict[str, list], features: Features) -> None:
-    """Writes a parquet file that is complete or does not exist, also after a power failure."""
+    """Writes a parquet file that is complete or does not exist, also after a power failure.
+
+    What a killed run left under the temporary name is overwritten.
+    """
     temporary = file.with_name(f".{file.name}.tmp")
     with temporary.open("wb") as stream:
         Dataset.from_dict(columns, features=features).to_parquet(stream)

@@ -3,7 +3,7 @@
 
     python scripts/train_vae.py --train_data_file data/digits.parquet --output_dir outputs/vae-digits
 
-The defaults are for the included digits, drawn at 32 x 32 pixels: latents of 4 x 8 x 8, two minutes on one CPU core.
+The defaults are for the included digits, drawn at 32 x 32 pixels: latents of 4 x 4 x 4, two minutes on one CPU core.
 Mean squared error plus a small KL term; no perceptual or adversarial loss, which photographs need.
 The scaling factor in the saved config is 1 / (standard deviation of the latents), so that these have unit variance.
 """
@@ -45,7 +45,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--resolution", type=int, default=32, help="height and width in pixels")
     parser.add_argument(
-        "--block_out_channels", type=int, nargs="+", default=[16, 32, 32], help="each but the first halves the size"
+        "--block_out_channels",
+        type=int,
+        nargs="+",
+        default=[16, 32, 32, 32],
+        help="each but the first halves the size",
     )
     parser.add_argument("--latent_channels", type=int, default=4)
     parser.add_argument("--kl_weight", type=float, default=1e-2, help="of the KL term per pixel and channel")

@@ -341,7 +341,7 @@ def test_killed_run_goes_on_where_it_was_killed(tmp_path):
     assert shard_bytes(killed) == shard_bytes(prepare(flags, tmp_path / "whole"))
 
 
-def test_unfinished_shard_of_a_killed_run_is_removed(base_flags, prepared_dir, tmp_path):
+def test_unfinished_shard_of_a_killed_run_is_overwritten(base_flags, prepared_dir, tmp_path):
     output_dir = tmp_path / "latents"
     shutil.copytree(prepared_dir, output_dir)
     (output_dir / "data" / SHARDS[1]).rename(output_dir / "data" / f".{SHARDS[1]}.tmp")
@@ -488,7 +488,7 @@ def test_digits_are_still_read_after_encoding_and_decoding(tmp_path):
     assert classifier.score(small_pixels(held_out), labels_of(held_out)) >= 0.97
 
     pixels = torch.stack([decode_image(*held_out.read(index), (32, 32), 1) for index in range(len(held_out))])
-    noise = torch.randn(len(held_out), 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(len(held_out), 4, 4, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         decoded = vae.decode(sample_latents(encode_moments(vae, pixels), noise, 1.0)).sample.clamp(-1, 1)
     psnr = -10 * ((decoded - pixels) / 2).square().mean().log10().item()
@@ -496,7 +496,7 @@ def test_digits_are_still_read_after_encoding_and_decoding(tmp_path):
     score = classifier.score((np.stack(smaller).reshape(-1, 64) + 1) / 2, labels_of(held_out))
     print(f"{time.process_time() - started:.0f} s, PSNR {psnr:.1f} dB, {score:.3f} of the digits are read")
     assert score >= 0.97
-    assert psnr >= 30
+    assert psnr >= 23
 
 
 def small_pixels(table) -> np.ndarray:
