@@ -25,9 +25,11 @@ from tqdm.auto import tqdm
 from diffit_distributed import join_slurm_step
 from diffit_model import choose_attention_backend, model_class, set_attention_backend
 from diffit_pipeline import (
+    EDM_SCHEDULERS,
     GUIDANCE_SCHEDULES,
     SCHEDULERS,
     DiffiTPipeline,
+    choose_scheduler,
     image_grid,
     load_network,
     null_label,
@@ -46,10 +48,14 @@ IMAGE_ARGUMENTS = (
     "guidance_power",
     "guidance_interval",
     "guidance_channels",
+    "s_churn",
+    "s_tmin",
+    "s_tmax",
+    "s_noise",
     "dtype",
 )
 # Of a scheduler's config: two models with other values do not predict the same thing.
-FORWARD_PROCESS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
+FORWARD_PROCESS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "sigma_data", "prediction_type")
 
 
 def seed_list(text: str) -> list[int]:
@@ -91,9 +97,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--num_images_per_class", type=positive_int, help="this many images of each class, with a seed of its own each"
     )
-    parser.add_argument("--scheduler", choices=sorted(SCHEDULERS), default="ddim")
+    parser.add_argument(
+        "--scheduler",
+        choices=sorted(SCHEDULERS | EDM_SCHEDULERS),
+        help="edm_ ones for EDM models, the others for all others; default: ddim, or edm_heun for EDM models",
+    )
     parser.add_argument("--num_inference_steps", type=positive_int, default=50)
     parser.add_argument("--eta", type=float, default=0.0, help="of DDIM: 0 deterministic, 1 as much noise as DDPM")
+    parser.add_argument(
+        "--s_churn", type=float, default=0.0, help="of edm_heun: how much noise is renewed on the way, 0 = none"
+    )
+    parser.add_argument("--s_tmin", type=float, default=0.0, help="lowest sigma with churn")
+    parser.add_argument("--s_tmax", type=float, help="highest sigma with churn; default: no limit")
+    parser.add_argument("--s_noise", type=float, default=1.0, help="standard deviation of the noise of churn")
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="1 = off, one forward pass a step")
     parser.add_argument("--guidance_schedule", choices=GUIDANCE_SCHEDULES, default="constant")
     parser.add_argument("--guidance_power", type=float, default=4.0, help="of --guidance_schedule power_cosine")
@@ -103,7 +119,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs=2,
         default=[0.0, 1.0],
         metavar=("LOW", "HIGH"),
-        help="timesteps that are guided, as fractions of the training timesteps, 1 being noise",
+        help="timesteps that are guided, as fractions of the training timesteps (of EDM models, places among the "
+        "sigmas of sampling), 1 being noise",
     )
     parser.add_argument("--guidance_channels", type=positive_int, help="guide only the first so many; default: all")
     parser.add_argument(
@@ -126,12 +143,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 0 <= args.eta <= 1:
         parser.error(f"--eta must be in [0, 1], got {args.eta}")
-    if args.eta > 0 and args.scheduler != "ddim":
+    if args.eta > 0 and args.scheduler not in (None, "ddim"):
         parser.error(f"--eta is of --scheduler ddim, got {args.scheduler}")
+    check_churn_flags(parser, args)
     if args.class_labels is None and args.num_images_per_class:
         parser.error("--num_images_per_class needs --class_labels")
     check_guidance_flags(parser, args)
     return args
+
+
+def check_churn_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses values out of range, and flags that would do nothing."""
+    if not 0 <= args.s_churn < math.inf:
+        parser.error(f"--s_churn must be a number from 0 up, got {args.s_churn}")
+    if args.s_churn > 0 and args.scheduler not in (None, "edm_heun"):
+        parser.error(f"--s_churn is of --scheduler edm_heun, got {args.scheduler}")
+    if args.s_churn == 0:
+        for name in ("s_tmin", "s_tmax", "s_noise"):
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{name} needs --s_churn above 0")
+    if not 0 <= args.s_tmin < (math.inf if args.s_tmax is None else args.s_tmax):
+        parser.error(f"--s_tmin must be from 0 up and below --s_tmax, got {args.s_tmin} and {args.s_tmax}")
+    if not 0 < args.s_noise < math.inf:
+        parser.error(f"--s_noise must be a number above 0, got {args.s_noise}")
 
 
 def check_guidance_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -154,7 +188,7 @@ def check_guidance_flags(parser: argparse.ArgumentParser, args: argparse.Namespa
 
 
 def load_pipeline(args: argparse.Namespace) -> DiffiTPipeline:
-    """The pipeline of --model_path, with --vae in it.
+    """The pipeline of --model_path, with --vae in it; fills in the default of --scheduler.
 
     Raises:
         ValueError: names the flag whose folder is not there or does not fit.
@@ -166,6 +200,7 @@ def load_pipeline(args: argparse.Namespace) -> DiffiTPipeline:
         except OSError as error:
             raise ValueError(f"--vae {args.vae}: no such AutoencoderKL here, nor on the hub: {error}") from error
     try:
+        args.scheduler = choose_scheduler(args.model_path, args.scheduler)
         pipeline = DiffiTPipeline.from_folder(args.model_path, model_class, args.scheduler, DTYPES[args.dtype], vae)
     except OSError as error:
         raise ValueError(f"--model_path {args.model_path}: no such pipeline here, nor on the hub: {error}") from error
@@ -173,7 +208,10 @@ def load_pipeline(args: argparse.Namespace) -> DiffiTPipeline:
         raise ValueError(f"--vae is for latent models, --model_path {args.model_path} is one of pixels")
     if args.vae is None and pipeline.transformer is not None and pipeline.vae is None:
         raise ValueError(f"--model_path {args.model_path} is a latent model without vae/: --vae must name one")
-    if args.num_inference_steps > pipeline.scheduler.config.num_train_timesteps:
+    for flag, needed in (("eta", "ddim"), ("s_churn", "edm_heun")):
+        if getattr(args, flag) > 0 and args.scheduler != needed:
+            raise ValueError(f"--{flag} is of --scheduler {needed}, got {args.scheduler}")
+    if args.scheduler in SCHEDULERS and args.num_inference_steps > pipeline.scheduler.config.num_train_timesteps:
         raise ValueError(
             f"--num_inference_steps {args.num_inference_steps} are more than the "
             f"{pipeline.scheduler.config.num_train_timesteps} timesteps of the model"
@@ -293,6 +331,10 @@ def draw(
             guidance_channels=args.guidance_channels,
             guidance_model=guidance_model,
             eta=args.eta,
+            s_churn=args.s_churn,
+            s_tmin=args.s_tmin,
+            s_tmax=math.inf if args.s_tmax is None else args.s_tmax,
+            s_noise=args.s_noise,
             generator=[torch.Generator().manual_seed(row["seed"]) for row in padded],
             output_type="np",
         ).images
