@@ -15,6 +15,7 @@ import train_diffit
 from diffit_data import ImageDataset, PositionStream, load_image_table
 from diffit_loss import build_network_inputs, build_noise_levels, compute_loss
 from diffit_model import DiffiTUNet2DModel, model_class
+from diffit_pipeline import DiffiTPipeline
 
 
 @pytest.fixture
@@ -68,6 +69,8 @@ def test_edm_run_is_saved_resumed_and_sampled_with_no_flag(train_args, tmp_path)
     assert_same_files(tmp_path / "run/checkpoint-4", tmp_path / "other/checkpoint-4", STATES)
     config = json.loads((tmp_path / "run/scheduler/scheduler_config.json").read_text())
     assert config["_class_name"] == "EDMEulerScheduler" and config["sigma_data"] == 0.5
+    pipe = DiffiTPipeline.from_folder(str(tmp_path / "run"), model_class)
+    assert pipe(class_labels=["red"], num_inference_steps=3, output_type="pt").images.isfinite().all()
     again = [*(a for a in train_args if not a.startswith("--model_config")), "--max_train_steps=1"]
     train([*again, f"--pretrained_model_name_or_path={tmp_path / 'run'}", f"--output_dir={tmp_path / 'tuned'}"])
     assert yaml.safe_load((tmp_path / "tuned/training_args.yaml").read_text())["formulation"] == "edm"
