@@ -355,6 +355,14 @@ def test_script_samples_an_edm_folder_by_heun(edm_folder, tmp_path):
         assert (default[name] == heun[name]).all() and (default[name] != euler[name]).any()
 
 
+def test_script_hands_churn_to_the_pipeline(edm_folder, tmp_path):
+    flags = ("--s_churn=1.2", "--s_tmin=0.1", "--s_tmax=50", "--s_noise=1.2", "--batch_size=1")
+    (drawn,) = sample(edm_folder, tmp_path, "--seeds=5", "--class_labels=1", *flags).values()
+    settings = {"s_churn": 1.2, "s_tmin": 0.1, "s_tmax": 50.0, "s_noise": 1.2, "num_inference_steps": 3}
+    images = load(edm_folder)([1], generator=generators([5]), output_type="np", **settings).images
+    assert (drawn == (images[0] * 255).round().astype("uint8")).all()
+
+
 def test_script_refuses_to_mix_images_of_another_churn(edm_folder, tmp_path):
     sample(edm_folder, tmp_path, "--seeds=0-1", "--s_churn=2", "--s_tmax=50")
     sample(edm_folder, tmp_path, "--seeds=0-1", "--s_churn=2", "--s_tmax=50", "--scheduler=edm_heun")
