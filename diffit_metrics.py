@@ -48,10 +48,10 @@ RESIZE = "bicubic, antialiased (torch)"
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
 #
-# torchmetrics has three of these, and the tests compare with it. What keeps it out of here: its Frechet distance roots the
-# eigenvalues of a matrix that is not symmetric (with fewer images than features it was off by 2e-8 of the trace, and
-# took four times as long), its kernel distance and Inception score draw from the global generator of random numbers,
-# and it has neither precision and recall nor distances to saved statistics.
+# torchmetrics has three of these, and the tests compare with it. What keeps it out of here: its Frechet distance roots
+# the eigenvalues of a matrix that is not symmetric (with fewer images than features it was off by 2e-8 of the trace,
+# and took four times as long), its kernel distance and Inception score draw from the global generator of random
+# numbers, and it has neither precision and recall nor distances to saved statistics.
 
 
 class FeatureSet:
@@ -363,8 +363,8 @@ def _load_inception(device: torch.device, path: str | None, probabilities: bool)
                 torch.hub.download_url_to_file(INCEPTION_URL, str(file))
             except OSError as error:
                 raise ValueError(
-                    f"--feature_extractor inception: cannot download {INCEPTION_URL} ({error}): fetch it elsewhere and "
-                    "give it by --inception_path"
+                    f"--feature_extractor inception: cannot download {INCEPTION_URL} ({error}): fetch it elsewhere "
+                    "and give it by --inception_path"
                 ) from error
         path = str(file)
     try:
@@ -396,8 +396,8 @@ def _load_transformer(name: str, device: torch.device, feature_model: str | None
             size, mean, std = network.config.image_size, CLIP_MEAN, CLIP_STD
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--feature_extractor {name}: cannot load {feature_model}; --feature_model must name a folder or a model of "
-            f"the hub: {error}"
+            f"--feature_extractor {name}: cannot load {feature_model}; --feature_model must name a folder or a model "
+            f"of the hub: {error}"
         ) from error
     network = network.eval().to(device)
 
