@@ -252,7 +252,12 @@ def compare_classes(probabilities: torch.Tensor, reference_probabilities: torch.
     Args:
         probabilities: of the Inception network for the images; shape (N, classes).
         reference_probabilities: for as many real images, whose score is the `floor`, or None.
+
+    Raises:
+        ValueError: if there are fewer than two images for a subset.
     """
+    if len(probabilities) < 2 * INCEPTION_SPLITS:
+        raise ValueError(f"{len(probabilities)} images, but inception_score needs {2 * INCEPTION_SPLITS} at least")
 
     def scores(of: torch.Tensor) -> list[float]:
         return [inception_score(of[part]) for part in shuffled_parts(len(of), INCEPTION_SPLITS)]
@@ -528,14 +533,13 @@ def fill_array(
     missing = [] if finished else [rows for rows in ranges if not files[rows].is_file()]
     state.wait_for_everyone()  # all must have looked before one writes
     mine = missing[state.process_index :: state.num_processes]
+    temporary = folder / f".{state.process_index}-{os.getpid()}.npy"
     for rows, values in zip(mine, compute(mine), strict=True):
-        temporary = folder / f".{os.getpid()}.npy"
         np.save(temporary, values)
         temporary.replace(files[rows])  # a batch is there whole or not at all
     state.wait_for_everyone()
     if state.is_main_process and not finished:
         first = np.load(files[ranges[0]])
-        temporary = folder / f".{os.getpid()}.npy"
         array = np.lib.format.open_memmap(temporary, "w+", first.dtype, (num_rows, *first.shape[1:]))
         for rows in ranges:
             array[rows.start : rows.stop] = np.load(files[rows])

@@ -12,6 +12,7 @@ reference is not measured twice.
 import argparse
 import hashlib
 import json
+import math
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -619,8 +620,11 @@ def plot_metrics(file: Path, lines: dict[str, list[tuple[float, dict[str, dict]]
         x_label: what x is, with its unit.
     """
     metrics = list(next(iter(lines.values()))[0][1])
-    figure, panels = new_figure(columns=len(metrics))
-    for metric, axes in zip(metrics, panels[0], strict=True):
+    columns = min(len(metrics), 2)
+    figure, panels = new_figure(math.ceil(len(metrics) / columns), columns)
+    for axes in panels.flat[len(metrics) :]:
+        axes.set_axis_off()
+    for metric, axes in zip(metrics, panels.flat, strict=False):
         for name, points in lines.items():
             points = sorted(points, key=lambda point: point[0])
             values, spreads = ([result[metric][key] for _, result in points] for key in ("value", "spread"))
@@ -633,6 +637,7 @@ def plot_metrics(file: Path, lines: dict[str, list[tuple[float, dict[str, dict]]
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
         axes.legend()
+    figure.suptitle("bars: standard deviation over disjoint subsets of the images", fontsize=9)
     figure.savefig(file)
 
 
@@ -766,7 +771,9 @@ def plot_losses(
         if pipeline.transformer is not None or "beta_schedule" not in pipeline.scheduler.config:
             print(f"no loss by timestep of {model_path}: it is not a model of pixels with the timesteps of DDPM")
             return
-        axes.plot(*loss_by_timestep(args, pipeline, source, images), marker="o", markersize=3, label=model_path)
+        axes.plot(
+            *loss_by_timestep(args, pipeline, source, images), marker="o", markersize=3, label=Path(model_path).name
+        )
     what = {"epsilon": "noise", "sample": "image", "v_prediction": "velocity"}
     predicted = what[pipeline.scheduler.config.prediction_type]
     axes.set(xlabel="timestep (0 = image, last = noise)", ylabel=f"mean squared error of the {predicted}")
@@ -884,9 +891,12 @@ def main(args: argparse.Namespace) -> None:
         return
     folder = Path(args.plots)
     folder.mkdir(parents=True, exist_ok=True)
-    by_kimg = [(row.kimg, result) for row, result in zip(judged, results, strict=True) if row.kimg is not None]
-    if len(by_kimg) > 1:
-        plot_metrics(folder / "metrics_by_kimg.png", {"samples": by_kimg}, "thousands of images seen in training")
+    by_kimg = {}  # a line for each run
+    for row, result in zip(judged, results, strict=True):
+        if row.kimg is not None:
+            by_kimg.setdefault(Path(row.name).parent.name, []).append((row.kimg, result))
+    if any(len(points) > 1 for points in by_kimg.values()):
+        plot_metrics(folder / "metrics_by_kimg.png", by_kimg, "thousands of images seen in training")
     lines = {}
     for measured in by_steps:
         result = judge(args, measured, features, probabilities)

@@ -157,6 +157,7 @@ def test_recall_falls_where_a_mode_is_missing():
     assert precision == 1 and recall == 0.5
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of the buffer of torchmetrics, and the spread of one split
 def test_inception_score_equals_torchmetrics():
     logits = 3 * normal(200, 10)
     metric = InceptionScore(feature=torch.nn.Identity(), splits=1)
@@ -209,6 +210,11 @@ def test_inception_score_is_the_mean_over_splits():
 def test_too_few_images_are_refused(images, reference, words):
     with pytest.raises(ValueError, match=f"{words}.* 20"):
         compare(["precision"], FeatureSet(normal(images, 4)), FeatureSet(normal(reference, 4)))
+
+
+def test_inception_score_of_too_few_images_is_refused():
+    with pytest.raises(ValueError, match="19 images.* 20"):
+        compare_classes(torch.eye(19), None)
 
 
 # --- extractors
@@ -777,4 +783,3 @@ def test_distances_grow_from_real_to_blurred_to_noisy_to_other_images(tmp_path):
     for metric in (frechet_distance, kernel_distance):
         distances = [metric(images, reference) for images in features.values()]
         assert distances == sorted(distances), (metric.__name__, distances)
-        print(metric.__name__, distances)
