@@ -512,7 +512,7 @@ def fill_array(
     Batches that are there are kept, so a stopped run goes on; a finished array is only opened. Nothing is pickled.
 
     Args:
-        state: the processes.
+        state: the processes; an `Accelerator` serves as well.
         folder: for `data.npy`, of these settings alone (see `settings_folder`), and seen by all processes.
         settings: written beside it, for people.
         num_rows: of the array.
@@ -563,7 +563,7 @@ def extract_features(
     """Features of images, from `work_dir` if they are there. To be called by all processes.
 
     Args:
-        state: the processes, and the device.
+        state: the processes and the device; an `Accelerator` serves as well.
         work_dir: a folder that all processes see.
         images: gives uint8 images of shape (C, H, W) by index.
         images_settings: what the images depend on, such as a digest of the data and the resolution.

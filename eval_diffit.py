@@ -268,6 +268,12 @@ def open_source(flag: str, name: str, args: argparse.Namespace) -> ImageSource:
             table = load_image_table(dataset_name=name, dataset_split=args.dataset_split, **columns)
     except (ValueError, OSError) as error:
         raise ValueError(f"{flag} {name}: {error}") from error
+    if (path / "samples.json").is_file():  # of sample_diffit.py, which puts a grid beside the images
+        listed = {row["file"] for row in json.loads((path / "samples.json").read_text())["images"]}
+        files = [Path(image["path"]).name for image in table.rows["image"]]
+        table = table.select([index for index, file in enumerate(files) if file in listed])
+        if len(table) < len(listed):
+            raise ValueError(f"{flag} {name}: {len(listed) - len(table)} images of its samples.json are missing")
     return ImageSource(name, table=table, digest=table.digest(len(table)))
 
 
@@ -706,7 +712,7 @@ def plot_neighbours(
         for axes, picture in zip(panels[row], pictures, strict=True):
             axes.imshow(viewable(picture.permute(1, 2, 0).numpy()), cmap="gray", vmin=0, vmax=255)
             axes.set(xticks=[], yticks=[])
-        panels[row][0].set_ylabel(f"seed {sample}", fontsize=8)
+        panels[row][0].set_ylabel(f"image {sample}", fontsize=8)
         panels[row][1].set_xlabel(f"distance {distances[sample, 0]:.3g}", fontsize=8)
     for axes, title in zip(panels[0], titles, strict=True):
         axes.set_title(title, fontsize=9)

@@ -492,6 +492,20 @@ def test_npz_and_zip_give_what_the_folder_gives(folders, own_module, tmp_path):
         assert result[name] == expected[name]
 
 
+def test_of_a_folder_of_samples_only_the_samples_are_judged(folders, own_module, tmp_path):
+    """`sample_diffit.py` puts a grid of another size beside them."""
+    expected = evaluate(tmp_path, *folders, f"--feature_extractor={own_module}")
+    folder = tmp_path / "images"
+    rows = [{"file": file.name} for file in folder.glob("*.png")]
+    (folder / "samples.json").write_text(json.dumps({"images": rows}))
+    PIL.Image.new("RGB", (99, 99)).save(folder / "grid.png")
+    result = evaluate(tmp_path, *folders, f"--feature_extractor={own_module}")
+    assert result["kernel_distance"] == expected["kernel_distance"]
+    (folder / "003.png").unlink()
+    with pytest.raises(ValueError, match="1 images of its samples.json are missing"):
+        evaluate(tmp_path, *folders, f"--feature_extractor={own_module}")
+
+
 def test_images_are_compared_at_their_own_resolution(folders, own_module, tmp_path):
     """The reference, of 8 pixels, is brought to the 4 of the images, unless --resolution says otherwise."""
     images = f"--images={save_images(tmp_path / 'small', random_images(24, 4, channels=1))}"
