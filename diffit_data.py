@@ -752,6 +752,20 @@ def decode_image(
     return torch.from_numpy(np.ascontiguousarray(pixels))
 
 
+def image_size(name: str, data: bytes) -> tuple[int, int]:
+    """Height and width in pixels of an image as it is decoded, that is with its EXIF rotation applied.
+
+    Args:
+        name: used in messages.
+        data: the file's bytes.
+    """
+    image = _open_image(name, data)
+    if isinstance(image, np.ndarray):
+        return image.shape[0], image.shape[1]
+    turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
 def detect_num_channels(table: ImageTable, num_images: int = 64) -> int:
     """Channels that the images have, by a look at some that are evenly spread: the most that one of them has.
 

