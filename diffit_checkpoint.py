@@ -57,6 +57,7 @@ class TrainingState:
         optimizer: likewise unwrapped.
         lr_scheduler: steps once per optimizer step.
         num_images: in the training data, which fixes what a position means.
+        data_digest: of the training data.
         global_step: successful optimizer steps.
         position: first position of the stream that has not been trained on.
         bad_steps: left out so far because the loss or the gradient was not finite; their positions are passed by.
@@ -68,6 +69,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     lr_scheduler: LambdaLR
     num_images: int
+    data_digest: str
     global_step: int = 0
     position: int = 0
     bad_steps: int = 0
@@ -109,6 +111,8 @@ def checkpoint_problem(path: Path) -> str | None:
     """What is wrong with a checkpoint, in words, by its manifest of sizes and checksums; None if it is complete."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
+        if absent := sorted({"state.json", "training_args.yaml", "optimizer.pt"} - set(manifest)):
+            return f"{MANIFEST} does not name {absent[0]}"
         for name, expected in manifest.items():
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 return f"{MANIFEST} names {name!r}, which is outside of the checkpoint"
@@ -116,18 +120,22 @@ def checkpoint_problem(path: Path) -> str | None:
                 return f"{name} is missing"
             if file_digest(path / name) != expected:
                 return f"{name} is damaged (size or checksum differs from {MANIFEST})"
-    except (OSError, ValueError, AttributeError) as error:  # the last for JSON that is no object
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two for JSON that is no object
         return f"cannot read {MANIFEST}: {error}"
     return None
 
 
 def sync_to_disk(path: Path) -> None:
-    """Returns when a file or the entries of a folder are on the disk, not only in memory."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Returns when a file or the entries of a folder are on the disk, not only in memory.
+
+    Some file systems, and Windows, cannot do that with folders: there the disk decides when a rename arrives.
+    """
+    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_checkpoint(
@@ -148,6 +156,7 @@ def write_checkpoint(
         "bad_steps": state.bad_steps,
         "bad_steps_in_a_row": state.bad_steps_in_a_row,
         "num_images": state.num_images,
+        "data_digest": state.data_digest,
         "lr_scheduler": state.lr_scheduler.state_dict(),
         "ema_steps": {name: ema_model.optimization_step for name, ema_model in state.ema_models.items()},
         "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
@@ -196,11 +205,6 @@ def save_checkpoint(
             shutil.rmtree(target, ignore_errors=True)  # a damaged one of the same step
             temporary.rename(target)
             sync_to_disk(target.parent)
-            if total_limit is not None:
-                # A damaged one that was passed over may have a later number: it is left, and does not count.
-                kept = [path for path in list_checkpoints(lock.folder) if step_of(path) <= state.global_step]
-                for old in kept[:-total_limit]:
-                    shutil.rmtree(old)
         except Exception as error:  # a full disk is an OSError, a SafetensorError or a RuntimeError
             reason = str(error)
             failed += 1
@@ -212,6 +216,14 @@ def save_checkpoint(
             f"the last one there is {left[-1].name if left else 'none'}"
         )
     logger.info(f"saved checkpoint-{state.global_step}")
+    if accelerator.is_main_process and total_limit is not None:
+        # A damaged one that was passed over may have a later number: it is left, and does not count.
+        kept = [path for path in list_checkpoints(lock.folder) if step_of(path) <= state.global_step]
+        for old in kept[:-total_limit]:
+            try:
+                shutil.rmtree(old)
+            except OSError as error:
+                logger.warning(f"cannot delete {old}, as --checkpoints_total_limit asks: {error}")
 
 
 def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None, overwrite: bool) -> Path | None:
@@ -271,7 +283,13 @@ def load_checkpoint(path: Path, accelerator: Accelerator, arguments: dict, state
             )
     if numbers["num_images"] != state.num_images:
         raise ValueError(f"{path} was trained on {numbers['num_images']} images, the data has {state.num_images}")
+    if numbers["data_digest"] != state.data_digest:
+        raise ValueError(f"{path} was trained on other images, of the same number, or with other labels")
     part = part_name(state.model)
+    config = read_data(path / part / "config.json", lambda file: json.loads(file.read_text()))
+    for key, value in json.loads(state.model.to_json_string()).items():
+        if not key.startswith("_") and key != "auto_map" and config.get(key) != value:
+            raise ValueError(f"{path} holds a network whose {key} is {config.get(key)}, not {value}")
     weights, wanted = load_weights(path / part), state.model.state_dict()
     if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in wanted.items()}:
         raise ValueError(f"{path} holds another network than --model_config and --model_kwargs describe")
@@ -299,7 +317,7 @@ def read_data(file: Path, reader: Callable[[Path], dict]) -> dict:
     """
     try:
         data = reader(file)
-    except (pickle.UnpicklingError, yaml.YAMLError, RuntimeError, ValueError, EOFError) as error:
+    except (pickle.UnpicklingError, yaml.YAMLError, RuntimeError, ValueError, EOFError, OSError) as error:
         # PyTorch's own message advises to load it without the protection.
         raise ValueError(
             f"{file} is damaged, or holds code, which is never run ({type(error).__name__}): delete the checkpoint, "

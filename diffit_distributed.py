@@ -13,10 +13,12 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
@@ -26,6 +28,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 logger = logging.getLogger("train_diffit")  # plain: only the main process takes the folder
 
+EXIT_STOPPED = 75  # exit code after a signal or a time limit: the run can go on
+TIMEOUT = timedelta(hours=6)  # for waiting on other processes, of which one may be reading millions of files
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
@@ -173,11 +177,14 @@ class OutputDirLock:
             "started": process.create_time(),
             "machine": _machine(),
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._owner_text = json.dumps(owner)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--output_dir {self.folder} cannot be created: {error.strerror}") from error
         while True:
             try:
-                with self.file.open("x") as file:  # fails if it exists
-                    json.dump(owner, file)
+                self._write_owner()
                 break
             except FileExistsError:
                 self._remove_dead_owner()
@@ -185,12 +192,12 @@ class OutputDirLock:
         return self.token
 
     def __exit__(self, *exception) -> None:
-        """Gives the folder back, and removes it if nothing was written there."""
+        """Gives the folder back if it was taken, and removes it if nothing was written there."""
         self._released.set()
-        with contextlib.suppress(OSError):
-            self.check_owned()
-            self.file.unlink()
-            self.folder.rmdir()
+        if self._owner().get("token") == self.token:
+            with contextlib.suppress(OSError):
+                self.file.unlink()
+                self.folder.rmdir()
 
     def check_visible(self, token: str, patience: float = 30) -> None:
         """For every process: whether the folder that it sees is the one that the main process has taken.
@@ -219,11 +226,22 @@ class OutputDirLock:
         Raises:
             OSError: if another run has taken the folder, which it may if this process stood still for long.
         """
-        owner = self._owner()
+        try:
+            owner = json.loads(self.file.read_text())
+        except FileNotFoundError:
+            logger.warning(f"{self.file} is gone: writing it again")
+            self._write_owner()
+            return
+        except ValueError:
+            owner = {}
         if owner.get("token") != self.token:
             raise OSError(
                 f"another run (process {owner.get('pid')} on {owner.get('host')}) has taken over {self.folder}"
             )
+
+    def _write_owner(self) -> None:
+        with self.file.open("x") as file:  # fails if it exists
+            file.write(self._owner_text)
 
     def _owner(self, file: Path | None = None) -> dict:
         with contextlib.suppress(OSError, ValueError):  # gone, or not yet written
@@ -260,8 +278,11 @@ class OutputDirLock:
         if owner.get("machine") == _machine():
             try:
                 process = psutil.Process(owner["pid"])
-                same = abs(process.create_time() - owner["started"]) < 1  # or another process got its number
-                return same and process.status() != psutil.STATUS_ZOMBIE
+                if process.status() == psutil.STATUS_ZOMBIE:
+                    return False
+                if abs(process.create_time() - owner["started"]) < 1:
+                    return True
+                # Another process has its number now, or the clock was set: its file will tell.
             except psutil.Error:
                 return False
         logger.warning(f"{self.file} is of a run on {owner.get('host')}: watching for {self.patience} s if it lives")
@@ -292,22 +313,32 @@ class StopRequest:
     """Turns SIGTERM, SIGINT, SIGUSR1 and a time limit into one stop that all processes make at the same step.
 
     The processes exchange their wishes over a CPU process group while the next step is under way, so agreeing costs
-    the device nothing and comes one step late. A second SIGINT (Ctrl-C) stops at once.
+    the device nothing and comes one step late. A second SIGINT (Ctrl-C) stops at once, and so does any signal before
+    the training has begun.
 
     Args:
-        started: `time.monotonic()` of the start.
-        max_train_time: minutes from then on, or None.
+        max_train_time: minutes from now on, or None.
     """
 
-    def __init__(self, started: float = 0.0, max_train_time: float | None = None):
+    def __init__(self, max_train_time: float | None = None):
+        self.has_begun = False
         self.signalled = False
         self.first_signal = math.inf
-        self.deadline = math.inf if max_train_time is None else started + 60 * max_train_time
-        self.group = torch.distributed.new_group(backend="gloo") if torch.distributed.is_initialized() else None
+        self.deadline = math.inf if max_train_time is None else time.monotonic() + 60 * max_train_time
+        self.group = None
         self.exchange = None
         self.earlier = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
 
+    def begin(self) -> None:
+        """From now on there is something to save. To be called by all processes."""
+        if torch.distributed.is_initialized():
+            self.group = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT)
+        self.has_begun = True
+
     def _handle(self, number: int, frame) -> None:
+        if not self.has_begun:
+            logger.warning("stopped before the training began")
+            sys.exit(EXIT_STOPPED)
         now = time.monotonic()
         self.first_signal = min(self.first_signal, now)
         # A launcher passes on the Ctrl-C that the terminal has sent already: within a second they are the same one.

@@ -228,7 +228,7 @@ def choose_scheduler(model_path: str, scheduler: str | None = None) -> str:
         ValueError: if there is no such scheduler for the model of this folder.
     """
     config = DDPMScheduler.load_config(model_path, subfolder="scheduler")
-    edm = config["_class_name"] in {scheduler_class.__name__ for scheduler_class in EDM_SCHEDULERS.values()}
+    edm = config.get("_class_name") in {scheduler_class.__name__ for scheduler_class in EDM_SCHEDULERS.values()}
     names = sorted(EDM_SCHEDULERS if edm else SCHEDULERS)
     scheduler = scheduler or ("edm_heun" if edm else "ddim")
     if scheduler not in names:

@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -35,7 +36,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, is_wandb_available
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, is_wandb_available
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -89,6 +90,8 @@ from diffit_data import (
     vae_description,
 )
 from diffit_distributed import (
+    EXIT_STOPPED,
+    TIMEOUT,
     OutputDirLock,
     StopRequest,
     check_agreement,
@@ -121,7 +124,6 @@ logger = get_logger("train_diffit", log_level="INFO")
 
 PIPELINE_FILES = ("README.md", "sample_grid.png", "diffit_pipeline.py", "training_args.yaml", "model_index.json")
 PROJECT = "train_diffit"  # name of the run in the trackers
-EXIT_STOPPED = 75  # exit code after a signal or --max_train_time: a checkpoint was saved, the run can go on
 DROPOUT = 3  # stream of `position_generator` that seeds dropout inside the network
 LEVEL_BINS = 4  # the loss is logged by quartile of the noise levels
 SCHEDULES = (*(schedule.value for schedule in SchedulerType), "warmup_stable_decay")
@@ -508,6 +510,7 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
         mixed_precision=args.mixed_precision,
         log_with=report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(logging_dir)),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
     )
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != world_size:
@@ -1177,7 +1180,8 @@ def complete_step(args: argparse.Namespace, state: TrainingState, guard: StepGua
     checkpoints = list_checkpoints(args.output_dir)
     raise RuntimeError(
         f"{message}, {state.bad_steps_in_a_row} in a row (--max_bad_steps). The last checkpoint is "
-        f"{checkpoints[-1] if checkpoints else 'none'}; from there a lower --learning_rate, bf16 or fp32 may help"
+        f"{checkpoints[-1] if checkpoints else 'none'}: go on from it in bf16 or fp32, or start from it by "
+        "--pretrained_model_name_or_path with a lower --learning_rate"
     )
 
 
@@ -1529,7 +1533,7 @@ def push_to_hub(args: argparse.Namespace) -> None:
         included = " ".join(f"--include '{pattern}'" for pattern in patterns)
         raise RuntimeError(
             f"the trained pipeline is safe in {args.output_dir}, but could not be uploaded to {repo_id}: {error}\n"
-            f"To upload it by hand: hf upload{private} {repo_id} {args.output_dir} . {included}"
+            f"To upload it by hand: hf upload{private} {repo_id} {shlex.quote(args.output_dir)} . {included}"
         ) from None
 
 
@@ -1542,29 +1546,40 @@ def main(args: argparse.Namespace) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     for name in ("httpx", "httpx2"):  # of older and newer versions of huggingface_hub
         logging.getLogger(name).setLevel(logging.WARNING)
-    started = time.monotonic()
-    config = read_model_config(args)
-    join_slurm_step()
-    accelerator = build_accelerator(args)
-    resolve_diffusion(args)
-    check_agreement(accelerator, describe_launch(args, config))
-    lock = OutputDirLock(args.output_dir)
     with contextlib.ExitStack() as resources:
+        stop = StopRequest(args.max_train_time)
+        resources.callback(stop.close)
+        resume_after_restart(args)
+        config = read_model_config(args)
+        join_slurm_step()
+        accelerator = build_accelerator(args)
+        resolve_diffusion(args)
+        check_agreement(accelerator, describe_launch(args, config))
+        lock = OutputDirLock(args.output_dir)
         if not args.dry_run:
-            token = on_main_process(accelerator, resources.enter_context, lock)
+            resources.push(lock)  # first, because a signal may come while it is taken
+            token = on_main_process(accelerator, lock.__enter__)
             on_all_processes(accelerator, lock.check_visible, token)
-        train(accelerator, args, config, lock, started)
+        train(accelerator, args, config, lock, stop)
+
+
+def resume_after_restart(args: argparse.Namespace) -> None:
+    """Where torchrun or SLURM starts the same command again, it is to go on, not to begin anew."""
+    restarts = [int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
+    if any(restarts) and (args.overwrite_output_dir or args.resume_from_checkpoint != "latest"):
+        args.overwrite_output_dir, args.resume_from_checkpoint = False, "latest"
+        print("restarted: going on as with --resume_from_checkpoint latest", file=sys.stderr)
 
 
 def train(
-    accelerator: Accelerator, args: argparse.Namespace, config: dict, lock: OutputDirLock, started: float
+    accelerator: Accelerator, args: argparse.Namespace, config: dict, lock: OutputDirLock, stop: StopRequest
 ) -> None:
     """Sets up, resumes, trains and saves.
 
     Args:
         config: of the model, see `read_model_config`.
         lock: proves that --output_dir is ours.
-        started: `time.monotonic()` from which --max_train_time counts.
+        stop: not begun yet.
     """
     # 1. set up
     resume_flags = (args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
@@ -1572,7 +1587,8 @@ def train(
     table, validation_table = on_all_processes(accelerator, build_tables, args)
     config = resolve_model_config(args, config, table, outline_vae(args))
     resolve_duration(args, len(table))
-    check_agreement(accelerator, {"the training data": table.digest(), "the model config": config})
+    digest = table.digest()
+    check_agreement(accelerator, {"the training data": digest, "the model config": config})
     if args.dry_run:
         print_dry_run(accelerator, args, config, table, validation_table)
         return
@@ -1584,7 +1600,7 @@ def train(
     noise_scheduler = build_noise_scheduler(args)
     raw_optimizer = build_optimizer(args, raw_model)
     lr_scheduler = build_lr_scheduler(args, raw_optimizer)
-    state = TrainingState(raw_model, build_ema(args, raw_model), raw_optimizer, lr_scheduler, len(table))
+    state = TrainingState(raw_model, build_ema(args, raw_model), raw_optimizer, lr_scheduler, len(table), digest)
 
     # 2. resume
     if checkpoint is not None:
@@ -1599,7 +1615,7 @@ def train(
         init_kwargs={"tensorboard": {"purge_step": state.global_step + 1}},
     )
     describe_run(accelerator, args, raw_model, table, validation_table)
-    stop = StopRequest(started, args.max_train_time)
+    stop.begin()
     validate = functools.partial(
         log_validation,
         *(accelerator, args, state, vae, guidance_model, noise_scheduler, table, validation_table, stop),
@@ -1661,8 +1677,10 @@ def train(
         log_time += time.perf_counter() - paused  # images/s is of training alone
 
     # 4. finish
-    stop.close()
     progress.close()
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.wait_for_everyone()  # a launcher may end the main process when the first of the others has ended
     if state.global_step < args.max_train_steps or not validated:
         logger.info(f"stopped at step {state.global_step}; go on with --resume_from_checkpoint latest")
         accelerator.end_training()

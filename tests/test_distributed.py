@@ -48,8 +48,32 @@ def test_folder_of_a_dead_run_is_taken_over_at_once(tmp_path):
 
 def test_number_of_a_dead_run_that_another_process_got_is_no_run(tmp_path):
     write_owner(OutputDirLock(tmp_path / "run"), started=1.0)
-    with OutputDirLock(tmp_path / "run"):
+    with OutputDirLock(tmp_path / "run", heartbeat=0.1, patience=0.5):
         pass
+
+
+def test_living_owner_stays_owner_when_the_clock_is_set(tmp_path):
+    """The start of a process as the system tells it moves with the clock."""
+    with OutputDirLock(tmp_path, heartbeat=0.05) as token:
+        owner = json.loads((tmp_path / ".running").read_text())
+        (tmp_path / ".running").write_text(json.dumps(owner | {"started": owner["started"] + 3600}))
+        with pytest.raises(ValueError, match="another run works there"):
+            OutputDirLock(tmp_path, heartbeat=0.05, patience=5).__enter__()
+        assert json.loads((tmp_path / ".running").read_text())["token"] == token
+
+
+def test_owner_file_that_was_deleted_is_written_again(tmp_path):
+    lock = OutputDirLock(tmp_path)
+    with lock as token:
+        (tmp_path / ".running").unlink()
+        lock.check_owned()
+        lock.check_visible(token)
+
+
+def test_folder_that_cannot_be_created_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=f"--output_dir {tmp_path / 'file'} cannot be created: File exists"):
+        OutputDirLock(tmp_path / "file").__enter__()
 
 
 def test_killed_process_that_nobody_waited_for_is_dead(tmp_path):
@@ -97,7 +121,7 @@ def test_owner_touches_its_file(tmp_path):
 
 
 def test_only_one_of_many_takes_a_folder_that_a_dead_run_left(tmp_path):
-    write_owner(OutputDirLock(tmp_path), started=1.0)
+    write_owner(OutputDirLock(tmp_path), pid=2**22 + 1)
     outcomes, ready = [], threading.Barrier(8)
 
     def take() -> None:

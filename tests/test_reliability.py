@@ -77,6 +77,7 @@ def test_time_limit_saves_and_exits_with_the_documented_code(long_args, tmp_path
 
 def test_second_interrupt_leaves_at_once():
     stop = train_diffit.StopRequest()
+    stop.begin()
     try:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # the same Ctrl-C, passed on by a launcher
@@ -86,6 +87,33 @@ def test_second_interrupt_leaves_at_once():
             signal.raise_signal(signal.SIGINT)
     finally:
         stop.close()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_signal_before_the_training_leaves_at_once_and_gives_the_folder_back(name, long_args, tmp_path):
+    """It comes when the folder has been taken; whether the training has begun by then makes no difference."""
+    process = start(["train_diffit.py", *long_args, f"--output_dir={tmp_path / 'run'}"])
+    wait_for(tmp_path / "run/.running", process)
+    process.send_signal(getattr(signal, name))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == train_diffit.EXIT_STOPPED, output
+    assert not (tmp_path / "run/.running").exists()
+
+
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+@pytest.mark.parametrize("flags", [["--overwrite_output_dir"], [], ["--resume_from_checkpoint={run}/checkpoint-2"]])
+def test_restarted_command_goes_on_whatever_it_says(variable, flags, train_args, tmp_path, monkeypatch):
+    train([*train_args, "--checkpointing_steps=2", "--max_train_steps=4"])
+    monkeypatch.setenv(variable, "1")
+    flags = [flag.format(run=tmp_path / "run") for flag in flags]
+    train([*train_args, *flags, "--checkpointing_steps=2", "--max_train_steps=6"])
+    numbers = json.loads((tmp_path / "run/checkpoint-6/state.json").read_text())
+    assert numbers["position"] == 24
+    assert [path.name for path in train_diffit.list_checkpoints(tmp_path / "run")] == [
+        "checkpoint-2",
+        "checkpoint-4",
+        "checkpoint-6",
+    ]
 
 
 def test_exit_code_is_documented():
@@ -201,9 +229,8 @@ def test_fp16_overflow_moves_neither_schedule_nor_ema(train_args):
     args.global_batch_size = 4
     model = DiffiTUNet2DModel(**TINY_CONFIG)
     optimizer = train_diffit.build_optimizer(args, model)
-    state = train_diffit.TrainingState(
-        model, train_diffit.build_ema(args, model), optimizer, train_diffit.build_lr_scheduler(args, optimizer), 24
-    )
+    averages, schedule = train_diffit.build_ema(args, model), train_diffit.build_lr_scheduler(args, optimizer)
+    state = train_diffit.TrainingState(model, averages, optimizer, schedule, 24, "digest")
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
     guard = train_diffit.StepGuard(optimizer)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

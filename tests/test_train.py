@@ -1,9 +1,12 @@
 """The training script: flags, loss, resume, what it writes."""
 
+import errno
 import json
 import math
+import os
 import shutil
 import signal
+import stat
 import subprocess
 import time
 from pathlib import Path
@@ -623,7 +626,7 @@ def test_other_seed_batch_or_data_at_resume_is_refused(train_args, image_folder)
         train([*train_args, "--resume_from_checkpoint=latest", "--learning_rate=5e-3"])
     with pytest.raises(ValueError, match="--use_ema True, not False"):
         train([*train_args, "--resume_from_checkpoint=latest", "--no-use_ema"])
-    with pytest.raises(ValueError, match="another network"):
+    with pytest.raises(ValueError, match="a network whose layers_per_block is 1, not 2"):
         train([*train_args, "--resume_from_checkpoint=latest", "--model_kwargs", "layers_per_block=2"])
     with pytest.raises(ValueError, match="24 images, the data has 18"):
         train([*train_args, "--resume_from_checkpoint=latest", "--validation_fraction=0.25"])
@@ -776,6 +779,50 @@ def test_lost_permission_keeps_the_checkpoint_before_and_says_so(train_args, tmp
         assert train_diffit.checkpoint_problem(disk / "checkpoint-1") is None
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_checkpoint_that_cannot_be_pruned_is_no_reason_to_stop(train_args, tmp_path, caplog):
+    """A link to another disk is not deleted."""
+    train([*train_args, "--max_train_steps=2"])
+    (tmp_path / "run/checkpoint-2").rename(tmp_path / "elsewhere")
+    (tmp_path / "run/checkpoint-2").symlink_to(tmp_path / "elsewhere")
+    train([*train_args, "--resume_from_checkpoint=latest", "--checkpoints_total_limit=1"])
+    assert "cannot delete" in caplog.text and "checkpoint-2" in caplog.text
+    assert train_diffit.checkpoint_problem(tmp_path / "run/checkpoint-4") is None
+
+
+def test_folders_that_cannot_be_synchronised_are_no_reason_to_stop(train_args, tmp_path, monkeypatch):
+    """As on some network file systems."""
+    original = os.fsync
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    train([*train_args, "--max_train_steps=1"])
+    assert train_diffit.checkpoint_problem(tmp_path / "run/checkpoint-1") is None
+
+
+def test_other_images_of_the_same_number_or_another_network_are_refused_at_a_resume(
+    train_args, image_folder, tmp_path
+):
+    folder = tmp_path / "data"
+    shutil.copytree(image_folder, folder)
+    arguments = [*train_args, f"--train_data_dir={folder}"]
+    train([*arguments, "--max_train_steps=1"])
+    with pytest.raises(ValueError, match="dropout is 0.0, not 0.5"):
+        train([*arguments, "--resume_from_checkpoint=latest", "--model_kwargs", "dropout=0.5"])
+    (folder / "red/0.png").write_bytes((folder / "blue/0.png").read_bytes())
+    with pytest.raises(ValueError, match="was trained on other images"):
+        train([*arguments, "--resume_from_checkpoint=latest"])
+
+
+def test_manifest_that_names_too_little_is_damage(two_checkpoints):
+    arguments, run_dir = two_checkpoints
+    (run_dir / "checkpoint-4/manifest.json").write_text("{}")
+    assert "does not name optimizer.pt" in train_diffit.checkpoint_problem(run_dir / "checkpoint-4")
 
 
 def test_tensorboard_steps_after_the_checkpoint_are_purged(train_args, tmp_path):
