@@ -625,6 +625,8 @@ def plot_metrics(file: Path, lines: dict[str, list[tuple[float, dict[str, dict]]
         lines: for each name in the legend, x and the metrics there.
         x_label: what x is, with its unit.
     """
+    from matplotlib.ticker import LogFormatter
+
     metrics = list(next(iter(lines.values()))[0][1])
     columns = min(len(metrics), 2)
     figure, panels = new_figure(math.ceil(len(metrics) / columns), columns)
@@ -641,6 +643,8 @@ def plot_metrics(file: Path, lines: dict[str, list[tuple[float, dict[str, dict]]
         axes.set(xlabel=x_label, ylabel=AXIS_LABELS[metric])
         if metric == "frechet_distance":
             axes.set_yscale("log")
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+            axes.yaxis.set_major_formatter(LogFormatter())
         axes.grid(alpha=0.3)
         axes.legend()
     figure.suptitle("bars: standard deviation over disjoint subsets of the images", fontsize=9)

@@ -23,7 +23,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2
 
 import diffit_metrics
 import eval_diffit
-from diffit_data import load_image_table
+from diffit_data import image_size, load_image_table
 from diffit_metrics import (
     FeatureExtractor,
     FeatureSet,
@@ -381,6 +381,18 @@ def test_images_of_a_table_are_those_of_the_files(image_folder):
         pixels = torch.from_numpy(np.array(PIL.Image.open(files[index]))).permute(2, 0, 1)
         torch.testing.assert_close(images[index], pixels, rtol=0, atol=0)
     assert TableImages(table, (4, 6), 1)[0].shape == (1, 4, 6)
+
+
+def test_size_of_an_image_is_that_of_what_is_seen(tmp_path):
+    """Turned by its EXIF entry, as it is decoded; an array is not."""
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    PIL.Image.new("RGB", (5, 9)).save(tmp_path / "turned.png", exif=exif)
+    assert image_size("turned", (tmp_path / "turned.png").read_bytes()) == (5, 9)
+    PIL.Image.new("RGB", (5, 9)).save(tmp_path / "plain.png")
+    assert image_size("plain", (tmp_path / "plain.png").read_bytes()) == (9, 5)
+    np.save(tmp_path / "array.npy", np.zeros((9, 5, 2), np.uint8))
+    assert image_size("array", (tmp_path / "array.npy").read_bytes()) == (9, 5)
 
 
 # --- kept work
