@@ -26,7 +26,14 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DModel
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from diffit_data import ImageTable, PositionStream, detect_num_channels, image_size, load_image_table
+from diffit_data import (
+    ImageTable,
+    PositionStream,
+    detect_num_channels,
+    image_size,
+    load_image_table,
+    resolution_type,
+)
 from diffit_distributed import on_all_processes
 from diffit_metrics import (
     EXTRACTORS,
@@ -89,12 +96,6 @@ def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
     return int(text)
-
-
-def resolution_type(text: str) -> tuple[int, int]:
-    """Height and width from `64` or `64x96`."""
-    height, _, width = text.partition("x")
-    return positive_int(height), positive_int(width or height)
 
 
 def build_parser() -> argparse.ArgumentParser:

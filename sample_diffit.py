@@ -8,7 +8,6 @@ The noise of a seed depends on the seed alone. Images that exist are kept, so a 
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -23,6 +22,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin
 from tqdm.auto import tqdm
 
 from diffit_distributed import join_slurm_step
+from diffit_metrics import weights_digest
 from diffit_model import choose_attention_backend, model_class, set_attention_backend
 from diffit_pipeline import (
     EDM_SCHEDULERS,
@@ -275,15 +275,6 @@ def list_images(args: argparse.Namespace, pipeline: DiffiTPipeline) -> list[dict
         if str(label) in (pipeline.config.id2label or {}):
             rows[-1]["class_name"] = pipeline.config.id2label[str(label)]
     return rows
-
-
-def weights_digest(model: torch.nn.Module) -> str:
-    """SHA-256 of all weights: the same path may hold another model later."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def check_settings(output_dir: Path, settings: dict) -> None:
