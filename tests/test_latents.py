@@ -488,7 +488,7 @@ def test_trained_vae_is_loaded_by_diffusers_and_its_latents_have_unit_variance(i
 def test_digits_are_still_read_after_encoding_and_decoding(tmp_path):
     """Under 5 minutes on one core; 97 % of 359 digits, most of which the VAE was trained on.
 
-    The classifier, trained on three quarters of the originals, reads the rest after the way through the VAE and back
+    The classifier, trained on four fifths of the originals, reads the rest after the way through the VAE and back
     to 8 x 8 pixels.
     """
     sklearn_svm = pytest.importorskip("sklearn.svm")
