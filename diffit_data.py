@@ -38,7 +38,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
 from datasets import config as datasets_config
 from datasets.exceptions import DatasetGenerationError
 from diffusers import AutoencoderKL
@@ -788,6 +788,10 @@ def detect_num_channels(table: ImageTable, num_images: int = 64) -> int:
 # Latents
 
 LATENTS_METADATA = "latents.json"  # in the folder that `scripts/prepare_latents.py` writes
+LATENTS_METADATA_TYPES = {
+    **{"encoder_digest": str, "scaling_factor": float, "shift_factor": float, "resolution": list},
+    **{"latent_shape": list, "mirrored": bool, "num_images": int, "data_digest": str, "images_per_shard": int},
+}
 
 
 def load_vae(name_or_path: str) -> AutoencoderKL:
@@ -835,8 +839,8 @@ def vae_description(vae: AutoencoderKL) -> dict:
             digest.update(tensor.float().cpu().numpy().tobytes())
     return {
         "encoder_digest": digest.hexdigest()[:16],
-        "scaling_factor": vae.config.scaling_factor,
-        "shift_factor": vae.config.shift_factor or 0.0,
+        "scaling_factor": float(vae.config.scaling_factor),
+        "shift_factor": float(vae.config.shift_factor or 0.0),
     }
 
 
@@ -907,6 +911,19 @@ def latent_shard_names(num_images: int, images_per_shard: int) -> list[str]:
     return [f"data/train-{shard:05d}-of-{num_shards:05d}.parquet" for shard in range(num_shards)]
 
 
+def latent_features(
+    latent_shape: tuple[int, int, int], mirrored: bool, class_names: tuple[str, ...] | None
+) -> Features:
+    """Columns of prepared latents, see `LatentTable`, and `label` if there are classes."""
+    channels, height, width = latent_shape
+    moments = Array3D((2 * channels, height, width), "float32")
+    features = {"moments": moments} | ({"mirrored_moments": moments} if mirrored else {})
+    features["bad_image"] = Value("string")
+    if class_names is not None:
+        features["label"] = ClassLabel(names=list(class_names))
+    return Features(features)
+
+
 def load_latent_table(latents_dir: str, cache_dir: str | None = None) -> LatentTable:
     """Opens a folder that `scripts/prepare_latents.py` has written.
 
@@ -915,12 +932,15 @@ def load_latent_table(latents_dir: str, cache_dir: str | None = None) -> LatentT
         cache_dir: of `load_dataset`.
 
     Raises:
-        ValueError: if it is no such folder or not complete.
+        ValueError: if it is no such folder, not complete, or its shards are not what its metadata says.
     """
     root = Path(latents_dir)
     if not (root / LATENTS_METADATA).is_file():
         raise ValueError(f"--latents_dir {root}: no {LATENTS_METADATA} there; scripts/prepare_latents.py writes one")
     metadata = _parse_json((root / LATENTS_METADATA).read_bytes(), str(root / LATENTS_METADATA))
+    for name, kind in LATENTS_METADATA_TYPES.items():
+        if not isinstance(metadata.get(name), kind):
+            raise ValueError(f"--latents_dir {root}: {LATENTS_METADATA} says {name} {metadata.get(name)!r}")
     names = latent_shard_names(metadata["num_images"], metadata["images_per_shard"])
     missing = [name for name in names if not (root / name).is_file()]
     if missing:
@@ -929,14 +949,17 @@ def load_latent_table(latents_dir: str, cache_dir: str | None = None) -> LatentT
             "run the command of scripts/prepare_latents.py again, it goes on where it ended"
         )
     rows = _read_parquet([str(root / name) for name in names], cache_dir)
-    labels, class_names = None, None
-    if "label" in rows.features:
-        class_names = rows.features["label"].names
-        labels, class_names = _encode_labels(list(rows["label"]), str(root), class_names)
-    rows = rows.remove_columns("label") if labels is not None else rows
-    return LatentTable(
-        rows.with_format("numpy"), str(root), np.arange(len(rows)), labels, class_names, metadata=metadata
-    )
+    class_names = tuple(rows.features["label"].names) if "label" in rows.features else None
+    features = latent_features(metadata["latent_shape"], metadata["mirrored"], class_names)
+    if rows.features != features or len(rows) != metadata["num_images"]:
+        raise ValueError(
+            f"--latents_dir {root}: the shards hold {len(rows)} rows of {rows.features}, {LATENTS_METADATA} says "
+            f"{metadata['num_images']} of {features}; prepare the latents anew, in another folder"
+        )
+    labels = None if class_names is None else np.array(rows["label"], np.int64)
+    columns = [name for name in rows.features if name != "label"]
+    table = rows.select_columns(columns).with_format("numpy")
+    return LatentTable(table, str(root), np.arange(len(rows)), labels, class_names, metadata=metadata)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

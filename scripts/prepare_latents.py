@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from datasets import Array3D, ClassLabel, Dataset, Features, Value
+from datasets import Dataset, Features
 from datasets import disable_progress_bars as disable_datasets_progress_bars
 from diffusers import AutoencoderKL
 from torch.utils.data import BatchSampler, DataLoader
@@ -48,6 +48,7 @@ from diffit_data import (  # noqa: E402
     decode_image,
     detect_num_channels,
     encode_moments,
+    latent_features,
     latent_shard_names,
     load_image_table,
     load_vae,
@@ -210,11 +211,7 @@ def prepare(accelerator: Accelerator, args: argparse.Namespace) -> None:
     missing = on_main_process(accelerator, missing_shards, output_dir, names)
     mine = missing[accelerator.process_index :: accelerator.num_processes]
 
-    moments = Array3D((2 * latent_shape[0], *latent_shape[1:]), "float32")
-    features = {"moments": moments} | ({"mirrored_moments": moments} if args.mirror else {})
-    features = Features(features | {"bad_image": Value("string")})
-    if table.class_names is not None:
-        features["label"] = ClassLabel(names=list(table.class_names))
+    features = latent_features(latent_shape, args.mirror, table.class_names)
     # A batch never crosses shards, so what a shard holds does not depend on who makes it.
     ranges = [range(len(table))[n * args.images_per_shard : (n + 1) * args.images_per_shard] for n in mine]
     batches = [list(BatchSampler(images, args.batch_size, drop_last=False)) for images in ranges]
