@@ -5,8 +5,9 @@ BIN = $(VENV)/bin
 # `constraints.txt` pins what was tested; `make install CONSTRAINTS=` takes the newest that requirements.txt allows.
 CONSTRAINTS ?= -c constraints.txt
 QUICKSTART = outputs/quickstart
+LATENT = outputs/latent-digits
 
-.PHONY: install install-dev quickstart test test-slow test-slurm chaos quality style benchmark
+.PHONY: install install-dev quickstart latent-quickstart test test-slow test-slurm chaos quality style benchmark
 
 install: $(VENV)/installed
 install-dev: $(VENV)/installed-dev
@@ -24,6 +25,17 @@ quickstart: install
 	$(BIN)/python train_diffit.py --config configs/train/quickstart.yaml --output_dir $(QUICKSTART) --overwrite_output_dir
 	rm -rf $(QUICKSTART)/samples
 	$(BIN)/python sample_diffit.py --model_path $(QUICKSTART) --output_dir $(QUICKSTART)/samples \
+		--class_labels all --num_images_per_class 10 --guidance_scale 1.5 --batch_size 100
+
+# The same in latents: a small VAE, the digits' latents, DiffiT in them, ten digits of each class.
+latent-quickstart: install
+	$(BIN)/python scripts/train_vae.py --train_data_file data/digits.parquet --output_dir $(LATENT)/vae
+	$(BIN)/python scripts/prepare_latents.py --train_data_file data/digits.parquet --resolution 32 --no-mirror \
+		--vae_model_name_or_path $(LATENT)/vae --output_dir $(LATENT)/latents
+	$(BIN)/python train_diffit.py --config configs/train/latent_digits.yaml --vae_model_name_or_path $(LATENT)/vae \
+		--latents_dir $(LATENT)/latents --output_dir $(LATENT)/run --overwrite_output_dir
+	rm -rf $(LATENT)/samples
+	$(BIN)/python sample_diffit.py --model_path $(LATENT)/run --output_dir $(LATENT)/samples \
 		--class_labels all --num_images_per_class 10 --guidance_scale 1.5 --batch_size 100
 
 test: install-dev

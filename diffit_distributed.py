@@ -187,7 +187,8 @@ class OutputDirLock:
                 self._write_owner()
                 break
             except FileExistsError:
-                self._remove_dead_owner()
+                if self._take_over():
+                    break
         threading.Thread(target=self._beat, daemon=True).start()
         return self.token
 
@@ -243,9 +244,9 @@ class OutputDirLock:
         with self.file.open("x") as file:  # fails if it exists
             file.write(self._owner_text)
 
-    def _owner(self, file: Path | None = None) -> dict:
+    def _owner(self) -> dict:
         with contextlib.suppress(OSError, ValueError):  # gone, or not yet written
-            return json.loads((file or self.file).read_text())
+            return json.loads(self.file.read_text())
         return {}
 
     def _beat(self) -> None:
@@ -253,26 +254,26 @@ class OutputDirLock:
             with contextlib.suppress(OSError):
                 os.utime(self.file)
 
-    def _remove_dead_owner(self) -> None:
+    def _take_over(self) -> bool:
+        """Puts this owner in the place of a dead one; False if another run did so at the same time."""
         owner = self._owner()
         if self._is_alive(owner):
             raise ValueError(
                 f"--output_dir {self.folder}: another run works there (process {owner.get('pid')} on "
                 f"{owner.get('host')}); wait for its end or choose another folder"
             )
-        aside = self.file.with_name(f"{self.FILE}-{uuid.uuid4().hex}")
-        try:
-            self.file.rename(aside)
-        except FileNotFoundError:
-            return
-        if self._owner(aside) != owner:  # someone else was faster, and this is their file
-            aside.rename(self.file)
-            return
-        aside.unlink()
+        if self._owner() != owner:
+            return False
+        temporary = self.file.with_name(f"{self.FILE}-{self.token}")
+        temporary.write_text(self._owner_text)
+        temporary.replace(self.file)  # the file is never missing, so that nobody else takes the folder in between
+        time.sleep(0.5)  # of several that came here at once, the last one wins
+        if self._owner().get("token") != self.token:
+            return False
         if "pid" in owner:
-            logger.warning(
-                f"the run of process {owner['pid']} on {owner.get('host')} ended without giving up this folder"
-            )
+            place = f"process {owner['pid']} on {owner.get('host')}"
+            logger.warning(f"{self.folder} is taken over from {place}, which is dead")
+        return True
 
     def _is_alive(self, owner: dict) -> bool:
         if owner.get("machine") == _machine():

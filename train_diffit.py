@@ -101,6 +101,7 @@ from diffit_distributed import (
     on_main_process,
 )
 from diffit_loss import NoiseScheduler, build_network_inputs, build_noise_levels, compute_loss, spread_non_finite
+from diffit_metrics import FeatureExtractor, FeatureSet, TableImages, extract_features, load_extractor, metric_values
 from diffit_model import (
     DiffiTModelMixin,
     DiffiTTransformer2DModel,
@@ -320,6 +321,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--validation_guidance_channels", type=positive, help="guide the first so many; default: all")
     group.add_argument("--validation_guidance_model", help="folder of a weaker model: autoguidance of the preview")
+    group.add_argument("--eval_steps", type=positive, help="metrics of each average, and the best one kept in best/")
+    group.add_argument("--eval_num_images", type=number_type(int, 8), default=1000, help="samples for the metrics")
+    group.add_argument(
+        "--eval_metrics",
+        nargs="+",
+        choices=("frechet_distance", "kernel_distance", "precision", "recall"),
+        default=["frechet_distance", "kernel_distance"],
+        help="the first decides what is best",
+    )
+    group.add_argument("--feature_extractor", default="inception", help="of eval_diffit.py; so are the next two")
+    group.add_argument("--feature_model", help="folder or hub name, for dinov2 and clip")
+    group.add_argument("--inception_path", help="TorchScript file; default: it is downloaded")
     group.add_argument("--logging_dir", default="logs", help="in --output_dir")
     group.add_argument("--logging_steps", type=positive, default=10)
     group.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, all or none")
@@ -1315,25 +1328,27 @@ def build_pipeline(
 
 
 @torch.no_grad()
-def draw_preview(
+def draw_share(
     accelerator: Accelerator,
     args: argparse.Namespace,
     model: ModelMixin,
     vae: AutoencoderKL | None,
     guidance_model: ModelMixin | None,
     noise_scheduler: NoiseScheduler,
+    num_images: int,
     stop: StopRequest,
-) -> list[PIL.Image.Image] | None:
-    """Images of the seeds 0, 1, 2, ..., class after class, drawn by all processes together; the same list in each.
+) -> torch.Tensor | None:
+    """This process's part of the images of the seeds 0, 1, 2, ..., class after class. To be called by all processes.
 
-    None if a stop was asked for in the middle.
+    Returns:
+        uint8, shape (B, C, H, W), of the same B in all processes: gathered, the first `num_images` are those asked
+        for. None if a stop was asked for in the middle.
     """
     is_edm = isinstance(noise_scheduler, EDMEulerScheduler)
     sampler = EDMDPMSolverMultistepScheduler if is_edm else DDIMScheduler
     pipeline = build_pipeline(model, vae, sampler.from_config(noise_scheduler.config))
     pipeline.set_progress_bar_config(disable=True)
-    num_images, num_processes = args.num_validation_images, accelerator.num_processes
-    share = math.ceil(num_images / num_processes)
+    share = math.ceil(num_images / accelerator.num_processes)
     seeds = [min(accelerator.process_index * share + i, num_images - 1) for i in range(share)]
     null = null_label(model)
     images = []
@@ -1341,26 +1356,73 @@ def draw_preview(
         if stop.is_wanted():
             break
         chunk = seeds[i : i + args.train_batch_size]
-        images.append(
-            pipeline(
-                class_labels=None if null is None else [seed % null for seed in chunk],
-                batch_size=len(chunk),
-                num_inference_steps=args.validation_inference_steps,
-                guidance_scale=1.0 if null is None and guidance_model is None else args.validation_guidance_scale,
-                guidance_schedule=args.validation_guidance_schedule,
-                guidance_power=args.validation_guidance_power,
-                guidance_interval=args.validation_guidance_interval,
-                guidance_channels=args.validation_guidance_channels,
-                guidance_model=guidance_model,
-                generator=[torch.Generator().manual_seed(seed) for seed in chunk],
-                output_type="pt",
-            ).images.to(accelerator.device)
-        )
-    if stop.is_wanted_anywhere():
+        drawn = pipeline(
+            class_labels=None if null is None else [seed % null for seed in chunk],
+            batch_size=len(chunk),
+            num_inference_steps=args.validation_inference_steps,
+            guidance_scale=1.0 if null is None and guidance_model is None else args.validation_guidance_scale,
+            guidance_schedule=args.validation_guidance_schedule,
+            guidance_power=args.validation_guidance_power,
+            guidance_interval=args.validation_guidance_interval,
+            guidance_channels=args.validation_guidance_channels,
+            guidance_model=guidance_model,
+            generator=[torch.Generator().manual_seed(seed) for seed in chunk],
+            output_type="pt",
+        ).images
+        images.append((drawn * 255).round().byte().to(accelerator.device))
+    return None if stop.is_wanted_anywhere() else torch.cat(images)
+
+
+@dataclass
+class Evaluator:
+    """What the samples are compared by and with.
+
+    Attributes:
+        extractor: images to features.
+        reference: features of the held-out images, or of the training images where none are held out.
+    """
+
+    extractor: FeatureExtractor
+    reference: FeatureSet
+
+
+def build_evaluator(
+    accelerator: Accelerator, args: argparse.Namespace, table: Table, validation_table: Table | None
+) -> Evaluator | None:
+    """For --eval_steps; None without it. The features of the real images are kept in --output_dir.
+
+    Raises:
+        ValueError: if there are no images, only latents, or the extractor cannot be loaded.
+    """
+    if args.eval_steps is None:
         return None
-    images = accelerator.gather(torch.cat(images))[:num_images]  # (num_images, C, H, W)
-    pixels = (images * 255).round().byte().cpu().permute(0, 2, 3, 1).numpy()
-    return [viewable(image) for image in pixels]
+    source = table if validation_table is None else validation_table
+    if isinstance(source, LatentTable):
+        raise ValueError("--eval_steps compares with images, and --latents_dir holds none")
+    num_channels = args.num_channels or detect_num_channels(table)
+    load = functools.partial(load_extractor, args.feature_extractor, accelerator.device)
+    extractor = on_all_processes(accelerator, load, args.feature_model, args.inception_path)
+    features = extract_features(
+        accelerator,
+        Path(args.output_dir, "eval"),
+        TableImages(source, args.resolution, num_channels),
+        {"data": source.digest(), "resolution": list(args.resolution), "channels": num_channels},
+        extractor,
+        num_workers=args.dataloader_num_workers,
+    )
+    return Evaluator(extractor, FeatureSet(torch.from_numpy(np.array(features))))
+
+
+def evaluate(
+    accelerator: Accelerator, args: argparse.Namespace, evaluator: Evaluator, pixels: torch.Tensor
+) -> dict[str, float]:
+    """Metrics of the samples that all processes have drawn (see `draw_share`); empty but in the main process."""
+    features = torch.cat([evaluator.extractor(batch) for batch in pixels.split(64)])  # (B, F)
+    features = accelerator.gather(features)[: args.eval_num_images].cpu()
+    if not accelerator.is_main_process:
+        return {}
+    values = metric_values(args.eval_metrics, FeatureSet(features), evaluator.reference)
+    return {f"eval/{name}": value for name, value in values.items()}
 
 
 def log_validation(
@@ -1372,28 +1434,37 @@ def log_validation(
     noise_scheduler: NoiseScheduler,
     table: Table,
     validation_table: Table | None,
+    evaluator: Evaluator | None,
     stop: StopRequest,
 ) -> bool:
-    """Held-out loss and preview grid of each average, and the pipeline folder of the best. To be called by all
-    processes.
+    """Held-out loss, metrics if they are due, and preview grid of each average, and the pipeline folder of the best.
+
+    To be called by all processes.
 
     Returns:
         False if it was given up because a stop was asked for.
     """
     model = state.model.eval()
-    results = {}  # by the name of the average: losses and images
+    draw = functools.partial(draw_share, accelerator, args, model, vae, guidance_model, noise_scheduler)
+    if evaluator is not None and not is_due(state.global_step, args.eval_steps, args.max_train_steps):
+        evaluator = None
+    results = {}  # by the name of the average: losses and metrics, and the preview
     averages = state.ema_models or {"": None}
     for name, ema_model in averages.items():
         with ema_weights(ema_model, model):
-            values, images = {}, None
+            values, pixels = {}, None
             if validation_table is not None:
                 values = validation_loss(accelerator, args, model, vae, noise_scheduler, validation_table, stop)
+            if values is not None and evaluator is not None:
+                pixels = draw(args.eval_num_images, stop)
+                values = None if pixels is None else values | evaluate(accelerator, args, evaluator, pixels)
             if values is not None:
-                images = draw_preview(accelerator, args, model, vae, guidance_model, noise_scheduler, stop)
-        if images is None:
+                pixels = draw(args.num_validation_images, stop)
+        if values is None or pixels is None:
             logger.info(f"gave up the validation of step {state.global_step}, because a stop was asked for")
             break
-        results[name] = values, image_grid(images)
+        pixels = accelerator.gather(pixels)[: args.num_validation_images].cpu().permute(0, 2, 3, 1).numpy()
+        results[name] = values, image_grid([viewable(image) for image in pixels])
     finished = len(results) == len(averages)
     if finished and accelerator.is_main_process:
         for name, (values, grid) in results.items():
@@ -1406,12 +1477,34 @@ def log_validation(
             for tracker in accelerator.trackers:
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({f"samples{suffix}": stacked}, step=state.global_step, **options)
-        best = min(results, key=lambda name: results[name][0].get("validation/loss", 0.0))  # or the first
+        best = min(results, key=lambda name: badness(args, results[name][0]))  # or the first
+        save = functools.partial(save_pipeline, args, state, vae, noise_scheduler, table, best, *results[best])
         with ema_weights(averages[best], model):
-            save_pipeline(args, state, vae, noise_scheduler, table, best, *results[best])
+            save(Path(args.output_dir))
+            if evaluator is not None and is_best_so_far(args, state.global_step, results[best][0]):
+                save(Path(args.output_dir, "best"))
     model.train()
     accelerator.wait_for_everyone()
     return finished
+
+
+def badness(args: argparse.Namespace, values: dict[str, float]) -> float:
+    """What the best average has least of: by the first of --eval_metrics, else by the held-out loss."""
+    metric = args.eval_metrics[0]
+    sign = -1 if metric in ("precision", "recall") else 1
+    return sign * values[f"eval/{metric}"] if f"eval/{metric}" in values else values.get("validation/loss", 0.0)
+
+
+def is_best_so_far(args: argparse.Namespace, global_step: int, values: dict[str, float]) -> bool:
+    """Whether metrics are better than all before them in this run; those of the best are in `eval/best.json`."""
+    file = Path(args.output_dir, "eval", "best.json")
+    earlier = json.loads(file.read_text()) if file.is_file() else {"values": None}
+    if earlier["values"] is not None and badness(args, earlier["values"]) <= badness(args, values):
+        return False
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"global_step": global_step, "values": values}, indent=2) + "\n")
+    temporary.replace(file)
+    return True
 
 
 def save_pipeline(
@@ -1423,15 +1516,16 @@ def save_pipeline(
     average: str,
     validation: dict[str, float],
     grid: PIL.Image.Image,
+    output_dir: Path,
 ) -> None:
-    """Writes the pipeline folder into --output_dir: weights as they are now, scheduler, arguments, model card.
+    """Writes a pipeline folder: weights as they are now, scheduler, arguments, model card.
 
     Args:
         average: name of the average whose weights they are, or "".
-        validation: its held-out losses, if there are held-out images.
+        validation: its held-out losses and metrics, as far as there are any.
         grid: its preview.
+        output_dir: the folder; what is in it is replaced.
     """
-    output_dir = Path(args.output_dir)
     folder = output_dir / "tmp-pipeline"
     shutil.rmtree(folder, ignore_errors=True)
     if args.class_conditional or part_name(state.model) == "transformer" or args.formulation == "edm":
@@ -1471,7 +1565,8 @@ def model_card(
     weights = f"EMA, decay up to {args.ema_max_decay}" if args.use_ema else "as trained, no EMA"
     if args.ema_half_life_kimg is not None:
         widths = ", ".join(f"{kimg:g}" for kimg in args.ema_half_life_kimg)
-        chosen = "the best by held-out loss" if validation else "the first"
+        criterion = next((name for name in validation if name.startswith("eval/")), "held-out loss")
+        chosen = f"the best by {criterion.removeprefix('eval/')}" if validation else "the first"
         weights = f"`{average}`: EMA with a half-life of so many thousand images, {chosen} of {widths}"
     classes = ""
     call = "pipeline(batch_size=4, num_inference_steps=1000).images"
@@ -1485,7 +1580,14 @@ def model_card(
         "images seen": f"{state.position:,}",
         "objective": objective,
         "weights": weights,
-    } | ({"held-out loss": f"{validation['validation/loss']:.4f}"} if validation else {})
+    }
+    if "validation/loss" in validation:
+        rows["held-out loss"] = f"{validation['validation/loss']:.4f}"
+    for name, value in validation.items():
+        if name.startswith("eval/"):
+            rows[name.removeprefix("eval/").replace("_", " ")] = (
+                f"{value:.4g} ({args.feature_extractor}, {args.eval_num_images:,} images)"
+            )
     table_text = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return ModelCard(f"""---
 {data.to_yaml()}
@@ -1597,6 +1699,7 @@ def train(
     set_up_model(accelerator, args, raw_model)
     vae = build_vae(args, table, accelerator.device)
     guidance_model = build_guidance_model(args, raw_model, accelerator.device)
+    evaluator = build_evaluator(accelerator, args, table, validation_table)
     noise_scheduler = build_noise_scheduler(args)
     raw_optimizer = build_optimizer(args, raw_model)
     lr_scheduler = build_lr_scheduler(args, raw_optimizer)
@@ -1618,7 +1721,7 @@ def train(
     stop.begin()
     validate = functools.partial(
         log_validation,
-        *(accelerator, args, state, vae, guidance_model, noise_scheduler, table, validation_table, stop),
+        *(accelerator, args, state, vae, guidance_model, noise_scheduler, table, validation_table, evaluator, stop),
     )
     validated = True
     if state.global_step >= args.max_train_steps:
@@ -1631,7 +1734,8 @@ def train(
     bins = torch.zeros(2, LEVEL_BINS, device=accelerator.device)  # losses since the last log, by timestep
     bad_images: set[str] = set()
     guard = StepGuard(raw_optimizer)
-    periods = (args.logging_steps, args.checkpointing_steps, args.validation_steps)
+    validation_periods = [every for every in (args.validation_steps, args.eval_steps) if every is not None]
+    periods = (args.logging_steps, args.checkpointing_steps, *validation_periods)
     progress = tqdm(total=args.max_train_steps, initial=state.global_step, disable=not accelerator.is_main_process)
     log_position, log_time = state.position, time.perf_counter()
     model.train()
@@ -1672,7 +1776,7 @@ def train(
             save_checkpoint(accelerator, lock, arguments, state, noise_scheduler, args.checkpoints_total_limit)
         if stopping and not finished:
             break
-        if is_due(state.global_step, args.validation_steps, args.max_train_steps):
+        if any(is_due(state.global_step, every, args.max_train_steps) for every in validation_periods):
             validated = validate()
         log_time += time.perf_counter() - paused  # images/s is of training alone
 
@@ -1735,7 +1839,8 @@ def prepare_output_dir(accelerator: Accelerator, args: argparse.Namespace, globa
     """
     if accelerator.is_main_process:
         if args.overwrite_output_dir:
-            for old in [*list_checkpoints(args.output_dir), Path(args.output_dir, "previews")]:
+            folders = (Path(args.output_dir, name) for name in ("previews", "best", "eval"))
+            for old in [*list_checkpoints(args.output_dir), *folders]:
                 shutil.rmtree(old, ignore_errors=True)
             shutil.rmtree(Path(args.output_dir, args.logging_dir, PROJECT), ignore_errors=True)
         for unfinished in Path(args.output_dir).glob("tmp-checkpoint-*"):  # of a run that was killed while writing

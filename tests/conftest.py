@@ -115,10 +115,10 @@ def start(command: list[str], cwd: Path = ROOT, **environment: str) -> subproces
     )
 
 
-def run(command: list[str], cwd: Path = ROOT, **environment: str) -> str:
+def run(command: list[str], cwd: Path = ROOT, timeout: float = 300, **environment: str) -> str:
     """Runs a command with this Python to its end and returns what it printed; it must succeed."""
     process = start(command, cwd, **environment)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=timeout)
     assert process.returncode == 0, output
     return output
 

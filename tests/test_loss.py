@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import yaml
-from conftest import TINY_CONFIG, train
+from conftest import ROOT, TINY_CONFIG, run, train
 from diffusers import EDMEulerScheduler
 from safetensors.torch import load_file
 from test_train import STATES, assert_same_files, logged, refusal
@@ -191,3 +191,60 @@ def test_augmented_run_tells_the_network_and_resumes_bitwise(train_args, tmp_pat
 def test_augmentation_of_latents_is_refused(train_args, capsys):
     flags = ["--augmentation_probability=0.1", "--vae_model_name_or_path=x"]
     assert "--augmentation_probability is for training in pixels" in refusal([*train_args, *flags], capsys)
+
+
+# --- metrics while training
+
+
+def mean_colours(images: torch.Tensor) -> torch.Tensor:
+    """Features for `--feature_extractor test_loss:mean_colours`; shape (B, 12)."""
+    return torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1)
+
+
+EVAL = ["--feature_extractor=test_loss:mean_colours", "--eval_steps=2", "--eval_num_images=18", "--max_train_steps=4"]
+
+
+def test_metrics_are_logged_and_the_best_is_kept(train_args, tmp_path):
+    train([*train_args, *EVAL, "--validation_fraction=0.25", "--eval_metrics", "frechet_distance", "recall"])
+    run_dir = tmp_path / "run"
+    distances = {event.step: event.value for event in logged(run_dir).Scalars("eval/frechet_distance")}
+    assert list(distances) == [2, 4] and all(0 < value < 10 for value in distances.values())
+    assert [event.step for event in logged(run_dir).Scalars("eval/recall")] == [2, 4]
+    best_step = min(distances, key=distances.get)
+    best = json.loads((run_dir / "eval/best.json").read_text())
+    assert best["global_step"] == best_step
+    assert best["values"]["eval/frechet_distance"] == pytest.approx(distances[best_step])
+    card = (run_dir / "best/README.md").read_text()
+    assert f"| optimizer steps | {best_step} of 4" in card and "frechet distance" in card
+    assert DiffiTPipeline.from_folder(str(run_dir / "best"), model_class)(num_inference_steps=2).images
+
+
+def test_metric_equals_that_of_the_same_images_drawn_by_hand(train_args, tmp_path):
+    from diffit_metrics import FeatureSet, TableImages, frechet_distance
+
+    train([*train_args, *EVAL, "--max_train_steps=2"])
+    table = load_image_table(train_data_dir=[a for a in train_args if "train_data_dir" in a][0].split("=")[1])
+    real = TableImages(table, (8, 8), 3)
+    reference = mean_colours(torch.stack([real[i] for i in range(len(table))]))
+    pipe = DiffiTPipeline.from_folder(str(tmp_path / "run"), model_class)
+    pipe.set_progress_bar_config(disable=True)
+    drawn = []
+    for start in range(0, 18, 4):
+        seeds = list(range(start, min(start + 4, 18)))
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        labels = [seed % 3 for seed in seeds]
+        drawn.append(pipe(labels, num_inference_steps=2, generator=generators, output_type="pt").images)
+    features = mean_colours((torch.cat(drawn) * 255).round().byte())
+    expected = frechet_distance(FeatureSet(features), FeatureSet(reference))
+    assert logged(tmp_path / "run").Scalars("eval/frechet_distance")[-1].value == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(train_args, tmp_path):
+    arguments = [*train_args, *EVAL, "--global_batch_size=8", "--max_train_steps=2"]
+    train([*arguments, f"--output_dir={tmp_path / 'one'}"])
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, "train_diffit.py", *arguments, f"--output_dir={tmp_path / 'two'}"]
+    run(command, PYTHONPATH=str(ROOT / "tests"))
+    one, two = (logged(tmp_path / n).Scalars("eval/frechet_distance")[-1].value for n in ("one", "two"))
+    assert one == pytest.approx(two, rel=1e-2)
