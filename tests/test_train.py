@@ -805,9 +805,7 @@ def test_folders_that_cannot_be_synchronised_are_no_reason_to_stop(train_args, t
     assert train_diffit.checkpoint_problem(tmp_path / "run/checkpoint-1") is None
 
 
-def test_other_images_of_the_same_number_or_another_network_are_refused_at_a_resume(
-    train_args, image_folder, tmp_path
-):
+def test_other_images_or_another_network_are_refused_at_a_resume(train_args, image_folder, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(image_folder, folder)
     arguments = [*train_args, f"--train_data_dir={folder}"]
