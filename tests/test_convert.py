@@ -13,7 +13,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from safetensors.torch import load_file, save_file
 
 from convert_nvidia_checkpoint import main, nvidia_names, parse_args
-from diffit_model import DiffiTTransformer2DModel, adapt_weights
+from diffit_model import DiffiTTransformer2DModel, adapt_weights, model_class
+from diffit_pipeline import DiffiTPipeline
 
 EXACT = {"rtol": 0, "atol": 0}
 TOLERANCES = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float64: {"rtol": 1e-10, "atol": 1e-10}}
@@ -304,6 +305,11 @@ def test_dit_pipeline_loads_the_folder_and_gives_the_images_of_the_formulas(tmp_
     images = pipe(labels, **settings, generator=torch.Generator().manual_seed(3), output_type="pt").images
     expected = plain_ddim_images(tensors, vae, labels, guidance_scale, 4, torch.Generator().manual_seed(3))
     assert images.shape == (3, 3, 16, 16) and images.std() > 0.05
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+
+    ours = DiffiTPipeline.from_folder(str(folder), model_class)
+    ours.set_progress_bar_config(disable=True)
+    images = ours(labels, **settings, generator=torch.Generator().manual_seed(3), output_type="pt").images
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
 
 
