@@ -1699,7 +1699,6 @@ def train(
     set_up_model(accelerator, args, raw_model)
     vae = build_vae(args, table, accelerator.device)
     guidance_model = build_guidance_model(args, raw_model, accelerator.device)
-    evaluator = build_evaluator(accelerator, args, table, validation_table)
     noise_scheduler = build_noise_scheduler(args)
     raw_optimizer = build_optimizer(args, raw_model)
     lr_scheduler = build_lr_scheduler(args, raw_optimizer)
@@ -1709,6 +1708,7 @@ def train(
     if checkpoint is not None:
         load_checkpoint(checkpoint, accelerator, public_args(args), state)
     prepare_output_dir(accelerator, args, state.global_step)
+    evaluator = build_evaluator(accelerator, args, table, validation_table)
     model, optimizer = accelerator.prepare(raw_model, raw_optimizer)
     batches = build_batches(accelerator, args, table, config, state.position)
     arguments = public_args(args)
@@ -1731,7 +1731,7 @@ def train(
 
     # 3. train
     null = null_label(raw_model)
-    bins = torch.zeros(2, LEVEL_BINS, device=accelerator.device)  # losses since the last log, by timestep
+    bins = torch.zeros(2, LEVEL_BINS, device=accelerator.device)  # losses since the last log, by noise level
     bad_images: set[str] = set()
     guard = StepGuard(raw_optimizer)
     validation_periods = [every for every in (args.validation_steps, args.eval_steps) if every is not None]

@@ -217,6 +217,11 @@ def test_metrics_are_logged_and_the_best_is_kept(train_args, tmp_path):
     card = (run_dir / "best/README.md").read_text()
     assert f"| optimizer steps | {best_step} of 4" in card and "frechet distance" in card
     assert DiffiTPipeline.from_folder(str(run_dir / "best"), model_class)(num_inference_steps=2).images
+    train([*train_args, *EVAL, "--overwrite_output_dir"])  # the best of the earlier run is forgotten
+    assert json.loads((run_dir / "eval/best.json").read_text())["values"].keys() == {
+        "eval/frechet_distance",
+        "eval/kernel_distance",
+    }
 
 
 def test_metric_equals_that_of_the_same_images_drawn_by_hand(train_args, tmp_path):
