@@ -36,7 +36,6 @@ MANIFEST = "manifest.json"  # of a checkpoint: size and checksum of each file
 # What makes a run the run that it is. Duration, batch per process, precision, paths and logs may change at a resume.
 SAME_AT_RESUME = (
     *("seed", "global_batch_size", "class_conditional", "resolution", "center_crop", "random_flip"),
-    "vae_model_name_or_path",
     *("formulation", "sigma_mean", "sigma_std", "augmentation_probability", "prediction_type"),
     *("beta_schedule", "num_train_timesteps", "snr_gamma", "label_dropout"),
     *("learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps", "lr_num_cycles", "lr_power"),
@@ -57,7 +56,7 @@ class TrainingState:
         optimizer: likewise unwrapped.
         lr_scheduler: steps once per optimizer step.
         num_images: in the training data, which fixes what a position means.
-        data_digest: of the training data.
+        data_digest: of the training data, and of the VAE that encodes them.
         global_step: successful optimizer steps.
         position: first position of the stream that has not been trained on.
         bad_steps: left out so far because the loss or the gradient was not finite; their positions are passed by.
@@ -284,7 +283,7 @@ def load_checkpoint(path: Path, accelerator: Accelerator, arguments: dict, state
     if numbers["num_images"] != state.num_images:
         raise ValueError(f"{path} was trained on {numbers['num_images']} images, the data has {state.num_images}")
     if numbers["data_digest"] != state.data_digest:
-        raise ValueError(f"{path} was trained on other images, of the same number, or with other labels")
+        raise ValueError(f"{path} was trained on other images of the same number, other labels, or with another VAE")
     part = part_name(state.model)
     config = read_data(path / part / "config.json", lambda file: json.loads(file.read_text()))
     for key, value in json.loads(state.model.to_json_string()).items():

@@ -45,6 +45,7 @@ from diffusers import (
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     ModelMixin,
+    SchedulerMixin,
     UNet2DModel,
 )
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -101,7 +102,15 @@ from diffit_distributed import (
     on_main_process,
 )
 from diffit_loss import NoiseScheduler, build_network_inputs, build_noise_levels, compute_loss, spread_non_finite
-from diffit_metrics import FeatureExtractor, FeatureSet, TableImages, extract_features, load_extractor, metric_values
+from diffit_metrics import (
+    NEAREST,
+    FeatureExtractor,
+    FeatureSet,
+    TableImages,
+    extract_features,
+    load_extractor,
+    metric_values,
+)
 from diffit_model import (
     DiffiTModelMixin,
     DiffiTTransformer2DModel,
@@ -229,8 +238,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="discrete timesteps, or noise levels with preconditioning (arXiv 2206.00364); default: that of "
         "--pretrained_model_name_or_path, or ddpm",
     )
-    group.add_argument("--sigma_mean", type=finite, default=-1.2, help="of edm: mean of ln sigma")
-    group.add_argument("--sigma_std", type=number_type(float, 0, open_ends=True), default=1.2, help="of ln sigma")
+    group.add_argument("--sigma_mean", type=finite, help="of edm: mean of ln sigma; default -1.2")
+    group.add_argument("--sigma_std", type=number_type(float, 0, open_ends=True), help="of ln sigma; default 1.2")
     group.add_argument(
         "--prediction_type",
         choices=("epsilon", "sample", "v_prediction"),
@@ -288,7 +297,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="EMA by images seen, as in EDM, in place of the three flags before; several widths are kept side by side",
     )
     group.add_argument(
-        "--ema_ramp_up", type=share, default=0.05, help="half-lives are at most this share of the images seen so far"
+        "--ema_ramp_up",
+        type=number_type(float, 1e-6, 1),
+        default=0.05,
+        help="half-lives are at most this share of the images seen so far",
     )
 
     group = parser.add_argument_group("precision")
@@ -298,7 +310,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("validation, checkpoints, logs")
     group.add_argument("--output_dir", default="outputs/diffit")
-    group.add_argument("--overwrite_output_dir", action=flag, default=False, help="delete its checkpoints and logs")
+    group.add_argument(
+        "--overwrite_output_dir", action=flag, default=False, help="delete its checkpoints, previews, metrics and logs"
+    )
     group.add_argument("--checkpointing_steps", type=positive, default=500)
     group.add_argument("--checkpoints_total_limit", type=positive, help="keep so many, delete the oldest")
     group.add_argument("--resume_from_checkpoint", help="latest, or the path of a checkpoint")
@@ -307,7 +321,12 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--validation_steps", type=positive, default=1000, help="preview, loss, pipeline folder")
     group.add_argument("--validation_loss_images", type=positive, default=1024, help="most for the held-out loss")
     group.add_argument("--num_validation_images", type=positive, default=64, help="images in the preview grid")
-    group.add_argument("--validation_inference_steps", type=positive, default=50, help="DDIM steps of the preview")
+    group.add_argument(
+        "--validation_inference_steps",
+        type=positive,
+        default=50,
+        help="of the preview, by DDIM, or by DPM-Solver++ for edm",
+    )
     group.add_argument("--validation_guidance_scale", type=not_negative, default=1.0)
     group.add_argument("--validation_guidance_schedule", choices=GUIDANCE_SCHEDULES, default="constant")
     group.add_argument("--validation_guidance_power", type=number_type(float, 0, open_ends=True), default=4.0)
@@ -415,6 +434,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if config is not None:
         flags = {argument.split("=")[0].removeprefix("--") for argument in argv if argument.startswith("--")}
         skip = {name for group in ALTERNATIVES if flags & set(group) for name in group}
+        if "lr_scheduler" in flags:  # the decay of the file's own schedule
+            skip |= {"lr_decay_steps", "lr_decay_kimg"}
         argv = config_file_argv(parser, config, skip) + argv
     args = parser.parse_args(argv)
 
@@ -440,6 +461,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--augmentation_probability is for training in pixels, not in latents")
     if args.latents_dir is not None and args.vae_model_name_or_path is None:
         parser.error("--latents_dir needs --vae_model_name_or_path, to decode the previews and for the saved folder")
+    if args.eval_steps is not None and args.latents_dir is not None:
+        parser.error("--eval_steps compares with images, and --latents_dir holds none")
+    if args.eval_steps is not None and args.on_bad_image == "skip":
+        parser.error("--eval_steps needs images that can be read: give --on_bad_image error")
     if args.reset_class_embeddings and args.pretrained_model_name_or_path is None:
         parser.error("--reset_class_embeddings needs --pretrained_model_name_or_path")
     for name in ("lr_warmup", "lr_decay"):
@@ -451,7 +476,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.ema_half_life_kimg is not None:
         if not args.use_ema:
             parser.error("--ema_half_life_kimg needs --use_ema")
-        if len(set(args.ema_half_life_kimg)) < len(args.ema_half_life_kimg):
+        if len({f"{kimg:g}" for kimg in args.ema_half_life_kimg}) < len(args.ema_half_life_kimg):
             parser.error(f"--ema_half_life_kimg: {args.ema_half_life_kimg} names a width twice")
     low, high = args.validation_guidance_interval
     if low >= high:
@@ -560,7 +585,7 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
 def build_tables(args: argparse.Namespace) -> tuple[Table, Table | None]:
     """Training images (or their latents) and, if asked for, held-out ones."""
     if args.latents_dir is not None:
-        table, validation = load_latent_table(args.latents_dir, args.cache_dir), None
+        table = load_latent_table(args.latents_dir, args.cache_dir)
         if args.class_conditional and table.class_names is None:
             raise ValueError(f"--class_conditional: {table.source} has no labels")
         return (table, None) if args.validation_fraction is None else split_table(table, args.validation_fraction)
@@ -734,6 +759,12 @@ def resolve_model_config(
         if config[key] not in values:
             raise ValueError(f"the model config says {key} {config[key]}, {reason} or another model config")
 
+    if config["out_channels"] > channels and (args.formulation, args.prediction_type) != ("ddpm", "epsilon"):
+        raise ValueError(
+            f"the model config says out_channels {config['out_channels']}, a learned variance: that needs "
+            "--formulation ddpm --prediction_type epsilon; --model_kwargs out_channels=... leaves it out"
+        )
+
     # 3. classes
     key = "num_embeds_ada_norm" if is_transformer else "num_class_embeds"
     num_classes = len(table.class_names) if args.class_conditional else None
@@ -824,6 +855,10 @@ def resolve_diffusion(args: argparse.Namespace) -> None:
             if getattr(args, name) is not None:
                 raise ValueError(f"--{name} is of --formulation ddpm, not edm")
         defaults = {}
+        args.sigma_mean = -1.2 if args.sigma_mean is None else args.sigma_mean
+        args.sigma_std = 1.2 if args.sigma_std is None else args.sigma_std
+    elif args.sigma_mean is not None or args.sigma_std is not None:
+        raise ValueError("--sigma_mean and --sigma_std are of --formulation edm, not ddpm")
     for name, default in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, source.get(name, default))
@@ -840,7 +875,9 @@ def resolve_diffusion(args: argparse.Namespace) -> None:
 def build_noise_scheduler(args: argparse.Namespace) -> NoiseScheduler:
     """The forward process, and what the saved folder samples with."""
     if args.formulation == "edm":
-        return EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, rho=7.0)  # EDM, Table 1
+        # EDM, Table 1; latents are scaled to a standard deviation of 1.
+        sigma_data = 0.5 if args.vae_model_name_or_path is None else 1.0
+        return EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=sigma_data, rho=7.0)
     return DDPMScheduler(
         num_train_timesteps=args.num_train_timesteps,
         beta_schedule=args.beta_schedule,
@@ -1013,8 +1050,8 @@ def resolve_duration(args: argparse.Namespace, num_images: int) -> None:
     args.lr_warmup_steps = 500 if args.lr_warmup_steps is None else args.lr_warmup_steps
     if args.lr_decay_steps is not None and args.lr_warmup_steps + args.lr_decay_steps > args.max_train_steps:
         raise ValueError(
-            f"warm-up ({args.lr_warmup_steps} steps) and decay ({args.lr_decay_steps}) are longer than the training "
-            f"({args.max_train_steps} steps)"
+            f"--lr_warmup_steps {args.lr_warmup_steps} and --lr_decay_steps {args.lr_decay_steps} are longer than the "
+            f"training ({args.max_train_steps} steps)"
         )
     if args.lr_scheduler == "polynomial" and args.lr_warmup_steps >= args.max_train_steps:
         raise ValueError(
@@ -1320,10 +1357,10 @@ def validation_loss(
 def build_pipeline(
     model: ModelMixin,
     vae: AutoencoderKL | None,
-    scheduler: DDPMScheduler | DDIMScheduler,
+    scheduler: SchedulerMixin,
     id2label: dict[str, str] | None = None,
 ) -> DiffiTPipeline:
-    """What draws previews, and what a class-conditional or latent run saves."""
+    """What draws previews, and what all runs save but unconditional ones of DDPM in pixels."""
     return DiffiTPipeline(scheduler=scheduler, id2label=id2label, vae=vae, **{"unet": None, part_name(model): model})
 
 
@@ -1386,22 +1423,32 @@ class Evaluator:
     reference: FeatureSet
 
 
-def build_evaluator(
-    accelerator: Accelerator, args: argparse.Namespace, table: Table, validation_table: Table | None
-) -> Evaluator | None:
-    """For --eval_steps; None without it. The features of the real images are kept in --output_dir.
+def build_extractor(accelerator: Accelerator, args: argparse.Namespace, source: Table) -> FeatureExtractor | None:
+    """Of --feature_extractor, for --eval_steps; None without it.
 
     Raises:
-        ValueError: if there are no images, only latents, or the extractor cannot be loaded.
+        ValueError: if it cannot be loaded, or there are too few images to compare with.
     """
     if args.eval_steps is None:
         return None
-    source = table if validation_table is None else validation_table
-    if isinstance(source, LatentTable):
-        raise ValueError("--eval_steps compares with images, and --latents_dir holds none")
-    num_channels = args.num_channels or detect_num_channels(table)
+    if len(source) <= NEAREST:
+        raise ValueError(f"--eval_steps compares with {len(source)} images, {NEAREST + 1} are needed at least")
     load = functools.partial(load_extractor, args.feature_extractor, accelerator.device)
-    extractor = on_all_processes(accelerator, load, args.feature_model, args.inception_path)
+    return on_all_processes(accelerator, load, args.feature_model, args.inception_path)
+
+
+def build_evaluator(
+    accelerator: Accelerator, args: argparse.Namespace, extractor: FeatureExtractor | None, source: Table
+) -> Evaluator | None:
+    """For --eval_steps; None without it. The features of the real images are kept in --output_dir.
+
+    Args:
+        extractor: see `build_extractor`.
+        source: images to compare with.
+    """
+    if extractor is None:
+        return None
+    num_channels = args.num_channels or detect_num_channels(source)
     features = extract_features(
         accelerator,
         Path(args.output_dir, "eval"),
@@ -1481,8 +1528,12 @@ def log_validation(
         save = functools.partial(save_pipeline, args, state, vae, noise_scheduler, table, best, *results[best])
         with ema_weights(averages[best], model):
             save(Path(args.output_dir))
-            if evaluator is not None and is_best_so_far(args, state.global_step, results[best][0]):
-                save(Path(args.output_dir, "best"))
+            if evaluator is not None:
+                record_file = Path(args.output_dir, "eval", "best.json")
+                record = best_record(args, evaluator, state.global_step, results[best][0])
+                if is_best_so_far(args, record_file, record):
+                    save(Path(args.output_dir, "best"))
+                    record_file.write_text(json.dumps(record, indent=2) + "\n")
     model.train()
     accelerator.wait_for_everyone()
     return finished
@@ -1495,16 +1546,27 @@ def badness(args: argparse.Namespace, values: dict[str, float]) -> float:
     return sign * values[f"eval/{metric}"] if f"eval/{metric}" in values else values.get("validation/loss", 0.0)
 
 
-def is_best_so_far(args: argparse.Namespace, global_step: int, values: dict[str, float]) -> bool:
-    """Whether metrics are better than all before them in this run; those of the best are in `eval/best.json`."""
-    file = Path(args.output_dir, "eval", "best.json")
-    earlier = json.loads(file.read_text()) if file.is_file() else {"values": None}
-    if earlier["values"] is not None and badness(args, earlier["values"]) <= badness(args, values):
-        return False
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"global_step": global_step, "values": values}, indent=2) + "\n")
-    temporary.replace(file)
-    return True
+def best_record(args: argparse.Namespace, evaluator: Evaluator, global_step: int, values: dict[str, float]) -> dict:
+    """What is kept of the best metrics, and what they were measured with, without which they mean nothing."""
+    measured_with = {
+        **evaluator.extractor.settings,
+        "extractor": evaluator.extractor.name,
+        "metric": args.eval_metrics[0],
+        "images": args.eval_num_images,
+        "reference_images": len(evaluator.reference),
+    }
+    return {"global_step": global_step, "values": values, "measured_with": measured_with}
+
+
+def is_best_so_far(args: argparse.Namespace, file: Path, record: dict) -> bool:
+    """Whether metrics are better than those of the file; those measured otherwise, or of later steps, do not count."""
+    if not file.is_file():
+        return True
+    earlier = json.loads(file.read_text())
+    comparable = earlier["measured_with"] == record["measured_with"]
+    if not comparable or earlier["global_step"] >= record["global_step"]:
+        return True
+    return badness(args, record["values"]) < badness(args, earlier["values"])
 
 
 def save_pipeline(
@@ -1569,10 +1631,11 @@ def model_card(
         chosen = f"the best by {criterion.removeprefix('eval/')}" if validation else "the first"
         weights = f"`{average}`: EMA with a half-life of so many thousand images, {chosen} of {widths}"
     classes = ""
-    call = "pipeline(batch_size=4, num_inference_steps=1000).images"
+    steps = 18 if args.formulation == "edm" else args.num_train_timesteps
+    call = f"pipeline(batch_size=4, num_inference_steps={steps}).images"
     if args.class_conditional:
         classes = f"\nClasses: {', '.join(table.class_names[:50])}{', ...' if len(table.class_names) > 50 else ''}.\n"
-        call = f"pipeline(class_labels=[{table.class_names[0]!r}] * 4, num_inference_steps=50).images"
+        call = f"pipeline(class_labels=[{table.class_names[0]!r}] * 4, num_inference_steps={min(50, steps)}).images"
     rows = {
         "network": f"`{type(state.model).__name__}`, {num_parameters / 1e6:.1f} M parameters",
         "data": f"{source}, {len(table):,} images, {'x'.join(map(str, args.resolution))} pixels",
@@ -1699,6 +1762,10 @@ def train(
     set_up_model(accelerator, args, raw_model)
     vae = build_vae(args, table, accelerator.device)
     guidance_model = build_guidance_model(args, raw_model, accelerator.device)
+    if vae is not None:  # by which the same images are other data
+        digest += f" {vae_description(vae)}"
+    compared_with = table if validation_table is None else validation_table
+    extractor = build_extractor(accelerator, args, compared_with)
     noise_scheduler = build_noise_scheduler(args)
     raw_optimizer = build_optimizer(args, raw_model)
     lr_scheduler = build_lr_scheduler(args, raw_optimizer)
@@ -1708,7 +1775,7 @@ def train(
     if checkpoint is not None:
         load_checkpoint(checkpoint, accelerator, public_args(args), state)
     prepare_output_dir(accelerator, args, state.global_step)
-    evaluator = build_evaluator(accelerator, args, table, validation_table)
+    evaluator = build_evaluator(accelerator, args, extractor, compared_with)
     model, optimizer = accelerator.prepare(raw_model, raw_optimizer)
     batches = build_batches(accelerator, args, table, config, state.position)
     arguments = public_args(args)
@@ -1785,6 +1852,7 @@ def train(
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.wait_for_everyone()  # a launcher may end the main process when the first of the others has ended
+    stop.close()
     if state.global_step < args.max_train_steps or not validated:
         logger.info(f"stopped at step {state.global_step}; go on with --resume_from_checkpoint latest")
         accelerator.end_training()
@@ -1833,7 +1901,7 @@ def seed_dropout(seed: int, position: int) -> None:
 
 
 def prepare_output_dir(accelerator: Accelerator, args: argparse.Namespace, global_step: int) -> None:
-    """Creates --output_dir; with --overwrite_output_dir deletes checkpoints, previews and logs of an earlier run.
+    """Clears --output_dir: with --overwrite_output_dir of checkpoints, previews, metrics and logs of an earlier run.
 
     Where a run goes back to an earlier checkpoint, the later ones are moved aside, or `latest` would mean them.
     """

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -221,6 +222,31 @@ def test_preview_takes_a_weaker_model(latent_args, tmp_path):
 def test_latent_settings_that_cannot_work_are_refused(flags, words, latent_args):
     with pytest.raises(ValueError, match=words):
         train([*latent_args, *flags])
+
+
+def test_learned_variance_of_another_target_is_refused(latent_args):
+    for flags in (["--prediction_type=v_prediction"], ["--formulation=edm"]):
+        with pytest.raises(ValueError, match="out_channels 4, a learned variance: that needs --formulation ddpm"):
+            train([*latent_args, *flags])
+
+
+def test_edm_in_latents_takes_them_for_unit_variance(latent_args, tmp_path):
+    train([*latent_args, "--formulation=edm", "--max_train_steps=1", "--model_kwargs", "out_channels=2"])
+    config = json.loads((tmp_path / "run/scheduler/scheduler_config.json").read_text())
+    assert config["sigma_data"] == 1.0
+    pipe = DiffiTPipeline.from_folder(str(tmp_path / "run"), model_class)
+    assert pipe(class_labels=["red"], num_inference_steps=2).images[0].size == (8, 8)
+
+
+def test_vae_may_move_but_not_change_at_a_resume(latent_args, tiny_vae, tmp_path):
+    train([*latent_args, "--max_train_steps=1"])
+    again = [*latent_args, "--resume_from_checkpoint=latest", "--max_train_steps=2"]
+    shutil.copytree(tiny_vae, tmp_path / "moved")
+    train([*again, f"--vae_model_name_or_path={tmp_path / 'moved'}"])
+    config = dict(AutoencoderKL.load_config(tiny_vae))
+    AutoencoderKL.from_config(config).save_pretrained(tmp_path / "retrained")
+    with pytest.raises(ValueError, match="or with another VAE"):
+        train([*again, "--max_train_steps=3", f"--vae_model_name_or_path={tmp_path / 'retrained'}"])
 
 
 def test_dry_run_reads_no_weights(latent_args, transformer_config, tiny_vae, tmp_path, capsys):

@@ -77,6 +77,8 @@ def test_edm_run_is_saved_resumed_and_sampled_with_no_flag(train_args, tmp_path)
 
 
 def test_flag_of_the_other_formulation_is_refused(train_args):
+    with pytest.raises(ValueError, match="--sigma_std are of --formulation edm"):
+        train([*train_args, "--sigma_std=1"])
     with pytest.raises(ValueError, match="--prediction_type is of --formulation ddpm"):
         train([*train_args, "--formulation=edm", "--prediction_type=epsilon"])
 
@@ -146,6 +148,7 @@ def test_warmup_stable_decay_in_images(train_args, tmp_path):
         (["--lr_warmup_kimg=1"], "--lr_warmup_steps or --lr_warmup_kimg"),
         (["--ema_half_life_kimg", "1", "1"], "names a width twice"),
         (["--ema_half_life_kimg", "1", "--no-use_ema"], "--ema_half_life_kimg needs --use_ema"),
+        (["--eval_steps=1", "--on_bad_image=skip"], "--eval_steps needs images that can be read"),
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(flags, words, train_args, capsys):
@@ -222,6 +225,21 @@ def test_metrics_are_logged_and_the_best_is_kept(train_args, tmp_path):
         "eval/frechet_distance",
         "eval/kernel_distance",
     }
+
+
+def test_best_of_another_metric_does_not_count(train_args, tmp_path):
+    """Recall is at most 1, so a distance would never be better."""
+    train([*train_args, *EVAL, "--max_train_steps=2", "--eval_metrics", "recall"])
+    train([*train_args, *EVAL, "--resume_from_checkpoint=latest", "--eval_metrics", "frechet_distance"])
+    best = json.loads((tmp_path / "run/eval/best.json").read_text())
+    assert best["global_step"] == 4 and "| optimizer steps | 4 of 4" in (tmp_path / "run/best/README.md").read_text()
+
+
+def test_too_few_images_to_compare_with_are_refused_before_anything_is_deleted(train_args, tmp_path):
+    train([*train_args, "--max_train_steps=1"])
+    with pytest.raises(ValueError, match="--eval_steps compares with 2 images"):
+        train([*train_args, *EVAL, "--validation_fraction=0.08", "--overwrite_output_dir"])
+    assert (tmp_path / "run/checkpoint-1").is_dir()
 
 
 def test_metric_equals_that_of_the_same_images_drawn_by_hand(train_args, tmp_path):
