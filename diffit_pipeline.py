@@ -40,6 +40,9 @@ from diffusers import (
 from diffusers.utils import make_image_grid
 from diffusers.utils.torch_utils import randn_tensor
 
+# What a weaker model must have in common with the one that it guides.
+FORWARD_PROCESS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "sigma_data", "prediction_type")
+
 SCHEDULERS = {
     "ddim": DDIMScheduler,
     "ddpm": DDPMScheduler,
@@ -206,6 +209,8 @@ def guidance_weight(
     Raises:
         ValueError: if there is no such schedule.
     """
+    if not 0 <= interval[0] < interval[1] <= 1:
+        raise ValueError(f"guidance_interval must be 0 <= low < high <= 1, got {interval}")
     time = timestep / num_train_timesteps
     if schedule not in GUIDANCE_SCHEDULES:
         raise ValueError(f"guidance_schedule must be one of {', '.join(GUIDANCE_SCHEDULES)}, got {schedule!r}")
@@ -282,6 +287,15 @@ class DiffiTPipeline(DiffusionPipeline):
         super().__init__()
         if (unet is None) == (transformer is None):
             raise ValueError("a pipeline has one network: either unet or transformer")
+        if (
+            vae is not None
+            and transformer is not None
+            and vae.config.latent_channels != transformer.config.in_channels
+        ):
+            raise ValueError(
+                f"the VAE has {vae.config.latent_channels} latent channels, the transformer "
+                f"{transformer.config.in_channels}"
+            )
         self.register_modules(unet=unet, transformer=transformer, vae=vae, scheduler=scheduler)
         self.register_to_config(id2label=id2label)
         self.heun = heun
@@ -294,6 +308,7 @@ class DiffiTPipeline(DiffusionPipeline):
         scheduler: str | None = None,
         dtype=torch.float32,
         vae: AutoencoderKL | None = None,
+        network: torch.nn.Module | None = None,
     ):
         """Loads any pipeline folder that training wrote, or one of `DiTPipeline`, without running code in it.
 
@@ -307,20 +322,21 @@ class DiffiTPipeline(DiffusionPipeline):
             scheduler: as for `choose_scheduler`.
             dtype: of the network's weights; the VAE stays in float32.
             vae: for a latent model, in place of the folder's `vae/`, if it has one.
+            network: in place of the folder's, which then needs `scheduler/` only, as a checkpoint of training has it.
 
         Raises:
             ValueError: if there is no such scheduler for the model of this folder.
         """
-        index = cls.load_config(model_path)
+        index = cls.load_config(model_path) if network is None else {}
         scheduler = choose_scheduler(model_path, scheduler)
         heun = scheduler == "edm_heun"
         scheduler_class = (SCHEDULERS | EDM_SCHEDULERS)[scheduler]
-        network = load_network(model_path, model_class, dtype)
-        if "transformer" not in index:
+        network = load_network(model_path, model_class, dtype) if network is None else network
+        if part_name(network) == "unet":
             scheduler = scheduler_class.from_pretrained(model_path, subfolder="scheduler")
             return cls(network, scheduler, index.get("id2label"), heun=heun)
 
-        if vae is None and "vae" in index:
+        if vae is None and (index.get("vae") or [None])[0] is not None:
             vae = AutoencoderKL.from_pretrained(model_path, subfolder="vae", use_safetensors=True)
         settings = {"clip_sample": False}
         if scheduler_class is not DDPMScheduler:

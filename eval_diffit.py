@@ -55,7 +55,14 @@ from diffit_metrics import (
     weights_digest,
 )
 from diffit_model import choose_attention_backend, model_class, set_attention_backend
-from diffit_pipeline import GUIDANCE_SCHEDULES, SCHEDULERS, DiffiTPipeline, null_label, viewable
+from diffit_pipeline import (
+    EDM_SCHEDULERS,
+    GUIDANCE_SCHEDULES,
+    SCHEDULERS,
+    DiffiTPipeline,
+    null_label,
+    viewable,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULT_NUM_IMAGES = 50_000
@@ -142,8 +149,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("sampling from --model_path").add_argument
     add("--all_checkpoints", action="store_true", help="also every checkpoint-N in the folders of --model_path")
-    add("--weights", help="folder in a checkpoint; default: unet_ema, or unet if there is none")
-    add("--scheduler", choices=sorted(SCHEDULERS), default="ddim")
+    add("--weights", help="folder in a checkpoint; default: its (first) average, such as unet_ema")
+    add("--scheduler", choices=sorted(SCHEDULERS | EDM_SCHEDULERS), help="default: ddim, for EDM models edm_heun")
     add("--num_inference_steps", type=positive_int, default=50)
     add("--eta", type=float, default=0.0, help="of DDIM: 0 deterministic, 1 as much noise as DDPM")
     add(
@@ -172,7 +179,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--work_dir", default="outputs/evaluation", help="what is kept: samples, features, statistics")
     add("--plots", help="folder for pictures; more than a --model_path gives the metrics by kimg")
     add("--plot_steps", type=positive_int, nargs="+", help="also the metrics by sampling steps, at these numbers")
-    add("--plot_schedulers", nargs="+", choices=sorted(SCHEDULERS), default=["ddim", "dpmsolver++", "unipc", "heun"])
+    add(
+        "--plot_schedulers",
+        nargs="+",
+        choices=sorted(SCHEDULERS | EDM_SCHEDULERS),
+        help="default: ddim dpmsolver++ unipc, for EDM models all of theirs",
+    )
     add("--training_images", help="where --plots looks for neighbours of the samples; default: --reference")
     return parser
 
@@ -196,7 +208,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--plot_steps needs --plots and --model_path")
     if args.training_images is not None and args.plots is None:
         parser.error("--training_images needs --plots")
-    if args.eta and args.scheduler != "ddim":
+    if args.eta and args.scheduler not in (None, "ddim"):
         parser.error(f"--eta is of --scheduler ddim, got {args.scheduler}")
     return args
 
@@ -359,7 +371,7 @@ def expand_checkpoints(args: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(paths))
 
 
-def load_pipeline(args: argparse.Namespace, model_path: str, scheduler: str) -> DiffiTPipeline:
+def load_pipeline(args: argparse.Namespace, model_path: str, scheduler: str | None) -> DiffiTPipeline:
     """The pipeline of a folder, of a hub name, or of a checkpoint's --weights.
 
     Raises:
@@ -369,16 +381,22 @@ def load_pipeline(args: argparse.Namespace, model_path: str, scheduler: str) -> 
         vae = None if args.vae is None else AutoencoderKL.from_pretrained(args.vae, use_safetensors=True)
         if not Path(model_path, "state.json").is_file():
             return DiffiTPipeline.from_folder(model_path, model_class, scheduler, DTYPES[args.dtype], vae)
-        weights = args.weights or ("unet_ema" if Path(model_path, "unet_ema").is_dir() else "unet")
+        found = [
+            path.name for part in ("unet", "transformer") for path in sorted(Path(model_path).glob(f"{part}_ema*"))
+        ]
+        weights = args.weights or next(iter(found), "unet" if Path(model_path, "unet").is_dir() else "transformer")
         network_class = model_class(UNet2DModel.load_config(model_path, subfolder=weights))
         network = network_class.from_pretrained(
             model_path, subfolder=weights, torch_dtype=DTYPES[args.dtype], use_safetensors=True
         )
-        index = Path(model_path).parent / "model_index.json"  # of the trained pipeline; it names the classes
+        run = Path(model_path).parent  # with the trained pipeline, which names the classes and holds the VAE
+        if vae is None and (run / "vae").is_dir():
+            vae = AutoencoderKL.from_pretrained(run, subfolder="vae", use_safetensors=True)
+        pipeline = DiffiTPipeline.from_folder(model_path, model_class, scheduler, vae=vae, network=network)
+        index = run / "model_index.json"
         id2label = json.loads(index.read_text()).get("id2label") if index.is_file() else None
-        return DiffiTPipeline(
-            network, SCHEDULERS[scheduler].from_pretrained(model_path, subfolder="scheduler"), id2label
-        )
+        pipeline.register_to_config(id2label=id2label)
+        return pipeline
     except OSError as error:
         raise ValueError(f"--model_path {model_path}: no such pipeline here, nor on the hub: {error}") from error
 
@@ -429,6 +447,7 @@ def draw_samples(
         "weights_sha256": weights_digest(pipeline.network),
         "vae_sha256": None if pipeline.vae is None else weights_digest(pipeline.vae),
         "scheduler": json.loads(pipeline.scheduler.to_json_string()),
+        "heun": pipeline.heun,
         "num_inference_steps": num_inference_steps,
         "eta": args.eta,
         "dtype": args.dtype,
@@ -545,13 +564,16 @@ def measure_model(
     extractors: list[FeatureExtractor],
     reference: ImageSource,
     model_path: str,
-    scheduler: str,
+    scheduler: str | None,
     num_inference_steps: int,
 ) -> Measured:
     """Draws samples and takes their features. To be called by all processes."""
     pipeline = set_up(state, on_all_processes(state, load_pipeline, args, model_path, scheduler))
     images = draw_samples(args, state, pipeline, num_inference_steps, reference.table)
     pipeline.scheduler.set_timesteps(num_inference_steps)
+    evaluations = len(pipeline.scheduler.timesteps)  # `heun` takes two at each step but the last
+    is_edm = isinstance(pipeline.scheduler, tuple(EDM_SCHEDULERS.values()))
+    scheduler = scheduler or ("edm_heun" if is_edm else "ddim")
     return measure(
         args,
         state,
@@ -560,7 +582,7 @@ def measure_model(
         name=model_path,
         kimg=kimg_of(model_path),
         scheduler=scheduler,
-        evaluations=len(pipeline.scheduler.timesteps),  # Heun takes two at each step but the last
+        evaluations=2 * evaluations - 1 if scheduler == "edm_heun" else evaluations,
     )
 
 
@@ -831,9 +853,10 @@ def measure_all(
     shapes = {tuple(measured.images.images[0].shape) for measured in judged}
     if len(shapes) > 1:
         raise ValueError(f"the models of --model_path draw images of different shapes (C, H, W): {sorted(shapes)}")
+    default = ("ddim", "dpmsolver++", "unipc") if judged[-1].scheduler in SCHEDULERS else tuple(EDM_SCHEDULERS)
     by_steps = [
         measure_model(*common, paths[-1], scheduler, steps)
-        for scheduler in args.plot_schedulers
+        for scheduler in args.plot_schedulers or default
         for steps in args.plot_steps or ()
     ]
     return judged, by_steps

@@ -26,6 +26,7 @@ from diffit_metrics import weights_digest
 from diffit_model import choose_attention_backend, model_class, set_attention_backend
 from diffit_pipeline import (
     EDM_SCHEDULERS,
+    FORWARD_PROCESS,
     GUIDANCE_SCHEDULES,
     SCHEDULERS,
     DiffiTPipeline,
@@ -54,8 +55,6 @@ IMAGE_ARGUMENTS = (
     "s_noise",
     "dtype",
 )
-# Of a scheduler's config: two models with other values do not predict the same thing.
-FORWARD_PROCESS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "sigma_data", "prediction_type")
 
 
 def seed_list(text: str) -> list[int]:

@@ -121,6 +121,7 @@ from diffit_model import (
     set_attention_backend,
 )
 from diffit_pipeline import (
+    FORWARD_PROCESS,
     GUIDANCE_SCHEDULES,
     DiffiTPipeline,
     image_grid,
@@ -478,6 +479,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error("--ema_half_life_kimg needs --use_ema")
         if len({f"{kimg:g}" for kimg in args.ema_half_life_kimg}) < len(args.ema_half_life_kimg):
             parser.error(f"--ema_half_life_kimg: {args.ema_half_life_kimg} names a width twice")
+    if args.validation_guidance_scale == 1:
+        for name in ("validation_guidance_channels", "validation_guidance_model"):
+            if getattr(args, name) is not None:
+                parser.error(f"--{name} needs a --validation_guidance_scale other than 1, which is off")
     low, high = args.validation_guidance_interval
     if low >= high:
         parser.error(f"--validation_guidance_interval must be LOW < HIGH, got {low} {high}")
@@ -745,6 +750,8 @@ def resolve_model_config(
     config["sample_size"] = height if height == width else [height, width]
 
     # 2. channels
+    if vae is None and is_transformer:
+        raise ValueError("a transformer trains in latents: give --vae_model_name_or_path")
     if vae is None:
         channels = args.num_channels or detect_num_channels(table)
         reason = f"the images of {table.source} have {channels}; give --num_channels {config.get('in_channels')}"
@@ -971,7 +978,13 @@ def build_guidance_model(args: argparse.Namespace, model: ModelMixin, device: to
         guidance_model = load_network(path, model_class).to(device)
     except OSError as error:
         raise ValueError(f"--validation_guidance_model {path}: no such pipeline: {error}") from error
-    for what in ("in_channels", "out_channels"):
+    ours, theirs = build_noise_scheduler(args).config, DDPMScheduler.load_config(path, subfolder="scheduler")
+    for key in FORWARD_PROCESS:
+        if ours.get(key) != theirs.get(key):
+            raise ValueError(
+                f"--validation_guidance_model {path} has {key} {theirs.get(key)}, this run {ours.get(key)}"
+            )
+    for what in ("sample_size", "in_channels", "out_channels"):
         if model.config[what] != guidance_model.config[what]:
             raise ValueError(
                 f"--validation_guidance_model {path} has {what} {guidance_model.config[what]}, "

@@ -12,6 +12,7 @@ The 561 M parameters of XL/2 (a file of 2.3 GB) take seconds, and 2.3 GB of memo
 """
 
 import argparse
+import json
 import math
 import pickle
 import re
@@ -206,6 +207,15 @@ def read_trained_folder(path: Path) -> dict[str, torch.Tensor]:
         ValueError: if there are none, or they are damaged.
     """
     files = [path / folder / "diffusion_pytorch_model.safetensors" for folder in ("transformer", "")]
+    scheduler_file = path / "scheduler" / "scheduler_config.json"
+    if scheduler_file.is_file():
+        scheduler = json.loads(scheduler_file.read_text())
+        target = scheduler.get("prediction_type"), scheduler.get("beta_schedule")
+        if target != ("epsilon", "linear"):  # EDM has no beta_schedule
+            raise ValueError(
+                f"--to_nvidia: {path} was trained with {scheduler.get('_class_name')}, prediction_type {target[0]} "
+                f"and beta_schedule {target[1]}; that layout means epsilon and linear betas"
+            )
     for file in files:
         if file.is_file():
             return read_safetensors(file)

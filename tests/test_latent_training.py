@@ -11,6 +11,7 @@ from conftest import ROOT, run, train
 from diffusers import AutoencoderKL, DDPMScheduler
 from safetensors.torch import load_file, save_file
 from test_convert import nvidia_tensors
+from test_loss import evaluate_folder
 from test_train import assert_same_files, losses
 from torch.distributions import Normal, kl_divergence
 
@@ -188,6 +189,25 @@ def test_prepared_latents_train_like_those_encoded_on_the_way(latent_args, image
         train([*again, f"--vae_model_name_or_path={tmp_path / 'other_vae'}"])
 
 
+def test_latent_folder_and_its_checkpoints_are_evaluated(latent_args, image_folder, tmp_path):
+    train([*latent_args, "--max_train_steps=2"])
+    arguments = [f"--reference={image_folder}", f"--model_path={tmp_path / 'run'}", "--all_checkpoints"]
+    assert "checkpoint-2" in json.dumps(evaluate_folder(arguments, tmp_path))
+
+
+def test_model_of_another_target_has_no_place_in_nvidias_layout(latent_args, tmp_path):
+    train([*latent_args, "--max_train_steps=1", "--prediction_type=v_prediction", "--model_kwargs", "out_channels=2"])
+    arguments = ["--to_nvidia", f"--checkpoint={tmp_path / 'run'}", f"--output_dir={tmp_path / 'back'}"]
+    with pytest.raises(ValueError, match="prediction_type v_prediction"):
+        convert_nvidia_checkpoint.main(convert_nvidia_checkpoint.parse_args(arguments))
+    assert not (tmp_path / "back").exists()
+
+
+def test_transformer_without_a_vae_is_refused(base_args, transformer_config, tmp_path):
+    with pytest.raises(ValueError, match="a transformer trains in latents: give --vae_model_name_or_path"):
+        train([*base_args, f"--model_config={transformer_config}", f"--output_dir={tmp_path / 'run'}"])
+
+
 def test_unconditional_latent_run_is_saved(latent_args, tmp_path):
     train([*latent_args, "--no-class_conditional", "--max_train_steps=1"])
     images = DiffiTPipeline.from_folder(str(tmp_path / "run"), model_class)(num_inference_steps=2).images
@@ -216,7 +236,10 @@ def test_preview_takes_a_weaker_model(latent_args, tmp_path):
         (["--model_kwargs", "in_channels=4"], "in_channels 4, the latents of .* have 2"),
         (["--model_kwargs", "out_channels=3"], "out_channels 3"),
         (["--vae_model_name_or_path=no/where"], "--vae_model_name_or_path no/where: no such config"),
-        (["--validation_guidance_model=no/where"], "--validation_guidance_model no/where"),
+        (
+            ["--validation_guidance_model=no/where", "--validation_guidance_scale=2"],
+            "--validation_guidance_model no/where",
+        ),
     ],
 )
 def test_latent_settings_that_cannot_work_are_refused(flags, words, latent_args):

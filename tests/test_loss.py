@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from diffusers import EDMEulerScheduler
 from safetensors.torch import load_file
 from test_train import STATES, assert_same_files, logged, refusal
 
+import eval_diffit
 import train_diffit
 from diffit_data import ImageDataset, PositionStream, load_image_table
 from diffit_loss import build_network_inputs, build_noise_levels, compute_loss
@@ -271,3 +273,19 @@ def test_two_processes_measure_what_one_does(train_args, tmp_path):
     run(command, PYTHONPATH=str(ROOT / "tests"))
     one, two = (logged(tmp_path / n).Scalars("eval/frechet_distance")[-1].value for n in ("one", "two"))
     assert one == pytest.approx(two, rel=1e-2)
+
+
+def evaluate_folder(arguments: list[str], tmp_path: Path) -> dict:
+    """What `eval_diffit.py` says of the models of `--model_path`."""
+    flags = ["--feature_extractor=test_loss:mean_colours", "--num_images=24", "--num_inference_steps=2"]
+    flags += [f"--work_dir={tmp_path / 'work'}", f"--output={tmp_path / 'metrics.json'}"]
+    eval_diffit.main(eval_diffit.parse_args([*arguments, *flags, "--metrics", "frechet_distance"]))
+    return json.loads((tmp_path / "metrics.json").read_text())
+
+
+def test_edm_folder_and_its_checkpoints_are_evaluated_with_no_flag(train_args, image_folder, tmp_path):
+    train([*train_args, "--formulation=edm", "--max_train_steps=2"])
+    reference = [f"--reference={image_folder}", f"--model_path={tmp_path / 'run'}"]
+    heun = json.dumps(evaluate_folder([*reference, "--all_checkpoints"], tmp_path)["models"])
+    euler = json.dumps(evaluate_folder([*reference, "--all_checkpoints", "--scheduler=edm_euler"], tmp_path)["models"])
+    assert "checkpoint-2" in heun and heun != euler  # the samples of one are not taken for those of the other
