@@ -360,6 +360,13 @@ def _list_zip(root: Path) -> list[str]:
     return sorted(names)
 
 
+def positive_int(text: str) -> int:
+    """An int from 1 up."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
 def resolution_type(text: str) -> tuple[int, int]:
     """An argparse type: height and width in pixels from `N` or `HxW`."""
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)

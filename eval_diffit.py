@@ -32,6 +32,7 @@ from diffit_data import (
     detect_num_channels,
     image_size,
     load_image_table,
+    positive_int,
     resolution_type,
 )
 from diffit_distributed import on_all_processes
@@ -96,13 +97,6 @@ AXIS_LABELS = {
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags
-
-
-def positive_int(text: str) -> int:
-    """An int from 1 up."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return int(text)
 
 
 def build_parser() -> argparse.ArgumentParser:

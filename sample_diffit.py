@@ -21,6 +21,7 @@ from accelerate import PartialState
 from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin
 from tqdm.auto import tqdm
 
+from diffit_data import positive_int
 from diffit_distributed import join_slurm_step
 from diffit_metrics import weights_digest
 from diffit_model import choose_attention_backend, model_class, set_attention_backend
@@ -75,13 +76,6 @@ def grid_size(text: str) -> tuple[int, int]:
     if not match:
         raise argparse.ArgumentTypeError(f"expected COLUMNSxROWS such as 8x8, got {text!r}")
     return int(match[1]), int(match[2])
-
-
-def positive_int(text: str) -> int:
-    """An int from 1 up."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return int(text)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT, start, train
 
@@ -48,8 +49,8 @@ def test_folder_of_a_dead_run_is_taken_over_at_once(tmp_path):
 
 def test_number_of_a_dead_run_that_another_process_got_is_no_run(tmp_path):
     write_owner(OutputDirLock(tmp_path / "run"), started=1.0)
-    with OutputDirLock(tmp_path / "run", heartbeat=0.1, patience=0.5):
-        pass
+    with OutputDirLock(tmp_path / "run", heartbeat=0.1, patience=0.5) as token:
+        assert json.loads((tmp_path / "run/.running").read_text())["token"] == token
 
 
 def test_living_owner_stays_owner_when_the_clock_is_set(tmp_path):
@@ -78,20 +79,20 @@ def test_folder_that_cannot_be_created_is_named(tmp_path):
 
 def test_killed_process_that_nobody_waited_for_is_dead(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    started = __import__("psutil").Process(process.pid).create_time()
+    started = psutil.Process(process.pid).create_time()
     process.kill()
     time.sleep(0.5)
     write_owner(OutputDirLock(tmp_path / "run"), pid=process.pid, started=started)
-    with OutputDirLock(tmp_path / "run"):
-        pass
+    with OutputDirLock(tmp_path / "run") as token:
+        assert json.loads((tmp_path / "run/.running").read_text())["token"] == token
     process.wait()
 
 
 @pytest.mark.parametrize("content", ["", "{}", "not json", '{"pid": 1}'])
 def test_owner_that_cannot_be_told_is_watched_and_then_taken_over(content, tmp_path):
     (tmp_path / ".running").write_text(content)
-    with OutputDirLock(tmp_path, heartbeat=0.1, patience=0.5):
-        pass
+    with OutputDirLock(tmp_path, heartbeat=0.1, patience=0.5) as token:
+        assert json.loads((tmp_path / ".running").read_text())["token"] == token
 
 
 def test_owner_on_another_machine_is_alive_while_it_touches_its_file(tmp_path):
