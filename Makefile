@@ -7,7 +7,7 @@ CONSTRAINTS ?= -c constraints.txt
 QUICKSTART = outputs/quickstart
 LATENT = outputs/latent-digits
 
-.PHONY: install install-dev quickstart latent-quickstart test test-slow test-slurm chaos quality style benchmark
+.PHONY: install install-dev quickstart latent-quickstart test test-slow test-slurm chaos quality style benchmark benchmark-quality benchmark-quality-tuning
 
 install: $(VENV)/installed
 install-dev: $(VENV)/installed-dev
@@ -62,3 +62,10 @@ style: install-dev
 benchmark: install-dev
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/reliability.py
+
+# Is DiffiT worth it? About 75 minutes on two quiet cores; the tuning, whose figures it reads, about an hour more.
+benchmark-quality: install-dev
+	$(BIN)/python benchmarks/quality.py prove
+
+benchmark-quality-tuning: install-dev
+	$(BIN)/python benchmarks/quality.py tune

@@ -856,8 +856,14 @@ def measure_all(
     return judged, by_steps
 
 
-def write_results(args: argparse.Namespace, judged: list[Measured], results: list[dict], settings: dict) -> None:
-    """Prints the tables, and writes --output: the metrics of the only model, or a list `models`."""
+def write_results(
+    args: argparse.Namespace,
+    judged: list[Measured],
+    results: list[dict],
+    by_steps: list[tuple[Measured, dict]],
+    settings: dict,
+) -> None:
+    """Prints the tables, and writes --output: the metrics of the only model, or a list `models`; and `by_steps`."""
     for measured, result in zip(judged, results, strict=True):
         print(table_text(measured.name, result))
     counts = [number for row in results[0].values() for key, number in row["counts"].items() if key in SET_SIZES]
@@ -873,6 +879,14 @@ def write_results(args: argparse.Namespace, judged: list[Measured], results: lis
             for measured, result in zip(judged, results, strict=True)
         ]
         written = rows[0] if len(rows) == 1 else {"models": rows}
+        if by_steps:
+            written = written | {
+                "by_steps": [
+                    {"name": measured.name, "scheduler": measured.scheduler, "evaluations": measured.evaluations}
+                    | result
+                    for measured, result in by_steps
+                ]
+            }
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output).write_text(json.dumps(written | {"settings": settings}, indent=1) + "\n")
 
@@ -912,7 +926,8 @@ def main(args: argparse.Namespace) -> None:
         print(f"statistics of the reference, which --reference takes too: {file}")
     probabilities = None if reference is None else reference.probabilities
     results = [judge(args, measured, features, probabilities) for measured in judged]
-    write_results(args, judged, results, describe(args, extractors[0], shape))
+    by_steps = [(measured, judge(args, measured, features, probabilities)) for measured in by_steps]
+    write_results(args, judged, results, by_steps, describe(args, extractors[0], shape))
 
     # 3. pictures
     if args.plots is None:
@@ -926,8 +941,7 @@ def main(args: argparse.Namespace) -> None:
     if any(len(points) > 1 for points in by_kimg.values()):
         plot_metrics(folder / "metrics_by_kimg.png", by_kimg, "thousands of images seen in training")
     lines = {}
-    for measured in by_steps:
-        result = judge(args, measured, features, probabilities)
+    for measured, result in by_steps:
         lines.setdefault(measured.scheduler, []).append((measured.evaluations, result))
     if lines:
         plot_metrics(folder / "metrics_by_steps.png", lines, "evaluations of the network for each image")

@@ -709,10 +709,13 @@ def test_checkpoints_are_judged_by_step_and_their_ema_taken(model_flags, trained
 
 def test_plots_are_drawn(model_flags, tmp_path):
     folder = tmp_path / "plots"
-    evaluate(
+    result = evaluate(
         tmp_path, *model_flags, f"--plots={folder}", "--all_checkpoints", "--plot_steps", "2", "3",
         "--plot_schedulers", "ddim", "heun",
     )  # fmt: skip
+    drawn = [(row["scheduler"], row["evaluations"]) for row in result["by_steps"]]
+    assert drawn == [("ddim", 2), ("ddim", 3), ("heun", 3), ("heun", 5)]
+    assert len({row["frechet_distance"]["value"] for row in result["by_steps"]}) == 4
     names = ("loss_by_timestep", "metrics_by_kimg", "metrics_by_steps", "neighbour_distances", "neighbours")
     assert sorted(path.name for path in folder.iterdir()) == [f"{name}.png" for name in names]
     for path in folder.iterdir():

@@ -1,0 +1,761 @@
+"""Is DiffiT worth it? Sample quality against training FLOPs and minutes, on two CPU cores.
+
+    python benchmarks/quality.py tune      # learning rates, widths of the average and recipes, one seed
+    python benchmarks/quality.py prove     # three seeds with the tuned settings, and the report
+    python benchmarks/quality.py report    # from the figures that are there: benchmarks/results/quality.md
+
+Everything is trained and judged by the project's own commands, one core each, as many at once as there are cores; only
+the loop of diffusers' `train_unconditional.py` is in `benchmarks/train_unconditional.py`. A job whose figures are in
+`--work_dir` is not done again, so a stopped benchmark goes on. The proof keeps its figures in
+`benchmarks/results/quality.json`, the tuning in `quality_tuning.json`.
+"""
+
+import argparse
+import dataclasses
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import diffusers
+import numpy as np
+import torch
+from datasets import Dataset, load_dataset
+from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch.nn import functional as F
+from torch.utils.benchmark import Timer
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import eval_diffit  # noqa: E402
+from diffit_model import model_class  # noqa: E402
+from train_diffit import HalfLifeEMA, training_flops_per_image  # noqa: E402
+
+SEEDS = (0, 1, 2)
+BATCH_SIZE = 32
+STEPS = 25  # of DDIM
+TUNING_SEED = 100
+WIDTHS = (0.5, 2, 6)  # half-lives of the averages that are compared in tuning, in kimg
+RAMP_UP = 0.2  # and at most this share of the images seen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is compared
+
+
+def diffit(size: int, channels: int, widths: list[int]) -> dict:
+    """Config of a DiffiT with one ResBlock for each resolution."""
+    return {
+        "_class_name": "DiffiTUNet2DModel",
+        "sample_size": size,
+        "in_channels": channels,
+        "out_channels": channels,
+        "block_out_channels": widths,
+        "layers_per_block": 1,
+        "window_size": 4,
+        "num_attention_heads": 4,
+        "norm_num_groups": 8,
+        "num_class_embeds": None,
+    }
+
+
+def unet(size: int, channels: int, widths: list[int], groups: int) -> dict:
+    """Config of a `UNet2DModel` with one residual block for each resolution and attention in the lowest."""
+    lower = len(widths) - 1
+    return {
+        "_class_name": "UNet2DModel",
+        "sample_size": size,
+        "in_channels": channels,
+        "out_channels": channels,
+        "block_out_channels": widths,
+        "layers_per_block": 1,
+        "down_block_types": ["DownBlock2D"] * lower + ["AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D"] + ["UpBlock2D"] * lower,
+        "attention_head_dim": 8,
+        "norm_num_groups": groups,
+        "num_class_embeds": None,
+    }
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set, two networks of the same FLOPs, and how long they train.
+
+    Attributes:
+        file: in data/.
+        networks: configs by name.
+        budgets: thousands of images at which the samples are judged.
+        tuning_budget: likewise, while tuning.
+    """
+
+    file: str
+    networks: dict[str, dict]
+    budgets: tuple[int, ...]
+    tuning_budget: int
+
+
+TASKS = {
+    "emoji": Task(
+        "noto_emoji_32.parquet",
+        {"diffit": diffit(16, 3, [32, 64, 96]), "unet": unet(16, 3, [24, 48, 72], 8)},
+        (10, 20, 30, 60),
+        20,
+    ),
+    "digits": Task(
+        "digits.parquet",
+        {"diffit": diffit(8, 1, [32, 64]), "unet": unet(8, 1, [20, 40], 4)},
+        (20, 40, 60, 120),
+        40,
+    ),
+}
+PEER = "train_unconditional"
+RECIPE = {  # that of configs/train/emoji32.yaml and quickstart.yaml, but for the schedule of the learning rate
+    "prediction_type": "v_prediction",
+    "beta_schedule": "squaredcos_cap_v2",
+    "snr_gamma": 5,
+    "adam_beta2": 0.99,
+    "lr_scheduler": "constant_with_warmup",
+    "lr_warmup_steps": 100,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        task: of TASKS.
+        side: in the report.
+        network: of the task's.
+        learning_rate: the constant or highest one.
+        seed: of the training.
+        kimg: length.
+        budgets: thousands of images at which it is judged.
+        recipe: flags of train_diffit.py, or PEER.
+        model_kwargs: fields of the network's config that are other.
+        weights: what is judged, the first at each budget, others at the last: half-lives in kimg of the averages, or
+            of the peer "raw" and "ema".
+        ema_ramp_up: half-lives are at most this share of the images seen.
+        num_images: samples.
+        sampling: flags of eval_diffit.py.
+    """
+
+    task: str
+    side: str
+    network: str
+    learning_rate: float
+    seed: int
+    kimg: int
+    budgets: tuple[int, ...]
+    recipe: dict | str = field(default_factory=lambda: RECIPE)
+    model_kwargs: dict = field(default_factory=dict)
+    weights: tuple[float | str, ...] = WIDTHS
+    ema_ramp_up: float = RAMP_UP
+    num_images: int = 1000
+    sampling: dict = field(default_factory=lambda: {"num_inference_steps": STEPS})
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.task}-{self.side}-lr{self.learning_rate:g}-seed{self.seed}".replace(" ", "_").replace(",", "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def prepare(work_dir: Path) -> None:
+    """Writes train.parquet and held_out.parquet (a fifth) of each task at its size, and its networks' configs.
+
+    Images of the held-out fifth that are pixel for pixel in the rest are dropped: both sets have such twins.
+    """
+    for name, task in TASKS.items():
+        folder = work_dir / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for network, config in task.networks.items():
+            (folder / f"{network}.json").write_text(json.dumps(config, indent=1))
+        side = task.networks["diffit"]["sample_size"]
+        rows = load_dataset("parquet", data_files=str(ROOT / "data" / task.file), split="train")
+        images = [row["image"].resize((side, side), Image.Resampling.BOX) for row in rows]
+        order = np.random.default_rng(0).permutation(len(images))
+        held_out, train = np.split(order, [len(images) // 5])
+        seen = {images[i].tobytes() for i in train}
+        unseen = [i for i in held_out if images[i].tobytes() not in seen]
+        print(f"{name}: {len(train)} images to train on, {len(unseen)} of {len(held_out)} held out have no twin there")
+        features = datasets.Features({"image": datasets.Image()})
+        for part, indices in (("train", train), ("held_out", unseen)):
+            column = {"image": [{"bytes": png(images[i]), "path": None} for i in indices]}
+            Dataset.from_dict(column, features=features).to_parquet(folder / f"{part}.parquet")
+
+
+def png(image: Image.Image) -> bytes:
+    """The file of an image."""
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return buffer.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training and judging
+
+
+def to_argv(flags: dict) -> list[str]:
+    """Flags as a command line."""
+    argv = []
+    for name, value in flags.items():
+        if isinstance(value, bool):
+            argv.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            argv += [f"--{name}", *map(str, value if isinstance(value, (tuple, list)) else [value])]
+    return argv
+
+
+def command(script: str, argv: list[str], log: Path) -> None:
+    """Runs one of the project's scripts on one core; its output goes to `log`."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with log.open("a") as file:
+        argv = [sys.executable, str(ROOT / script), *argv]
+        done = subprocess.run(argv, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{script} failed, see {log}:\n{log.read_text()[-2000:]}")
+
+
+def steps(kimg: float) -> int:
+    """Optimizer steps."""
+    return round(kimg * 1000 / BATCH_SIZE)
+
+
+def train(run: Run, folder: Path) -> dict[tuple[int, float | str], Path]:
+    """Trains, and returns for budget and weights what `eval_diffit.py` takes as --model_path."""
+    if run.recipe == PEER:
+        process = multiprocessing.get_context("spawn").Process(target=train_peer, args=(run, folder))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise RuntimeError(f"{run.name} failed")
+        return {(kimg, kind): folder / f"kimg-{kimg}-{kind}" for kimg in run.budgets for kind in run.weights}
+    every = np.gcd.reduce([steps(kimg) for kimg in run.budgets])
+    flags = {
+        "train_data_file": folder.parent / run.task / "train.parquet",
+        "model_config": folder.parent / run.task / f"{run.network}.json",
+        **({"model_kwargs": [f"{k}={v}" for k, v in run.model_kwargs.items()]} if run.model_kwargs else {}),
+        "class_conditional": False,
+        "train_batch_size": BATCH_SIZE,
+        "max_train_steps": steps(run.kimg),
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        "ema_half_life_kimg": run.weights,
+        "ema_ramp_up": run.ema_ramp_up,
+        "checkpointing_steps": every,
+        "validation_steps": 10**9,
+        "num_validation_images": 1,
+        "validation_inference_steps": 2,
+        "report_to": "none",
+        "logging_steps": 200,
+        "output_dir": folder,
+        "overwrite_output_dir": True,
+        **run.recipe,
+    }
+    command("train_diffit.py", to_argv(flags), folder.parent / f"{run.name}.log")
+    return {(kimg, width): folder / f"checkpoint-{steps(kimg)}" for kimg in run.budgets for width in run.weights}
+
+
+def train_peer(run: Run, folder: Path) -> None:
+    """diffusers' loop on the same images; a `DDPMPipeline` of its weights and of its average at each budget."""
+    torch.set_num_threads(1)
+    from train_unconditional import train_unconditional
+
+    torch.manual_seed(run.seed)
+    rows = load_dataset("parquet", data_files=str(folder.parent / run.task / "train.parquet"), split="train")
+    images = torch.stack([torch.from_numpy(np.array(row["image"])) for row in rows])
+    images = (images.unsqueeze(-1) if images.dim() == 3 else images).permute(0, 3, 1, 2) / 127.5 - 1
+    loader = torch.utils.data.DataLoader(images, batch_size=BATCH_SIZE, shuffle=True, drop_last=True)
+    config = TASKS[run.task].networks[run.network]
+    model = model_class(config).from_config(config)
+    at = {steps(kimg): kimg for kimg in run.budgets}
+
+    def save(step: int, model: torch.nn.Module, ema_model: EMAModel) -> None:
+        if step not in at:
+            return
+        scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", prediction_type="epsilon")
+        DDPMPipeline(model, scheduler).save_pretrained(folder / f"kimg-{at[step]}-raw")
+        ema_model.store(model.parameters())
+        ema_model.copy_to(model.parameters())
+        DDPMPipeline(model, scheduler).save_pretrained(folder / f"kimg-{at[step]}-ema")
+        ema_model.restore(model.parameters())
+
+    train_unconditional(
+        model,
+        loader,
+        num_steps=steps(run.kimg),
+        learning_rate=run.learning_rate,
+        lr_warmup_steps=round(500 * run.kimg / TASKS[run.task].budgets[-1]),  # 500, its default, in the proof
+        use_ema=True,
+        on_step=save,
+    )
+
+
+def judge(run: Run, work_dir: Path) -> list[dict]:
+    """Trains, judges the samples, and returns a row for each budget and average; or reads them."""
+    file = work_dir / f"{run.name}.json"
+    if file.is_file():
+        return json.loads(file.read_text())
+    folder = work_dir / run.name
+    models = train(run, folder)
+    rows = []
+    for weights in run.weights:
+        budgets = run.budgets if weights == run.weights[0] else run.budgets[-1:]
+        paths = [f"--model_path={models[kimg, weights]}" for kimg in budgets]
+        output = work_dir / f"{run.name}-{weights}-metrics.json"
+        flags = {
+            "reference": work_dir / run.task / "held_out.parquet",
+            "feature_extractor": "efficientnet_lite0",
+            "num_images": run.num_images,
+            "batch_size": 100,
+            "work_dir": work_dir / "evaluation" / run.name,
+            "output": output,
+            **({} if run.recipe == PEER else {"weights": f"unet_ema_{weights:g}kimg"}),
+            **run.sampling,
+        }
+        command("eval_diffit.py", [*paths, *to_argv(flags)], work_dir / f"{run.name}.log")
+        written = json.loads(output.read_text())
+        for kimg, metrics in zip(budgets, written.get("models", [written]), strict=True):
+            row = {name: metrics[name] for name in ("frechet_distance", "kernel_distance")}
+            rows.append(
+                {"task": run.task, "side": run.side, "learning_rate": run.learning_rate, "seed": run.seed}
+                | {"kimg": kimg, "weights": weights, "num_images": run.num_images}
+                | row
+            )
+    file.write_text(json.dumps(rows, indent=1))
+    figures = (f"{row['kimg']} kimg {row['weights']}: {row['frechet_distance']['value']:.2f}" for row in rows)
+    print(f"{run.name}: {', '.join(figures)}", flush=True)
+    return rows
+
+
+def judge_all(runs: list[Run], work_dir: Path) -> list[dict]:
+    """The rows of all, as many trainings at once as there are cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [row for rows in pool.map(judge, runs, [work_dir] * len(runs)) for row in rows]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tuning
+
+SIDES = {"DiffiT": ("diffit", RECIPE), "U-Net": ("unet", RECIPE), "train_unconditional": ("unet", PEER)}
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+PEER_LEARNING_RATES = (1e-4, *LEARNING_RATES)  # with its default
+TUNING_IMAGES = 500
+HEUN = {"scheduler": "edm_heun", "num_inference_steps": 13}  # as many evaluations
+SHARED = {key: RECIPE[key] for key in ("adam_beta2", "lr_scheduler", "lr_warmup_steps")}
+RECIPES = {  # what is tried on DiffiT beside the recipe: flags, fields of the config, sampling
+    "DiffiT, EDM": (SHARED | {"formulation": "edm"}, {}, HEUN),
+    "DiffiT, epsilon, linear betas": (SHARED | {"prediction_type": "epsilon", "beta_schedule": "linear"}, {}, {}),
+    "DiffiT, no min-SNR weights": ({key: RECIPE[key] for key in RECIPE if key != "snr_gamma"}, {}, {}),
+    "DiffiT, Adam beta 2 of 0.999": (RECIPE | {"adam_beta2": 0.999}, {}, {}),
+    "DiffiT, warm-up-stable-decay": (RECIPE | {"lr_scheduler": "warmup_stable_decay"}, {}, {}),
+    "DiffiT, skips added": (RECIPE, {"skip_merge": "add"}, {}),
+    "DiffiT, output not zero at first": (RECIPE, {"zero_init_output": False}, {}),
+}
+
+
+def tune(work_dir: Path) -> None:
+    """Writes quality_tuning.json: all sides at all learning rates, then DiffiT at its best with other recipes."""
+    runs = []
+    for name, task in TASKS.items():
+        for side, (network, recipe) in SIDES.items():
+            weights = ("raw", "ema") if recipe == PEER else WIDTHS
+            for rate in PEER_LEARNING_RATES if recipe == PEER else LEARNING_RATES:
+                budget = task.tuning_budget
+                length = (TUNING_SEED, budget, (budget,))
+                runs.append(Run(name, side, network, rate, *length, recipe, weights=weights, num_images=TUNING_IMAGES))
+    rows = judge_all(runs, work_dir)
+    write_rows("quality_tuning.json", rows)
+    runs = []
+    for name, task in TASKS.items():
+        best = tuned("DiffiT", name)
+        length = (TUNING_SEED, task.tuning_budget, (task.tuning_budget,))
+        for variant, (recipe, model_kwargs, sampling) in RECIPES.items():
+            if recipe["lr_scheduler"] == "warmup_stable_decay":
+                recipe = recipe | {"lr_decay_steps": steps(task.tuning_budget) // 4}
+            run = Run(
+                name, variant, "diffit", best["learning_rate"], *length, recipe, model_kwargs, (best["weights"],)
+            )
+            runs.append(dataclasses.replace(run, num_images=TUNING_IMAGES, sampling=sampling or run.sampling))
+    write_rows("quality_tuning.json", rows + judge_all(runs, work_dir))
+
+
+def write_rows(name: str, rows: list[dict]) -> None:
+    """Keeps figures in benchmarks/results."""
+    (RESULTS / name).write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+
+
+def tuned(side: str, task: str) -> dict:
+    """The row of the tuning with the lowest Frechet distance."""
+    rows = json.loads((RESULTS / "quality_tuning.json").read_text())
+    rows = [row for row in rows if (row["side"], row["task"]) == (side, task)]
+    return min(rows, key=lambda row: row["frechet_distance"]["value"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Proof
+
+
+def proof_runs() -> list[Run]:
+    """Three seeds of each side with its best learning rate and average; of the latter, half-lives as a share."""
+    runs = []
+    for seed in SEEDS:
+        for name, task in TASKS.items():
+            for side, (network, recipe) in SIDES.items():
+                best = tuned(side, name)
+                run = Run(name, side, network, best["learning_rate"], seed, task.budgets[-1], task.budgets, recipe)
+                if recipe == PEER:
+                    kinds = (best["weights"], *({"raw", "ema"} - {best["weights"]}))
+                    runs.append(dataclasses.replace(run, weights=kinds))
+                else:
+                    share = min(best["weights"] / best["kimg"], RAMP_UP)
+                    runs.append(dataclasses.replace(run, weights=(share * run.kimg,), ema_ramp_up=share))
+    return runs
+
+
+def prove(work_dir: Path) -> None:
+    """Writes quality.json, quality_sampling.json and the pictures of samples."""
+    write_rows("quality_speed.json", [row for name in TASKS for row in time_steps(name)])
+    runs = proof_runs()
+    write_rows("quality.json", judge_all(runs, work_dir))
+    write_rows("quality_sampling.json", judge_sampling(runs, work_dir))
+    for name in TASKS:
+        draw_samples(name, runs, work_dir)
+
+
+def time_steps(name: str, rounds: int = 7) -> list[dict]:
+    """Size of each side and its seconds per image in training on one core, the sides in turn."""
+    torch.set_num_threads(1)
+    rows, timers = [], []
+    for side, (network, recipe) in SIDES.items():
+        config = TASKS[name].networks[network]
+        model = model_class(config).from_config(config)
+        size = {"parameters": model.num_parameters(), "flops_per_image": training_flops_per_image(config)}
+        rows.append({"task": name, "side": side, **size, "seconds": []})
+        timers.append(Timer("step()", globals={"step": training_step(model, recipe)}))
+    for timer in timers:
+        timer.timeit(2)  # warm up
+    for _ in range(rounds):
+        for row, timer in zip(rows, timers, strict=True):
+            row["seconds"].append(timer.timeit(5).median / BATCH_SIZE)
+    return [row | {"seconds_per_image": statistics.median(row.pop("seconds"))} for row in rows]
+
+
+def training_step(model: torch.nn.Module, recipe: dict | str) -> Callable[[], None]:
+    """One step on ready-made noisy images, with the optimizer and average of a side."""
+    config = model.config
+    sample = torch.randn(BATCH_SIZE, config.in_channels, config.sample_size, config.sample_size)
+    timesteps = torch.randint(0, 1000, (BATCH_SIZE,))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True if recipe != PEER else None)
+    if recipe == PEER:
+        ema_model = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    else:
+        ema_model = HalfLifeEMA(model.parameters(), half_life=1e4, ramp_up=0.05, batch_size=BATCH_SIZE)
+
+    def step() -> None:
+        F.mse_loss(model(sample, timesteps).sample, sample).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema_model.step(model.parameters())
+
+    return step
+
+
+def judge_sampling(runs: list[Run], work_dir: Path) -> list[dict]:
+    """Frechet distance by evaluations of the network, of the first DiffiT of each task."""
+    runs = [next(run for run in runs if (run.task, run.side) == (name, "DiffiT")) for name in TASKS]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [row for rows in pool.map(judge_steps, runs, [work_dir] * len(runs)) for row in rows]
+
+
+def judge_steps(run: Run, work_dir: Path) -> list[dict]:
+    """The last model of a run, sampled by several schedulers with several numbers of steps."""
+    output = work_dir / f"{run.name}-steps.json"
+    if not output.is_file():
+        flags = {
+            "model_path": work_dir / run.name / f"checkpoint-{steps(run.kimg)}",
+            "reference": work_dir / run.task / "held_out.parquet",
+            "feature_extractor": "efficientnet_lite0",
+            "num_images": TUNING_IMAGES,
+            "batch_size": 100,
+            "num_inference_steps": STEPS,
+            "plots": work_dir / f"{run.name}-plots",
+            "plot_steps": (5, 10, 25, 50),
+            "plot_schedulers": ("ddim", "dpmsolver++", "unipc", "heun"),
+            "work_dir": work_dir / "evaluation" / run.name,
+            "output": output,
+        }
+        command("eval_diffit.py", to_argv(flags), work_dir / f"{run.name}.log")
+    rows = json.loads(output.read_text())["by_steps"]
+    return [{"task": run.task} | row for row in rows]
+
+
+def draw_samples(name: str, runs: list[Run], work_dir: Path) -> None:
+    """Images of the same seeds from the last model of each side, above each other, and images held out."""
+    side = TASKS[name].networks["diffit"]["sample_size"]
+    held_out = load_dataset("parquet", data_files=str(work_dir / name / "held_out.parquet"), split="train")
+    strips = [np.stack([np.array(row["image"].convert("RGB")) for row in held_out.select(range(24))])]
+    for side_name in SIDES:
+        run = next(run for run in runs if (run.task, run.side) == (name, side_name))
+        kimg, weights = run.budgets[-1], run.weights[0]
+        flags = {"images": "unused", "reference": "unused"}
+        if run.recipe == PEER:
+            path = work_dir / run.name / f"kimg-{kimg}-{weights}"
+        else:
+            path = work_dir / run.name / f"checkpoint-{steps(kimg)}"
+        pipeline = eval_diffit.load_pipeline(eval_diffit.parse_args(to_argv(flags)), str(path), None)
+        pipeline.set_progress_bar_config(disable=True)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(24)]
+        pictures = pipeline(
+            batch_size=24, generator=generators, num_inference_steps=STEPS, output_type="np"
+        ).images  # (24, H, W, C) in [0, 1]
+        strips.append((np.broadcast_to(pictures, (24, side, side, 3)) * 255).round().astype(np.uint8))
+    rows = np.stack(strips).transpose(0, 2, 1, 3, 4).reshape(len(strips) * side, 24 * side, 3)
+    picture = Image.fromarray(rows)
+    picture.resize((picture.width * 3, picture.height * 3), Image.Resampling.NEAREST).save(
+        RESULTS / f"quality_samples_{name}.png"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
+
+TARGETS = {"flops": 1.3, "minutes": 3.0}
+
+
+def read_rows(name: str) -> list[dict]:
+    """Figures that are kept in benchmarks/results."""
+    return json.loads((RESULTS / name).read_text())
+
+
+def curve(rows: list[dict], task: str, side: str, metric: str) -> list[tuple[float, float, float]]:
+    """Thousands of images, mean over the seeds and their standard deviation, by budget, of a side's first weights."""
+    rows = [row for row in rows if (row["task"], row["side"]) == (task, side)]
+    rows = [row for row in rows if row["weights"] == rows[0]["weights"]]
+    points = []
+    for kimg in sorted({row["kimg"] for row in rows}):
+        values = [row[metric]["value"] for row in rows if row["kimg"] == kimg]
+        points.append((kimg, statistics.mean(values), statistics.stdev(values)))
+    return points
+
+
+def cost_to_reach(points: list[tuple[float, float]], value: float) -> float | None:
+    """Cost at which a falling curve reaches a value, straight in logarithms between its points; None if it never does.
+
+    Args:
+        points: cost and value, by cost.
+        value: that is to be reached.
+    """
+    if points[0][1] <= value:
+        return points[0][0]
+    for (cost, above), (next_cost, below) in itertools.pairwise(points):
+        if below <= value:
+            share = math.log(above / value) / math.log(above / below)
+            return cost * (next_cost / cost) ** share
+    return None
+
+
+def saving(ours: list[tuple[float, float]], theirs: list[tuple[float, float]]) -> tuple[float, str]:
+    """How many times less our side costs: at their last value, or if ours does not get there, at our last."""
+    reached = cost_to_reach(ours, theirs[-1][1])
+    if reached is not None:
+        return theirs[-1][0] / reached, "at its last distance"
+    reached = cost_to_reach(theirs, ours[-1][1])
+    return reached / ours[-1][0], "at DiffiT's last distance: the other's was not reached"
+
+
+def report() -> None:
+    """Writes quality.md and the curves from the figures in benchmarks/results."""
+    rows, speed = read_rows("quality.json"), read_rows("quality_speed.json")
+    speed = {(row["task"], row["side"]): row for row in speed}
+    lines = ["# Is DiffiT worth it?", "", *protocol(), "", "## Sides", ""]
+    lines += [
+        "| task | side | parameters | training MFLOPs per image | images/s on one core | learning rate | weights |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (task, side), row in speed.items():
+        best = tuned(side, task)
+        lines.append(
+            f"| {task} | {side} | {row['parameters']:,} | {row['flops_per_image'] / 1e6:.1f} "
+            f"| {1 / row['seconds_per_image']:.0f} | {best['learning_rate']:g} | {weights_text(best)} |"
+        )
+    lines += ["", "## Targets", "", "| task | question | DiffiT costs | target | met |", "|---|---|---|---|---|"]
+    for task in TASKS:
+        for question, other, unit in (
+            ("a. architecture: against `UNet2DModel`, same recipe", "U-Net", "flops"),
+            ("b. product: against `train_unconditional.py`", PEER, "minutes"),
+        ):
+            costs = []
+            for side in ("DiffiT", other):
+                of = speed[task, side]
+                per_kimg = of["flops_per_image"] if unit == "flops" else of["seconds_per_image"]
+                costs.append([(x * per_kimg, y) for x, y, _ in curve(rows, task, side, "frechet_distance")])
+            times, where = saving(*costs)
+            met = "yes" if times >= TARGETS[unit] else "**no**"
+            lines.append(
+                f"| {task} | {question} | {times:.2f} times fewer {unit}, {where} | {TARGETS[unit]} | {met} |"
+            )
+    for task in TASKS:
+        lines += ["", f"## {task}", "", f"![curves](quality_{task}.png)", ""]
+        lines += [f"![samples](quality_samples_{task}.png)", ""]
+        lines.append(f"*Real images that were held out; then {', '.join(SIDES)}, the same seeds.*")
+        lines += ["", "| side | thousands of images | TFLOPs | minutes | Frechet distance | kernel distance x 1000 |"]
+        lines.append("|---|---|---|---|---|---|")
+        for side in SIDES:
+            of = speed[task, side]
+            kernel = curve(rows, task, side, "kernel_distance")
+            for (kimg, mean, spread), (_, k_mean, k_spread) in zip(
+                curve(rows, task, side, "frechet_distance"), kernel, strict=True
+            ):
+                lines.append(
+                    f"| {side} | {kimg} | {kimg * of['flops_per_image'] / 1e9:.1f} "
+                    f"| {kimg * 1000 * of['seconds_per_image'] / 60:.1f} | {mean:.2f} ± {spread:.2f} "
+                    f"| {1000 * k_mean:.2f} ± {1000 * k_spread:.2f} |"
+                )
+        others = [row for row in rows if row["task"] == task and row["side"] == PEER]
+        others = [row for row in others if row["weights"] != others[0]["weights"]]
+        values = [row["frechet_distance"]["value"] for row in others]
+        lines += ["", f"{PEER} with its other weights ({others[0]['weights']}) at the end: "]
+        lines[-1] += f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}. "
+        lines[-1] += f"Floor, half of the held-out images against the other: {rows_floor(rows, task):.2f}."
+        draw_curves(task, rows, speed)
+    lines += ["", *sampling_section(), "", *tuning_section()]
+    (RESULTS / "quality.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def protocol() -> list[str]:
+    """How it was measured."""
+    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
+    return [
+        f"`make benchmark-quality` on {os.cpu_count()} CPU cores ({platform.machine()}), Python "
+        f"{platform.python_version()}, {versions}, float32, one core for each training.",
+        "",
+        "Unconditional, no guidance, no flips. A fifth of the images is held out and is the reference; those of them "
+        "that are pixel for pixel in the rest were dropped. 1,000 samples of "
+        f"{STEPS} DDIM steps, `efficientnet_lite0`. Mean and standard deviation over three seeds. FLOPs are those of "
+        "the network, forward and backward; minutes are images times the seconds of a training step, all sides "
+        "measured in turn in one process. Every side has the best of the same learning rates and averages (tuned at a "
+        "third of the length with a seed of its own; the peer's sweep also holds its default). "
+        f"{PEER} keeps its formulation, Adam settings, cosine schedule and 500 steps of warm-up; its data come from "
+        "memory here, for nothing. Costs at a distance are read off the curve of means, straight lines between the "
+        "budgets in logarithms.",
+    ]
+
+
+def weights_text(best: dict) -> str:
+    """What is judged of a side."""
+    if isinstance(best["weights"], str):
+        return {"raw": "last", "ema": "its average"}[best["weights"]]
+    return f"average, half-life {min(best['weights'] / best['kimg'], RAMP_UP):.1%} of the images seen"
+
+
+def rows_floor(rows: list[dict], task: str) -> float:
+    """The Frechet distance between halves of the reference."""
+    return next(row["frechet_distance"]["floor"] for row in rows if row["task"] == task)
+
+
+def draw_curves(task: str, rows: list[dict], speed: dict) -> None:
+    """Both distances against FLOPs and minutes."""
+    figure, panels = eval_diffit.new_figure(2, 2, (5, 3.6))
+    for axes_row, metric in zip(panels, ("frechet_distance", "kernel_distance"), strict=True):
+        for axes, (label, key, factor) in zip(
+            axes_row,
+            (("training TFLOPs", "flops_per_image", 1e-9), ("minutes on one core", "seconds_per_image", 1000 / 60)),
+            strict=True,
+        ):
+            for side in SIDES:
+                x, y, spread = zip(*curve(rows, task, side, metric), strict=True)
+                x = [kimg * speed[task, side][key] * factor for kimg in x]
+                axes.errorbar(x, y, yerr=spread, marker="o", capsize=3, label=side)
+            axes.set(xlabel=label, ylabel=eval_diffit.AXIS_LABELS[metric], xscale="log", yscale="log")
+            axes.grid(alpha=0.3, which="both")
+            axes.legend()
+    figure.savefig(RESULTS / f"quality_{task}.png")
+
+
+def sampling_section() -> list[str]:
+    """Frechet distance by evaluations of the network, a line for each scheduler."""
+    lines = ["## Sampling", "", f"DiffiT of the first seed, {TUNING_IMAGES} samples; Frechet distance."]
+    rows = read_rows("quality_sampling.json")
+    for task in TASKS:
+        of_task = [row for row in rows if row["task"] == task]
+        evaluations = sorted({row["evaluations"] for row in of_task})
+        lines += [
+            "",
+            f"| {task}: evaluations | {' | '.join(map(str, evaluations))} |",
+            "|---" * (len(evaluations) + 1) + "|",
+        ]
+        for scheduler in dict.fromkeys(row["scheduler"] for row in of_task):
+            cells = {
+                row["evaluations"]: f"{row['frechet_distance']['value']:.1f}"
+                for row in of_task
+                if row["scheduler"] == scheduler
+            }
+            lines.append(f"| {scheduler} | {' | '.join(cells.get(number, '') for number in evaluations)} |")
+    return lines
+
+
+def tuning_section() -> list[str]:
+    """All that was tried, also what did not pay."""
+    lines = [
+        "## Tuning",
+        "",
+        f"`make benchmark-quality-tuning`: one seed, {TUNING_IMAGES} samples; Frechet distance of ",
+    ]
+    lines[-1] += "each average."
+    rows = read_rows("quality_tuning.json")
+    for task in TASKS:
+        lines += [
+            "",
+            f"| {task}, {TASKS[task].tuning_budget} kimg | learning rate | Frechet distance |",
+            "|---|---|---|",
+        ]
+        groups: dict[tuple, list[str]] = {}
+        for row in rows:
+            if row["task"] == task:
+                weights = row["weights"] if isinstance(row["weights"], str) else f"{row['weights']:g} kimg"
+                cell = f"{row['frechet_distance']['value']:.1f} ({weights})"
+                groups.setdefault((row["side"], row["learning_rate"]), []).append(cell)
+        lines += [f"| {side} | {rate:g} | {', '.join(cells)} |" for (side, rate), cells in groups.items()]
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("tune", "prove", "report"))
+    parser.add_argument("--work_dir", type=Path, default=ROOT / "outputs/quality")
+    args = parser.parse_args()
+    work_dir = args.work_dir.resolve()
+    if args.what in ("tune", "prove"):
+        prepare(work_dir)
+    if args.what == "tune":
+        tune(work_dir)
+    if args.what == "prove":
+        prove(work_dir)
+    if args.what in ("prove", "report"):
+        report()
+
+
+if __name__ == "__main__":
+    main()
