@@ -357,7 +357,7 @@ def judge_all(runs: list[Run], work_dir: Path) -> list[dict]:
 # Tuning
 
 SIDES = {"DiffiT": ("diffit", RECIPE), "U-Net": ("unet", RECIPE), "train_unconditional": ("unet", PEER)}
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 PEER_LEARNING_RATES = (1e-4, *LEARNING_RATES)  # with its default
 TUNING_IMAGES = 500
 HEUN = {"scheduler": "edm_heun", "num_inference_steps": 13}  # as many evaluations
