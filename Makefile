@@ -66,6 +66,7 @@ benchmark: install-dev
 # Is DiffiT worth it? About 75 minutes on two quiet cores; the tuning, whose figures it reads, about an hour more.
 benchmark-quality: install-dev
 	$(BIN)/python benchmarks/quality.py prove
+	$(BIN)/python benchmarks/quality_report.py
 
 benchmark-quality-tuning: install-dev
 	$(BIN)/python benchmarks/quality.py tune

@@ -1,24 +1,20 @@
 """Is DiffiT worth it? Sample quality against training FLOPs and minutes, on two CPU cores.
 
     python benchmarks/quality.py tune      # learning rates, widths of the average and recipes, one seed
-    python benchmarks/quality.py prove     # three seeds with the tuned settings, and the report
-    python benchmarks/quality.py report    # from the figures that are there: benchmarks/results/quality.md
+    python benchmarks/quality.py prove     # three seeds with the tuned settings
 
 Everything is trained and judged by the project's own commands, one core each, as many at once as there are cores; only
 the loop of diffusers' `train_unconditional.py` is in `benchmarks/train_unconditional.py`. A job whose figures are in
-`--work_dir` is not done again, so a stopped benchmark goes on. The proof keeps its figures in
-`benchmarks/results/quality.json`, the tuning in `quality_tuning.json`.
+`--work_dir` is not done again, so a stopped benchmark goes on. The figures go to `benchmarks/results/quality*.json`,
+from which `benchmarks/quality_report.py` writes the report.
 """
 
 import argparse
 import dataclasses
 import io
-import itertools
 import json
-import math
 import multiprocessing
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
-import diffusers
 import numpy as np
 import torch
 from datasets import Dataset, load_dataset
@@ -113,13 +108,13 @@ TASKS = {
     "emoji": Task(
         "noto_emoji_32.parquet",
         {"diffit": diffit(16, 3, [32, 64, 96]), "unet": unet(16, 3, [24, 48, 72], 8)},
-        (10, 20, 30, 60),
+        (8, 16, 24, 48),
         20,
     ),
     "digits": Task(
         "digits.parquet",
         {"diffit": diffit(8, 1, [32, 64]), "unet": unet(8, 1, [20, 40], 4)},
-        (20, 40, 60, 120),
+        (16, 32, 48, 96),
         40,
     ),
 }
@@ -167,7 +162,7 @@ class Run:
     weights: tuple[float | str, ...] = WIDTHS
     ema_ramp_up: float = RAMP_UP
     num_images: int = 1000
-    sampling: dict = field(default_factory=lambda: {"num_inference_steps": STEPS})
+    sampling: dict = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -182,7 +177,7 @@ class Run:
 def prepare(work_dir: Path) -> None:
     """Writes train.parquet and held_out.parquet (a fifth) of each task at its size, and its networks' configs.
 
-    Images of the held-out fifth that are pixel for pixel in the rest are dropped: both sets have such twins.
+    Images of the held-out fifth that are pixel for pixel in the rest are dropped: some emoji have such twins.
     """
     for name, task in TASKS.items():
         folder = work_dir / name
@@ -197,10 +192,11 @@ def prepare(work_dir: Path) -> None:
         seen = {images[i].tobytes() for i in train}
         unseen = [i for i in held_out if images[i].tobytes() not in seen]
         print(f"{name}: {len(train)} images to train on, {len(unseen)} of {len(held_out)} held out have no twin there")
-        features = datasets.Features({"image": datasets.Image()})
+        features = datasets.Features({"image": datasets.Image(), "label": rows.features["label"]})
         for part, indices in (("train", train), ("held_out", unseen)):
-            column = {"image": [{"bytes": png(images[i]), "path": None} for i in indices]}
-            Dataset.from_dict(column, features=features).to_parquet(folder / f"{part}.parquet")
+            files = [{"bytes": png(images[i]), "path": None} for i in indices]
+            columns = {"image": files, "label": [rows[int(i)]["label"] for i in indices]}
+            Dataset.from_dict(columns, features=features).to_parquet(folder / f"{part}.parquet")
 
 
 def png(image: Image.Image) -> bytes:
@@ -304,10 +300,30 @@ def train_peer(run: Run, folder: Path) -> None:
         loader,
         num_steps=steps(run.kimg),
         learning_rate=run.learning_rate,
-        lr_warmup_steps=round(500 * run.kimg / TASKS[run.task].budgets[-1]),  # 500, its default, in the proof
+        lr_warmup_steps=500 if run.budgets == TASKS[run.task].budgets else 167,  # its default in the proof
         use_ema=True,
         on_step=save,
     )
+
+
+def evaluate(run: Run, name: str, model_paths: list[Path], flags: dict, work_dir: Path) -> dict:
+    """What `eval_diffit.py` writes of some models; kept under a name, and read if it is there."""
+    output = work_dir / f"{name}.json"
+    if not output.is_file():
+        flags = {
+            "reference": work_dir / run.task / "held_out.parquet",
+            "feature_extractor": "efficientnet_lite0",
+            "num_images": run.num_images,
+            "batch_size": 100,
+            "num_inference_steps": STEPS,
+            "work_dir": work_dir / "evaluation" / run.name,
+            "output": output,
+            **run.sampling,
+            **flags,
+        }
+        paths = [f"--model_path={path}" for path in model_paths]
+        command("eval_diffit.py", [*paths, *to_argv(flags)], work_dir / f"{name}.log")
+    return json.loads(output.read_text())
 
 
 def judge(run: Run, work_dir: Path) -> list[dict]:
@@ -315,33 +331,18 @@ def judge(run: Run, work_dir: Path) -> list[dict]:
     file = work_dir / f"{run.name}.json"
     if file.is_file():
         return json.loads(file.read_text())
-    folder = work_dir / run.name
-    models = train(run, folder)
+    models = train(run, work_dir / run.name)
+    about = {"task": run.task, "side": run.side, "learning_rate": run.learning_rate, "seed": run.seed}
     rows = []
     for weights in run.weights:
         budgets = run.budgets if weights == run.weights[0] else run.budgets[-1:]
-        paths = [f"--model_path={models[kimg, weights]}" for kimg in budgets]
-        output = work_dir / f"{run.name}-{weights}-metrics.json"
-        flags = {
-            "reference": work_dir / run.task / "held_out.parquet",
-            "feature_extractor": "efficientnet_lite0",
-            "num_images": run.num_images,
-            "batch_size": 100,
-            "work_dir": work_dir / "evaluation" / run.name,
-            "output": output,
-            **({} if run.recipe == PEER else {"weights": f"unet_ema_{weights:g}kimg"}),
-            **run.sampling,
-        }
-        command("eval_diffit.py", [*paths, *to_argv(flags)], work_dir / f"{run.name}.log")
-        written = json.loads(output.read_text())
+        flags = {} if run.recipe == PEER else {"weights": f"unet_ema_{weights:g}kimg"}
+        paths = [models[kimg, weights] for kimg in budgets]
+        written = evaluate(run, f"{run.name}-{weights}-metrics", paths, flags, work_dir)
         for kimg, metrics in zip(budgets, written.get("models", [written]), strict=True):
-            row = {name: metrics[name] for name in ("frechet_distance", "kernel_distance")}
-            rows.append(
-                {"task": run.task, "side": run.side, "learning_rate": run.learning_rate, "seed": run.seed}
-                | {"kimg": kimg, "weights": weights, "num_images": run.num_images}
-                | row
-            )
-    file.write_text(json.dumps(rows, indent=1))
+            distances = {name: metrics[name] for name in ("frechet_distance", "kernel_distance")}
+            rows.append(about | {"kimg": kimg, "weights": weights} | distances)
+    file.write_text(json.dumps(rows))
     figures = (f"{row['kimg']} kimg {row['weights']}: {row['frechet_distance']['value']:.2f}" for row in rows)
     print(f"{run.name}: {', '.join(figures)}", flush=True)
     return rows
@@ -395,7 +396,7 @@ def tune(work_dir: Path) -> None:
             run = Run(
                 name, variant, "diffit", best["learning_rate"], *length, recipe, model_kwargs, (best["weights"],)
             )
-            runs.append(dataclasses.replace(run, num_images=TUNING_IMAGES, sampling=sampling or run.sampling))
+            runs.append(dataclasses.replace(run, num_images=TUNING_IMAGES, sampling=sampling))
     write_rows("quality_tuning.json", rows + judge_all(runs, work_dir))
 
 
@@ -433,11 +434,11 @@ def proof_runs() -> list[Run]:
 
 
 def prove(work_dir: Path) -> None:
-    """Writes quality.json, quality_sampling.json and the pictures of samples."""
+    """Writes quality_speed.json, quality.json, quality_more.json and the pictures of samples."""
     write_rows("quality_speed.json", [row for name in TASKS for row in time_steps(name)])
     runs = proof_runs()
     write_rows("quality.json", judge_all(runs, work_dir))
-    write_rows("quality_sampling.json", judge_sampling(runs, work_dir))
+    write_rows("quality_more.json", judge_more(runs, work_dir))
     for name in TASKS:
         draw_samples(name, runs, work_dir)
 
@@ -481,33 +482,42 @@ def training_step(model: torch.nn.Module, recipe: dict | str) -> Callable[[], No
     return step
 
 
-def judge_sampling(runs: list[Run], work_dir: Path) -> list[dict]:
-    """Frechet distance by evaluations of the network, of the first DiffiT of each task."""
+def judge_more(runs: list[Run], work_dir: Path) -> list[dict]:
+    """Beside the headline, of the first seed of DiffiT: sampling by other schedulers, and guidance by class."""
     runs = [next(run for run in runs if (run.task, run.side) == (name, "DiffiT")) for name in TASKS]
+    runs = [dataclasses.replace(run, num_images=TUNING_IMAGES) for run in runs]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [row for rows in pool.map(judge_steps, runs, [work_dir] * len(runs)) for row in rows]
+        jobs = [pool.submit(judge_guidance, run, work_dir) for run in runs]
+        jobs.append(pool.submit(judge_steps, runs[0], work_dir))
+        return [row for job in jobs for row in job.result()]
 
 
 def judge_steps(run: Run, work_dir: Path) -> list[dict]:
     """The last model of a run, sampled by several schedulers with several numbers of steps."""
-    output = work_dir / f"{run.name}-steps.json"
-    if not output.is_file():
-        flags = {
-            "model_path": work_dir / run.name / f"checkpoint-{steps(run.kimg)}",
-            "reference": work_dir / run.task / "held_out.parquet",
-            "feature_extractor": "efficientnet_lite0",
-            "num_images": TUNING_IMAGES,
-            "batch_size": 100,
-            "num_inference_steps": STEPS,
-            "plots": work_dir / f"{run.name}-plots",
-            "plot_steps": (5, 10, 25, 50),
-            "plot_schedulers": ("ddim", "dpmsolver++", "unipc", "heun"),
-            "work_dir": work_dir / "evaluation" / run.name,
-            "output": output,
-        }
-        command("eval_diffit.py", to_argv(flags), work_dir / f"{run.name}.log")
-    rows = json.loads(output.read_text())["by_steps"]
-    return [{"task": run.task} | row for row in rows]
+    flags = {
+        "plots": work_dir / f"{run.name}-plots",
+        "plot_steps": (5, 10, 15, 25, 50),
+        "plot_schedulers": ("ddim", "dpmsolver++", "unipc", "heun"),
+    }
+    paths = [work_dir / run.name / f"checkpoint-{steps(run.kimg)}"]
+    rows = evaluate(run, f"{run.name}-steps", paths, flags, work_dir)["by_steps"]
+    columns = ("scheduler", "evaluations", "frechet_distance")
+    return [{"task": run.task, "what": "steps"} | {key: row[key] for key in columns} for row in rows]
+
+
+def judge_guidance(run: Run, work_dir: Path) -> list[dict]:
+    """The same training on labels, its samples guided by class."""
+    run = dataclasses.replace(run, side="DiffiT by class", recipe=run.recipe | {"class_conditional": True})
+    path = work_dir / run.name / f"checkpoint-{steps(run.kimg)}"
+    if not path.is_dir():
+        train(run, work_dir / run.name)
+    rows = []
+    for scale in (1, 1.5, 2, 3):
+        flags = {"class_labels": "reference", "guidance_scale": scale}
+        distance = evaluate(run, f"{run.name}-guidance{scale}", [path], flags, work_dir)["frechet_distance"]
+        about = {"task": run.task, "what": "guidance", "guidance_scale": scale}
+        rows.append(about | {"frechet_distance": distance})
+    return rows
 
 
 def draw_samples(name: str, runs: list[Run], work_dir: Path) -> None:
@@ -537,224 +547,17 @@ def draw_samples(name: str, runs: list[Run], work_dir: Path) -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Report
-
-TARGETS = {"flops": 1.3, "minutes": 3.0}
-
-
-def read_rows(name: str) -> list[dict]:
-    """Figures that are kept in benchmarks/results."""
-    return json.loads((RESULTS / name).read_text())
-
-
-def curve(rows: list[dict], task: str, side: str, metric: str) -> list[tuple[float, float, float]]:
-    """Thousands of images, mean over the seeds and their standard deviation, by budget, of a side's first weights."""
-    rows = [row for row in rows if (row["task"], row["side"]) == (task, side)]
-    rows = [row for row in rows if row["weights"] == rows[0]["weights"]]
-    points = []
-    for kimg in sorted({row["kimg"] for row in rows}):
-        values = [row[metric]["value"] for row in rows if row["kimg"] == kimg]
-        points.append((kimg, statistics.mean(values), statistics.stdev(values)))
-    return points
-
-
-def cost_to_reach(points: list[tuple[float, float]], value: float) -> float | None:
-    """Cost at which a falling curve reaches a value, straight in logarithms between its points; None if it never does.
-
-    Args:
-        points: cost and value, by cost.
-        value: that is to be reached.
-    """
-    if points[0][1] <= value:
-        return points[0][0]
-    for (cost, above), (next_cost, below) in itertools.pairwise(points):
-        if below <= value:
-            share = math.log(above / value) / math.log(above / below)
-            return cost * (next_cost / cost) ** share
-    return None
-
-
-def saving(ours: list[tuple[float, float]], theirs: list[tuple[float, float]]) -> tuple[float, str]:
-    """How many times less our side costs: at their last value, or if ours does not get there, at our last."""
-    reached = cost_to_reach(ours, theirs[-1][1])
-    if reached is not None:
-        return theirs[-1][0] / reached, "at its last distance"
-    reached = cost_to_reach(theirs, ours[-1][1])
-    return reached / ours[-1][0], "at DiffiT's last distance: the other's was not reached"
-
-
-def report() -> None:
-    """Writes quality.md and the curves from the figures in benchmarks/results."""
-    rows, speed = read_rows("quality.json"), read_rows("quality_speed.json")
-    speed = {(row["task"], row["side"]): row for row in speed}
-    lines = ["# Is DiffiT worth it?", "", *protocol(), "", "## Sides", ""]
-    lines += [
-        "| task | side | parameters | training MFLOPs per image | images/s on one core | learning rate | weights |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for (task, side), row in speed.items():
-        best = tuned(side, task)
-        lines.append(
-            f"| {task} | {side} | {row['parameters']:,} | {row['flops_per_image'] / 1e6:.1f} "
-            f"| {1 / row['seconds_per_image']:.0f} | {best['learning_rate']:g} | {weights_text(best)} |"
-        )
-    lines += ["", "## Targets", "", "| task | question | DiffiT costs | target | met |", "|---|---|---|---|---|"]
-    for task in TASKS:
-        for question, other, unit in (
-            ("a. architecture: against `UNet2DModel`, same recipe", "U-Net", "flops"),
-            ("b. product: against `train_unconditional.py`", PEER, "minutes"),
-        ):
-            costs = []
-            for side in ("DiffiT", other):
-                of = speed[task, side]
-                per_kimg = of["flops_per_image"] if unit == "flops" else of["seconds_per_image"]
-                costs.append([(x * per_kimg, y) for x, y, _ in curve(rows, task, side, "frechet_distance")])
-            times, where = saving(*costs)
-            met = "yes" if times >= TARGETS[unit] else "**no**"
-            lines.append(
-                f"| {task} | {question} | {times:.2f} times fewer {unit}, {where} | {TARGETS[unit]} | {met} |"
-            )
-    for task in TASKS:
-        lines += ["", f"## {task}", "", f"![curves](quality_{task}.png)", ""]
-        lines += [f"![samples](quality_samples_{task}.png)", ""]
-        lines.append(f"*Real images that were held out; then {', '.join(SIDES)}, the same seeds.*")
-        lines += ["", "| side | thousands of images | TFLOPs | minutes | Frechet distance | kernel distance x 1000 |"]
-        lines.append("|---|---|---|---|---|---|")
-        for side in SIDES:
-            of = speed[task, side]
-            kernel = curve(rows, task, side, "kernel_distance")
-            for (kimg, mean, spread), (_, k_mean, k_spread) in zip(
-                curve(rows, task, side, "frechet_distance"), kernel, strict=True
-            ):
-                lines.append(
-                    f"| {side} | {kimg} | {kimg * of['flops_per_image'] / 1e9:.1f} "
-                    f"| {kimg * 1000 * of['seconds_per_image'] / 60:.1f} | {mean:.2f} ± {spread:.2f} "
-                    f"| {1000 * k_mean:.2f} ± {1000 * k_spread:.2f} |"
-                )
-        others = [row for row in rows if row["task"] == task and row["side"] == PEER]
-        others = [row for row in others if row["weights"] != others[0]["weights"]]
-        values = [row["frechet_distance"]["value"] for row in others]
-        lines += ["", f"{PEER} with its other weights ({others[0]['weights']}) at the end: "]
-        lines[-1] += f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}. "
-        lines[-1] += f"Floor, half of the held-out images against the other: {rows_floor(rows, task):.2f}."
-        draw_curves(task, rows, speed)
-    lines += ["", *sampling_section(), "", *tuning_section()]
-    (RESULTS / "quality.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-
-
-def protocol() -> list[str]:
-    """How it was measured."""
-    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
-    return [
-        f"`make benchmark-quality` on {os.cpu_count()} CPU cores ({platform.machine()}), Python "
-        f"{platform.python_version()}, {versions}, float32, one core for each training.",
-        "",
-        "Unconditional, no guidance, no flips. A fifth of the images is held out and is the reference; those of them "
-        "that are pixel for pixel in the rest were dropped. 1,000 samples of "
-        f"{STEPS} DDIM steps, `efficientnet_lite0`. Mean and standard deviation over three seeds. FLOPs are those of "
-        "the network, forward and backward; minutes are images times the seconds of a training step, all sides "
-        "measured in turn in one process. Every side has the best of the same learning rates and averages (tuned at a "
-        "third of the length with a seed of its own; the peer's sweep also holds its default). "
-        f"{PEER} keeps its formulation, Adam settings, cosine schedule and 500 steps of warm-up; its data come from "
-        "memory here, for nothing. Costs at a distance are read off the curve of means, straight lines between the "
-        "budgets in logarithms.",
-    ]
-
-
-def weights_text(best: dict) -> str:
-    """What is judged of a side."""
-    if isinstance(best["weights"], str):
-        return {"raw": "last", "ema": "its average"}[best["weights"]]
-    return f"average, half-life {min(best['weights'] / best['kimg'], RAMP_UP):.1%} of the images seen"
-
-
-def rows_floor(rows: list[dict], task: str) -> float:
-    """The Frechet distance between halves of the reference."""
-    return next(row["frechet_distance"]["floor"] for row in rows if row["task"] == task)
-
-
-def draw_curves(task: str, rows: list[dict], speed: dict) -> None:
-    """Both distances against FLOPs and minutes."""
-    figure, panels = eval_diffit.new_figure(2, 2, (5, 3.6))
-    for axes_row, metric in zip(panels, ("frechet_distance", "kernel_distance"), strict=True):
-        for axes, (label, key, factor) in zip(
-            axes_row,
-            (("training TFLOPs", "flops_per_image", 1e-9), ("minutes on one core", "seconds_per_image", 1000 / 60)),
-            strict=True,
-        ):
-            for side in SIDES:
-                x, y, spread = zip(*curve(rows, task, side, metric), strict=True)
-                x = [kimg * speed[task, side][key] * factor for kimg in x]
-                axes.errorbar(x, y, yerr=spread, marker="o", capsize=3, label=side)
-            axes.set(xlabel=label, ylabel=eval_diffit.AXIS_LABELS[metric], xscale="log", yscale="log")
-            axes.grid(alpha=0.3, which="both")
-            axes.legend()
-    figure.savefig(RESULTS / f"quality_{task}.png")
-
-
-def sampling_section() -> list[str]:
-    """Frechet distance by evaluations of the network, a line for each scheduler."""
-    lines = ["## Sampling", "", f"DiffiT of the first seed, {TUNING_IMAGES} samples; Frechet distance."]
-    rows = read_rows("quality_sampling.json")
-    for task in TASKS:
-        of_task = [row for row in rows if row["task"] == task]
-        evaluations = sorted({row["evaluations"] for row in of_task})
-        lines += [
-            "",
-            f"| {task}: evaluations | {' | '.join(map(str, evaluations))} |",
-            "|---" * (len(evaluations) + 1) + "|",
-        ]
-        for scheduler in dict.fromkeys(row["scheduler"] for row in of_task):
-            cells = {
-                row["evaluations"]: f"{row['frechet_distance']['value']:.1f}"
-                for row in of_task
-                if row["scheduler"] == scheduler
-            }
-            lines.append(f"| {scheduler} | {' | '.join(cells.get(number, '') for number in evaluations)} |")
-    return lines
-
-
-def tuning_section() -> list[str]:
-    """All that was tried, also what did not pay."""
-    lines = [
-        "## Tuning",
-        "",
-        f"`make benchmark-quality-tuning`: one seed, {TUNING_IMAGES} samples; Frechet distance of ",
-    ]
-    lines[-1] += "each average."
-    rows = read_rows("quality_tuning.json")
-    for task in TASKS:
-        lines += [
-            "",
-            f"| {task}, {TASKS[task].tuning_budget} kimg | learning rate | Frechet distance |",
-            "|---|---|---|",
-        ]
-        groups: dict[tuple, list[str]] = {}
-        for row in rows:
-            if row["task"] == task:
-                weights = row["weights"] if isinstance(row["weights"], str) else f"{row['weights']:g} kimg"
-                cell = f"{row['frechet_distance']['value']:.1f} ({weights})"
-                groups.setdefault((row["side"], row["learning_rate"]), []).append(cell)
-        lines += [f"| {side} | {rate:g} | {', '.join(cells)} |" for (side, rate), cells in groups.items()]
-    return lines
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("tune", "prove", "report"))
+    parser.add_argument("what", choices=("tune", "prove"))
     parser.add_argument("--work_dir", type=Path, default=ROOT / "outputs/quality")
     args = parser.parse_args()
     work_dir = args.work_dir.resolve()
-    if args.what in ("tune", "prove"):
-        prepare(work_dir)
+    prepare(work_dir)
     if args.what == "tune":
         tune(work_dir)
-    if args.what == "prove":
+    else:
         prove(work_dir)
-    if args.what in ("prove", "report"):
-        report()
 
 
 if __name__ == "__main__":

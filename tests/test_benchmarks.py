@@ -8,21 +8,22 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import quality  # noqa: E402
+import quality_report  # noqa: E402
 from train_diffit import training_flops_per_image  # noqa: E402
 
 
 def test_cost_to_reach_is_straight_in_logarithms():
     points = [(10, 100.0), (40, 25.0), (80, 20.0)]
-    assert quality.cost_to_reach(points, 50) == pytest.approx(20)
-    assert quality.cost_to_reach(points, 20) == pytest.approx(80)
-    assert quality.cost_to_reach(points, 200) == 10
-    assert quality.cost_to_reach(points, 19) is None
+    assert quality_report.cost_to_reach(points, 50) == pytest.approx(20)
+    assert quality_report.cost_to_reach(points, 20) == pytest.approx(80)
+    assert quality_report.cost_to_reach(points, 200) == 10
+    assert quality_report.cost_to_reach(points, 19) is None
 
 
 def test_saving_is_read_at_the_other_sides_last_distance_or_at_ours():
     falling = [(10, 100.0), (40, 25.0)]
-    assert quality.saving(falling, [(10, 100.0), (60, 50.0)])[0] == pytest.approx(60 / 20)
-    times, where = quality.saving([(10, 100.0), (60, 50.0)], falling)
+    assert quality_report.saving(falling, [(10, 100.0), (60, 50.0)])[0] == pytest.approx(60 / 20)
+    times, where = quality_report.saving([(10, 100.0), (60, 50.0)], falling)
     assert times == pytest.approx(20 / 60) and "not reached" in where
 
 
@@ -39,6 +40,6 @@ def test_curve_is_of_the_first_weights_of_a_side():
         for weights, extra in (("ema", 0), ("raw", 100))
         for kimg in (10, 20)
     ]
-    points = quality.curve(rows, "t", "s", "m")
+    points = quality_report.curve(rows, "t", "s", "m")
     assert [point[:2] for point in points] == [(10, 11), (20, 21)]
     assert points[0][2] == pytest.approx(2**0.5)

@@ -1,0 +1,232 @@
+"""Writes benchmarks/results/quality.md and its curves from the figures that `benchmarks/quality.py` left there.
+
+python benchmarks/quality_report.py
+"""
+
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+from pathlib import Path
+
+import diffusers
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+from eval_diffit import AXIS_LABELS, new_figure  # noqa: E402
+from quality import PEER, RAMP_UP, RESULTS, SIDES, STEPS, TASKS, TUNING_IMAGES, tuned  # noqa: E402
+
+TARGETS = {"flops": 1.3, "minutes": 3.0}
+
+
+def read_rows(name: str) -> list[dict]:
+    """Figures that are kept in benchmarks/results."""
+    return json.loads((RESULTS / name).read_text())
+
+
+def curve(rows: list[dict], task: str, side: str, metric: str) -> list[tuple[float, float, float]]:
+    """Thousands of images, mean over the seeds and their standard deviation, by budget, of a side's first weights."""
+    rows = [row for row in rows if (row["task"], row["side"]) == (task, side)]
+    rows = [row for row in rows if row["weights"] == rows[0]["weights"]]
+    points = []
+    for kimg in sorted({row["kimg"] for row in rows}):
+        values = [row[metric]["value"] for row in rows if row["kimg"] == kimg]
+        points.append((kimg, statistics.mean(values), statistics.stdev(values)))
+    return points
+
+
+def cost_to_reach(points: list[tuple[float, float]], value: float) -> float | None:
+    """Cost at which a falling curve reaches a value, straight in logarithms between its points; None if it never does.
+
+    Args:
+        points: cost and value, by cost.
+        value: that is to be reached.
+    """
+    if points[0][1] <= value:
+        return points[0][0]
+    for (cost, above), (next_cost, below) in itertools.pairwise(points):
+        if below <= value:
+            share = math.log(above / value) / math.log(above / below)
+            return cost * (next_cost / cost) ** share
+    return None
+
+
+def saving(ours: list[tuple[float, float]], theirs: list[tuple[float, float]]) -> tuple[float, str]:
+    """How many times less our side costs: at their last value, or if ours does not get there, at our last."""
+    reached = cost_to_reach(ours, theirs[-1][1])
+    if reached is not None:
+        return theirs[-1][0] / reached, "at its last distance"
+    reached = cost_to_reach(theirs, ours[-1][1])
+    return reached / ours[-1][0], "at DiffiT's last distance: the other's was not reached"
+
+
+def report() -> None:
+    """Writes quality.md and the curves from the figures in benchmarks/results."""
+    rows, speed = read_rows("quality.json"), read_rows("quality_speed.json")
+    speed = {(row["task"], row["side"]): row for row in speed}
+    lines = ["# Is DiffiT worth it?", "", *protocol(), "", "## Sides", ""]
+    lines += [
+        "| task | side | parameters | training MFLOPs per image | images/s on one core | learning rate | weights |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (task, side), row in speed.items():
+        best = tuned(side, task)
+        lines.append(
+            f"| {task} | {side} | {row['parameters']:,} | {row['flops_per_image'] / 1e6:.1f} "
+            f"| {1 / row['seconds_per_image']:.0f} | {best['learning_rate']:g} | {weights_text(best)} |"
+        )
+    lines += ["", "## Targets", "", "| task | question | DiffiT costs | target | met |", "|---|---|---|---|---|"]
+    for task in TASKS:
+        for question, other, unit in (
+            ("a. architecture: against `UNet2DModel`, same recipe", "U-Net", "flops"),
+            ("b. product: against `train_unconditional.py`", PEER, "minutes"),
+        ):
+            costs = []
+            for side in ("DiffiT", other):
+                of = speed[task, side]
+                per_kimg = of["flops_per_image"] if unit == "flops" else of["seconds_per_image"]
+                costs.append([(x * per_kimg, y) for x, y, _ in curve(rows, task, side, "frechet_distance")])
+            times, where = saving(*costs)
+            met = "yes" if times >= TARGETS[unit] else "**no**"
+            lines.append(
+                f"| {task} | {question} | {times:.2f} times fewer {unit}, {where} | {TARGETS[unit]} | {met} |"
+            )
+    for task in TASKS:
+        lines += ["", f"## {task}", "", f"![curves](quality_{task}.png)", ""]
+        lines += [f"![samples](quality_samples_{task}.png)", ""]
+        lines.append(f"*Real images that were held out; then {', '.join(SIDES)}, the same seeds.*")
+        lines += ["", "| side | thousands of images | TFLOPs | minutes | Frechet distance | kernel distance x 1000 |"]
+        lines.append("|---|---|---|---|---|---|")
+        for side in SIDES:
+            of = speed[task, side]
+            kernel = curve(rows, task, side, "kernel_distance")
+            for (kimg, mean, spread), (_, k_mean, k_spread) in zip(
+                curve(rows, task, side, "frechet_distance"), kernel, strict=True
+            ):
+                lines.append(
+                    f"| {side} | {kimg} | {kimg * of['flops_per_image'] / 1e9:.1f} "
+                    f"| {kimg * 1000 * of['seconds_per_image'] / 60:.1f} | {mean:.2f} ± {spread:.2f} "
+                    f"| {1000 * k_mean:.2f} ± {1000 * k_spread:.2f} |"
+                )
+        others = [row for row in rows if row["task"] == task and row["side"] == PEER]
+        others = [row for row in others if row["weights"] != others[0]["weights"]]
+        values = [row["frechet_distance"]["value"] for row in others]
+        lines += ["", f"{PEER} with its other weights ({others[0]['weights']}) at the end: "]
+        lines[-1] += f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}. "
+        lines[-1] += f"Floor, half of the held-out images against the other: {rows_floor(rows, task):.2f}."
+        draw_curves(task, rows, speed)
+    lines += ["", *sampling_section(), "", *tuning_section()]
+    (RESULTS / "quality.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def protocol() -> list[str]:
+    """How it was measured."""
+    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
+    return [
+        f"`make benchmark-quality` on {os.cpu_count()} CPU cores ({platform.machine()}), Python "
+        f"{platform.python_version()}, {versions}, float32, one core for each training.",
+        "",
+        "Unconditional, no guidance, no flips. A fifth of the images is held out and is the reference; those of them "
+        "that are pixel for pixel in the rest were dropped. 1,000 samples of "
+        f"{STEPS} DDIM steps, `efficientnet_lite0`. Mean and standard deviation over three seeds. FLOPs are those of "
+        "the network, forward and backward; minutes are images times the seconds of a training step, all sides "
+        "measured in turn in one process. Every side has the best of the same learning rates and averages (tuned at a "
+        "third of the length with a seed of its own; the peer's sweep also holds its default). "
+        f"{PEER} keeps its formulation, Adam settings, cosine schedule and 500 steps of warm-up; its data come from "
+        "memory here, for nothing. Costs at a distance are read off the curve of means, straight lines between the "
+        "budgets in logarithms.",
+    ]
+
+
+def weights_text(best: dict) -> str:
+    """What is judged of a side."""
+    if isinstance(best["weights"], str):
+        return {"raw": "last", "ema": "its average"}[best["weights"]]
+    return f"average, half-life {min(best['weights'] / best['kimg'], RAMP_UP):.1%} of the images seen"
+
+
+def rows_floor(rows: list[dict], task: str) -> float:
+    """The Frechet distance between halves of the reference."""
+    return next(row["frechet_distance"]["floor"] for row in rows if row["task"] == task)
+
+
+def draw_curves(task: str, rows: list[dict], speed: dict) -> None:
+    """Both distances against FLOPs and minutes."""
+    figure, panels = new_figure(2, 2, (5, 3.6))
+    for axes_row, metric in zip(panels, ("frechet_distance", "kernel_distance"), strict=True):
+        for axes, (label, key, factor) in zip(
+            axes_row,
+            (("training TFLOPs", "flops_per_image", 1e-9), ("minutes on one core", "seconds_per_image", 1000 / 60)),
+            strict=True,
+        ):
+            for side in SIDES:
+                x, y, spread = zip(*curve(rows, task, side, metric), strict=True)
+                x = [kimg * speed[task, side][key] * factor for kimg in x]
+                axes.errorbar(x, y, yerr=spread, marker="o", capsize=3, label=side)
+            axes.set(xlabel=label, ylabel=AXIS_LABELS[metric], xscale="log", yscale="log")
+            axes.grid(alpha=0.3, which="both")
+            axes.legend()
+    figure.savefig(RESULTS / f"quality_{task}.png")
+
+
+def sampling_section() -> list[str]:
+    """Frechet distance by evaluations of the network, a line for each scheduler; and by guidance."""
+    lines = ["## Sampling", "", f"DiffiT of the first seed, {TUNING_IMAGES} samples; Frechet distance."]
+    rows = read_rows("quality_more.json")
+    for task in TASKS:
+        of_task = [row for row in rows if (row["task"], row["what"]) == (task, "steps")]
+        evaluations = sorted({row["evaluations"] for row in of_task})
+        lines += [
+            "",
+            f"| {task}: evaluations | {' | '.join(map(str, evaluations))} |",
+            "|---" * (len(evaluations) + 1) + "|",
+        ]
+        for scheduler in dict.fromkeys(row["scheduler"] for row in of_task):
+            cells = {
+                row["evaluations"]: f"{row['frechet_distance']['value']:.1f}"
+                for row in of_task
+                if row["scheduler"] == scheduler
+            }
+            lines.append(f"| {scheduler} | {' | '.join(cells.get(number, '') for number in evaluations)} |")
+    lines += ["", f"With labels, apart from the headline: the same training by class, {STEPS} DDIM steps.", ""]
+    guided = {task: [row for row in rows if (row["task"], row["what"]) == (task, "guidance")] for task in TASKS}
+    scales = [row["guidance_scale"] for row in guided["digits"]]
+    lines += [f"| guidance scale | {' | '.join(map(str, scales))} |", "|---" * (len(scales) + 1) + "|"]
+    for task, of_task in guided.items():
+        cells = [f"{row['frechet_distance']['value']:.1f}" for row in of_task]
+        lines.append(f"| {task} | {' | '.join(cells)} |")
+    return lines
+
+
+def tuning_section() -> list[str]:
+    """All that was tried, also what did not pay."""
+    lines = [
+        "## Tuning",
+        "",
+        f"`make benchmark-quality-tuning`: one seed, {TUNING_IMAGES} samples; Frechet distance of ",
+    ]
+    lines[-1] += "each average."
+    rows = read_rows("quality_tuning.json")
+    for task in TASKS:
+        lines += [
+            "",
+            f"| {task}, {TASKS[task].tuning_budget} kimg | learning rate | Frechet distance |",
+            "|---|---|---|",
+        ]
+        groups: dict[tuple, list[str]] = {}
+        for row in rows:
+            if row["task"] == task:
+                weights = row["weights"] if isinstance(row["weights"], str) else f"{row['weights']:g} kimg"
+                cell = f"{row['frechet_distance']['value']:.1f} ({weights})"
+                groups.setdefault((row["side"], row["learning_rate"]), []).append(cell)
+        lines += [f"| {side} | {rate:g} | {', '.join(cells)} |" for (side, rate), cells in groups.items()]
+    return lines
+
+
+if __name__ == "__main__":
+    report()
