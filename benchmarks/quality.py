@@ -39,6 +39,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import eval_diffit  # noqa: E402
 from diffit_model import model_class  # noqa: E402
+from diffit_pipeline import EDM_SCHEDULERS  # noqa: E402
 from train_diffit import HalfLifeEMA, training_flops_per_image  # noqa: E402
 
 SEEDS = (0, 1, 2)
@@ -363,8 +364,9 @@ PEER_LEARNING_RATES = (1e-4, 1e-3, 3e-3)  # its default, and not what its networ
 TUNING_IMAGES = 500
 HEUN = {"scheduler": "edm_heun", "num_inference_steps": 13}  # as many evaluations
 SHARED = {key: RECIPE[key] for key in ("adam_beta2", "lr_scheduler", "lr_warmup_steps")}
+EDM_RECIPE = SHARED | {"formulation": "edm"}
 RECIPES = {  # what is tried on DiffiT beside the recipe: flags, fields of the config, sampling
-    "DiffiT, EDM": (SHARED | {"formulation": "edm"}, {}, HEUN),
+    "DiffiT, EDM": (EDM_RECIPE, {}, HEUN),
     "DiffiT, epsilon, linear betas": (SHARED | {"prediction_type": "epsilon", "beta_schedule": "linear"}, {}, {}),
     "DiffiT, no min-SNR weights": ({key: RECIPE[key] for key in RECIPE if key != "snr_gamma"}, {}, {}),
     "DiffiT, Adam beta 2 of 0.999": (RECIPE | {"adam_beta2": 0.999}, {}, {}),
@@ -483,40 +485,51 @@ def training_step(model: torch.nn.Module, recipe: dict | str) -> Callable[[], No
 
 
 def judge_more(runs: list[Run], work_dir: Path) -> list[dict]:
-    """Beside the headline, of the first seed of DiffiT: sampling by other schedulers, and guidance by class."""
+    """Beside the headline, of the first seed of DiffiT: other schedulers, EDM and its own, and guidance by class."""
     runs = [next(run for run in runs if (run.task, run.side) == (name, "DiffiT")) for name in TASKS]
     runs = [dataclasses.replace(run, num_images=TUNING_IMAGES) for run in runs]
+    edm = [dataclasses.replace(run, side="DiffiT by EDM", recipe=EDM_RECIPE) for run in runs]
+    by_class = [
+        dataclasses.replace(run, side="DiffiT by class", recipe=run.recipe | {"class_conditional": True})
+        for run in runs
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [pool.submit(judge_guidance, run, work_dir) for run in runs]
-        jobs.append(pool.submit(judge_steps, runs[0], work_dir))
+        jobs = [pool.submit(judge_guidance, run, work_dir) for run in by_class]
+        jobs += [pool.submit(judge_steps, run, work_dir) for run in runs + edm]
         return [row for job in jobs for row in job.result()]
+
+
+def last_checkpoint(run: Run, work_dir: Path) -> Path:
+    """Of a training, which is done first where it was not."""
+    path = work_dir / run.name / f"checkpoint-{steps(run.kimg)}"
+    if not path.is_dir():
+        train(run, work_dir / run.name)
+    return path
 
 
 def judge_steps(run: Run, work_dir: Path) -> list[dict]:
     """The last model of a run, sampled by several schedulers with several numbers of steps."""
+    is_edm = run.recipe.get("formulation") == "edm"
     flags = {
         "plots": work_dir / f"{run.name}-plots",
-        "plot_steps": (5, 10, 15, 25, 50),
-        "plot_schedulers": ("ddim", "dpmsolver++", "unipc", "heun"),
+        "plot_steps": (5, 8, 13, 25, 50),
+        "plot_schedulers": sorted(EDM_SCHEDULERS) if is_edm else ("ddim", "dpmsolver++", "unipc", "heun"),
     }
-    paths = [work_dir / run.name / f"checkpoint-{steps(run.kimg)}"]
-    rows = evaluate(run, f"{run.name}-steps", paths, flags, work_dir)["by_steps"]
+    written = evaluate(run, f"{run.name}-steps", [last_checkpoint(run, work_dir)], flags, work_dir)
     columns = ("scheduler", "evaluations", "frechet_distance")
-    return [{"task": run.task, "what": "steps"} | {key: row[key] for key in columns} for row in rows]
+    about = {"task": run.task, "side": run.side, "what": "steps"}
+    return [about | {key: row[key] for key in columns} for row in written["by_steps"]]
 
 
 def judge_guidance(run: Run, work_dir: Path) -> list[dict]:
-    """The same training on labels, its samples guided by class."""
-    run = dataclasses.replace(run, side="DiffiT by class", recipe=run.recipe | {"class_conditional": True})
-    path = work_dir / run.name / f"checkpoint-{steps(run.kimg)}"
-    if not path.is_dir():
-        train(run, work_dir / run.name)
+    """Samples of a class-conditional run, guided."""
+    about = {"task": run.task, "side": run.side, "what": "guidance"}
     rows = []
     for scale in (1, 1.5, 2, 3):
         flags = {"class_labels": "reference", "guidance_scale": scale}
-        distance = evaluate(run, f"{run.name}-guidance{scale}", [path], flags, work_dir)["frechet_distance"]
-        about = {"task": run.task, "what": "guidance", "guidance_scale": scale}
-        rows.append(about | {"frechet_distance": distance})
+        name = f"{run.name}-guidance{scale}"
+        written = evaluate(run, name, [last_checkpoint(run, work_dir)], flags, work_dir)
+        rows.append(about | {"guidance_scale": scale, "frechet_distance": written["frechet_distance"]})
     return rows
 
 

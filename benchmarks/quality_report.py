@@ -176,20 +176,18 @@ def draw_curves(task: str, rows: list[dict], speed: dict) -> None:
 
 def sampling_section() -> list[str]:
     """Frechet distance by evaluations of the network, a line for each scheduler; and by guidance."""
-    lines = ["## Sampling", "", f"DiffiT of the first seed, {TUNING_IMAGES} samples; Frechet distance."]
+    lines = ["## Sampling", "", f"The first seed, {TUNING_IMAGES} samples; Frechet distance."]
     rows = read_rows("quality_more.json")
-    for task in TASKS:
-        of_task = [row for row in rows if (row["task"], row["what"]) == (task, "steps")]
-        evaluations = sorted({row["evaluations"] for row in of_task})
-        lines += [
-            "",
-            f"| {task}: evaluations | {' | '.join(map(str, evaluations))} |",
-            "|---" * (len(evaluations) + 1) + "|",
-        ]
-        for scheduler in dict.fromkeys(row["scheduler"] for row in of_task):
+    by_steps = [row for row in rows if row["what"] == "steps"]
+    for task, side in dict.fromkeys((row["task"], row["side"]) for row in by_steps):
+        of_model = [row for row in by_steps if (row["task"], row["side"]) == (task, side)]
+        evaluations = sorted({row["evaluations"] for row in of_model})
+        lines += ["", f"| {task}, {side}: evaluations | {' | '.join(map(str, evaluations))} |"]
+        lines.append("|---" * (len(evaluations) + 1) + "|")
+        for scheduler in dict.fromkeys(row["scheduler"] for row in of_model):
             cells = {
                 row["evaluations"]: f"{row['frechet_distance']['value']:.1f}"
-                for row in of_task
+                for row in of_model
                 if row["scheduler"] == scheduler
             }
             lines.append(f"| {scheduler} | {' | '.join(cells.get(number, '') for number in evaluations)} |")
