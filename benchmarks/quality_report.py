@@ -175,7 +175,7 @@ def draw_curves(task: str, rows: list[dict], speed: dict) -> None:
 
 
 def sampling_section() -> list[str]:
-    """Frechet distance by evaluations of the network, a line for each scheduler; and by guidance."""
+    """Frechet distance by evaluations of the network, a line for each scheduler, and by guidance."""
     lines = ["## Sampling", "", f"The first seed, {TUNING_IMAGES} samples; Frechet distance."]
     rows = read_rows("quality_more.json")
     by_steps = [row for row in rows if row["what"] == "steps"]
@@ -191,13 +191,14 @@ def sampling_section() -> list[str]:
                 if row["scheduler"] == scheduler
             }
             lines.append(f"| {scheduler} | {' | '.join(cells.get(number, '') for number in evaluations)} |")
-    lines += ["", f"With labels, apart from the headline: the same training by class, {STEPS} DDIM steps.", ""]
-    guided = {task: [row for row in rows if (row["task"], row["what"]) == (task, "guidance")] for task in TASKS}
-    scales = [row["guidance_scale"] for row in guided["digits"]]
-    lines += [f"| guidance scale | {' | '.join(map(str, scales))} |", "|---" * (len(scales) + 1) + "|"]
-    for task, of_task in guided.items():
-        cells = [f"{row['frechet_distance']['value']:.1f}" for row in of_task]
-        lines.append(f"| {task} | {' | '.join(cells)} |")
+    guided = [row for row in rows if row["what"] == "guidance"]
+    scales, values = zip(*((row["guidance_scale"], row["frechet_distance"]["value"]) for row in guided), strict=True)
+    lines += ["", "Guidance, apart from the headline: the same training by class.", ""]
+    lines += [
+        f"| {guided[0]['task']}: guidance scale | {' | '.join(map(str, scales))} |",
+        "|---" * (len(scales) + 1) + "|",
+    ]
+    lines.append(f"| {STEPS} steps of DDIM | {' | '.join(f'{value:.1f}' for value in values)} |")
     return lines
 
 
