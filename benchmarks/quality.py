@@ -431,7 +431,7 @@ def proof_runs() -> list[Run]:
                     runs.append(dataclasses.replace(run, weights=kinds))
                 else:
                     share = min(best["weights"] / best["kimg"], RAMP_UP)
-                    runs.append(dataclasses.replace(run, weights=(share * run.kimg,), ema_ramp_up=share))
+                    runs.append(dataclasses.replace(run, weights=(round(share * run.kimg, 6),), ema_ramp_up=share))
     return runs
 
 
