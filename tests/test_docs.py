@@ -1,12 +1,21 @@
 """What the documents say is there."""
 
 import re
+import sys
 
 import pytest
 from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import scaling  # noqa: E402
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`(test_\w+)`", (ROOT / "docs/reliability.md").read_text()))))
 def test_test_that_the_table_of_faults_names_exists(name):
     sources = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
     assert f"def {name}(" in sources
+
+
+def test_tables_of_the_scaling_document_are_what_its_script_writes():
+    assert scaling.document() == scaling.DOCUMENT.read_text()
