@@ -11,11 +11,12 @@ N tokens in a window, D hidden size of the tokens, T size of the time token, A l
 heads, d size of a head, p height and width of a patch.
 """
 
+import contextlib
 import functools
 import math
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -69,11 +70,11 @@ def merge_windows(tokens: torch.Tensor, window: tuple[int, int], height: int, wi
         width: width of the feature map.
 
     Returns:
-        Feature map, shape (B, C, H, W), contiguous.
+        Feature map, shape (B, C, H, W), channels last in memory as the tokens are.
     """
     rows, columns = height // window[0], width // window[1]
     tokens = tokens.reshape(-1, rows, columns, *window, tokens.shape[-1])
-    return tokens.permute(0, 5, 1, 3, 2, 4).reshape(-1, tokens.shape[-1], height, width).contiguous()
+    return tokens.transpose(2, 3).reshape(-1, height, width, tokens.shape[-1]).permute(0, 3, 1, 2)
 
 
 def relative_position_index(window: tuple[int, int]) -> torch.Tensor:
@@ -98,7 +99,11 @@ def relative_position_index(window: tuple[int, int]) -> torch.Tensor:
 
 
 def plain_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """The definition that every backend must match, and the backend `_native_math`. DiffiT v3, Eq. 6.
 
@@ -107,15 +112,39 @@ def plain_attention(
         key: shape (B, N, h, d).
         value: shape (B, N, h, d).
         bias: relative position bias, shape (1 or B, h, N, N), or None.
+        scale: of the products; None means 1 / sqrt(d).
 
     Returns:
-        softmax(Q K^T / sqrt(d) + B) V, shape (B, N, h, d).
+        softmax(scale * Q K^T + B) V, shape (B, N, h, d).
     """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, h, N, d)
-    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (B, h, N, N)
+    scores = scale * (query @ key.transpose(-1, -2))  # (B, h, N, N)
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
     return (scores.softmax(dim=-1).to(value.dtype) @ value).transpose(1, 2)
+
+
+def attention_with_trained_bias(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """`plain_attention` at a scale of 1 in fewer passes over the scores: the backend `native` where a CPU trains.
+
+    SDPA has no fused kernel there for a bias that wants a gradient, and its fallback guards against rows that are
+    masked as a whole, which cost it four more passes.
+
+    Args:
+        query: scaled, shape (B, N, h, d).
+        key: shape (B, N, h, d).
+        value: shape (B, N, h, d).
+        bias: shape (1 or B, h, N, N).
+
+    Returns:
+        softmax(Q K^T + B) V, shape (B, N, h, d).
+    """
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, h, N, d)
+    scores = (query @ key.transpose(-1, -2)).add_(bias)  # (B, h, N, N)
+    return (scores.softmax(dim=-1) @ value).transpose(1, 2)
 
 
 def align_bias_for_xformers(bias: torch.Tensor, batch_size: int) -> torch.Tensor:
@@ -187,12 +216,17 @@ class DiffiTAttnProcessor:
         self.attention_op = None  # (forward, backward) operators of xformers; None lets xformers choose
 
     def __call__(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None = None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        scale: float | None = None,
     ) -> torch.Tensor:
-        """Attends. Shapes as in `plain_attention`, the bias (1, h, N, N) in any float dtype."""
+        """Attends. Arguments as in `plain_attention`, the bias of shape (1, h, N, N) in any float dtype."""
         backend = self._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
         if backend == AttentionBackendName._NATIVE_MATH:
-            return plain_attention(query, key, value, bias)
+            return plain_attention(query, key, value, bias, scale)
         if bias is not None:
             bias = bias.to(query.dtype)
         if backend == AttentionBackendName.XFORMERS:
@@ -201,11 +235,15 @@ class DiffiTAttnProcessor:
             if not reasons:
                 import xformers.ops
 
-                return xformers.ops.memory_efficient_attention(query, key, value, aligned_bias, op=self.attention_op)
+                options = {"scale": scale, "op": self.attention_op}
+                return xformers.ops.memory_efficient_attention(query, key, value, aligned_bias, **options)
             if not torch.compiler.is_compiling():
                 _warn_once(f"xformers cannot run this attention, using `native` (SDPA): {'; '.join(reasons)}")
             backend = AttentionBackendName.NATIVE
-        return dispatch_attention_fn(query, key, value, attn_mask=bias, backend=backend)
+        trains_bias = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+        if backend == AttentionBackendName.NATIVE and scale == 1 and trains_bias and query.device.type == "cpu":
+            return attention_with_trained_bias(query, key, value, bias)
+        return dispatch_attention_fn(query, key, value, attn_mask=bias, scale=scale, backend=backend)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,6 +291,9 @@ class TimeDependentSelfAttention(nn.Module, AttentionModuleMixin):
         num_relative_positions = (2 * window[0] - 1) * (2 * window[1] - 1)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(num_relative_positions, num_attention_heads))
         self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)  # derived
+        # Set while sampling only, see `cache_for_sampling`.
+        self.cached_bias: torch.Tensor | None = None  # (1, h, N, N)
+        self.cached_temporal_qkv: torch.Tensor | None = None  # (B, 3 * h * d)
         self.set_processor(DiffiTAttnProcessor())
 
     def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: tuple | None = None) -> None:
@@ -273,7 +314,8 @@ class TimeDependentSelfAttention(nn.Module, AttentionModuleMixin):
 
     def relative_position_bias(self) -> torch.Tensor:
         """The bias B of Eq. 6, shape (1, h, N, N), contiguous; it does not depend on time."""
-        bias = self.relative_position_bias_table[self.relative_position_index]  # (N, N, h)
+        # As an embedding, whose gradient is summed faster than that of indexing.
+        bias = F.embedding(self.relative_position_index, self.relative_position_bias_table)  # (N, N, h)
         return bias.permute(2, 0, 1).contiguous()[None]
 
     def forward(self, spatial_tokens: torch.Tensor, time_token: torch.Tensor) -> torch.Tensor:
@@ -303,19 +345,65 @@ class TimeDependentSelfAttention(nn.Module, AttentionModuleMixin):
         # DiffiT v3, Eq. 3-5, less k_t
         spatial_qkv = self.qkv(spatial_tokens).reshape(batch, -1, num_tokens, 3, *heads)  # (B, G, N, 3, h, d)
         query, key, value = spatial_qkv.unbind(3)  # 3 x (B, G, N, h, d)
-        temporal_qkv = self.qkv_temb(time_token).reshape(batch, 1, 1, 3, *heads)  # (B, 1, 1, 3, h, d)
+        cached = self.cached_temporal_qkv
+        temporal_qkv = self.qkv_temb(time_token) if cached is None else cached  # (B, 3 * h * d)
+        temporal_qkv = temporal_qkv.reshape(batch, 1, 1, 3, *heads)  # (B, 1, 1, 3, h, d)
         query_shift, _, value_shift = temporal_qkv.unbind(3)  # 3 x (B, 1, 1, h, d)
-        query = query + query_shift
+        scale = self.attention_head_dim**-0.5
+        query = torch.add(scale * query_shift, query, alpha=scale)  # shifted and scaled in one pass
 
         # DiffiT v3, Eq. 6
         query, key, value = (x.flatten(0, 1) for x in (query, key, value))  # (B * G, N, h, d)
-        hidden_states = self.processor(query, key, value, self.relative_position_bias())  # (B * G, N, h, d)
+        bias = self.relative_position_bias() if self.cached_bias is None else self.cached_bias  # (1, h, N, N)
+        hidden_states = self.processor(query, key, value, bias, scale=1.0)  # (B * G, N, h, d)
         hidden_states = hidden_states.unflatten(0, (batch, -1)) + value_shift  # (B, G, N, h, d)
         return self.proj(hidden_states.reshape(num_windows, num_tokens, -1))  # (B * G, N, D)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Blocks
+
+
+class LinearOfGELU(torch.autograd.Function):
+    """A linear layer behind a tanh-approximated GELU, for a CPU in float32; keeps the GELU's input alone.
+
+    With z = x * (a + b * x^2), where a = 2 * sqrt(2 / pi) and b = 0.044715 * a, that GELU is x * sigmoid(z): torch's
+    kernel for the sigmoid is several times as fast as its tanh. The backward pass needs the sigmoid anyway, so it
+    computes the output of the GELU anew, which is four times as wide as the tokens.
+    """
+
+    LINEAR = 2 * math.sqrt(2 / math.pi)  # a
+    CUBIC = 0.044715 * LINEAR  # b
+
+    @classmethod
+    def sigmoid(cls, x: torch.Tensor) -> torch.Tensor:
+        """sigmoid(x * (a + b * x^2)), in the shape of `x`."""
+        return torch.addcmul(x.new_tensor(cls.LINEAR), x, x, value=cls.CUBIC).mul_(x).sigmoid_()
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Maps `x` of shape (..., K) to (..., D) with a weight of shape (D, K)."""
+        ctx.save_for_backward(x, weight)
+        return F.linear(LinearOfGELU.sigmoid(x).mul_(x), weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of `x`, weight and bias."""
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)  # (number of tokens, D)
+        sigmoid = LinearOfGELU.sigmoid(x)
+        grad_weight = rows.T @ (x * sigmoid).flatten(0, -2)
+        # The slope: sigmoid + x * (a + 3 * b * x^2) * sigmoid * (1 - sigmoid)
+        slope = torch.addcmul(x.new_tensor(LinearOfGELU.LINEAR), x, x, value=3 * LinearOfGELU.CUBIC).mul_(x)
+        torch.ops.aten.sigmoid_backward.grad_input(slope, sigmoid, grad_input=slope)
+        return slope.add_(sigmoid).mul_(grad @ weight), grad_weight, rows.sum(0)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer and nothing else: no adapter, and no hook, as offloaded weights have one."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is nn.Linear and not hooked
 
 
 class DiffiTMLP(nn.Module):
@@ -334,7 +422,14 @@ class DiffiTMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Maps tokens of shape (B, N, D) to tokens of shape (B, N, D)."""
-        return self.fc2(self.act(self.fc1(hidden_states)))
+        hidden_states = self.fc1(hidden_states)  # (B, N, mlp_ratio * D)
+        on_cpu = hidden_states.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        if on_cpu and hidden_states.dtype == torch.float32 and not torch.compiler.is_compiling():
+            if not torch.is_grad_enabled():
+                return self.fc2(LinearOfGELU.sigmoid(hidden_states).mul_(hidden_states))
+            if is_plain_linear(self.fc2):
+                return LinearOfGELU.apply(hidden_states, self.fc2.weight, self.fc2.bias)
+        return self.fc2(self.act(hidden_states))
 
 
 class DiffiTBlock(nn.Module):
@@ -422,7 +517,8 @@ class DiffiTResBlock(nn.Module):
         residual = self.conv_shortcut(hidden_states)  # (B, C_out, H, W)
         hidden_states = self.conv(F.silu(self.norm(hidden_states)))  # (B, C_out, H, W), Eq. 9
         tokens = self.block(partition_windows(hidden_states, self.window), time_token)  # (B * G, N, D)
-        return merge_windows(tokens, self.window, height, width) + residual  # (B, C_out, H, W), Eq. 10
+        # The residual comes first because its layout in memory is the sum's.
+        return residual + merge_windows(tokens, self.window, height, width)  # (B, C_out, H, W), Eq. 10
 
 
 class DiffiTStage(nn.Module):
@@ -460,6 +556,8 @@ class DiffiTStage(nn.Module):
 class DiffiTModelMixin(ModelMixin, ConfigMixin, AttentionMixin):
     """Labels and timesteps, initialisation and saving; a network adds `class_embedding` (an embedding, or None)."""
 
+    _time_weights: tuple[torch.Tensor, torch.Tensor] | None = None  # see `cache_for_sampling`
+
     @property
     def null_label(self) -> int | None:
         """Index of the null class, which is the number of classes; None for an unconditional network."""
@@ -475,6 +573,43 @@ class DiffiTModelMixin(ModelMixin, ConfigMixin, AttentionMixin):
                 nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)  # as in Swin
         if self.class_embedding is not None:
             nn.init.normal_(self.class_embedding.weight, std=0.02)
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def cache_for_sampling(self) -> Iterator[None]:
+        """While inside, keeps what the steps of sampling share; the weights must not change meanwhile.
+
+        That is the relative position bias of each attention, and the weights of all projections of the time token side
+        by side, so that a step makes one product of them. Training makes one for each block: to lay the weights
+        side by side again at every step costs as much as it saves.
+        """
+        attentions = [module for module in self.modules() if isinstance(module, TimeDependentSelfAttention)]
+        projections = [attention.qkv_temb for attention in attentions]
+        devices = {parameter.device for parameter in self.parameters()}
+        try:
+            # Adapters and offloaded weights, which are not there before their module runs, keep to the plain way.
+            if len(devices) == 1 and all(map(is_plain_linear, projections)):
+                for attention in attentions:
+                    attention.cached_bias = attention.relative_position_bias()
+                self._time_weights = tuple(
+                    torch.cat([getattr(projection, name) for projection in projections]) for name in ("weight", "bias")
+                )
+            yield
+        finally:
+            self._time_weights = None
+            for attention in attentions:
+                attention.cached_bias = attention.cached_temporal_qkv = None
+
+    def _project_time(self, time_token: torch.Tensor) -> None:
+        """Inside `cache_for_sampling`, gives each attention its projection of time tokens of shape (B, T)."""
+        if self._time_weights is None:
+            return
+        attentions = [module for module in self.modules() if isinstance(module, TimeDependentSelfAttention)]
+        projected = F.linear(time_token, *self._time_weights)  # (B, sum of 3 * h * d)
+        for attention, part in zip(
+            attentions, projected.split([a.qkv_temb.out_features for a in attentions], dim=-1), strict=True
+        ):
+            attention.cached_temporal_qkv = part  # (B, 3 * h * d)
 
     def _one_per_image(
         self, sample: torch.Tensor, timestep: torch.Tensor | float | int, class_labels: torch.Tensor | None
@@ -753,6 +888,17 @@ class DiffiTUNet2DModel(DiffiTModelMixin):
             raise ValueError(f"`augment_labels` must have the shape {shape}, got {tuple(augment_labels.shape)}")
         return augment_labels.to(sample.dtype)
 
+    @staticmethod
+    def choose_layout(feature_map: torch.Tensor) -> torch.Tensor:
+        """On a CPU puts channels last, which makes windows of tokens cheap to cut and to put together.
+
+        Not on a GPU, whose GroupNorm would undo it; and not where the feature map wants no gradient, while others do:
+        there the backward pass of a CPU's GroupNorm crashes (torch 2.13).
+        """
+        if feature_map.device.type == "cpu" and (feature_map.requires_grad or not torch.is_grad_enabled()):
+            return feature_map.contiguous(memory_format=torch.channels_last)
+        return feature_map
+
     def forward(
         self,
         sample: torch.Tensor,
@@ -791,9 +937,10 @@ class DiffiTUNet2DModel(DiffiTModelMixin):
             time_token = time_token + self.class_embedding(class_labels)  # (B, T)
         if self.augment_embedding is not None:
             time_token = time_token + self.augment_embedding(augment_labels)  # (B, T)
+        self._project_time(time_token)
 
         # 2. tokenizer
-        hidden_states = self.conv_in(sample)  # (B, C, H, W)
+        hidden_states = self.choose_layout(self.conv_in(sample))  # (B, C, H, W)
 
         # 3. encoder
         skips = []
@@ -816,7 +963,7 @@ class DiffiTUNet2DModel(DiffiTModelMixin):
             hidden_states = stage(hidden_states, time_token)  # (B, C, H, W)
 
         # 6. head: GroupNorm and convolution, without an activation, as in the paper
-        output = self.conv_out(self.conv_norm_out(hidden_states))  # (B, out_channels, H, W)
+        output = self.conv_out(self.conv_norm_out(hidden_states)).contiguous()  # (B, out_channels, H, W)
 
         return UNet2DOutput(sample=output) if return_dict else (output,)
 
@@ -1056,6 +1203,7 @@ class DiffiTTransformer2DModel(DiffiTModelMixin):
         time_token = self.time_embedding(self.time_proj(timesteps).to(dtype))  # (B, T)
         if self.class_embedding is not None:
             time_token = time_token + self.class_embedding(class_labels)  # (B, T)
+        self._project_time(time_token)
 
         # 2. tokenizer
         hidden_states = self.patch_embedding(hidden_states)  # (B, D, H/p, W/p)
@@ -1074,7 +1222,7 @@ class DiffiTTransformer2DModel(DiffiTModelMixin):
         hidden_states = self.proj_out(F.silu(self.norm_out(hidden_states)))  # (B, N, p * p * out_channels)
         patch = (self.config.patch_size, self.config.patch_size)
         patches = hidden_states.reshape(-1, math.prod(patch), self.config.out_channels)  # (B * N, p * p, out_channels)
-        output = merge_windows(patches, patch, height, width)  # (B, out_channels, H, W)
+        output = merge_windows(patches, patch, height, width).contiguous()  # (B, out_channels, H, W)
 
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 

@@ -8,6 +8,7 @@ stands alone: torch and diffusers.
 Shapes: B images, C channels, H/W height/width (pixels or latents).
 """
 
+import contextlib
 import inspect
 import json
 import math
@@ -509,15 +510,19 @@ class DiffiTPipeline(DiffusionPipeline):
             return prediction[:, :step_channels].float()
 
         # 3. denoising
-        if uses_heun:
-            sample = self._heun(predict, sample, s_churn, s_tmin, s_tmax, s_noise, generator)
-        else:
-            sample = sample * self.scheduler.init_noise_sigma
-            timesteps = self.scheduler.timesteps
-            for timestep, time in zip(self.progress_bar(timesteps), self._times(), strict=True):
-                model_input = self.scheduler.scale_model_input(sample, timestep)
-                prediction = predict(model_input, timestep, time)
-                sample = self.scheduler.step(prediction, timestep, sample, **step_kwargs).prev_sample
+        with contextlib.ExitStack() as caches:
+            for model in (network, guidance_model):
+                if hasattr(model, "cache_for_sampling"):  # ours; not `UNet2DModel`
+                    caches.enter_context(model.cache_for_sampling())
+            if uses_heun:
+                sample = self._heun(predict, sample, s_churn, s_tmin, s_tmax, s_noise, generator)
+            else:
+                sample = sample * self.scheduler.init_noise_sigma
+                timesteps = self.scheduler.timesteps
+                for timestep, time in zip(self.progress_bar(timesteps), self._times(), strict=True):
+                    model_input = self.scheduler.scale_model_input(sample, timestep)
+                    prediction = predict(model_input, timestep, time)
+                    sample = self.scheduler.step(prediction, timestep, sample, **step_kwargs).prev_sample
 
         # 4. images
         images = sample if output_type == "latent" else self._decode(sample)  # (B, C, H, W)

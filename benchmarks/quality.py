@@ -109,13 +109,13 @@ TASKS = {
     "emoji": Task(
         "noto_emoji_32.parquet",
         {"diffit": diffit(16, 3, [32, 64, 96]), "unet": unet(16, 3, [24, 48, 72], 8)},
-        (8, 16, 24, 48),
+        (8, 16, 24, 32),
         20,
     ),
     "digits": Task(
         "digits.parquet",
         {"diffit": diffit(8, 1, [32, 64]), "unet": unet(8, 1, [20, 40], 4)},
-        (16, 32, 48, 96),
+        (8, 16, 32, 48),
         40,
     ),
 }
@@ -238,7 +238,7 @@ def steps(kimg: float) -> int:
 
 
 def train(run: Run, folder: Path) -> dict[tuple[int, float | str], Path]:
-    """Trains, and returns for budget and weights what `eval_diffit.py` takes as --model_path."""
+    """Trains where it was not done, and returns for budget and weights what `eval_diffit.py` takes as --model_path."""
     if run.recipe == PEER:
         process = multiprocessing.get_context("spawn").Process(target=train_peer, args=(run, folder))
         process.start()
@@ -268,8 +268,10 @@ def train(run: Run, folder: Path) -> dict[tuple[int, float | str], Path]:
         "overwrite_output_dir": True,
         **run.recipe,
     }
-    command("train_diffit.py", to_argv(flags), folder.parent / f"{run.name}.log")
-    return {(kimg, width): folder / f"checkpoint-{steps(kimg)}" for kimg in run.budgets for width in run.weights}
+    checkpoints = {kimg: folder / f"checkpoint-{steps(kimg)}" for kimg in run.budgets}
+    if not checkpoints[run.budgets[-1]].is_dir():
+        command("train_diffit.py", to_argv(flags), folder.parent / f"{run.name}.log")
+    return {(kimg, width): checkpoints[kimg] for kimg in run.budgets for width in run.weights}
 
 
 def train_peer(run: Run, folder: Path) -> None:
@@ -498,10 +500,7 @@ def judge_more(runs: list[Run], work_dir: Path) -> list[dict]:
 
 def last_checkpoint(run: Run, work_dir: Path) -> Path:
     """Of a training, which is done first where it was not."""
-    path = work_dir / run.name / f"checkpoint-{steps(run.kimg)}"
-    if not path.is_dir():
-        train(run, work_dir / run.name)
-    return path
+    return train(run, work_dir / run.name)[run.budgets[-1], run.weights[0]]
 
 
 def judge_steps(run: Run, work_dir: Path) -> list[dict]:

@@ -24,6 +24,7 @@ from diffit_model import (
     DiffiTResBlock,
     DiffiTStage,
     DiffiTUNet2DModel,
+    LinearOfGELU,
     TimeDependentSelfAttention,
     align_bias_for_xformers,
     choose_attention_backend,
@@ -191,6 +192,94 @@ def test_temporal_value_passes_through_the_equations_unchanged():
 def test_tmsa_with_misfitting_tokens_raises(num_windows, num_tokens, message):
     with pytest.raises(ValueError, match=message):
         build_attention()(torch.zeros(num_windows, num_tokens, 8).double(), torch.zeros(2, 6).double())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fast paths of a CPU
+
+
+def test_linear_of_gelu_equals_the_two_layers_in_value_and_gradient():
+    torch.manual_seed(0)
+    x = (3 * torch.randn(2, 5, 8, dtype=torch.float64)).requires_grad_()
+    linear = nn.Linear(8, 3).double()
+    expected = linear(nn.functional.gelu(x, approximate="tanh"))
+    output = LinearOfGELU.apply(x, linear.weight, linear.bias)
+    torch.testing.assert_close(output, expected, **FLOAT64)
+    leaves = (x, linear.weight, linear.bias)
+    gradients = [torch.autograd.grad(value.square().sum(), leaves) for value in (output, expected)]
+    torch.testing.assert_close(*gradients, **FLOAT64)
+
+
+def test_mlp_keeps_no_output_of_its_gelu():
+    mlp = DiffiTMLP(8, 4.0)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
+        mlp(torch.randn(2, 5, 8))
+    assert saved.count((2, 5, 32)) == 1
+
+
+@pytest.mark.parametrize("kind", ["hook", "adapter", "autocast", "float64"])
+def test_mlp_that_is_no_plain_pair_of_layers_takes_the_plain_way(kind):
+    torch.manual_seed(0)
+    mlp = DiffiTMLP(8, 4.0)
+    x = torch.randn(2, 5, 8)
+    expected = mlp.fc2(mlp.act(mlp.fc1(x)))
+    calls = []
+    if kind == "hook":
+        mlp.fc2.register_forward_hook(lambda *_: calls.append(1))
+    elif kind == "adapter":
+        mlp.fc2 = nn.Sequential(mlp.fc2)
+    elif kind == "float64":
+        mlp, x, expected = mlp.double(), x.double(), expected.double()
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        with mock.patch.object(LinearOfGELU, "apply", side_effect=AssertionError):
+            output = mlp(x)
+    tolerance = {"rtol": 0, "atol": 0.02} if kind == "autocast" else FLOAT32
+    torch.testing.assert_close(output.to(expected.dtype), expected, **tolerance)
+    assert len(calls) == (kind == "hook")
+
+
+def test_frozen_tokenizer_trains_the_rest():
+    # The backward pass of torch 2.13's GroupNorm crashes on channels-last input that wants no gradient.
+    unet = build_unet()
+    _, expected = output_and_gradients(unet)
+    unet.conv_in.requires_grad_(False)
+    _, gradients = output_and_gradients(unet)
+    expected = {name: value for name, value in expected.items() if not name.startswith("conv_in")}
+    torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_cache_for_sampling_changes_no_prediction_and_leaves_nothing():
+    unet = build_unet(num_class_embeds=3)
+    labels = torch.tensor([0, 3])
+    expected = [predict(unet, timestep, class_labels=labels) for timestep in (10, 900)]
+    with unet.cache_for_sampling():
+        with mock.patch.object(TimeDependentSelfAttention, "relative_position_bias", side_effect=AssertionError):
+            cached = [predict(unet, timestep, class_labels=labels) for timestep in (10, 900)]
+    torch.testing.assert_close(cached, expected, **FLOAT32)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.mul_(1.1)
+    fresh = build_unet(num_class_embeds=3)
+    fresh.load_state_dict(unet.state_dict())
+    torch.testing.assert_close(predict(unet, class_labels=labels), predict(fresh, class_labels=labels), **EXACT)
+
+
+def test_cache_for_sampling_is_left_after_an_error():
+    unet = build_unet()
+    with pytest.raises(RuntimeError), unet.cache_for_sampling():
+        raise RuntimeError
+    assert unet._time_weights is None
+    assert all(attention.cached_bias is None for attention in attentions(unet))
+
+
+def test_cache_for_sampling_keeps_adapters_of_the_time_projection():
+    unet = build_unet()
+    calls = []
+    attentions(unet)[0].qkv_temb.register_forward_hook(lambda *_: calls.append(1))
+    with unet.cache_for_sampling():
+        predict(unet)
+    assert calls == [1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -840,9 +929,9 @@ def test_merge_windows_is_the_inverse_of_partition_windows(window):
 
 
 @pytest.mark.parametrize("window", [(2, 3), (4, 9), (2, 9)])
-def test_merge_windows_gives_a_contiguous_feature_map(window):
+def test_merge_windows_gives_channels_last(window):
     tokens = partition_windows(torch.randn(2, 5, 4, 9), window).contiguous()
-    assert merge_windows(tokens, window, 4, 9).is_contiguous()
+    assert merge_windows(tokens, window, 4, 9).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_relative_position_index_has_the_stated_shape_and_range():
