@@ -77,16 +77,22 @@ class TrainingState:
 
 @contextlib.contextmanager
 def ema_weights(ema_model: EMAModel | None, model: ModelMixin) -> Iterator[None]:
-    """Puts the EMA weights into the network for the duration of a `with` block; without EMA it does nothing."""
-    if ema_model is None:
-        yield
-        return
-    ema_model.store(model.parameters())
-    ema_model.copy_to(model.parameters())
+    """Puts the EMA weights into the network for the duration of a `with` block; without EMA it does nothing.
+
+    Network and average swap their tensors, so nothing is copied. The average is not to be used meanwhile.
+    """
+    exchange_weights(ema_model, model)
     try:
         yield
     finally:
-        ema_model.restore(model.parameters())
+        exchange_weights(ema_model, model)
+
+
+def exchange_weights(ema_model: EMAModel | None, model: ModelMixin) -> None:
+    """Gives the network the tensors of the average, and the average those of the network."""
+    if ema_model is not None:
+        for parameter, average in zip(model.parameters(), ema_model.shadow_params, strict=True):
+            parameter.data, average.data = average.data, parameter.data
 
 
 def step_of(checkpoint: Path) -> int:

@@ -923,7 +923,19 @@ def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimize
     )
 
 
-class HalfLifeEMA(EMAModel):
+class InPlaceEMA(EMAModel):
+    """diffusers' average, updated in place: its own step makes a second copy of all weights for a moment."""
+
+    @torch.no_grad()
+    def step(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Takes in the weights after an optimizer step."""
+        self.optimization_step += 1
+        self.cur_decay_value = self.get_decay(self.optimization_step)
+        # A parameter that is not trained stays what it was: there the average and the weight are equal.
+        torch._foreach_lerp_(self.shadow_params, list(parameters), 1 - self.cur_decay_value)
+
+
+class HalfLifeEMA(InPlaceEMA):
     """EMA whose memory is counted in images, so that it does not depend on the batch (EDM, appendix F.1).
 
     Args:
@@ -934,7 +946,7 @@ class HalfLifeEMA(EMAModel):
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], half_life: float, ramp_up: float, batch_size: int):
-        super().__init__(parameters, foreach=True)
+        super().__init__(parameters)
         self.half_life, self.ramp_up, self.batch_size = half_life, ramp_up, batch_size
 
     def get_decay(self, optimization_step: int) -> float:
@@ -943,7 +955,7 @@ class HalfLifeEMA(EMAModel):
         return 0.5 ** (self.batch_size / half_life) if half_life > 0 else 0.0
 
 
-def build_ema(args: argparse.Namespace, model: ModelMixin) -> dict[str, EMAModel]:
+def build_ema(args: argparse.Namespace, model: ModelMixin) -> dict[str, InPlaceEMA]:
     """Averages of the float32 parameters, by the end of their folder's name.
 
     One whose decay warms up as 1 - (1 + step / inv_gamma) ** -power; or with --ema_half_life_kimg one for each width.
@@ -954,15 +966,8 @@ def build_ema(args: argparse.Namespace, model: ModelMixin) -> dict[str, EMAModel
         widths = {f"ema_{kimg:g}kimg": 1000 * kimg for kimg in args.ema_half_life_kimg}
         options = (args.ema_ramp_up, args.global_batch_size)
         return {name: HalfLifeEMA(model.parameters(), width, *options) for name, width in widths.items()}
-    ema_model = EMAModel(
-        model.parameters(),
-        decay=args.ema_max_decay,
-        use_ema_warmup=True,
-        inv_gamma=args.ema_inv_gamma,
-        power=args.ema_power,
-        foreach=True,
-    )
-    return {"ema": ema_model}
+    warm_up = {"use_ema_warmup": True, "inv_gamma": args.ema_inv_gamma, "power": args.ema_power}
+    return {"ema": InPlaceEMA(model.parameters(), decay=args.ema_max_decay, **warm_up)}
 
 
 def build_guidance_model(args: argparse.Namespace, model: ModelMixin, device: torch.device) -> ModelMixin | None:

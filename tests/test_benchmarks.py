@@ -7,6 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import loop  # noqa: E402
 import quality  # noqa: E402
 import quality_report  # noqa: E402
 from train_diffit import training_flops_per_image  # noqa: E402
@@ -43,3 +44,10 @@ def test_curve_is_of_the_first_weights_of_a_side():
     points = quality_report.curve(rows, "t", "s", "m")
     assert [point[:2] for point in points] == [(10, 11), (20, 21)]
     assert points[0][2] == pytest.approx(2**0.5)
+
+
+def test_ratio_of_two_loops_is_taken_pair_by_pair():
+    """The second pair came while the machine was twice as slow; the second number of a turn is memory."""
+    seconds, ratios = loop.seconds_and_ratios([[(1.1, 9), (2.0, 9), (1.0, 9)], [(1.0, 9), (2.0, 9), (1.25, 9)]])
+    assert seconds == [1.1, 1.25]
+    assert ratios == pytest.approx([0.8, 1.0, 1.1])

@@ -5,6 +5,7 @@ import math
 import shutil
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 from conftest import ROOT, run, train
@@ -278,6 +279,36 @@ def test_dry_run_reads_no_weights(latent_args, transformer_config, tiny_vae, tmp
     (outline / "config.json").write_text((tiny_vae / "config.json").read_text())
     train([*latent_args, f"--vae_model_name_or_path={outline}", "--dry_run"])
     assert '"num_embeds_ada_norm": 3' in capsys.readouterr().out
+
+
+DRY_RUN = """
+import sys
+from pathlib import Path
+import train_diffit
+
+def memory(kind):  # MiB
+    return int(Path("/proc/self/status").read_text().split(f"{kind}:")[1].split()[0]) / 1024
+
+imported = memory("VmRSS")
+train_diffit.main(train_diffit.parse_args(sys.argv[1:]))
+print("MiB above the imports:", memory("VmHWM") - imported)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
+def test_dry_run_of_the_largest_network_needs_no_memory_for_weights(tmp_path):
+    """561 million of them would be 2,140 MiB."""
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        PIL.Image.new("RGB", (256, 256)).save(tmp_path / "images" / name / "0.png")
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    vae = {"_class_name": "AutoencoderKL", **blocks, "block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae/config.json").write_text(json.dumps(vae))
+    flags = [f"--train_data_dir={tmp_path}/images", f"--vae_model_name_or_path={tmp_path}/vae", "--dry_run"]
+    output = run(["-c", DRY_RUN, "--config", "configs/train/imagenet256.yaml", *flags])
+    assert float(output.split("MiB above the imports:")[1]) < 300
+    assert int(output.split("parameters: ")[1].split()[0]) > 500_000_000
 
 
 # --- fine-tuning from NVIDIA's weights

@@ -9,11 +9,13 @@ import torch
 import yaml
 from conftest import ROOT, TINY_CONFIG, run, train
 from diffusers import EDMEulerScheduler
+from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from test_train import STATES, assert_same_files, logged, refusal
 
 import eval_diffit
 import train_diffit
+from diffit_checkpoint import ema_weights
 from diffit_data import ImageDataset, PositionStream, load_image_table
 from diffit_loss import build_network_inputs, build_noise_levels, compute_loss
 from diffit_model import DiffiTUNet2DModel, model_class
@@ -86,6 +88,55 @@ def test_flag_of_the_other_formulation_is_refused(train_args):
 
 
 # --- averages
+
+
+def weights_and_averages(num_steps: int) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """The end of a random walk, and the averages of ours and of diffusers; one parameter is not trained."""
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(64, 32)) for _ in range(3)]
+    parameters[1].requires_grad_(False)
+    options = {"use_ema_warmup": True, "inv_gamma": 1.0, "power": 0.75}
+    ours = train_diffit.InPlaceEMA(parameters, **options)
+    theirs = EMAModel(parameters, **options)
+    for _ in range(num_steps):
+        for parameter in parameters[::2]:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        ours.step(parameters)
+        theirs.step(parameters)
+        assert ours.cur_decay_value == theirs.cur_decay_value
+    return [parameter.detach() for parameter in parameters], ours.shadow_params, theirs.shadow_params
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 100])
+def test_average_in_place_is_that_of_diffusers(num_steps):
+    weights, ours, theirs = weights_and_averages(num_steps)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    assert torch.equal(ours[1], weights[1])
+    assert num_steps > 1 or all(map(torch.equal, ours, weights))  # the first step takes the weights
+
+
+def test_average_is_updated_without_a_second_copy():
+    parameters = [torch.nn.Parameter(torch.zeros(1000)) for _ in range(8)]
+    allocated = {}
+    for ema in (train_diffit.InPlaceEMA(parameters), EMAModel(parameters, foreach=True)):
+        with torch.profiler.profile(profile_memory=True) as profiler:
+            ema.step(parameters)
+        allocated[type(ema)] = max(event.self_cpu_memory_usage for event in profiler.events())
+    assert allocated[EMAModel] >= 4000  # what is measured is there to be found
+    assert allocated[train_diffit.InPlaceEMA] < 100
+
+
+def test_average_is_put_into_the_network_and_back_without_a_copy():
+    model = torch.nn.Linear(4, 4)
+    ema = train_diffit.InPlaceEMA(model.parameters())
+    with torch.no_grad():
+        model.weight.fill_(2.0)
+    weight, average = model.weight.data_ptr(), ema.shadow_params[0].data_ptr()
+    with pytest.raises(RuntimeError, match="in the middle"), ema_weights(ema, model):
+        assert (model.weight.data_ptr(), ema.shadow_params[0].data_ptr()) == (average, weight)
+        raise RuntimeError("in the middle")
+    assert (model.weight.data_ptr(), ema.shadow_params[0].data_ptr()) == (weight, average)
+    assert (model.weight == 2).all() and model.weight.requires_grad
 
 
 def test_average_counts_half_after_its_half_life():

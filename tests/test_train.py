@@ -21,6 +21,7 @@ from conftest import ROOT, TINY_CONFIG, plain_loop, run, start, train
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_diffit
 from diffit_loss import build_noise_levels
@@ -68,6 +69,15 @@ STATES = [f"{folder}/diffusion_pytorch_model.safetensors" for folder in ("unet",
 
 def test_misspelt_flag_is_named(capsys):
     assert "--learning_rat" in refusal([*QUICKSTART, "--learning_rat", "1"], capsys)
+
+
+def test_misspelt_flag_is_refused_before_data_or_models_are_touched(tmp_path):
+    absent = [f"--{name}={tmp_path}/absent" for name in ("model_config", "train_data_dir")]
+    flags = [*absent, "--max_train_steps=1", f"--output_dir={tmp_path}/run", "--learning_rat=1"]
+    process = start(["train_diffit.py", *flags])
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2 and "unrecognized arguments: --learning_rat=1" in output
+    assert not list(tmp_path.iterdir())
 
 
 def test_abbreviated_flag_is_refused(capsys):
@@ -310,6 +320,28 @@ def test_training_equals_a_plain_loop(train_args, image_folder, tmp_path):
     for name, parameter in model.named_parameters():
         if "qkv" not in name:  # gradients that are truly zero move under Adam by amplified rounding
             torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-3, atol=2e-5, msg=name)
+
+
+class ReadCounter(TorchDispatchMode):
+    """Counts what makes the host wait for a device: tensors read as numbers, and sizes that depend on values."""
+
+    waits = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in self.waits
+        return function(*args, **(kwargs or {}))
+
+
+def test_loop_waits_for_no_device_between_logs(train_args):
+    """Each step reads two numbers that lie on the host: its position, and whether the step before was taken."""
+    counts = []
+    for num_steps in (2, 6):  # one log each, at the end
+        flags = [f"--max_train_steps={num_steps}", "--logging_steps=100", "--overwrite_output_dir"]
+        with ReadCounter() as counter:
+            train([*train_args, "--no-class_conditional", *flags])
+        counts.append(counter.count)
+    assert counts[1] - counts[0] == 4 * 2
 
 
 @pytest.fixture(scope="module")
