@@ -60,7 +60,7 @@ style: install-dev
 	$(BIN)/ruff format .
 
 benchmark: install-dev
-	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/reliability.py
 	$(BIN)/python benchmarks/loop.py
 

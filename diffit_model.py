@@ -364,6 +364,52 @@ class TimeDependentSelfAttention(nn.Module, AttentionModuleMixin):
 # Blocks
 
 
+def is_plain_float32(tensor: torch.Tensor) -> bool:
+    """Whether the fast paths of a CPU apply: eager and in float32."""
+    if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
+        return False
+    return not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+
+
+class NormalizeTokens(torch.autograd.Function):
+    """LayerNorm without scale and shift that keeps its output, as the linear layer behind it does, not its input."""
+
+    @staticmethod
+    def forward(ctx, tokens: torch.Tensor, eps: float) -> torch.Tensor:
+        """Maps tokens of shape (..., D) to tokens of mean 0 and variance 1."""
+        normalized, _, rstd = torch.native_layer_norm(tokens, tokens.shape[-1:], None, None, eps)
+        ctx.save_for_backward(normalized, rstd)
+        return normalized
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Gradient of `tokens`."""
+        normalized, rstd = ctx.saved_tensors
+        # As if the normalized tokens had been normalized once more, with a mean of 0 and a deviation of 1.
+        mean, one = torch.zeros_like(rstd), torch.ones_like(rstd)
+        shape, wanted = grad.shape[-1:], [True, False, False]
+        grad = torch.ops.aten.native_layer_norm_backward(grad, normalized, shape, mean, one, None, None, wanted)[0]
+        return grad.mul_(rstd), None
+
+
+class TokenNorm(nn.LayerNorm):
+    """LayerNorm without scale and shift: the linear layer behind it has them. NVIDIA's checkpoints agree.
+
+    Args:
+        hidden_size: size D of the tokens.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__(hidden_size, eps=1e-6, elementwise_affine=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Maps tokens of shape (..., D) to tokens of mean 0 and variance 1."""
+        if is_plain_float32(tokens) and torch.is_grad_enabled():
+            return NormalizeTokens.apply(tokens, self.eps)
+        return super().forward(tokens)
+
+
 class LinearOfGELU(torch.autograd.Function):
     """A linear layer behind a tanh-approximated GELU, for a CPU in float32; keeps the GELU's input alone.
 
@@ -423,8 +469,7 @@ class DiffiTMLP(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Maps tokens of shape (B, N, D) to tokens of shape (B, N, D)."""
         hidden_states = self.fc1(hidden_states)  # (B, N, mlp_ratio * D)
-        on_cpu = hidden_states.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        if on_cpu and hidden_states.dtype == torch.float32 and not torch.compiler.is_compiling():
+        if is_plain_float32(hidden_states):
             if not torch.is_grad_enabled():
                 return self.fc2(LinearOfGELU.sigmoid(hidden_states).mul_(hidden_states))
             if is_plain_linear(self.fc2):
@@ -456,12 +501,11 @@ class DiffiTBlock(nn.Module):
         dropout: float,
     ):
         super().__init__()
-        # No scale and shift: the linear layer behind each norm has them already. NVIDIA's checkpoints agree.
-        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.norm1 = TokenNorm(hidden_size)
         self.attn = TimeDependentSelfAttention(
             hidden_size, time_embed_dim, num_attention_heads, attention_head_dim, window
         )
-        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.norm2 = TokenNorm(hidden_size)
         self.mlp = DiffiTMLP(hidden_size, mlp_ratio)
         self.dropout = nn.Dropout(dropout)
 
@@ -1122,7 +1166,7 @@ class DiffiTTransformer2DModel(DiffiTModelMixin):
         )
 
         # head
-        self.norm_out = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.norm_out = TokenNorm(hidden_size)
         self.proj_out = nn.Linear(hidden_size, patch_size**2 * out_channels)
 
         self._initialize_weights()

@@ -11,7 +11,7 @@ import contextlib
 import torch
 from torch import nn
 
-from diffit_model import DiffiTMLP, DiffiTTransformer2DModel, DiffiTUNet2DModel, TimeDependentSelfAttention
+from diffit_model import DiffiTMLP, DiffiTTransformer2DModel, DiffiTUNet2DModel, TimeDependentSelfAttention, TokenNorm
 
 
 class PlainAttention(TimeDependentSelfAttention):
@@ -66,7 +66,12 @@ class PlainTransformer(DiffiTTransformer2DModel):
     cache_for_sampling = contextlib.nullcontext
 
 
-PLAIN = {DiffiTMLP: PlainMLP, DiffiTUNet2DModel: PlainUNet, DiffiTTransformer2DModel: PlainTransformer}
+PLAIN = {
+    DiffiTMLP: PlainMLP,
+    TokenNorm: nn.LayerNorm,
+    DiffiTUNet2DModel: PlainUNet,
+    DiffiTTransformer2DModel: PlainTransformer,
+}
 
 
 def by_the_letter(model: nn.Module, bias_per_window: bool = False) -> nn.Module:

@@ -25,7 +25,9 @@ from diffit_model import (
     DiffiTStage,
     DiffiTUNet2DModel,
     LinearOfGELU,
+    NormalizeTokens,
     TimeDependentSelfAttention,
+    TokenNorm,
     align_bias_for_xformers,
     choose_attention_backend,
     merge_windows,
@@ -208,6 +210,26 @@ def test_linear_of_gelu_equals_the_two_layers_in_value_and_gradient():
     leaves = (x, linear.weight, linear.bias)
     gradients = [torch.autograd.grad(value.square().sum(), leaves) for value in (output, expected)]
     torch.testing.assert_close(*gradients, **FLOAT64)
+
+
+def test_normalized_tokens_equal_layer_norm_in_value_and_gradient():
+    torch.manual_seed(0)
+    tokens = (2 + 3 * torch.randn(2, 5, 8, dtype=torch.float64)).requires_grad_()
+    weights = torch.randn(2, 5, 8, dtype=torch.float64)
+    expected = nn.functional.layer_norm(tokens, (8,), eps=1e-6)
+    output = NormalizeTokens.apply(tokens, 1e-6)
+    torch.testing.assert_close(output, expected, **FLOAT64)
+    gradients = [torch.autograd.grad((value * weights).sum(), tokens) for value in (output, expected)]
+    torch.testing.assert_close(*gradients, **FLOAT64)
+
+
+def test_norm_and_linear_layer_keep_one_copy_of_the_tokens():
+    norm, linear = TokenNorm(8), nn.Linear(8, 3)
+    tokens = torch.randn(2, 5, 8, requires_grad=True)
+    saved = set()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.add((x.data_ptr(), x.numel())) or x, lambda x: x):
+        linear(norm(tokens))
+    assert [size for _, size in saved].count(tokens.numel()) == 1
 
 
 def test_mlp_keeps_no_output_of_its_gelu():

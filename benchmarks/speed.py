@@ -1,0 +1,253 @@
+"""Time and memory of training steps and sampling: against plain networks, and as a share of what the machine can do.
+
+    python benchmarks/speed.py
+
+In each case the sides take turns in one process; the ratio is the median over the pairs. Peak memory is that of a
+process of its own for each side. The plain networks are in `benchmarks/plain_models.py`. Writes
+`benchmarks/results/speed.md`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import psutil
+import torch
+from diffusers import DDIMScheduler
+from torch.profiler import profile
+from torch.utils.benchmark import Timer
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from diffit_model import model_class  # noqa: E402
+from diffit_pipeline import DiffiTPipeline  # noqa: E402
+from loop import GIVE_BACK, KEEP  # noqa: E402
+from plain_models import by_the_letter  # noqa: E402
+from train_diffit import HalfLifeEMA, noise_shape, training_flops_per_image  # noqa: E402
+
+MATRIX = 2048
+SAMPLING_STEPS = 5  # that are timed, of 50: all are alike
+# Case: config, what the data say of it, images, bias gathered for each window by the plain side.
+CASES = {
+    "latent S/2": ("diffit_s_2", {"in_channels": 4, "out_channels": 8, "num_embeds_ada_norm": 1000}, 16, False),
+    "CIFAR-10 I.1": ("cifar10", {"in_channels": 3, "out_channels": 3, "num_class_embeds": None}, 32, True),
+    "emoji32": ("emoji32", {"in_channels": 3, "out_channels": 3, "num_class_embeds": None}, 16, True),
+}
+SAMPLED = {"in_channels": 3, "out_channels": 3, "num_class_embeds": 10}
+# Case, side, and the targets for time and memory against the plain side.
+TARGETS = {
+    ("latent S/2", "ours"): (0.95, 0.85),
+    ("latent S/2", "ours, gradient checkpointing"): (1.35, 0.45),
+    ("CIFAR-10 I.1", "ours"): (0.85, 0.70),
+    ("sampling", "ours"): (0.80, None),
+}
+
+
+def read_config(name: str, of_data: dict) -> dict:
+    """A config of configs/model with what the data say."""
+    return json.loads((ROOT / f"configs/model/{name}.json").read_text()) | of_data
+
+
+def build_model(config: dict, side: str, bias_per_window: bool) -> torch.nn.Module:
+    """The network of a side, with the same weights on every side."""
+    torch.manual_seed(0)
+    model = model_class(config).from_config(config)
+    if side.startswith("plain"):
+        by_the_letter(model, bias_per_window)
+    if side.endswith("gradient checkpointing"):
+        model.enable_gradient_checkpointing()
+    return model
+
+
+def training_step(case: str, side: str) -> Callable[[], None]:
+    """Forward, backward, AdamW and average, as each side does them."""
+    name, of_data, batch_size, bias_per_window = CASES[case]
+    config = read_config(name, of_data)
+    model = build_model(config, side, bias_per_window)
+    sample = torch.randn(batch_size, *noise_shape(config))
+    timesteps = torch.randint(0, 1000, (batch_size,))
+    plain = side.startswith("plain")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=None if plain else True)
+    if plain:
+        average = [parameter.detach().clone() for parameter in model.parameters()]
+    else:
+        ema_model = HalfLifeEMA(model.parameters(), half_life=1e4, ramp_up=0.05, batch_size=batch_size)
+
+    def step() -> None:
+        model(sample, timesteps).sample.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if plain:
+            with torch.no_grad():
+                for mean, parameter in zip(average, model.parameters(), strict=True):
+                    mean.mul_(0.9999).add_(parameter, alpha=0.0001)
+        else:
+            ema_model.step(model.parameters())
+
+    return step
+
+
+def sampling(side: str) -> Callable[[], None]:
+    """The first steps of 50 of DDIM with guidance by class, 16 images of the CIFAR-10 network."""
+    model = build_model(read_config("cifar10", SAMPLED), side, bias_per_window=True).eval()
+    scheduler = DDIMScheduler(timestep_spacing="trailing")
+    pipeline = DiffiTPipeline(model, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    set_timesteps = scheduler.set_timesteps
+
+    def first_timesteps(*args, **kwargs) -> None:
+        set_timesteps(*args, **kwargs)
+        scheduler.timesteps = scheduler.timesteps[:SAMPLING_STEPS]
+
+    scheduler.set_timesteps = first_timesteps
+    labels = [i % 10 for i in range(16)]
+    return lambda: pipeline(labels, num_inference_steps=50, guidance_scale=2.0, output_type="latent")
+
+
+def build(case: str, side: str) -> Callable[[], None]:
+    """What is timed."""
+    return sampling(side) if case == "sampling" else training_step(case, side)
+
+
+def time_in_turn(works: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each, by rounds in which all take their turn."""
+    threads = torch.get_num_threads()
+    timers = {name: Timer("work()", globals={"work": work}, num_threads=threads) for name, work in works.items()}
+    for timer in timers.values():
+        timer.timeit(1)  # warm up
+    seconds = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            seconds[name].append(timer.timeit(1).mean)
+    return seconds
+
+
+def peak_memory(case: str, side: str) -> float:
+    """Most bytes that a process of its own holds over three steps, beyond its libraries."""
+    command = [sys.executable, __file__, "--memory_of", case, side]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | GIVE_BACK)
+    return float(done.stdout.split()[-1])
+
+
+def report_memory(case: str, side: str) -> None:
+    """Prints what `peak_memory` reads."""
+    libraries = psutil.Process().memory_info().rss
+    work = build(case, side)
+    for _ in range(3):
+        work()
+    print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - libraries)
+
+
+def compare(case: str, sides: list[str], rounds: int) -> list[str]:
+    """Rows of the table of ratios, one for each side against the first."""
+    seconds = time_in_turn({side: build(case, side) for side in sides}, rounds)
+    memory = {side: peak_memory(case, side) for side in sides}
+    plain, rows = sides[0], []
+    for side in sides[1:]:
+        ratios = [a / b for a, b in zip(seconds[side], seconds[plain], strict=True)]
+        ratio, memory_ratio = statistics.median(ratios), memory[side] / memory[plain]
+        targets = TARGETS[case, side]
+        rows.append(
+            f"| {case}, {side} | {statistics.median(seconds[side]):.2f} s / {statistics.median(seconds[plain]):.2f} s "
+            f"| **{ratio:.2f}** ({min(ratios):.2f} to {max(ratios):.2f}) | {mark(ratio, targets[0])} "
+            f"| {memory[side] / 2**30:.2f} / {memory[plain] / 2**30:.2f} GiB "
+            f"| **{memory_ratio:.2f}** | {mark(memory_ratio, targets[1])} |"
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def mark(ratio: float, target: float | None) -> str:
+    """Whether a target is met."""
+    return "-" if target is None else f"{target}: {'met' if ratio <= target else '**missed**'}"
+
+
+def share_of_limit(case: str, rounds: int) -> tuple[str, str]:
+    """A row about a training step as a share of a matrix product's speed, and where its time goes."""
+    name, of_data, batch_size, _ = CASES[case]
+    flops = batch_size * training_flops_per_image(read_config(name, of_data))
+    a, b = torch.randn(2, MATRIX, MATRIX).unbind()
+    step = training_step(case, "ours")
+    seconds = time_in_turn({"limit": lambda: a @ b, "step": step}, rounds)
+    peak = 2 * MATRIX**3 / statistics.median(seconds["limit"])
+    speed = flops / statistics.median(seconds["step"])
+    row = (
+        f"| {case} | {batch_size} | {flops / batch_size / 1e9:.2f} | {batch_size * speed / flops:.1f} "
+        f"| {speed / 1e9:.0f} | {peak / 1e9:.0f} | **{speed / peak:.2f}** |"
+    )
+    print(row, flush=True)
+    return row, where_time_goes(step)
+
+
+def where_time_goes(step: Callable[[], None]) -> str:
+    """Shares of the operators in the time of a step."""
+    with profile() as profiler:
+        step()
+    events = profiler.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    largest = sorted(events, key=lambda event: -event.self_cpu_time_total)[:12]
+    shares = (f"{event.key.removeprefix('aten::')} {event.self_cpu_time_total / total:.0%}" for event in largest)
+    return ", ".join(shares)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5, help="pairs of each case")
+    parser.add_argument("--memory_of", nargs=2, metavar=("CASE", "SIDE"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory_of:
+        report_memory(*args.memory_of)
+        return
+    if not KEEP.items() <= os.environ.items():  # glibc reads them when it starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP)
+
+    ratios = []
+    for case, sides in (
+        ("latent S/2", ["plain", "ours", "ours, gradient checkpointing"]),
+        ("CIFAR-10 I.1", ["plain", "ours"]),
+        ("sampling", ["plain", "ours"]),
+    ):
+        ratios += compare(case, sides, args.rounds)
+    shares = {case: share_of_limit(case, args.rounds) for case in CASES}
+    lines = [
+        "# Speed and memory",
+        "",
+        f"`python benchmarks/speed.py`, float32, eager, {args.rounds} pairs in turn in one process; {os.cpu_count()} "
+        f"CPU cores ({platform.machine()}), {torch.get_num_threads()} threads, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, diffusers {diffusers.__version__}.",
+        "",
+        "A training step is forward, backward, AdamW and average. *Plain* for the latent network is NVIDIA's model "
+        "operation by operation, with torch's default AdamW and an average parameter by parameter; for the network of "
+        "images our own by the letter of Eq. 3-6, the bias gathered for each window. Memory is the peak of a process "
+        "of its own beyond its libraries, with freed blocks given back at once; while times are taken glibc keeps "
+        f"them, on both sides alike. Sampling: 50 steps of DDIM, guided by class, 16 images, {SAMPLING_STEPS} of the "
+        "steps timed.",
+        "",
+        "| work | time: ours / plain | ratio (least to most) | target | memory: ours / plain | ratio | target |",
+        "|---|---|---|---|---|---|---|",
+        *ratios,
+        "",
+        f"Against a float32 matrix product of {MATRIX} in the same process:",
+        "",
+        "| training step | images | GFLOP per image | images/s | GFLOP/s | limit, GFLOP/s | share of it |",
+        "|---|---|---|---|---|---|---|",
+        *(row for row, _ in shares.values()),
+        "",
+        "Where the time goes (operators by their own time, one profiled step):",
+        "",
+        *(f"- {case}: {where}" for case, (_, where) in shares.items()),
+    ]
+    (ROOT / "benchmarks/results/speed.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
