@@ -244,11 +244,19 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--prediction_type",
         choices=("epsilon", "sample", "v_prediction"),
-        help="of ddpm; default: that of --pretrained_model_name_or_path, or epsilon; the next two likewise",
+        help="of ddpm; default: that of --pretrained_model_name_or_path, or v_prediction; the next two likewise",
     )
-    group.add_argument("--beta_schedule", choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"))
-    group.add_argument("--num_train_timesteps", type=positive)
-    group.add_argument("--snr_gamma", type=number_type(float, 0, open_ends=True), help="min-SNR loss weights, e.g. 5")
+    group.add_argument(
+        "--beta_schedule",
+        choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
+        help="default squaredcos_cap_v2",
+    )
+    group.add_argument("--num_train_timesteps", type=positive, help="default 1000")
+    group.add_argument(
+        "--snr_gamma",
+        type=not_negative,
+        help="min-SNR loss weights (arXiv 2303.09556), 0 for none; default: 5 for v_prediction, else none",
+    )
     group.add_argument("--label_dropout", type=share, default=0.1, help="share of labels replaced by the null class")
 
     group = parser.add_argument_group("batch and duration")
@@ -856,7 +864,8 @@ def resolve_diffusion(args: argparse.Namespace) -> None:
         source["formulation"] = "edm" if source.get("_class_name", "").startswith("EDM") else "ddpm"
     args.formulation = args.formulation or source.get("formulation", "ddpm")
 
-    defaults = {"prediction_type": "epsilon", "beta_schedule": "linear", "num_train_timesteps": 1000}
+    # Those of the lowest Frechet distances in benchmarks/results/quality.md.
+    defaults = {"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000}
     if args.formulation == "edm":
         for name in (*defaults, "snr_gamma"):
             if getattr(args, name) is not None:
@@ -869,6 +878,8 @@ def resolve_diffusion(args: argparse.Namespace) -> None:
     for name, default in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, source.get(name, default))
+    if args.snr_gamma is None and args.prediction_type == "v_prediction":
+        args.snr_gamma = 5.0
     for name in ("formulation", *defaults):
         if source.get(name, getattr(args, name)) != getattr(args, name):
             logger.warning(f"{path} was trained with --{name} {source[name]}, this run has {getattr(args, name)}")
@@ -1833,7 +1844,7 @@ def train(
             with accelerator.accumulate(model):
                 model_pred = model(*noisy.network_inputs, **noisy.conditions).sample
                 loss = compute_loss(
-                    model_pred, noise_scheduler, noisy.clean_images, noisy.noise, noisy.levels, args.snr_gamma
+                    model_pred, noise_scheduler, noisy.clean_images, noisy.noise, noisy.levels, args.snr_gamma or None
                 )
                 accelerator.backward(spread_non_finite(loss).mean())
                 if accelerator.sync_gradients:

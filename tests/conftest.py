@@ -152,7 +152,9 @@ def plain_loop(
     torch.manual_seed(0)
     model = DiffiTUNet2DModel(**(TINY_CONFIG | config), num_class_embeds=3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
+    times = (torch.linspace(0, 1, 1001, dtype=torch.float64) + 0.008) / 1.008
+    signal = (times * torch.pi / 2).cos().square()  # cosine betas
+    alphas = torch.cumprod(1 - (1 - signal[1:] / signal[:-1]).clamp(max=0.999), 0).float()
     table = load_image_table(train_data_dir=str(image_folder))
     dataset = ImageDataset(table, PositionStream(24, seed=0), (8, 8), 3, random_flip=random_flip)
     losses = []
@@ -165,7 +167,9 @@ def plain_loop(
         )
         a = alphas[t].reshape(-1, 1, 1, 1)
         prediction = model(a.sqrt() * clean + (1 - a).sqrt() * noise, t, labels).sample
-        loss = (prediction - noise).pow(2).mean()
+        velocity = a.sqrt() * noise - (1 - a).sqrt() * clean
+        snr = a / (1 - a)
+        loss = (snr.clamp(max=5) / (snr + 1) * (prediction - velocity).pow(2)).mean()
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1, step / 2)
         optimizer.zero_grad()

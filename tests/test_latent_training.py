@@ -60,10 +60,13 @@ def transformer_config(tmp_path_factory) -> Path:
     return file
 
 
+EPSILON = ["--prediction_type=epsilon", "--beta_schedule=linear"]  # which a learned variance needs
+
+
 @pytest.fixture
 def latent_args(base_args, transformer_config, tiny_vae, tmp_path) -> list[str]:
     flags = [f"--model_config={transformer_config}", f"--vae_model_name_or_path={tiny_vae}"]
-    return [*base_args, *flags, f"--output_dir={tmp_path / 'run'}"]
+    return [*base_args, *flags, *EPSILON, f"--output_dir={tmp_path / 'run'}"]
 
 
 # --- the learned variance
@@ -249,12 +252,14 @@ def test_latent_settings_that_cannot_work_are_refused(flags, words, latent_args)
 
 
 def test_learned_variance_of_another_target_is_refused(latent_args):
+    latent_args = [flag for flag in latent_args if flag not in EPSILON]
     for flags in (["--prediction_type=v_prediction"], ["--formulation=edm"]):
         with pytest.raises(ValueError, match="out_channels 4, a learned variance: that needs --formulation ddpm"):
             train([*latent_args, *flags])
 
 
 def test_edm_in_latents_takes_them_for_unit_variance(latent_args, tmp_path):
+    latent_args = [flag for flag in latent_args if flag not in EPSILON]
     train([*latent_args, "--formulation=edm", "--max_train_steps=1", "--model_kwargs", "out_channels=2"])
     config = json.loads((tmp_path / "run/scheduler/scheduler_config.json").read_text())
     assert config["sigma_data"] == 1.0

@@ -295,6 +295,16 @@ def test_cache_for_sampling_is_left_after_an_error():
     assert all(attention.cached_bias is None for attention in attentions(unet))
 
 
+def test_cache_for_sampling_reaches_compiled_blocks():
+    unet = build_unet()
+    expected = [predict(unet, timestep) for timestep in (10, 900)]
+    unet.compile_repeated_blocks(backend="eager")
+    before = predict(unet, 10)
+    with unet.cache_for_sampling():
+        cached = [predict(unet, timestep) for timestep in (10, 900)]
+    torch.testing.assert_close([before, *cached, predict(unet, 900)], [expected[0], *expected, expected[1]], **FLOAT32)
+
+
 def test_cache_for_sampling_keeps_adapters_of_the_time_projection():
     unet = build_unet()
     calls = []

@@ -173,7 +173,8 @@ def test_bad_steps_are_passed_by_and_nothing_moves_on(value, train_args, image_f
     for positions in ("step 2 on the images at positions 4 to 7", "step 2 on the images at positions 8 to 11"):
         assert positions in caplog.text
     model, expected = plain_loop(image_folder, [0, 12, 16], 4)
-    assert losses(tmp_path / "run")[1:] == pytest.approx(expected[1:], rel=0.5)  # bad steps count in the next log
+    logged = losses(tmp_path / "run")
+    assert [logged[0], logged[2]] == pytest.approx([expected[0], expected[2]], rel=1e-4)  # bad steps are in the second
     differences = relative_differences(load_file(checkpoint / STATES[0]), dict(model.named_parameters()))
     assert max(differences.values()) < 1e-4
 

@@ -511,7 +511,8 @@ def test_out_of_memory_names_the_flags_that_help():
     "flags",
     [
         ["--mixed_precision=bf16", "--gradient_checkpointing"],
-        ["--prediction_type=v_prediction", "--beta_schedule=squaredcos_cap_v2", "--snr_gamma=5"],
+        ["--prediction_type=epsilon", "--beta_schedule=linear", "--snr_gamma=5"],
+        ["--snr_gamma=0"],
         ["--no-use_ema", "--deterministic", "--allow_tf32", "--lr_scheduler=cosine"],
         ["--resolution=8x16", "--center_crop", "--random_flip", "--num_channels=1", "--report_to=none"],
     ],
@@ -579,7 +580,7 @@ def test_bad_validation_image_is_reported(train_args, image_folder, tmp_path, ca
 
 
 def test_finetuning_takes_over_what_the_weights_predict(train_args, tmp_path, caplog):
-    flags = ["--prediction_type=v_prediction", "--beta_schedule=squaredcos_cap_v2", "--num_train_timesteps=500"]
+    flags = ["--prediction_type=epsilon", "--beta_schedule=linear", "--num_train_timesteps=500"]
     train([*train_args, *flags, "--max_train_steps=1"])
     arguments = [flag for flag in train_args if not flag.startswith(("--model_config", "--max_train_steps"))]
     for source in ("run", "run/unet", "run/checkpoint-1", "run/checkpoint-1/unet_ema"):
@@ -587,10 +588,10 @@ def test_finetuning_takes_over_what_the_weights_predict(train_args, tmp_path, ca
         args = train_diffit.parse_args([*arguments, "--max_train_steps=1", path])
         train_diffit.resolve_diffusion(args)
         resolved = (args.prediction_type, args.beta_schedule, args.num_train_timesteps)
-        assert resolved == ("v_prediction", "squaredcos_cap_v2", 500)
-    args = train_diffit.parse_args([*arguments, "--max_train_steps=1", path, "--prediction_type=epsilon"])
+        assert resolved == ("epsilon", "linear", 500) and args.snr_gamma is None
+    args = train_diffit.parse_args([*arguments, "--max_train_steps=1", path, "--prediction_type=v_prediction"])
     train_diffit.resolve_diffusion(args)
-    assert args.prediction_type == "epsilon" and "was trained with --prediction_type v_prediction" in caplog.text
+    assert args.prediction_type == "v_prediction" and "was trained with --prediction_type epsilon" in caplog.text
 
 
 def test_finetuning_keeps_weights_and_renews_class_rows_only(finished_run, train_args, image_folder, tmp_path, caplog):
