@@ -62,6 +62,7 @@ style: install-dev
 benchmark: install-dev
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/reliability.py
+	$(BIN)/python benchmarks/data_path.py
 
 # Is DiffiT worth it? About 75 minutes on two quiet cores; the tuning, whose figures it reads, about an hour more.
 benchmark-quality: install-dev
