@@ -63,6 +63,7 @@ benchmark: install-dev
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/reliability.py
 	$(BIN)/python benchmarks/loop.py
+	$(BIN)/python benchmarks/data_path.py
 
 # Is DiffiT worth it? About 75 minutes on two quiet cores; the tuning, whose figures it reads, about an hour more.
 benchmark-quality: install-dev

@@ -288,8 +288,9 @@ def _read_from_zip(archive: str, name: str) -> bytes:
 
 
 def _read_file(path: str) -> bytes:
-    _check_file_size(path, os.path.getsize(path))
-    return Path(path).read_bytes()
+    with open(path, "rb") as file:
+        _check_file_size(path, os.fstat(file.fileno()).st_size)
+        return file.read()
 
 
 def _check_file_size(name: str, num_bytes: int) -> None:
@@ -690,19 +691,20 @@ def _planes(image: PIL.Image.Image | np.ndarray, name: str, num_channels: int) -
         if num_channels == 4:
             planes.append(PIL.Image.new("F", planes[0].size, 255))  # opaque
     else:
-        image = PIL.ImageOps.exif_transpose(image)
+        PIL.ImageOps.exif_transpose(image, in_place=True)
         if num_channels == 4:
             return [image.convert("RGBA")]
         if _has_transparency(image):
             image = image.convert("RGBA")
             image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-        planes = [image.convert("L" if num_channels == 1 else "RGB")]
+        mode = "L" if num_channels == 1 else "RGB"
+        planes = [image if image.mode == mode else image.convert(mode)]
     if sum(len(plane.getbands()) for plane in planes) != num_channels:
         raise BadImageError(f"image does not have the {num_channels} channels of --num_channels: {name}")
     return planes
 
 
-def decode_image(
+def decode_pixels(
     name: str,
     data: bytes,
     resolution: tuple[int, int],
@@ -726,7 +728,7 @@ def decode_image(
         keep_colour: refuse an image with more channels than `num_channels` rather than drop its colours.
 
     Returns:
-        Shape (C, H, W), float32 in [-1, 1].
+        Shape (C, H, W), grey levels for `normalize_pixels`: uint8, or float32 for images of 16 bits and for arrays.
 
     Raises:
         BadImageError: names the image, for a file that is empty, truncated, no image, of an unusable mode, or of
@@ -752,11 +754,28 @@ def decode_image(
     box = (left, top, min(left + width * scale, image_width), min(top + height * scale, image_height))
     if (image_width, image_height) != (width, height):
         planes = [plane.resize((width, height), PIL.Image.Resampling.LANCZOS, box=box) for plane in planes]
-    pixels = np.concatenate([np.asarray(plane, np.float32).reshape(height, width, -1) for plane in planes], axis=-1)
     if flip:
-        pixels = pixels[:, ::-1]
-    pixels = (pixels / 127.5 - 1).clip(-1, 1).transpose(2, 0, 1)  # (C, H, W)
-    return torch.from_numpy(np.ascontiguousarray(pixels))
+        planes = [plane.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT) for plane in planes]
+    pixels = np.stack([np.asarray(band) for plane in planes for band in plane.split()])  # (C, H, W)
+    if pixels.dtype != np.uint8:
+        pixels = pixels.clip(0, 255)  # resizing overshoots where it does not round to bytes
+    return torch.from_numpy(pixels)
+
+
+def normalize_pixels(pixels: torch.Tensor) -> torch.Tensor:
+    """Grey levels of `decode_pixels` to float32 in [-1, 1]. The device does it: workers pass on a byte for each.
+
+    Args:
+        pixels: levels in [0, 255], uint8 or float32; any shape.
+    """
+    # Not by a number, of which CUDA would multiply by the reciprocal: the last bit would depend on the device.
+    half = torch.full((), 127.5, device=pixels.device)
+    return pixels.to(torch.float32, copy=True).div_(half).sub_(1)
+
+
+def decode_image(*args, **kwargs) -> torch.Tensor:
+    """The image of `decode_pixels`, which has the same arguments, shape (C, H, W), float32 in [-1, 1]."""
+    return normalize_pixels(decode_pixels(*args, **kwargs))
 
 
 def image_size(name: str, data: bytes) -> tuple[int, int]:
@@ -1061,7 +1080,7 @@ class StreamDataset(torch.utils.data.Dataset, ABC):
 
 
 class ImageDataset(StreamDataset):
-    """Images to train on, or to encode on the device: `pixel_values`, shape (C, H, W), float32 in [-1, 1].
+    """Images to train on, or to encode on the device: `pixel_values`, shape (C, H, W), see `normalize_pixels`.
 
     Args:
         table: where the images are.
@@ -1094,7 +1113,7 @@ class ImageDataset(StreamDataset):
         self.center_crop = center_crop
 
     def _load(self, index: int, flip: bool, crop_position: tuple[float, float]) -> dict[str, torch.Tensor]:
-        pixel_values = decode_image(
+        pixel_values = decode_pixels(
             *self.table.read(index),
             self.resolution,
             self.num_channels,
@@ -1134,5 +1153,7 @@ class LatentDataset(StreamDataset):
 def collate(items: list[dict]) -> dict:
     """Stacks items of a `StreamDataset` to a batch: shapes gain B in front, `bad_images` becomes one list."""
     bad_images = [message for item in items for message in item["bad_images"]]
+    if len({item["pixel_values"].dtype for item in items if "pixel_values" in item}) > 1:  # some are of 16 bits
+        items = [item | {"pixel_values": item["pixel_values"].float()} for item in items]
     batch = default_collate([{key: value for key, value in item.items() if key != "bad_images"} for item in items])
     return batch | {"bad_images": bad_images}

@@ -83,6 +83,7 @@ from diffit_data import (
     load_image_table,
     load_latent_table,
     load_vae,
+    normalize_pixels,
     pixels_per_latent,
     position_generator,
     resolution_type,
@@ -1123,12 +1124,13 @@ def clean_samples(batch: dict, vae: AutoencoderKL | None, device: torch.device) 
     Latents are drawn from the encoder's Gaussian with the noise of the batch, so they too are a function of the
     position.
     """
-    if vae is None:
-        return batch["pixel_values"].to(device, non_blocking=True)
     if "moments" in batch:
         moments = batch["moments"].to(device, non_blocking=True)  # (B, 2C, H, W)
     else:
-        moments = encode_moments(vae, batch["pixel_values"].to(device, non_blocking=True))  # (B, 2C, H, W)
+        images = normalize_pixels(batch["pixel_values"].to(device, non_blocking=True))
+        if vae is None:
+            return images
+        moments = encode_moments(vae, images)  # (B, 2C, H, W)
     posterior_noise = batch["posterior_noise"].to(device, non_blocking=True)
     return sample_latents(moments, posterior_noise, vae.config.scaling_factor, vae.config.shift_factor or 0.0)
 

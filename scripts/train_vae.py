@@ -32,6 +32,7 @@ from diffit_data import (  # noqa: E402
     collate,
     detect_num_channels,
     load_image_table,
+    normalize_pixels,
     split_table,
 )
 
@@ -66,7 +67,7 @@ def read_batches(table: ImageTable, args: argparse.Namespace, num_channels: int)
     size = (args.resolution, args.resolution)
     dataset = ImageDataset(table, stream, size, num_channels, center_crop=True)
     loader = DataLoader(dataset, batch_sampler=StreamBatchSampler(stream, args.train_batch_size), collate_fn=collate)
-    return (batch["pixel_values"] for batch in loader)
+    return (normalize_pixels(batch["pixel_values"]) for batch in loader)
 
 
 def build_vae(args: argparse.Namespace, num_channels: int) -> AutoencoderKL:

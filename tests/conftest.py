@@ -146,7 +146,7 @@ def plain_loop(
     """
     import torch
 
-    from diffit_data import ImageDataset, PositionStream, load_image_table
+    from diffit_data import ImageDataset, PositionStream, load_image_table, normalize_pixels
     from diffit_model import DiffiTUNet2DModel
 
     torch.manual_seed(0)
@@ -161,6 +161,7 @@ def plain_loop(
     for step, start in enumerate(starts):
         items = [dataset[(p, dataset.stream.index(p))] for p in range(start, start + batch_size)]
         clean, noise = (torch.stack([item[key] for item in items]) for key in ("pixel_values", "noise"))
+        clean = normalize_pixels(clean)
         t = torch.tensor([int(item["time_uniform"] * 1000) for item in items])
         labels = torch.tensor(
             [3 if item["dropout_uniform"] < label_dropout else item["class_labels"] for item in items]

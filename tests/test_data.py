@@ -32,8 +32,10 @@ from diffit_data import (
     StreamBatchSampler,
     collate,
     decode_image,
+    decode_pixels,
     detect_num_channels,
     load_image_table,
+    normalize_pixels,
     position_generator,
     split_table,
 )
@@ -495,6 +497,41 @@ def test_crop_lies_at_crop_position(axis, crop_position, start):
     np.testing.assert_allclose(rows, array[start : start + 4], atol=ROUNDING)
 
 
+NOISE = noise_image(0, 12, 9, 3)
+IMAGES = {  # file, and what it holds as PIL images in colour with values in [0, 255]
+    "RGB": (encode(NOISE), [PIL.Image.fromarray(NOISE)]),
+    "JPEG": ((jpeg := encode(NOISE, "JPEG", quality=90)), [PIL.Image.open(io.BytesIO(jpeg)).convert("RGB")]),
+    "grey": (encode(NOISE[..., 0]), [PIL.Image.fromarray(NOISE[..., 0]).convert("RGB")]),
+    "16 bits": (
+        encode(NOISE[..., 0].astype(np.uint16) * 256 + 77),
+        [PIL.Image.fromarray((NOISE[..., 0] * np.float32(256) + 77) * (255 / 65535))] * 3,
+    ),
+    "array": (encode_npy(NOISE), [PIL.Image.fromarray(NOISE[..., c].astype(np.float32)) for c in range(3)]),
+}
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("resolution", [(12, 9), (5, 5), (30, 20)])
+@pytest.mark.parametrize("name", IMAGES)
+def test_values_are_those_of_float_arithmetic_on_the_resized_image(name, resolution, flip):
+    """Bitwise, as when workers made the floats, so that a run goes on as it began."""
+    data, planes = IMAGES[name]
+    height, width = resolution
+    scale = min(12 / height, 9 / width)
+    top, left = (12 - height * scale) * 0.3, (9 - width * scale) * 0.8
+    box = (left, top, min(left + width * scale, 9), min(top + height * scale, 12))
+    if resolution != (12, 9):
+        planes = [plane.resize((width, height), PIL.Image.Resampling.LANCZOS, box=box) for plane in planes]
+    pixels = np.concatenate([np.asarray(plane, np.float32).reshape(height, width, -1) for plane in planes], axis=-1)
+    expected = ((pixels[:, ::-1] if flip else pixels) / 127.5 - 1).clip(-1, 1).transpose(2, 0, 1)
+
+    decoded = decode_pixels(name, data, resolution, 3, (0.3, 0.8), flip)
+    assert decoded.dtype == (torch.float32 if name in ("16 bits", "array") else torch.uint8)
+    before = decoded.clone()
+    np.testing.assert_array_equal(normalize_pixels(decoded).numpy(), expected, strict=True)
+    assert torch.equal(decoded, before)
+
+
 def test_flip_mirrors_left_and_right():
     data = encode(noise_image(0, 4, 6, 3))
     assert torch.equal(decode(data, (4, 6), flip=True), decode(data, (4, 6)).flip(-1))
@@ -575,7 +612,7 @@ def test_colour_among_grayscale_is_an_error(grey_folder_with_one_colour):
 
 def test_colour_is_converted_with_explicit_channels(grey_folder_with_one_colour):
     dataset = make_dataset(grey_folder_with_one_colour, num_channels=1, resolution=(4, 4))
-    np.testing.assert_allclose(levels(dataset[0, 1]["pixel_values"]), np.full((4, 4, 1), 76), atol=0.5)
+    np.testing.assert_allclose(dataset[0, 1]["pixel_values"], np.full((1, 4, 4), 76), atol=0.5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -661,8 +698,8 @@ def test_item_has_stated_shapes_and_ranges(class_folder):
     assert item["position"] == 17 and item["bad_images"] == []
     assert isinstance(item["class_labels"], int)
     assert {key: tuple(item[key].shape) for key in shapes} == shapes
-    assert {item[key].dtype for key in shapes} == {torch.float32}
-    assert item["pixel_values"].min() >= -1 and item["pixel_values"].max() <= 1
+    assert item.pop("pixel_values").dtype == torch.uint8
+    assert {item[key].dtype for key in shapes if key in item} == {torch.float32}
 
 
 def test_label_belongs_to_image(class_folder):
@@ -672,7 +709,7 @@ def test_label_belongs_to_image(class_folder):
         item = item_at(dataset, position)
         assert dataset.table.class_names[item["class_labels"]] == path.parent.name
         image = noise_image(int(path.stem), 6, 9, 3)
-        np.testing.assert_allclose(levels(item["pixel_values"]), image, atol=ROUNDING)
+        np.testing.assert_array_equal(item["pixel_values"].permute(1, 2, 0), image)
 
 
 def test_item_without_labels_has_no_class_labels(tmp_path):
@@ -692,6 +729,18 @@ def test_collate_puts_batch_in_front(class_folder):
         **dict.fromkeys(("position", "class_labels", "time_uniform", "dropout_uniform"), (5,)),
     }
     assert batch["position"].tolist() == [0, 1, 2, 3, 4] and batch["class_labels"].dtype == torch.int64
+
+
+def test_images_of_8_and_16_bits_share_a_batch_with_their_own_values(tmp_path):
+    sixteen = noise_image(0, 4, 4).astype(np.uint16) * 256 + 77
+    files = {"a.png": encode(noise_image(1, 4, 4)), "b.png": encode(sixteen)}
+    dataset = make_dataset(write_files(tmp_path / "f", files), resolution=(4, 4))
+    items = [dataset[position, position] for position in range(2)]
+    assert [item["pixel_values"].dtype for item in items] == [torch.uint8, torch.float32]
+    expected = torch.stack([decode(data, (4, 4), 1) for data in files.values()])
+    for num_workers in (0, 1):  # a worker stacks in shared memory, whose type is that of the first image
+        loader = DataLoader(dataset, batch_sampler=[[(0, 0), (1, 1)]], num_workers=num_workers, collate_fn=collate)
+        assert torch.equal(normalize_pixels(next(iter(loader))["pixel_values"]), expected)
 
 
 def test_noise_is_standard_normal(class_folder):
@@ -726,7 +775,8 @@ def test_random_flip_mirrors_half(gradient_folder, random_flip, fewest, most):
 @pytest.mark.parametrize("center_crop", [False, True])
 def test_crop_is_central_or_anywhere(gradient_folder, center_crop):
     dataset = make_dataset(gradient_folder, resolution=(4, 4), center_crop=center_crop)
-    brightness = [item_at(dataset, position)["pixel_values"].mean().item() for position in range(200)]
+    images = [normalize_pixels(item_at(dataset, position)["pixel_values"]) for position in range(200)]
+    brightness = [pixels.mean().item() for pixels in images]
     if center_crop:
         assert len(set(brightness)) == 1 and abs(brightness[0]) < 0.05
     else:

@@ -17,7 +17,7 @@ from test_train import assert_same_files, losses
 from torch.distributions import Normal, kl_divergence
 
 import convert_nvidia_checkpoint
-from diffit_data import ImageDataset, PositionStream, collate, load_image_table
+from diffit_data import ImageDataset, PositionStream, collate, load_image_table, normalize_pixels
 from diffit_loss import compute_loss, variance_bound
 from diffit_model import DiffiTTransformer2DModel, model_class
 from diffit_pipeline import DiffiTPipeline
@@ -360,7 +360,7 @@ def test_finetuning_starts_from_the_loss_of_the_converted_model(
     dataset = ImageDataset(table, stream, (8, 8), 3, latent_shape=(2, 4, 4))
     batch = collate([dataset[(p, stream.index(p))] for p in range(16)])
     with torch.no_grad():
-        posterior = vae.encode(batch["pixel_values"]).latent_dist
+        posterior = vae.encode(normalize_pixels(batch["pixel_values"])).latent_dist
         clean = 0.7 * (posterior.mean + posterior.std * batch["posterior_noise"])
         timesteps = (batch["time_uniform"].double() * 1000).long()
         model_pred = model(scheduler.add_noise(clean, batch["noise"], timesteps), timesteps, None).sample

@@ -36,6 +36,7 @@ from diffit_data import (
     load_image_table,
     load_latent_table,
     load_vae,
+    normalize_pixels,
     position_generator,
     sample_latents,
     split_table,
@@ -220,7 +221,7 @@ def test_prepared_latents_train_like_those_encoded_on_the_fly(image_folder, prep
     assert batch.keys() - expected.keys() == {"moments"} and expected.keys() - batch.keys() == {"pixel_values"}
     for name in ("position", "class_labels", "noise", "time_uniform", "dropout_uniform", "posterior_noise"):
         torch.testing.assert_close(batch[name], expected[name], rtol=0, atol=0)
-    moments = encode_moments(vae, expected["pixel_values"])
+    moments = encode_moments(vae, normalize_pixels(expected["pixel_values"]))
     torch.testing.assert_close(batch["moments"], moments, rtol=0, atol=1e-5)
     factors = (vae.config.scaling_factor, vae.config.shift_factor)
     torch.testing.assert_close(
@@ -237,7 +238,8 @@ def test_random_flip_takes_the_mirrored_moments_where_images_are_flipped(image_f
     for position in range(NUM_IMAGES):
         index = prepared.stream.index(position)
         plain = decode_image(*on_the_fly.table.read(index), (8, 8), 3)
-        flips.append(torch.equal(on_the_fly[(position, index)]["pixel_values"], plain.flip(-1)))
+        pixels = normalize_pixels(on_the_fly[(position, index)]["pixel_values"])
+        flips.append(torch.equal(pixels, plain.flip(-1)))
         expected = prepared.table.read(index, mirrored=flips[-1])
         torch.testing.assert_close(prepared[(position, index)]["moments"], expected, rtol=0, atol=0)
     assert 0 < sum(flips) < NUM_IMAGES
@@ -461,7 +463,8 @@ def test_skipped_image_is_replaced_as_in_training_on_the_fly(base_flags, damaged
     positions = range(NUM_IMAGES)
     expected, batch = read_batch(on_the_fly, positions), read_batch(prepared, positions)
     torch.testing.assert_close(batch["class_labels"], expected["class_labels"], rtol=0, atol=0)
-    moments = encode_moments(load_vae(flags[0].split("=")[1]), expected["pixel_values"])
+    pixels = normalize_pixels(expected["pixel_values"])
+    moments = encode_moments(load_vae(flags[0].split("=")[1]), pixels)
     torch.testing.assert_close(batch["moments"], moments, rtol=0, atol=1e-5)
     assert len(batch["bad_images"]) == len(expected["bad_images"]) == 1
 

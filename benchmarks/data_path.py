@@ -1,0 +1,312 @@
+"""Images per second of one worker, ours against the way of diffusers' `train_unconditional.py`.
+
+    python benchmarks/data_path.py
+
+From files to the float32 images and noise that a training step starts from, in one process and one thread. The two
+divide the work otherwise: our worker draws the noise too, and leaves the scaling to the device; theirs scales, and
+leaves the noise to the device. So there are two ratios: of the workers, and of all work together, where the CPU is
+the device. Then a training waits for its workers. Writes `benchmarks/results/data_path.md`.
+"""
+
+import argparse
+import io
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.features
+import PIL.Image
+import torch
+from datasets import Dataset, load_dataset
+from torch.utils.benchmark import Timer
+from torch.utils.data import default_collate
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import train_diffit  # noqa: E402
+from diffit_data import (  # noqa: E402
+    DIFFUSION,
+    ImageDataset,
+    PositionStream,
+    StreamBatchSampler,
+    collate,
+    load_image_table,
+    normalize_pixels,
+    position_generator,
+)
+
+LATENT_SHAPE = (4, 32, 32)  # of 256 pixels, as in configs/train/imagenet256.yaml
+TRAINING_STEPS, TRAINING_BATCH_SIZE = 12, 16
+
+# What a worker does for its next batch, and what the training process does with that batch.
+Side = tuple[Callable[[], dict], Callable[[dict], list[torch.Tensor]]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The files
+
+
+def write_jpegs(folder: Path, width: int, height: int, num_images: int = 200) -> float:
+    """Emoji on clouds of noise at every scale, so that decoding them takes as long as decoding photos.
+
+    Returns:
+        Bytes per image.
+    """
+    rng = np.random.default_rng(0)
+    emoji = load_image_table(train_data_file=str(ROOT / "data/noto_emoji_32.parquet"))
+    folder.mkdir()
+    for i in range(num_images):
+        picture = np.full((height, width, 3), 128, np.float32)
+        for cell in (1, 4, 16, 64, 256):  # the coarser, the stronger, as in photos
+            cells = (-(-height // cell), -(-width // cell), 3)
+            clouds = PIL.Image.fromarray(rng.integers(0, 256, cells, dtype=np.uint8))
+            clouds = clouds.resize((width, height), PIL.Image.Resampling.BICUBIC)
+            picture += (np.asarray(clouds, np.float32) - 128) * cell**0.4 / 10
+        image = PIL.Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+        _, data = emoji.read(int(rng.integers(len(emoji))))
+        side = min(width, height) // 2
+        figure = PIL.Image.open(io.BytesIO(data)).convert("RGBA").resize((side, side), PIL.Image.Resampling.BICUBIC)
+        image.paste(figure, (int(rng.integers(width - side)), int(rng.integers(height - side))), figure)
+        image.save(folder / f"{i:04d}.jpg", quality=90)
+    return sum(file.stat().st_size for file in folder.iterdir()) / num_images
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two sides
+
+
+def our_side(source: dict[str, str], size: int, latent_shape: tuple[int, int, int] | None, batch_size: int) -> Side:
+    """Images of a random crop and flip, in colour.
+
+    Args:
+        source: arguments of `load_image_table`.
+        size: height and width in pixels.
+        latent_shape: of the noise, twice; None: that of the images, once.
+        batch_size: images.
+    """
+    table = load_image_table(**source)
+    stream = PositionStream(len(table), seed=0)
+    dataset = ImageDataset(table, stream, (size, size), 3, random_flip=True, latent_shape=latent_shape)
+    positions = iter(StreamBatchSampler(stream, batch_size))
+
+    def work() -> dict:
+        return collate([dataset[position] for position in next(positions)])
+
+    def finish(batch: dict) -> list[torch.Tensor]:
+        noise = [batch[name] for name in ("noise", "posterior_noise") if name in batch]
+        return [normalize_pixels(batch["pixel_values"]), *noise]
+
+    return work, finish
+
+
+def their_side(rows: Dataset, size: int, latent_shape: tuple[int, int, int] | None, batch_size: int) -> Side:
+    """The same as diffusers' `train_unconditional.py` does it, with --random_flip.
+
+    After `examples/unconditional_image_generation/train_unconditional.py` of diffusers (Apache-2.0) and the
+    transforms of torchvision (BSD-3-Clause) that it composes, step by step, for torchvision is not installed here.
+    """
+
+    def resize(image: PIL.Image.Image) -> PIL.Image.Image:
+        shorter, longer = sorted(image.size)
+        if shorter == size:
+            return image
+        other = int(size * longer / shorter)
+        new_size = (size, other) if image.width <= image.height else (other, size)
+        return image.resize(new_size, PIL.Image.Resampling.BILINEAR)
+
+    def random_crop(image: PIL.Image.Image) -> PIL.Image.Image:
+        top, left = 0, 0
+        if image.size != (size, size):
+            top = torch.randint(0, image.height - size + 1, size=(1,)).item()
+            left = torch.randint(0, image.width - size + 1, size=(1,)).item()
+        return image.crop((left, top, left + size, top + size))
+
+    def random_flip(image: PIL.Image.Image) -> PIL.Image.Image:
+        return image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT) if torch.rand(1) < 0.5 else image
+
+    def to_tensor(image: PIL.Image.Image) -> torch.Tensor:
+        pixels = torch.from_numpy(np.array(image, np.uint8, copy=True))
+        return pixels.permute(2, 0, 1).contiguous().float().div(255)
+
+    def normalize(pixels: torch.Tensor) -> torch.Tensor:
+        mean, std = (torch.as_tensor([0.5], dtype=pixels.dtype).view(-1, 1, 1) for _ in range(2))
+        if (std == 0).any():
+            raise ValueError("std is zero")
+        return pixels.clone().sub_(mean).div_(std)
+
+    def transform(examples: dict) -> dict:
+        images = (random_flip(random_crop(resize(image.convert("RGB")))) for image in examples["image"])
+        return {"input": [normalize(to_tensor(image)) for image in images]}
+
+    dataset = rows.with_transform(transform)
+
+    def sample_rows() -> Iterator[list[int]]:
+        while True:
+            order = torch.randperm(len(dataset)).tolist()
+            yield from (order[i : i + batch_size] for i in range(0, len(order) - batch_size + 1, batch_size))
+
+    batches = sample_rows()
+
+    def work() -> dict:
+        return default_collate(dataset.__getitems__(next(batches)))
+
+    def finish(batch: dict) -> list[torch.Tensor]:
+        clean_images = batch["input"]
+        shapes = [clean_images.shape] if latent_shape is None else [(batch_size, *latent_shape)] * 2
+        return [clean_images, *(torch.randn(shape) for shape in shapes)]
+
+    return work, finish
+
+
+def compare(sides: list[Side], batch_size: int, rounds: int) -> tuple[list[float], float, float]:
+    """Lets two sides take turns.
+
+    Returns:
+        Images per second of each worker, and the ratios of time of the first side to the second, of the workers and
+        of all work: medians.
+    """
+    tensors = [finish(work()) for work, finish in sides]
+    assert [tensor.shape for tensor in tensors[0]] == [tensor.shape for tensor in tensors[1]]
+    timers = [
+        Timer(statement, globals={"work": work, "finish": finish}, num_threads=1)
+        for statement in ("work()", "finish(work())")
+        for work, finish in sides
+    ]
+    number = max(1, round(0.3 / timers[1].timeit(1).median))  # about 0.3 s
+    rows = [[timer.timeit(number).median / batch_size for timer in timers] for _ in range(rounds)]
+    speeds = [1 / statistics.median(seconds) for seconds in list(zip(*rows, strict=True))[:2]]
+    return speeds, statistics.median(a / b for a, b, _, _ in rows), statistics.median(a / b for _, _, a, b in rows)
+
+
+def time_parts(folder: Path, rounds: int) -> dict[str, float]:
+    """Milliseconds per 256-pixel image of what neither side can leave out, and of the noise in both ways."""
+    files = [file.read_bytes() for file in sorted(folder.iterdir())[:64]]
+    shape = (3, 256, 256)
+
+    def draw(shape: tuple[int, ...]) -> None:
+        for position in range(len(files)):
+            position_generator(0, position, DIFFUSION).standard_normal(shape, dtype=np.float32)
+
+    parts = {
+        "Pillow decodes the JPEG": lambda: [PIL.Image.open(io.BytesIO(data)).load() for data in files],
+        "noise for pixels, by position": lambda: draw(shape),
+        "noise for pixels, from torch's global generator": lambda: [torch.randn(shape) for _ in files],
+        "noise for latents, twice, by position": lambda: draw((2, *LATENT_SHAPE)),
+    }
+    timers = [Timer("part()", globals={"part": part}, num_threads=1) for part in parts.values()]
+    rows = [[timer.timeit(1).median for timer in timers] for _ in range(rounds)]
+    medians = [statistics.median(seconds) for seconds in zip(*rows, strict=True)]
+    return {name: 1000 * seconds / len(files) for name, seconds in zip(parts, medians, strict=True)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Waiting
+
+
+def time_waiting(num_workers: int, run_dir: str) -> tuple[float, float]:
+    """Trains emoji32 for some steps: seconds of a step, and the share of it that the loop waits for its batch."""
+    original = train_diffit.build_batches
+    asked, given = [], []
+
+    def timed_batches(*arguments) -> Iterator[dict]:
+        batches = original(*arguments)
+        while True:
+            asked.append(time.perf_counter())
+            batch = next(batches)
+            given.append(time.perf_counter())
+            yield batch
+
+    flags = [f"--max_train_steps={TRAINING_STEPS}", f"--dataloader_num_workers={num_workers}", "--report_to=none"]
+    flags += [f"--global_batch_size={TRAINING_BATCH_SIZE}", f"--train_batch_size={TRAINING_BATCH_SIZE}"]
+    flags += ["--num_validation_images=1", "--validation_inference_steps=1", f"--output_dir={run_dir}"]
+    train_diffit.build_batches = timed_batches
+    try:
+        train_diffit.main(train_diffit.parse_args(["--config", str(ROOT / "configs/train/emoji32.yaml"), *flags]))
+    finally:
+        train_diffit.build_batches = original
+    total = given[-1] - given[0]  # the first batch waits for the workers to start
+    return total / (TRAINING_STEPS - 1), (sum(given[1:]) - sum(asked[1:])) / total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=7, help="pairs of each case")
+    args = parser.parse_args()
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as work_dir:
+        photos, large_photos, archive = (Path(work_dir, name) for name in ("256", "1024x768", "256.zip"))
+        num_bytes = write_jpegs(photos, 256, 256)
+        num_large_bytes = write_jpegs(large_photos, 1024, 768)
+        with zipfile.ZipFile(archive, "w") as file:
+            for photo in sorted(photos.iterdir()):
+                file.write(photo, photo.name)
+        digits, emoji = (str(ROOT / f"data/{name}.parquet") for name in ("digits", "noto_emoji_32"))
+        folder, large_folder = {"train_data_dir": str(photos)}, {"train_data_dir": str(large_photos)}
+        cases = [  # name, our source, what `datasets` loads for them, pixels, shape of latents, images per batch
+            ("digits, parquet", {"train_data_file": digits}, digits, 8, None, 64),
+            ("emoji, parquet", {"train_data_file": emoji}, emoji, 32, None, 64),
+            ("256-pixel JPEG, folder", folder, photos, 256, None, 16),
+            ("256-pixel JPEG, folder", folder, photos, 256, LATENT_SHAPE, 16),
+            ("256-pixel JPEG, zip (theirs: folder)", {"train_data_dir": str(archive)}, photos, 256, LATENT_SHAPE, 16),
+            ("1024 x 768 JPEG, folder", large_folder, large_photos, 256, LATENT_SHAPE, 16),
+        ]
+        table = []
+        for name, source, theirs, size, latent_shape, batch_size in cases:
+            kind, option = ("imagefolder", "data_dir") if isinstance(theirs, Path) else ("parquet", "data_files")
+            rows = load_dataset(kind, split="train", cache_dir=f"{work_dir}/cache", **{option: str(theirs)})
+            settings = (size, latent_shape, batch_size)
+            sides = [our_side(source, *settings), their_side(rows, *settings)]
+            (ours, peers), of_workers, of_all = compare(sides, batch_size, args.rounds)
+            noise = "x".join(map(str, latent_shape or (3, size, size))) + (", twice" if latent_shape else "")
+            table.append(
+                f"| {name} | {size} | {noise} | {ours:,.0f} | {peers:,.0f} | {of_workers:.2f} | {of_all:.2f} |"
+            )
+        parts = [f"| {name} | {ms:.2f} |" for name, ms in time_parts(photos, args.rounds).items()]
+        waiting = []
+        for num_workers in (1, 2):
+            step, share = time_waiting(num_workers, f"{work_dir}/run{num_workers}")
+            waiting.append(f"| {num_workers} | {step:.2f} | {share:.1%} |")
+    lines = [
+        "# Data path",
+        "",
+        f"`python benchmarks/data_path.py`, median of {args.rounds} alternating pairs, one process, one thread. "
+        f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, Pillow "
+        f"{PIL.__version__} (libjpeg-turbo {PIL.features.version('libjpeg_turbo')}), datasets "
+        f"{datasets.__version__}, numpy {np.__version__}. JPEGs of quality 90, {num_bytes / 1000:.0f} kB at 256 "
+        f"pixels and {num_large_bytes / 1000:.0f} kB at 1024 x 768.",
+        "",
+        "Theirs is the way of `train_unconditional.py`. Our worker draws the noise and leaves the scaling to the "
+        "device, theirs scales and leaves the noise to the device. Ratios of time, ours to theirs: of the workers "
+        "alone, and of all that both processes do, where the device is this CPU.",
+        "",
+        "| images | pixels | noise | ours, images/s of a worker | theirs | ratio of workers | ratio of all |",
+        "|---|---|---|---|---|---|---|",
+        *table,
+        "",
+        "What a 256-pixel image costs:",
+        "",
+        "| part | ms per image |",
+        "|---|---|",
+        *parts,
+        "",
+        f"Training emoji32, {TRAINING_BATCH_SIZE} images a step, {torch.get_num_threads()} threads:",
+        "",
+        "| workers | step, s | share of it spent waiting for the batch |",
+        "|---|---|---|",
+        *waiting,
+    ]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    (ROOT / "benchmarks/results/data_path.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
