@@ -1899,8 +1899,11 @@ def set_up_model(accelerator: Accelerator, args: argparse.Namespace, model: Mode
         logger.info(f"attention backend: {backend} ({reason})")
     elif backend == "xformers" and accelerator.device.type != "cuda":
         raise ValueError(f"--attention_backend xformers needs CUDA, the device is {accelerator.device.type}")
-    elif backend == "flex" and accelerator.device.type == "cpu":
-        raise ValueError("--attention_backend flex cannot train on a CPU: it has no backward pass there")
+    elif backend == "flex" and accelerator.device.type in ("cpu", "mps"):
+        raise ValueError(
+            f"--attention_backend flex cannot train on the device {accelerator.device.type}: it has no backward pass "
+            "there; use native"
+        )
     set_attention_backend(model, backend)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
