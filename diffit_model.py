@@ -125,8 +125,12 @@ MAX_WINDOWS = 65_535
 
 @functools.cache
 def compiled_flex_attention() -> Callable:
-    """FlexAttention as one fused kernel, compiled for each shape on its first use but for the number of windows."""
-    return torch.compile(flex_attention, dynamic=False)
+    """FlexAttention as one fused kernel, compiled for each shape on its first use but for the number of windows.
+
+    As a full graph, because otherwise torch runs its eager implementation after too many shapes, without a word of
+    what that does under gradient checkpointing: the gradients are wrong (torch 2.13).
+    """
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def flex_attention_with_table(

@@ -1907,6 +1907,9 @@ def set_up_model(accelerator: Accelerator, args: argparse.Namespace, model: Mode
     set_attention_backend(model, backend)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    if args.compile or backend == "flex":
+        # Resolutions x widths x training and validation: by default torch leaves what is beyond 8 of them uncompiled.
+        torch._dynamo.config.recompile_limit = 64
     if args.compile:  # in place, so that the names of the weights stay
         model.compile_repeated_blocks() if model._repeated_blocks else model.compile()
 
