@@ -119,6 +119,21 @@ def plain_attention(
     return (scores.softmax(dim=-1).to(value.dtype) @ value).transpose(1, 2)
 
 
+def align_bias_for_xformers(bias: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Lays a bias out as xformers' kernels want it: one per batch entry, the stride of a row a multiple of 8.
+
+    Args:
+        bias: in the dtype of the query (a cast afterwards would lose the alignment), shape (1, h, N, N).
+        batch_size: number of windows B.
+
+    Returns:
+        The same numbers, shape (B, h, N, N); a view, so no memory for the B copies.
+    """
+    num_tokens = bias.shape[-1]
+    bias = F.pad(bias, (0, -num_tokens % 8))  # (1, h, N, N rounded up to 8)
+    return bias.expand(batch_size, -1, -1, -1)[..., :num_tokens]
+
+
 # A kernel's grid has one row for each window, and CUDA no more rows than these.
 MAX_WINDOWS = 65_535
 
@@ -183,21 +198,6 @@ def flex_attention_with_table(
             torch._dynamo.maybe_mark_dynamic(x, 0)
     hidden_states = attend(query, key, value, score_mod=add_bias, scale=scale)  # (B, h, N, d)
     return hidden_states.transpose(1, 2)[..., :head_dim]  # (B, N, h, d)
-
-
-def align_bias_for_xformers(bias: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """Lays a bias out as xformers' kernels want it: one per batch entry, the stride of a row a multiple of 8.
-
-    Args:
-        bias: in the dtype of the query (a cast afterwards would lose the alignment), shape (1, h, N, N).
-        batch_size: number of windows B.
-
-    Returns:
-        The same numbers, shape (B, h, N, N); a view, so no memory for the B copies.
-    """
-    num_tokens = bias.shape[-1]
-    bias = F.pad(bias, (0, -num_tokens % 8))  # (1, h, N, N rounded up to 8)
-    return bias.expand(batch_size, -1, -1, -1)[..., :num_tokens]
 
 
 def xformers_unsupported_reasons(
