@@ -7,7 +7,7 @@ CONSTRAINTS ?= -c constraints.txt
 QUICKSTART = outputs/quickstart
 LATENT = outputs/latent-digits
 
-.PHONY: install install-dev quickstart latent-quickstart test test-slow test-slurm chaos quality style benchmark benchmark-quality benchmark-quality-tuning
+.PHONY: install install-dev quickstart latent-quickstart test test-slow test-slurm chaos quality style benchmark benchmark-gpu benchmark-quality benchmark-quality-tuning
 
 install: $(VENV)/installed
 install-dev: $(VENV)/installed-dev
@@ -64,6 +64,10 @@ benchmark: install-dev
 	$(BIN)/python benchmarks/reliability.py
 	$(BIN)/python benchmarks/loop.py
 	$(BIN)/python benchmarks/data_path.py
+
+# On a machine with a CUDA device: is it right there, and how fast? `python benchmarks/gpu.py --quick` is shorter.
+benchmark-gpu: install-dev
+	$(BIN)/python benchmarks/gpu.py
 
 # Is DiffiT worth it? About 75 minutes on two quiet cores; the tuning, whose figures it reads, about an hour more.
 benchmark-quality: install-dev

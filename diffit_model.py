@@ -32,6 +32,7 @@ from diffusers.models.resnet import Upsample2D
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.utils import is_xformers_available, logging
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 
 # A saved folder is loaded as remote code, under another module name. One fixed name keeps `model_index.json`,
 # `auto_map` and pickles valid wherever the file was loaded from.
@@ -162,6 +163,72 @@ def align_bias_for_xformers(bias: torch.Tensor, batch_size: int) -> torch.Tensor
     return bias.expand(batch_size, -1, -1, -1)[..., :num_tokens]
 
 
+# A kernel's grid has one row for each window, and CUDA no more rows than these.
+MAX_WINDOWS = 65_535
+
+
+@functools.cache
+def compiled_flex_attention() -> Callable:
+    """FlexAttention as one fused kernel, compiled for each shape on its first use but for the number of windows.
+
+    As a full graph, because otherwise torch runs its eager implementation after too many shapes, without a word of
+    what that does under gradient checkpointing: the gradients are wrong (torch 2.13).
+    """
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+def flex_attention_with_table(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    table: torch.Tensor,
+    window: tuple[int, int],
+    scale: float | None = None,
+) -> torch.Tensor:
+    """The backend `flex`: the kernel reads the relative position bias from its table, so none of N x N exists.
+
+    The gradient of the table is summed by atomic additions, so its last bits differ from run to run. On a CPU there
+    is no backward pass, and the scores exist as a whole.
+
+    Args:
+        query: shape (B, N, h, d).
+        key: shape (B, N, h, d).
+        value: shape (B, N, h, d).
+        table: a row for each offset between two tokens, as in `relative_position_index`; any float dtype, shape
+            ((2 * height - 1) * (2 * width - 1), h).
+        window: height and width of a window, N tokens.
+        scale: of the products; None means 1 / sqrt(d).
+
+    Returns:
+        softmax(scale * Q K^T + B) V, shape (B, N, h, d).
+
+    Raises:
+        NotImplementedError: on a CPU, if query, key or value require grad.
+    """
+    if query.shape[0] > MAX_WINDOWS:
+        parts = zip(*(x.split(MAX_WINDOWS) for x in (query, key, value)), strict=True)
+        return torch.cat([flex_attention_with_table(*part, table, window, scale) for part in parts])
+    height, width = window
+
+    def add_bias(score, batch, head, query_token, key_token):
+        row_offset = query_token // width - key_token // width + height - 1
+        column_offset = query_token % width - key_token % width + width - 1
+        return score + table[row_offset * (2 * width - 1) + column_offset, head]
+
+    head_dim = query.shape[-1]
+    scale = head_dim**-0.5 if scale is None else scale
+    if head_dim < 16:  # the least that the kernel takes; zeros change no product
+        query, key, value = (F.pad(x, (0, 16 - head_dim)) for x in (query, key, value))  # (B, N, h, 16)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, h, N, d)
+    attend = flex_attention
+    if query.device.type != "cpu" and not torch.compiler.is_compiling():
+        attend = compiled_flex_attention()
+        for x in (query, key, value):
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+    hidden_states = attend(query, key, value, score_mod=add_bias, scale=scale)  # (B, h, N, d)
+    return hidden_states.transpose(1, 2)[..., :head_dim]  # (B, N, h, d)
+
+
 def xformers_unsupported_reasons(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -189,6 +256,8 @@ def xformers_unsupported_reasons(
     inputs.validate_inputs()
     forward_op, backward_op = attention_op or (cutlass.FwOp, cutlass.BwOp)
     reasons = forward_op.not_supported_reasons(inputs)
+    if query.shape[0] > MAX_WINDOWS:  # xformers would launch a kernel that CUDA refuses (its issue 845)
+        reasons.append(f"{query.shape[0]} windows are more than {MAX_WINDOWS}")
     if any(x.requires_grad for x in (query, key, value)):
         reasons += backward_op.not_supported_reasons(inputs)
     elif bias is not None and bias.requires_grad:
@@ -206,14 +275,19 @@ class DiffiTAttnProcessor:
     """Attention core, softmax(Q K^T / sqrt(d) + B) V, under diffusers' backend names.
 
     `_attention_backend` is what `set_attention_backend` sets; None means diffusers' process-wide default. Backends:
-    `native` (PyTorch's SDPA), `_native_math` (`plain_attention`), `xformers`, `flex`, and any other name of
-    diffusers' dispatcher whose kernel takes a bias.
+    `native` (PyTorch's SDPA), `_native_math` (`plain_attention`), `xformers`, and any other name of diffusers'
+    dispatcher whose kernel takes a bias. `flex` does not come here: see `flex_attention_with_table`.
     """
 
     def __init__(self):
         self._attention_backend = None
         self._parallel_config = None  # read by diffusers' set_attention_backend
         self.attention_op = None  # (forward, backward) operators of xformers; None lets xformers choose
+
+    @property
+    def backend(self) -> str:
+        """What attends: the backend that was set, or diffusers' process-wide default."""
+        return self._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
 
     def __call__(
         self,
@@ -224,7 +298,7 @@ class DiffiTAttnProcessor:
         scale: float | None = None,
     ) -> torch.Tensor:
         """Attends. Arguments as in `plain_attention`, the bias of shape (1, h, N, N) in any float dtype."""
-        backend = self._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
+        backend = self.backend
         if backend == AttentionBackendName._NATIVE_MATH:
             return plain_attention(query, key, value, bias, scale)
         if bias is not None:
@@ -354,8 +428,12 @@ class TimeDependentSelfAttention(nn.Module, AttentionModuleMixin):
 
         # DiffiT v3, Eq. 6
         query, key, value = (x.flatten(0, 1) for x in (query, key, value))  # (B * G, N, h, d)
-        bias = self.relative_position_bias() if self.cached_bias is None else self.cached_bias  # (1, h, N, N)
-        hidden_states = self.processor(query, key, value, bias, scale=1.0)  # (B * G, N, h, d)
+        if self.processor.backend == AttentionBackendName.FLEX:
+            table = self.relative_position_bias_table
+            hidden_states = flex_attention_with_table(query, key, value, table, self.window, scale=1.0)
+        else:
+            bias = self.relative_position_bias() if self.cached_bias is None else self.cached_bias  # (1, h, N, N)
+            hidden_states = self.processor(query, key, value, bias, scale=1.0)  # (B * G, N, h, d)
         hidden_states = hidden_states.unflatten(0, (batch, -1)) + value_shift  # (B, G, N, h, d)
         return self.proj(hidden_states.reshape(num_windows, num_tokens, -1))  # (B * G, N, D)
 

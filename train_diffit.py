@@ -1917,11 +1917,17 @@ def set_up_model(accelerator: Accelerator, args: argparse.Namespace, model: Mode
         logger.info(f"attention backend: {backend} ({reason})")
     elif backend == "xformers" and accelerator.device.type != "cuda":
         raise ValueError(f"--attention_backend xformers needs CUDA, the device is {accelerator.device.type}")
-    elif backend == "flex" and accelerator.device.type == "cpu":
-        raise ValueError("--attention_backend flex cannot train on a CPU: it has no backward pass there")
+    elif backend == "flex" and accelerator.device.type in ("cpu", "mps"):
+        raise ValueError(
+            f"--attention_backend flex cannot train on the device {accelerator.device.type}: it has no backward pass "
+            "there; use native"
+        )
     set_attention_backend(model, backend)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    if args.compile or backend == "flex":
+        # Resolutions x widths x training and validation: by default torch leaves what is beyond 8 of them uncompiled.
+        torch._dynamo.config.recompile_limit = 64
     if args.compile:  # in place, so that the names of the weights stay
         model.compile_repeated_blocks() if model._repeated_blocks else model.compile()
 

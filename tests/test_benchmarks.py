@@ -4,9 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import diffit_model  # noqa: E402
+import gpu  # noqa: E402
 import loop  # noqa: E402
 import quality  # noqa: E402
 import quality_report  # noqa: E402
@@ -51,3 +54,61 @@ def test_ratio_of_two_loops_is_taken_pair_by_pair():
     seconds, ratios = loop.seconds_and_ratios([[(1.1, 9), (2.0, 9), (1.0, 9)], [(1.0, 9), (2.0, 9), (1.25, 9)]])
     assert seconds == [1.1, 1.25]
     assert ratios == pytest.approx([0.8, 1.0, 1.1])
+
+
+@pytest.fixture
+def recompile_limit():
+    """What `gpu.main` sets is put back."""
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
+        yield
+
+
+TINY_GPU = ["--device", "cpu", "--tiny", "--output"]
+
+
+def test_gpu_benchmark_runs_and_finds_nothing_wrong(tmp_path, recompile_limit):
+    assert gpu.main([*TINY_GPU, str(tmp_path / "gpu.md")]) == 0
+    text = (tmp_path / "gpu.md").read_text()
+    assert text.endswith("Nothing is wrong.\n") and "WRONG" not in text
+    assert text.count("## ") == 6 and "these figures are of no GPU" in text
+
+
+def test_gpu_benchmark_fails_on_a_wrong_value(tmp_path, recompile_limit, monkeypatch):
+    right = diffit_model.flex_attention_with_table
+    monkeypatch.setattr(
+        diffit_model, "flex_attention_with_table", lambda *args, **kwargs: 1.1 * right(*args, **kwargs)
+    )
+    assert gpu.main([*TINY_GPU, str(tmp_path / "gpu.md"), "--sections", "backends"]) == 1
+    rows = [line for line in (tmp_path / "gpu.md").read_text().splitlines() if line.startswith("|")]
+    assert [row for row in rows if "WRONG" in row] == [row for row in rows if "`flex`" in row]
+
+
+def test_gpu_benchmark_fails_on_a_wrong_gradient(tmp_path, recompile_limit, monkeypatch):
+    right = diffit_model.DiffiTAttnProcessor.__call__
+
+    def tables_get_half_their_gradient(self, query, key, value, bias, **kwargs):
+        if self.backend != "_native_math":  # the definition stays right
+            bias = (bias + bias.detach()) / 2
+        return right(self, query, key, value, bias, **kwargs)
+
+    monkeypatch.setattr(diffit_model.DiffiTAttnProcessor, "__call__", tables_get_half_their_gradient)
+    assert gpu.main([*TINY_GPU, str(tmp_path / "gpu.md"), "--sections", "backends"]) == 1
+    assert "relative_position_bias_table | **WRONG**" in (tmp_path / "gpu.md").read_text()
+
+
+def test_gpu_benchmark_without_cuda_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
+
+
+def test_gpu_benchmark_halves_a_batch_that_does_not_fit(monkeypatch):
+    class Training(gpu.Training):
+        def __call__(self):
+            if self.args.global_batch_size > 1:
+                raise torch.OutOfMemoryError
+            return super().__call__()
+
+    monkeypatch.setattr(gpu, "Training", Training)
+    case = gpu.read_cases(tiny=True)[1]
+    assert gpu.build_training(case, "native", False, torch.device("cpu")).args.global_batch_size == 1

@@ -30,6 +30,7 @@ from diffit_model import (
     TokenNorm,
     align_bias_for_xformers,
     choose_attention_backend,
+    flex_attention_with_table,
     merge_windows,
     model_class,
     partition_windows,
@@ -338,6 +339,88 @@ def test_native_backend_gradients_equal_plain_attention(config):
     torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-4)  # gradients are as large as 100
 
 
+def flex_inputs(window, head_dim, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """Query, key and value in one tensor of shape (B, N, 3, h, d), and a table of float32."""
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(5, math.prod(window), 3, 2, head_dim, generator=generator).to(dtype)
+    return qkv, torch.randn((2 * window[0] - 1) * (2 * window[1] - 1), 2, generator=generator)
+
+
+def flex_and_plain(qkv, table, window, scale=None) -> tuple[torch.Tensor, torch.Tensor]:
+    bias = table[relative_position_index(window)].permute(2, 0, 1)[None]
+    query, key, value = qkv.unbind(2)
+    expected = plain_attention(query if scale is None else query * scale * query.shape[-1] ** 0.5, key, value, bias)
+    return flex_attention_with_table(query, key, value, table, window, scale), expected
+
+
+@pytest.mark.parametrize("head_dim", [6, 24, 72])
+@pytest.mark.parametrize("window", [(4, 4), (3, 3), (5, 3), (2, 4), (1, 1)], ids=str)
+def test_flex_attention_with_table_equals_plain_attention(window, head_dim):
+    torch.testing.assert_close(*flex_and_plain(*flex_inputs(window, head_dim), window), **FLOAT32)
+
+
+def test_flex_attention_with_table_takes_a_scale():
+    torch.testing.assert_close(*flex_and_plain(*flex_inputs((3, 3), 8), (3, 3), scale=1.5), **FLOAT32)
+
+
+def test_flex_attention_with_table_takes_windows_in_parts():
+    qkv, table = flex_inputs((3, 3), 8)
+    with mock.patch.object(diffit_model, "MAX_WINDOWS", 2):
+        torch.testing.assert_close(*flex_and_plain(qkv, table, (3, 3)), **FLOAT32)
+
+
+@pytest.mark.parametrize("head_dim", [6, 24])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_flex_attention_with_table_gradients_equal_plain_attention(dtype, tolerance, head_dim):
+    qkv, table = flex_inputs((3, 4), head_dim, dtype)
+    leaves = [qkv.requires_grad_(), table.requires_grad_()]
+    # torch refuses to train with flex on a CPU; its eager implementation, which a GPU does not use, can.
+    with mock.patch("torch.nn.attention.flex_attention._validate_device"):
+        output, expected = flex_and_plain(*leaves, (3, 4))
+        gradients = torch.autograd.grad(output.square().sum(), leaves)
+    assert output.dtype == dtype and gradients[1].dtype == torch.float32
+    expected_gradients = torch.autograd.grad(expected.square().sum(), leaves)
+    for actual, wanted in zip((output, *gradients), (expected, *expected_gradients), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=tolerance * wanted.abs().max().item())
+
+
+@torch.no_grad()
+@mock.patch("torch.nn.attention.flex_attention._validate_device", lambda *_: None)  # it refuses meta tensors
+def test_compiled_flex_serves_any_number_of_windows():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(diffit_model.flex_attention, dynamic=False, fullgraph=True, backend=counter)
+    with mock.patch.object(diffit_model, "compiled_flex_attention", lambda: compiled):
+        for num_windows in (5, 3, 4):
+            qkv, table = (x.to("meta") for x in flex_inputs((3, 3), 16))
+            output = flex_attention_with_table(*qkv[:num_windows].unbind(2), table, (3, 3))
+            assert output.shape == (num_windows, 9, 2, 16)
+    assert counter.frame_count == 1
+
+
+def test_compiled_flex_trains_under_gradient_checkpointing():
+    """torch's eager implementation gives wrong gradients there, so what is compiled must never fall back to it."""
+    unet = build_unet(**NINE_TOKENS)
+    unet.set_attention_backend("_native_math")
+    expected = output_and_gradients(unet)
+    unet.set_attention_backend("flex")
+    unet.enable_gradient_checkpointing()
+    compiled = torch.compile(diffit_model.flex_attention, dynamic=False, fullgraph=True, backend="aot_eager")
+    with (
+        mock.patch("torch.nn.attention.flex_attention._validate_device", lambda *_: None),
+        mock.patch.object(diffit_model, "flex_attention", compiled),
+    ):
+        actual = output_and_gradients(unet)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
+
+
+@torch.no_grad()
+def test_flex_never_makes_a_bias_of_all_pairs():
+    unet = build_unet()
+    unet.set_attention_backend("flex")
+    with mock.patch.object(TimeDependentSelfAttention, "relative_position_bias", side_effect=AssertionError):
+        predict(unet)
+
+
 def test_plain_attention_without_bias_equals_sdpa():
     query, key, value = torch.randn(3, 2, 9, 2, 4).unbind()
     expected = nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))
@@ -408,6 +491,12 @@ def test_newer_gpu_is_a_reason_against_xformers(contract):
     with contract.spoofed_cuda(capability=(10, 0)):
         reasons = xformers_unsupported_reasons(*qkv, align_bias_for_xformers(bias, 4))
     assert reasons and all("too new" in reason for reason in reasons)
+
+
+def test_too_many_windows_are_a_reason_against_xformers(contract):
+    *qkv, bias = kernel_inputs(16, torch.float32)
+    with contract.spoofed_cuda(), mock.patch.object(diffit_model, "MAX_WINDOWS", 3):
+        assert xformers_unsupported_reasons(*qkv, align_bias_for_xformers(bias, 4)) == ["4 windows are more than 3"]
 
 
 def test_missing_xformers_is_a_reason_against_xformers():

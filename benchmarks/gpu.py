@@ -1,0 +1,311 @@
+"""What only a CUDA machine can show: whether the attention backends are right there, and how fast it trains.
+
+    python benchmarks/gpu.py            # everything, about an hour, most of it compilation
+    python benchmarks/gpu.py --quick    # networks uncompiled, without float16: some minutes
+    python benchmarks/gpu.py --device cpu --tiny    # runs the same code without a GPU; its figures mean nothing
+
+Writes `benchmarks/results/gpu.md`. Ends with 1 if a number is wrong, with 2 if there is no CUDA device.
+"""
+
+import argparse
+import contextlib
+import math
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from diffit_checkpoint import TrainingState  # noqa: E402
+from diffit_loss import compute_loss, spread_non_finite  # noqa: E402
+from diffit_model import model_class  # noqa: E402
+from gpu_checks import (  # noqa: E402
+    BACKENDS,
+    GEOMETRIES,
+    TINY_GEOMETRIES,
+    TOLERANCES,
+    Case,
+    Report,
+    autocast,
+    check_backends,
+    check_graphs,
+    check_overflow,
+    check_range,
+    free_memory,
+    read_cases,
+    reason,
+    why_not,
+)
+from train_diffit import (  # noqa: E402
+    LEVEL_BINS,
+    StepGuard,
+    add_to_bins,
+    build_ema,
+    build_lr_scheduler,
+    build_noise_scheduler,
+    build_optimizer,
+    build_parser,
+    complete_step,
+    diffuse,
+    noise_shape,
+    peak_memory,
+    resolve_diffusion,
+    set_up_model,
+    training_flops_per_image,
+)
+
+PEAKS = {  # dense FLOP/s in bf16, of NVIDIA's data sheets
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+}
+SECTIONS = ("backends", "training", "synchronisation", "fp16", "graphs")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. How fast is a training step?
+
+
+class Training:
+    """A network and what `train_diffit.py` builds around it; a call is its step on one process, on random images."""
+
+    def __init__(self, case: Case, backend: str, compiled: bool, batch_size: int, device: torch.device):
+        argv = ["--formulation", case.formulation, "--attention_backend", backend]
+        self.args = build_parser().parse_args(argv + ["--compile"] * compiled)
+        self.args.global_batch_size, self.args.lr_warmup_steps, self.args.max_train_steps = batch_size, 1, 10**6
+        resolve_diffusion(self.args)
+        self.device, self.dtype = device, torch.bfloat16
+        torch.manual_seed(0)
+        model = model_class(case.config).from_config(case.config).train()
+        set_up_model(SimpleNamespace(device=device, mixed_precision="bf16"), self.args, model)
+        optimizer = build_optimizer(self.args, model)
+        emas, scheduler = build_ema(self.args, model), build_lr_scheduler(self.args, optimizer)
+        self.state = TrainingState(model, emas, optimizer, scheduler, num_images=batch_size, data_digest="")
+        self.guard = StepGuard(optimizer)
+        self.noise_scheduler = build_noise_scheduler(self.args)
+        self.bins = torch.zeros(2, LEVEL_BINS, device=device)
+        images = (batch_size, *noise_shape(case.config))
+        batch = {name: torch.randn(images) for name in ("pixel_values", "noise")}
+        batch |= {name: torch.rand(batch_size) for name in ("time_uniform", "dropout_uniform")}
+        batch["class_labels"] = torch.randint(0, model.null_label or 1, (batch_size,))
+        self.batch = {name: x.pin_memory() if device.type == "cuda" else x for name, x in batch.items()}
+
+    def __call__(self) -> torch.Tensor:
+        """One optimizer step, in the order of the script; the loss, shape ()."""
+        args, state = self.args, self.state
+        null = state.model.null_label
+        noisy = diffuse(self.batch, args, self.noise_scheduler, args.label_dropout, null, None, self.device)
+        with autocast(self.device, self.dtype):
+            model_pred = state.model(*noisy.network_inputs, **noisy.conditions).sample
+        loss = compute_loss(model_pred, self.noise_scheduler, noisy.clean_images, noisy.noise, noisy.levels)
+        spread_non_finite(loss).mean().backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.max_grad_norm)
+        complete_step(args, state, self.guard)
+        self.guard.watch(grad_norm)
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        add_to_bins(self.bins, loss, noisy.level_bins)
+        state.position += args.global_batch_size
+        return loss.detach().mean()
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(call: Callable[[], object], device: torch.device, repeats: int, rounds: int = 5) -> float:
+    """Median over rounds of the mean time of a call."""
+    times = []
+    for _ in range(rounds):
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        synchronize(device)
+        times.append((time.perf_counter() - start) / repeats)
+    return statistics.median(times)
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product: what can be reached here."""
+    size = 8192 if device.type == "cuda" else 256
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype).unbind()
+    a @ b
+    return 2 * size**3 / seconds_of(lambda: a @ b, device, repeats=20)
+
+
+def build_training(case: Case, backend: str, compiled: bool, device: torch.device) -> Training:
+    """Warmed up, with the largest batch of the case's, its half, its quarter, ... that fits in memory."""
+    batch_size = case.batch_size
+    while True:
+        try:
+            training = Training(case, backend, compiled, batch_size, device)
+            for _ in range(3):
+                training()
+            return training
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+        training, batch_size = None, batch_size // 2
+        free_memory(device)
+
+
+def measure_training(report: Report, device: torch.device, cases: list[Case], modes: list[bool], steps: int) -> None:
+    """Images/s, peak memory and share of the peak of each network, backend and mode."""
+    reached = matmul_flops(device, torch.bfloat16)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    sheet = next((peak for key, peak in PEAKS.items() if key in name), None)
+    row = report.table(
+        "Training step",
+        "bf16 autocast; diffusion, forward, backward, clipping, fused AdamW, average. MFU: FLOPs of the network, "
+        f"backward counted as twice forward, over those of a matrix product of bf16 here ({reached / 1e12:.1f} "
+        f"TFLOP/s); in brackets over the data sheet ({'not known' if sheet is None else f'{sheet / 1e12:.0f}'}).",
+        ["network", "backend", "compiled", "images a step", "images/s", "peak memory, GiB", "MFU", "loss finite"],
+    )
+    for case in cases:
+        flops = training_flops_per_image(case.config)
+        with torch.device("meta"):
+            outline = model_class(case.config).from_config(case.config)
+        for backend in BACKENDS:
+            for compiled in modes:
+                names = [case.name, f"`{backend}`", "blocks" if compiled else "no"]
+                problem = why_not(backend, outline, device, torch.bfloat16)
+                if problem is not None:
+                    row(*names, "", "", "", "", f"not run: {problem}")
+                    continue
+                free_memory(device)
+                try:
+                    training = build_training(case, backend, compiled, device)
+                    seconds = seconds_of(training, device, steps)
+                except Exception as error:
+                    verdict = report.verdict(False, f"training of {', '.join(names)}")
+                    row(*names, "", "", "", "", f"{verdict}: {reason(error)}")
+                    continue
+                finite = report.verdict(math.isfinite(training().item()), f"loss of {', '.join(names)}")
+                images = training.args.global_batch_size / seconds
+                share = f"{images * flops / reached:.0%}" + (f" ({images * flops / sheet:.0%})" if sheet else "")
+                memory = peak_memory(device) / 2**30
+                row(*names, training.args.global_batch_size, f"{images:.1f}", f"{memory:.2f}", share, finite)
+                training = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Does the host wait for the device between logs?
+
+
+@contextlib.contextmanager
+def forbidden_synchronisation(device: torch.device) -> Iterator[None]:
+    """Turns what makes the host wait for the device into an exception. Waiting for an event is allowed."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def check_synchronisation(report: Report, device: torch.device, cases: list[Case]) -> None:
+    """Some training steps, watched by StepGuard, while synchronisation is an error."""
+    row = report.table(
+        "Synchronisation",
+        "Three steps with `torch.cuda.set_sync_debug_mode('error')`, with the guard against non-finite steps, whose "
+        "outcome the host asks for one step late, by an event.",
+        ["network", "verdict"],
+    )
+    for case in cases:
+        free_memory(device)
+        training = build_training(case, "native", False, device)
+        try:
+            with forbidden_synchronisation(device):
+                for _ in range(3):
+                    training()
+        except RuntimeError as error:
+            row(case.name, f"{report.verdict(False, f'{case.name} synchronises')}: {reason(error)}")
+        else:
+            row(case.name, "ok" if device.type == "cuda" else "not watched: needs CUDA")
+        training = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def describe_machine(device: torch.device, argv: list[str]) -> list[str]:
+    versions = [f"Python {platform.python_version()}"]
+    for package in ("torch", "triton", "xformers", "diffusers"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions.append(f"{package} {metadata.version(package)}")
+    name = f"{platform.machine()} CPU: these figures are of no GPU"
+    if device.type == "cuda":
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+        except (OSError, subprocess.CalledProcessError):
+            driver = "unknown"
+        name = f"{torch.cuda.get_device_name()}, driver {driver}, CUDA {torch.version.cuda}"
+    return [
+        "# On a GPU",
+        "",
+        f"`python benchmarks/gpu.py{''.join(f' {shlex.quote(x)}' for x in argv)}`",
+        "",
+        f"{name}; " + ", ".join(versions) + ".",
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs all, and returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="nothing compiled but flex, fp32 and bf16 alone")
+    parser.add_argument("--tiny", action="store_true", help="tiny networks, to test this program")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/gpu.md, on a CPU nothing")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("benchmarks/gpu.py needs a CUDA device, and torch finds none", file=sys.stderr)
+        return 2
+    device = torch.device(args.device)
+    torch._dynamo.config.recompile_limit = 64
+    cases, report = read_cases(args.tiny), Report()
+    report.add(*describe_machine(device, argv))
+    if "backends" in args.sections:
+        geometries = TINY_GEOMETRIES if args.tiny else GEOMETRIES
+        dtypes = [torch.float32, torch.bfloat16] if args.quick else list(TOLERANCES)
+        check_backends(report, device, geometries, dtypes)
+    if "training" in args.sections:
+        compiled = [False] if args.quick or args.tiny else [False, True]
+        measure_training(report, device, cases, compiled, steps=2 if args.tiny else 10)
+    if "synchronisation" in args.sections:
+        check_synchronisation(report, device, cases)
+    if "fp16" in args.sections:
+        check_overflow(report, device, cases[1])
+        check_range(report, device, cases)
+    if "graphs" in args.sections:  # last, because a capture that fails may leave CUDA in disorder
+        check_graphs(report, device, cases)
+    report.add("", "Nothing is wrong." if not report.wrong else f"**Wrong: {'; '.join(report.wrong)}.**")
+    output = args.output or (ROOT / "benchmarks/results/gpu.md" if device.type == "cuda" else None)
+    if output is not None:
+        output.write_text("\n".join(report.lines) + "\n")
+    return 1 if report.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
