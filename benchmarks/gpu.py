@@ -1,7 +1,7 @@
 """What only a CUDA machine can show: whether the attention backends are right there, and how fast it trains.
 
-    python benchmarks/gpu.py            # everything, about an hour, most of it compilation
-    python benchmarks/gpu.py --quick    # networks uncompiled, without float16: some minutes
+    python benchmarks/gpu.py            # everything; most of the time is compilation
+    python benchmarks/gpu.py --quick    # networks uncompiled, without float16
     python benchmarks/gpu.py --device cpu --tiny    # runs the same code without a GPU; its figures mean nothing
 
 Writes `benchmarks/results/gpu.md`. Ends with 1 if a number is wrong, with 2 if there is no CUDA device.
