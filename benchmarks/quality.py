@@ -508,7 +508,7 @@ def judge_steps(run: Run, work_dir: Path) -> list[dict]:
     is_edm = run.recipe.get("formulation") == "edm"
     flags = {
         "plots": work_dir / f"{run.name}-plots",
-        "plot_steps": (5, 8, 13, 25, 50),
+        "plot_steps": (5, 10, 25),
         "plot_schedulers": sorted(EDM_SCHEDULERS) if is_edm else ("ddim", "dpmsolver++", "unipc", "heun"),
     }
     written = evaluate(run, f"{run.name}-steps", [last_checkpoint(run, work_dir)], flags, work_dir)

@@ -35,7 +35,7 @@ from plain_models import by_the_letter  # noqa: E402
 from train_diffit import HalfLifeEMA, noise_shape, training_flops_per_image  # noqa: E402
 
 MATRIX = 2048
-SAMPLING_STEPS = 5  # that are timed, of 50: all are alike
+SAMPLING_STEPS = 2  # that are timed, of 50: all are alike
 # Case: config, what the data say of it, images, bias gathered for each window by the plain side.
 CASES = {
     "latent S/2": ("diffit_s_2", {"in_channels": 4, "out_channels": 8, "num_embeds_ada_norm": 1000}, 16, False),
