@@ -86,6 +86,7 @@ class Training:
 
     def __init__(self, case: Case, backend: str, compiled: bool, batch_size: int, device: torch.device):
         argv = ["--formulation", case.formulation, "--attention_backend", backend]
+        argv += ["--prediction_type", "epsilon"] if case.formulation == "ddpm" else []
         self.args = build_parser().parse_args(argv + ["--compile"] * compiled)
         self.args.global_batch_size, self.args.lr_warmup_steps, self.args.max_train_steps = batch_size, 1, 10**6
         resolve_diffusion(self.args)

@@ -2,6 +2,7 @@
 """The network: its attention against the equations, its backends, diffusers' hooks, and what it refuses."""
 
 import copy
+import functools
 import inspect
 import logging
 import math
@@ -384,16 +385,18 @@ def test_flex_attention_with_table_gradients_equal_plain_attention(dtype, tolera
         torch.testing.assert_close(actual, wanted, rtol=0, atol=tolerance * wanted.abs().max().item())
 
 
-@torch.no_grad()
 @mock.patch("torch.nn.attention.flex_attention._validate_device", lambda *_: None)  # it refuses meta tensors
 def test_compiled_flex_serves_any_number_of_windows():
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(diffit_model.flex_attention, dynamic=False, fullgraph=True, backend=counter)
+    with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend=counter)):
+        compiled = diffit_model.compiled_flex_attention.__wrapped__()
     with mock.patch.object(diffit_model, "compiled_flex_attention", lambda: compiled):
         for num_windows in (5, 3, 4):
-            qkv, table = (x.to("meta") for x in flex_inputs((3, 3), 16))
+            qkv, table = (x.to("meta").requires_grad_() for x in flex_inputs((3, 3), 16))
             output = flex_attention_with_table(*qkv[:num_windows].unbind(2), table, (3, 3))
             assert output.shape == (num_windows, 9, 2, 16)
+            gradients = torch.autograd.grad(output.sum(), (qkv, table))
+            assert [x.shape for x in gradients] == [qkv.shape, table.shape]
     assert counter.frame_count == 1
 
 

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -862,3 +863,10 @@ def test_tensorboard_steps_after_the_checkpoint_are_purged(train_args, tmp_path)
     train([*train_args, f"--resume_from_checkpoint={checkpoint}", "--max_train_steps=4"])
     steps = [event.step for event in logged(tmp_path / "run").Scalars("train/loss")]
     assert steps == [1, 2, 3, 4]
+
+
+def test_flex_where_it_cannot_train_is_refused():
+    args = train_diffit.build_parser().parse_args(["--attention_backend", "flex"])
+    accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
+    with pytest.raises(ValueError, match="--attention_backend flex cannot train on the device cpu.*use native"):
+        train_diffit.set_up_model(accelerator, args, torch.nn.Linear(1, 1))
