@@ -135,8 +135,9 @@ def protocol() -> list[str]:
         "that are pixel for pixel in the rest were dropped. 1,000 samples of "
         f"{STEPS} DDIM steps, `efficientnet_lite0`. Mean and standard deviation over three seeds. FLOPs are those of "
         "the network, forward and backward; minutes are images times the seconds of a training step, all sides "
-        "measured in turn in one process. Every side has the best of the same learning rates and averages (tuned at a "
-        "third of the length with a seed of its own; the peer's sweep also holds its default). "
+        "measured in turn in one process. Every side has the best of its learning rates and averages, tuned with "
+        "a seed of its own (the last section; the peer's sweep ends at 3e-3, as 1e-2 ruined the others on emoji, and "
+        "also holds its default). "
         f"{PEER} keeps its formulation, Adam settings, cosine schedule and 500 steps of warm-up; its data come from "
         "memory here, for nothing. Costs at a distance are read off the curve of means, straight lines between the "
         "budgets in logarithms.",
@@ -192,6 +193,8 @@ def sampling_section() -> list[str]:
             }
             lines.append(f"| {scheduler} | {' | '.join(cells.get(number, '') for number in evaluations)} |")
     guided = [row for row in rows if row["what"] == "guidance"]
+    if not guided:
+        return lines
     scales, values = zip(*((row["guidance_scale"], row["frechet_distance"]["value"]) for row in guided), strict=True)
     lines += ["", "Guidance, apart from the headline: the same training by class.", ""]
     lines += [
