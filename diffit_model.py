@@ -492,23 +492,37 @@ class LinearOfGELU(torch.autograd.Function):
     """A linear layer behind a tanh-approximated GELU, for a CPU in float32; keeps the GELU's input alone.
 
     With z = x * (a + b * x^2), where a = 2 * sqrt(2 / pi) and b = 0.044715 * a, that GELU is x * sigmoid(z): torch's
-    kernel for the sigmoid is several times as fast as its tanh. The backward pass needs the sigmoid anyway, so it
-    computes the output of the GELU anew, which is four times as wide as the tokens.
+    kernel for the sigmoid is several times as fast as its tanh. The backward pass computes the output of the GELU
+    anew, which is four times as wide as the tokens. Both go through parts that fit the cache of a core.
     """
 
     LINEAR = 2 * math.sqrt(2 / math.pi)  # a
     CUBIC = 0.044715 * LINEAR  # b
+    PART = 2**17  # numbers of x
+
+    @classmethod
+    def split(cls, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Parts of contiguous tensors of one shape, in step."""
+        return zip(*(tensor.view(-1).split(cls.PART) for tensor in tensors), strict=True)
 
     @classmethod
     def sigmoid(cls, x: torch.Tensor) -> torch.Tensor:
         """sigmoid(x * (a + b * x^2)), in the shape of `x`."""
         return torch.addcmul(x.new_tensor(cls.LINEAR), x, x, value=cls.CUBIC).mul_(x).sigmoid_()
 
+    @classmethod
+    def activate(cls, x: torch.Tensor) -> torch.Tensor:
+        """The GELU of a contiguous tensor."""
+        activated = torch.empty_like(x)
+        for x_part, part in cls.split(x, activated):
+            torch.mul(cls.sigmoid(x_part), x_part, out=part)
+        return activated
+
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """Maps `x` of shape (..., K) to (..., D) with a weight of shape (D, K)."""
+        """Maps contiguous `x` of shape (..., K) to (..., D) with a weight of shape (D, K)."""
         ctx.save_for_backward(x, weight)
-        return F.linear(LinearOfGELU.sigmoid(x).mul_(x), weight, bias)
+        return F.linear(LinearOfGELU.activate(x), weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -516,18 +530,98 @@ class LinearOfGELU(torch.autograd.Function):
         """Gradients of `x`, weight and bias."""
         x, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)  # (number of tokens, D)
-        sigmoid = LinearOfGELU.sigmoid(x)
-        grad_weight = rows.T @ (x * sigmoid).flatten(0, -2)
-        # The slope: sigmoid + x * (a + 3 * b * x^2) * sigmoid * (1 - sigmoid)
-        slope = torch.addcmul(x.new_tensor(LinearOfGELU.LINEAR), x, x, value=3 * LinearOfGELU.CUBIC).mul_(x)
-        torch.ops.aten.sigmoid_backward.grad_input(slope, sigmoid, grad_input=slope)
-        return slope.add_(sigmoid).mul_(grad @ weight), grad_weight, rows.sum(0)
+        activated, grad_x = torch.empty_like(x), grad @ weight
+        linear = x.new_tensor(LinearOfGELU.LINEAR)
+        for x_part, activated_part, grad_part in LinearOfGELU.split(x, activated, grad_x):
+            sigmoid = LinearOfGELU.sigmoid(x_part)
+            torch.mul(x_part, sigmoid, out=activated_part)
+            # The slope: sigmoid + x * (a + 3 * b * x^2) * sigmoid * (1 - sigmoid)
+            slope = torch.addcmul(linear, x_part, x_part, value=3 * LinearOfGELU.CUBIC).mul_(x_part)
+            torch.ops.aten.sigmoid_backward.grad_input(slope, sigmoid, grad_input=slope)
+            grad_part.mul_(slope.add_(sigmoid))
+        return grad_x, rows.T @ activated.flatten(0, -2), rows.sum(0)
 
 
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer and nothing else: no adapter, and no hook, as offloaded weights have one."""
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of one kind and nothing else: no adapter, and no hook, as offloaded weights have one."""
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) is nn.Linear and not hooked
+    return type(module) is kind and not hooked
+
+
+class DropTokens(torch.autograd.Function):
+    """Dropout for a CPU in float32: 16 random bits decide on a number, and one byte of each is kept for the gradient.
+
+    torch's own draws a random number of full length for each and keeps its mask in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, probability: float) -> torch.Tensor:
+        """Sets numbers of `x` to 0 and scales the rest so that the mean stays; the probability in steps of 2^-16."""
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        bits = words.view(torch.int16)[: x.numel()].view(x.shape)  # from -2^15 to 2^15 - 1
+        threshold = round(probability * 2**16)
+        keep = bits >= threshold - 2**15
+        ctx.scale = 2**16 / (2**16 - threshold)
+        ctx.save_for_backward(keep)
+        return (x * keep).mul_(ctx.scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Gradient of `x`."""
+        (keep,) = ctx.saved_tensors
+        return (grad * keep).mul_(ctx.scale), None
+
+
+class TokenDropout(nn.Dropout):
+    """Dropout on tokens."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Maps tokens of any shape to tokens of the same."""
+        if self.training and self.p > 0 and is_plain_float32(tokens):
+            return DropTokens.apply(tokens, self.p)
+        return super().forward(tokens)
+
+
+class ConvOfGroupNorm(torch.autograd.Function):
+    """GroupNorm, SiLU and a 3x3 convolution, for a CPU in float32; keeps the input alone.
+
+    The backward pass normalizes it and applies the SiLU anew, which is little work beside the convolution.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: torch.Tensor,
+        norm_weight: torch.Tensor,
+        norm_bias: torch.Tensor,
+        num_groups: int,
+        eps: float,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+    ) -> torch.Tensor:
+        """Maps `x` of shape (B, C_in, H, W) to (B, C_out, H, W) with a weight of shape (C_out, C_in, 3, 3)."""
+        ctx.sizes = (*x.shape[:2], x.shape[2:].numel(), num_groups)
+        ctx.eps = eps
+        normalized, mean, rstd = torch.native_group_norm(x, norm_weight, norm_bias, *ctx.sizes, eps)
+        ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, weight)
+        return F.conv2d(F.silu(normalized, inplace=True), weight, bias, padding=1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of `x` and of both modules' weights and biases."""
+        x, mean, rstd, norm_weight, norm_bias, weight = ctx.saved_tensors
+        normalized = torch.native_group_norm(x, norm_weight, norm_bias, *ctx.sizes, ctx.eps)[0]
+        stride, padding, dilation, output_padding, groups = (1, 1), (1, 1), (1, 1), (0, 0), 1
+        layer = ((len(weight),), stride, padding, dilation, False, output_padding, groups)
+        wanted = [True, True, True]
+        grad, *grads_of_conv = torch.ops.aten.convolution_backward(grad, F.silu(normalized), weight, *layer, wanted)
+        grad = torch.ops.aten.silu_backward(grad, normalized)
+        grad, *grads_of_norm = torch.ops.aten.native_group_norm_backward(
+            grad, x, mean, rstd, norm_weight, *ctx.sizes, wanted
+        )
+        return grad, *grads_of_norm, None, None, *grads_of_conv
 
 
 class DiffiTMLP(nn.Module):
@@ -547,10 +641,10 @@ class DiffiTMLP(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Maps tokens of shape (B, N, D) to tokens of shape (B, N, D)."""
         hidden_states = self.fc1(hidden_states)  # (B, N, mlp_ratio * D)
-        if is_plain_float32(hidden_states):
+        if is_plain_float32(hidden_states) and hidden_states.is_contiguous():
             if not torch.is_grad_enabled():
-                return self.fc2(LinearOfGELU.sigmoid(hidden_states).mul_(hidden_states))
-            if is_plain_linear(self.fc2):
+                return self.fc2(LinearOfGELU.activate(hidden_states))
+            if is_plain(self.fc2, nn.Linear):
                 return LinearOfGELU.apply(hidden_states, self.fc2.weight, self.fc2.bias)
         return self.fc2(self.act(hidden_states))
 
@@ -585,7 +679,7 @@ class DiffiTBlock(nn.Module):
         )
         self.norm2 = TokenNorm(hidden_size)
         self.mlp = DiffiTMLP(hidden_size, mlp_ratio)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = TokenDropout(dropout)
 
     def forward(self, hidden_states: torch.Tensor, time_token: torch.Tensor) -> torch.Tensor:
         """Maps tokens of shape (B * G, N, D) and time tokens of shape (B, T) to tokens of shape (B * G, N, D)."""
@@ -637,10 +731,21 @@ class DiffiTResBlock(nn.Module):
         """Maps a feature map of shape (B, C_in, H, W) and time tokens of shape (B, T) to one of (B, C_out, H, W)."""
         height, width = hidden_states.shape[-2:]
         residual = self.conv_shortcut(hidden_states)  # (B, C_out, H, W)
-        hidden_states = self.conv(F.silu(self.norm(hidden_states)))  # (B, C_out, H, W), Eq. 9
+        hidden_states = self.normalize_and_convolve(hidden_states)  # (B, C_out, H, W), Eq. 9
         tokens = self.block(partition_windows(hidden_states, self.window), time_token)  # (B * G, N, D)
         # The residual comes first because its layout in memory is the sum's.
         return residual + merge_windows(tokens, self.window, height, width)  # (B, C_out, H, W), Eq. 10
+
+    def normalize_and_convolve(self, feature_map: torch.Tensor) -> torch.Tensor:
+        """GroupNorm, SiLU and convolution: shape (B, C_in, H, W) to (B, C_out, H, W)."""
+        norm, conv = self.norm, self.conv
+        has_fast_path = is_plain(norm, nn.GroupNorm) and is_plain(conv, nn.Conv2d) and is_plain_float32(feature_map)
+        if has_fast_path and torch.is_grad_enabled():
+            if not feature_map.is_contiguous(memory_format=torch.channels_last):
+                feature_map = feature_map.contiguous()
+            affine = (norm.weight, norm.bias, norm.num_groups, norm.eps)
+            return ConvOfGroupNorm.apply(feature_map, *affine, conv.weight, conv.bias)
+        return conv(F.silu(norm(feature_map)))
 
 
 class DiffiTStage(nn.Module):
@@ -710,7 +815,7 @@ class DiffiTModelMixin(ModelMixin, ConfigMixin, AttentionMixin):
         devices = {parameter.device for parameter in self.parameters()}
         try:
             # Adapters and offloaded weights, which are not there before their module runs, keep to the plain way.
-            if len(devices) == 1 and all(map(is_plain_linear, projections)):
+            if len(devices) == 1 and all(is_plain(projection, nn.Linear) for projection in projections):
                 for attention in attentions:
                     attention.cached_bias = attention.relative_position_bias()
                 self._time_weights = tuple(

@@ -10,8 +10,17 @@ import contextlib
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from diffit_model import DiffiTMLP, DiffiTTransformer2DModel, DiffiTUNet2DModel, TimeDependentSelfAttention, TokenNorm
+from diffit_model import (
+    DiffiTMLP,
+    DiffiTResBlock,
+    DiffiTTransformer2DModel,
+    DiffiTUNet2DModel,
+    TimeDependentSelfAttention,
+    TokenDropout,
+    TokenNorm,
+)
 
 
 class PlainAttention(TimeDependentSelfAttention):
@@ -53,6 +62,14 @@ class PlainMLP(DiffiTMLP):
         return self.fc2(self.act(self.fc1(hidden_states)))
 
 
+class PlainResBlock(DiffiTResBlock):
+    """GroupNorm, SiLU, convolution."""
+
+    def normalize_and_convolve(self, feature_map: torch.Tensor) -> torch.Tensor:
+        """Shape (B, C_in, H, W) to (B, C_out, H, W)."""
+        return self.conv(F.silu(self.norm(feature_map)))
+
+
 class PlainUNet(DiffiTUNet2DModel):
     """Without channels last and without caches."""
 
@@ -69,6 +86,8 @@ class PlainTransformer(DiffiTTransformer2DModel):
 PLAIN = {
     DiffiTMLP: PlainMLP,
     TokenNorm: nn.LayerNorm,
+    TokenDropout: nn.Dropout,
+    DiffiTResBlock: PlainResBlock,
     DiffiTUNet2DModel: PlainUNet,
     DiffiTTransformer2DModel: PlainTransformer,
 }

@@ -20,6 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import diffit_model
 from diffit_model import (
+    ConvOfGroupNorm,
     DiffiTBlock,
     DiffiTMLP,
     DiffiTResBlock,
@@ -28,6 +29,7 @@ from diffit_model import (
     LinearOfGELU,
     NormalizeTokens,
     TimeDependentSelfAttention,
+    TokenDropout,
     TokenNorm,
     align_bias_for_xformers,
     choose_attention_backend,
@@ -202,7 +204,9 @@ def test_tmsa_with_misfitting_tokens_raises(num_windows, num_tokens, message):
 # Fast paths of a CPU
 
 
-def test_linear_of_gelu_equals_the_two_layers_in_value_and_gradient():
+@pytest.mark.parametrize("part", [7, 2**17])
+def test_linear_of_gelu_equals_the_two_layers_in_value_and_gradient(part, monkeypatch):
+    monkeypatch.setattr(LinearOfGELU, "PART", part)
     torch.manual_seed(0)
     x = (3 * torch.randn(2, 5, 8, dtype=torch.float64)).requires_grad_()
     linear = nn.Linear(8, 3).double()
@@ -223,6 +227,84 @@ def test_normalized_tokens_equal_layer_norm_in_value_and_gradient():
     torch.testing.assert_close(output, expected, **FLOAT64)
     gradients = [torch.autograd.grad((value * weights).sum(), tokens) for value in (output, expected)]
     torch.testing.assert_close(*gradients, **FLOAT64)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_conv_of_group_norm_equals_the_layers_in_value_and_gradient(layout):
+    torch.manual_seed(0)
+    x = (2 + 3 * torch.randn(2, 4, 5, 3, dtype=torch.float64)).to(memory_format=layout).requires_grad_()
+    norm, conv = nn.GroupNorm(2, 4).double(), nn.Conv2d(4, 6, 3, padding=1).double()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    expected = conv(nn.functional.silu(norm(x)))
+    output = ConvOfGroupNorm.apply(x, norm.weight, norm.bias, 2, norm.eps, conv.weight, conv.bias)
+    torch.testing.assert_close(output, expected, **FLOAT64)
+    leaves = (x, *norm.parameters(), *conv.parameters())
+    gradients = [torch.autograd.grad(value.square().sum(), leaves) for value in (output, expected)]
+    torch.testing.assert_close(*gradients, **FLOAT64)
+
+
+def test_resblock_keeps_one_feature_map_before_its_convolution():
+    resblock = DiffiTResBlock(4, 8, **RESBLOCK)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
+        resblock.normalize_and_convolve(torch.randn(2, 4, 6, 6))
+    assert saved.count((2, 4, 6, 6)) == 1
+
+
+@pytest.mark.parametrize("kind", ["hook", "adapter", "autocast", "float64", "no gradient"])
+def test_resblock_that_is_no_plain_layers_takes_the_plain_way(kind):
+    torch.manual_seed(0)
+    resblock = DiffiTResBlock(4, 8, **RESBLOCK)
+    x = torch.randn(2, 4, 6, 6)
+    expected = resblock.conv(nn.functional.silu(resblock.norm(x)))
+    calls = []
+    if kind == "hook":
+        resblock.conv.register_forward_hook(lambda *_: calls.append(1))
+    elif kind == "adapter":
+        resblock.conv = nn.Sequential(resblock.conv)
+    elif kind == "float64":
+        resblock, x, expected = resblock.double(), x.double(), expected.double()
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        with (
+            mock.patch.object(ConvOfGroupNorm, "apply", side_effect=AssertionError),
+            torch.set_grad_enabled(kind != "no gradient"),
+        ):
+            output = resblock.normalize_and_convolve(x)
+    tolerance = {"rtol": 0, "atol": 0.02} if kind == "autocast" else FLOAT32
+    torch.testing.assert_close(output.to(expected.dtype), expected, **tolerance)
+    assert len(calls) == (kind == "hook")
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
+def test_dropout_drops_its_share_and_keeps_the_mean(probability):
+    torch.manual_seed(0)
+    tokens = torch.ones(7, 1429, 3, requires_grad=True)  # a number of them that no 4 divide
+    dropped = TokenDropout(probability)(tokens)
+    is_kept = dropped != 0
+    deviation = (probability * (1 - probability) / tokens.numel()) ** 0.5
+    assert abs(is_kept.float().mean().item() - (1 - probability)) < 4 * deviation
+    torch.testing.assert_close(
+        dropped[is_kept], torch.full_like(dropped[is_kept], 1 / (1 - probability)), rtol=1e-4, atol=0
+    )
+    (gradient,) = torch.autograd.grad(dropped.sum(), tokens)
+    torch.testing.assert_close(gradient, dropped.detach())
+    of_neighbours = [is_kept.flatten()[i::4].float() for i in range(4)]  # four share a random word
+    pairs = torch.corrcoef(torch.stack([x[: tokens.numel() // 4] for x in of_neighbours]))
+    assert (pairs - torch.eye(4)).abs().max() < 4 / (tokens.numel() / 4) ** 0.5
+
+
+def test_dropout_keeps_a_byte_for_each_number_and_obeys_the_seed():
+    dropout, tokens = TokenDropout(0.3), torch.randn(2, 5, 8, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        torch.manual_seed(3)
+        first = dropout(tokens)
+    assert [x.nbytes for x in saved] == [tokens.numel()]
+    assert not torch.equal(dropout(tokens), first)
+    torch.manual_seed(3)
+    assert torch.equal(dropout(tokens), first)
+    assert dropout.eval()(tokens) is tokens
 
 
 def test_norm_and_linear_layer_keep_one_copy_of_the_tokens():
