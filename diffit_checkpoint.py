@@ -40,7 +40,7 @@ SAME_AT_RESUME = (
     *("beta_schedule", "num_train_timesteps", "snr_gamma", "label_dropout"),
     *("learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps", "lr_num_cycles", "lr_power"),
     *("lr_warmup_kimg", "lr_decay_kimg"),
-    "lr_step_rules",
+    *("lr_step_rules", "optimizer", "muon_lr_ratio"),
     *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm"),
     *("use_ema", "ema_max_decay", "ema_inv_gamma", "ema_power", "ema_half_life_kimg", "ema_ramp_up"),
 )

@@ -121,6 +121,7 @@ from diffit_model import (
     model_class,
     set_attention_backend,
 )
+from diffit_optim import MuonAdamW, matrices_of_blocks
 from diffit_pipeline import (
     FORWARD_PROCESS,
     GUIDANCE_SCHEDULES,
@@ -275,7 +276,19 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--seed", type=number_type(int, 0, 2**64 - 1), default=0)
 
     group = parser.add_argument_group("optimizer")
+    group.add_argument(
+        "--optimizer",
+        choices=("adamw", "muon"),
+        default="adamw",
+        help="muon: for the matrices of the blocks, with AdamW for the rest",
+    )
     group.add_argument("--learning_rate", type=not_negative, default=1e-4)
+    group.add_argument(
+        "--muon_lr_ratio",
+        type=number_type(float, 0, open_ends=True),
+        default=3.0,
+        help="learning rate of muon as a multiple of --learning_rate; at 1 its updates are as large as AdamW's",
+    )
     group.add_argument("--lr_scheduler", choices=SCHEDULES, default="constant_with_warmup")
     group.add_argument("--lr_warmup_steps", type=natural, help="default 500")
     group.add_argument("--lr_warmup_kimg", type=not_negative, help="the same in thousands of images")
@@ -907,15 +920,19 @@ def build_noise_scheduler(args: argparse.Namespace) -> NoiseScheduler:
 
 
 def build_optimizer(args: argparse.Namespace, model: ModelMixin) -> torch.optim.Optimizer:
-    """AdamW over all parameters; the fused kernel, because it can leave a step out without asking the host."""
-    return torch.optim.AdamW(
-        model.parameters(),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-        fused=True,
-    )
+    """AdamW over all parameters, or Muon for some; both can leave a step out without asking the host."""
+    settings = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), fused=True, **settings)
+    matrices = matrices_of_blocks(model)
+    are_matrices = set(map(id, matrices))
+    others = [parameter for parameter in model.parameters() if id(parameter) not in are_matrices]
+    return MuonAdamW(matrices, others, muon_lr_ratio=args.muon_lr_ratio, **settings)
 
 
 def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> LambdaLR:

@@ -228,8 +228,8 @@ def tuning_section() -> list[str]:
     lines[-1] += (
         "each average. QK-norm and Muon (`torch.optim.Muon` for the matrices of the blocks, its updates as large as "
         "AdamW's or three times so) were tried by changes to the code that were thrown away. Muon is the one large "
-        "gain found and is not built in yet: in minutes it loses on this CPU, where torch computes it in bfloat16 at "
-        "the cost of 0.87 (emoji) and 1.4 (digits) forward and backward passes for each step."
+        "gain found. torch computes it in bfloat16, which costs this CPU 0.87 (emoji) and 1.4 (digits) forward and "
+        "backward passes for each step; `--optimizer muon` is our own for that reason."
     )
     rows = read_rows("quality_tuning.json") + read_rows("quality_tried.json")
     for task in TASKS:

@@ -223,10 +223,11 @@ def test_bad_loss_in_one_process_is_a_bad_step_in_all(long_args, tmp_path):
     assert all(x.isfinite().all() for x in load_file(tmp_path / "run/checkpoint-4" / STATES[0]).values())
 
 
-def test_fp16_overflow_moves_neither_schedule_nor_ema(train_args):
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_fp16_overflow_moves_neither_schedule_nor_ema(train_args, kind):
     """torch's gradient scaler on the CPU, with a scale under which the gradient overflows once."""
     PartialState(cpu=True)  # for the logs
-    args = train_diffit.parse_args(train_args)
+    args = train_diffit.parse_args([*train_args, f"--optimizer={kind}"])
     args.global_batch_size = 4
     model = DiffiTUNet2DModel(**TINY_CONFIG)
     optimizer = train_diffit.build_optimizer(args, model)

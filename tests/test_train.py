@@ -666,8 +666,8 @@ def test_other_seed_batch_or_data_at_resume_is_refused(train_args, image_folder)
         train([*train_args, "--resume_from_checkpoint=latest", "--validation_fraction=0.25"])
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_killed_and_resumed_run_is_bitwise_the_uninterrupted_one(accumulation, train_args, tmp_path):
+@pytest.mark.parametrize(("accumulation", "optimizer"), [(1, "adamw"), (2, "adamw"), (2, "muon")])
+def test_killed_and_resumed_run_is_bitwise_the_uninterrupted_one(accumulation, optimizer, train_args, tmp_path):
     """24 images and 4 x accumulation per step: the checkpoint lies in the second epoch. Dropout is on."""
     saved, steps = {1: (8, 16), 2: (4, 8)}[accumulation]
     arguments = [
@@ -677,6 +677,7 @@ def test_killed_and_resumed_run_is_bitwise_the_uninterrupted_one(accumulation, t
         f"--checkpointing_steps={saved}",
         "--random_flip",
         "--lr_scheduler=cosine",
+        f"--optimizer={optimizer}",
         "--model_kwargs",
         "dropout=0.2",
     ]
