@@ -103,7 +103,7 @@ class MuonAdamW(torch.optim.Optimizer):
         grad = torch.stack([parameter.grad for parameter in parameters])  # (n, rows, columns)
         if grad_scale is not None:
             grad = grad / grad_scale
-        if found_inf is not None:  # the momentum stays, and nothing is added to the parameters
+        if found_inf is not None:  # what is between momentum and momentum is the momentum, to the last bit
             grad = torch.where(found_inf.bool(), momentum, grad)
         momentum = momentum.lerp(grad, 1 - MOMENTUM)
         update = orthogonalize(grad.lerp(momentum, MOMENTUM)).to(grad.dtype)  # with Nesterov's momentum
@@ -113,6 +113,5 @@ class MuonAdamW(torch.optim.Optimizer):
         change = lr * size * update + lr * decay * torch.stack(list(parameters))
         if found_inf is not None:
             change = change * (1 - found_inf)
-            momentum = torch.where(found_inf.bool(), torch.stack(buffers), momentum)
         torch._foreach_copy_(buffers, list(momentum))
         torch._foreach_sub_(parameters, list(change))
