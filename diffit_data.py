@@ -906,8 +906,8 @@ def sample_latents(
 class LatentTable(Table):
     """Moments of images and of their mirror images, written by `scripts/prepare_latents.py`.
 
-    `rows` has the columns `moments` and perhaps `mirrored_moments` (2c, h, w), and `bad_image`: null, or why there
-    are none.
+    `rows`, in the format of Arrow, has the columns `moments` and perhaps `mirrored_moments` (2c, h, w), and
+    `bad_image`: null, or why there are none.
 
     Attributes:
         metadata: of the folder: the VAE's `vae_description`, `resolution` [H, W], `latent_shape` [c, h, w],
@@ -926,10 +926,11 @@ class LatentTable(Table):
         Raises:
             BadImageError: if the image could not be read when the latents were prepared.
         """
-        row = self.rows[int(self.indices[index])]
-        if row["bad_image"] is not None:
-            raise BadImageError(f"no latents in {self.source}: {row['bad_image']}")
-        return torch.from_numpy(row["mirrored_moments" if mirrored else "moments"])
+        row = self.rows[int(self.indices[index])]  # of Arrow: only the column that is asked for becomes an array
+        if (message := row["bad_image"][0].as_py()) is not None:
+            raise BadImageError(f"no latents in {self.source}: {message}")
+        column = row["mirrored_moments" if mirrored else "moments"]
+        return torch.tensor(column.chunk(0).to_numpy()[0])
 
 
 def latent_shard_names(num_images: int, images_per_shard: int) -> list[str]:
@@ -985,7 +986,7 @@ def load_latent_table(latents_dir: str, cache_dir: str | None = None) -> LatentT
         )
     labels = None if class_names is None else np.array(rows["label"], np.int64)
     columns = [name for name in rows.features if name != "label"]
-    table = rows.select_columns(columns).with_format("numpy")
+    table = rows.select_columns(columns).with_format("arrow")
     return LatentTable(table, str(root), np.arange(len(rows)), labels, class_names, metadata=metadata)
 
 

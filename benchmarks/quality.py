@@ -40,7 +40,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import eval_diffit  # noqa: E402
 from diffit_model import model_class  # noqa: E402
 from diffit_pipeline import EDM_SCHEDULERS  # noqa: E402
-from train_diffit import HalfLifeEMA, training_flops_per_image  # noqa: E402
+from train_diffit import HalfLifeEMA, build_optimizer, parse_args, training_flops_per_image  # noqa: E402
 
 SEEDS = (0, 1, 2)
 BATCH_SIZE = 32
@@ -128,6 +128,7 @@ RECIPE = {  # that of configs/train/emoji32.yaml and quickstart.yaml, but for th
     "lr_scheduler": "constant_with_warmup",
     "lr_warmup_steps": 100,
 }
+MUON_RECIPE = RECIPE | {"optimizer": "muon"}
 
 
 @dataclass(frozen=True)
@@ -360,7 +361,12 @@ def judge_all(runs: list[Run], work_dir: Path) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Tuning
 
-SIDES = {"DiffiT": ("diffit", RECIPE), "U-Net": ("unet", RECIPE), "train_unconditional": ("unet", PEER)}
+SIDES = {
+    "DiffiT": ("diffit", RECIPE),
+    "U-Net": ("unet", RECIPE),
+    "DiffiT, Muon": ("diffit", MUON_RECIPE),
+    PEER: ("unet", PEER),
+}
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 PEER_LEARNING_RATES = (1e-4, *LEARNING_RATES)  # with its default
 TUNING_IMAGES = 500
@@ -388,6 +394,8 @@ RECIPES = {  # what is tried on DiffiT beside the recipe: flags, fields of the c
     "DiffiT, min-SNR gamma 1": (RECIPE | {"snr_gamma": 1}, {}, {}),
     "DiffiT, dropout 0.1": (RECIPE, {"dropout": 0.1}, {}),
     "DiffiT, MLP of ratio 2": (RECIPE, {"mlp_ratio": 2}, {}),
+    "DiffiT, Muon at once AdamW's rate": (MUON_RECIPE | {"muon_lr_ratio": 1}, {}, {}),
+    "DiffiT, Muon at six times AdamW's rate": (MUON_RECIPE | {"muon_lr_ratio": 6}, {}, {}),
 }
 
 
@@ -486,10 +494,12 @@ def training_step(model: torch.nn.Module, recipe: dict | str) -> Callable[[], No
     config = model.config
     sample = torch.randn(BATCH_SIZE, config.in_channels, config.sample_size, config.sample_size)
     timesteps = torch.randint(0, 1000, (BATCH_SIZE,))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True if recipe != PEER else None)
     if recipe == PEER:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         ema_model = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     else:
+        flags = {"model_config": "unused", "train_data_file": "unused", "output_dir": "unused"}
+        optimizer = build_optimizer(parse_args(to_argv(flags | recipe)), model)
         ema_model = HalfLifeEMA(model.parameters(), half_life=1e4, ramp_up=0.05, batch_size=BATCH_SIZE)
 
     def step() -> None:

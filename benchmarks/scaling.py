@@ -13,77 +13,143 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from diffit_model import model_class  # noqa: E402
-from train_diffit import training_flops_per_image  # noqa: E402
+from train_diffit import noise_shape, training_flops_per_image  # noqa: E402
 
 DOCUMENT = ROOT / "docs/scaling.md"
 GPUS = (8, 64, 512)
 GPUS_PER_NODE = 8
-# Config: what the data say of its network, and bytes of an image: PNG, or mean and deviation of latents in 16 bits.
+
+BUCKET = 25 * 2**20  # bytes of gradients that DDP sums at once
+OF_PIXELS = {"in_channels": 3, "out_channels": 3, "num_class_embeds": None, "num_augment_labels": 9}
+OF_LATENTS = {"in_channels": 4, "num_embeds_ada_norm": 1000}
+# Config: what the data say of its network, bytes that are read for an image (PNG, or mean and deviation of latents in
+# float32), and images a second of one worker, from benchmarks/results/data_path.md.
 RUNS = {
-    "cifar10": ({"in_channels": 3, "out_channels": 3, "num_class_embeds": None, "num_augment_labels": 9}, 2_500),
-    "cifar10_l4": ({"in_channels": 3, "out_channels": 3, "num_class_embeds": None, "num_augment_labels": 9}, 2_500),
-    "ffhq64": ({"in_channels": 3, "out_channels": 3, "num_class_embeds": None, "num_augment_labels": 9}, 8_000),
-    "ffhq64_l4": ({"in_channels": 3, "out_channels": 3, "num_class_embeds": None, "num_augment_labels": 9}, 8_000),
-    "imagenet256": ({"in_channels": 4, "num_embeds_ada_norm": 1000}, 2 * 8 * 32 * 32),
-    "imagenet512": ({"in_channels": 4, "num_embeds_ada_norm": 1000, "sample_size": 64}, 2 * 8 * 64 * 64),
+    "cifar10": (OF_PIXELS, 2_500, 2_378),
+    "cifar10_l4": (OF_PIXELS, 2_500, 2_378),
+    "ffhq64": (OF_PIXELS, 8_000, 1_253),
+    "ffhq64_l4": (OF_PIXELS, 8_000, 1_253),
+    "imagenet256": (OF_LATENTS, 4 * 8 * 32 * 32, 1_648),
+    "imagenet512": (OF_LATENTS | {"sample_size": 64}, 4 * 8 * 64 * 64, 998),
 }
+NO_KERNEL = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "_unsafe_view")
 ASSUMED = {
     "peak of an H100 in bf16, dense (NVIDIA's data sheet)": (989e12, "989 TFLOP/s"),
-    "share of it that is reached (MFU), also with few images on each GPU": (0.35, "35 %"),
+    "share of it that the latent transformers reach (MFU)": (0.35, "35 %"),
+    "share of it that the networks of pixels reach: 128 to 256 channels, norms, small windows": (
+        0.15,
+        "15 %",
+    ),
+    "starting an operator from Python, eager": (8e-6, "8 µs"),
+    "bandwidth of a GPU's memory, for optimizer and averages (80 % of 3.35 TB/s)": (2.7e12, "2.7 TB/s"),
     "bandwidth of a GPU inside a node (NVLink 4, one direction)": (450e9, "450 GB/s"),
     "bandwidth of a node to others (eight ports of InfiniBand NDR, which the rings share)": (400e9, "400 GB/s"),
+    "delay of one exchange; a sum over n GPUs takes 2 log2(n) of them for each 25 MiB": (
+        10e-6,
+        "10 µs",
+    ),
     "writing a checkpoint": (2e9, "2 GB/s"),
     "time between failures of one GPU (Llama 3, arXiv 2407.21783: 419 in 54 days of 16,384)": (
         54 * 24 * 3600 * 16_384 / 419,
         "50,700 hours",
     ),
 }
-PEAK, MFU, NVLINK, INFINIBAND, DISK, MTBF = (value for value, _ in ASSUMED.values())
+PEAK, LATENT_MFU, PIXEL_MFU, START, MEMORY, NVLINK, INFINIBAND, DELAY, DISK, MTBF = (
+    value for value, _ in ASSUMED.values()
+)
+
+
+class CountKernels(TorchDispatchMode):
+    """Counts the operators for which a GPU starts a kernel: all but views and allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += not (func.is_view or func.overloadpacket.__name__ in NO_KERNEL)
+        return func(*args, **(kwargs or {}))
 
 
 def read(name: str) -> dict:
-    """Sizes of a training: parameters, FLOPs, images, bytes of its checkpoint.
+    """Sizes of a training: parameters, FLOPs, operators, images, bytes of its checkpoint.
 
     Args:
         name: of configs/train.
     """
     flags = yaml.safe_load((ROOT / f"configs/train/{name}.yaml").read_text())
-    more, image_bytes = RUNS[name]
-    config = json.loads((ROOT / flags["model_config"]).read_text()) | more
+    of_data, image_bytes, worker_speed = RUNS[name]
+    config = json.loads((ROOT / flags["model_config"]).read_text()) | of_data
     with torch.device("meta"):
-        parameters = model_class(config).from_config(config).num_parameters()
+        model = model_class(config).from_config(config)
+        inputs = torch.empty(1, *noise_shape(config)), torch.zeros(1)
+    with CountKernels() as counter:
+        model(*inputs).sample.sum().backward()
+    again = 4 / 3 if flags.get("gradient_checkpointing") else 1  # the forward pass, once more
     averages = len(flags.get("ema_half_life_kimg", [1]))
+    parameters = model.num_parameters()
     return {
         "name": name,
         "parameters": parameters,
-        "flops": training_flops_per_image(config),
+        "flops": again * training_flops_per_image(config),
+        "kernels": round(again * counter.number),
+        "mfu": PIXEL_MFU if of_data is OF_PIXELS else LATENT_MFU,
         "batch": flags["global_batch_size"],
+        "most": flags["train_batch_size"],  # images on a GPU at once
         "steps": flags["max_train_steps"],
         "image_bytes": image_bytes,
-        "checkpoint": 4 * parameters * (1 + 2 + averages),  # weights, Adam's two moments, averages
+        "worker_speed": worker_speed,
         "averages": averages,
+        "checkpoint": 4 * parameters * (1 + 2 + averages),  # weights, Adam's two moments, averages
     }
 
 
-def step_seconds(run: dict, gpus: int) -> float:
-    """Computing of one optimizer step."""
-    return run["batch"] * run["flops"] / (gpus * MFU * PEAK)
+def compute_seconds(run: dict, gpus: int) -> float:
+    """Forward and backward pass of one optimizer step: the arithmetic, or starting the operators if that is longer."""
+    each = run["batch"] / gpus
+    passes = math.ceil(each / run["most"])
+    return max(each * run["flops"] / (run["mfu"] * PEAK), passes * run["kernels"] * START)
+
+
+def update_seconds(run: dict) -> float:
+    """Clipping, Adam and averages: what they read and write of memory, in float32."""
+    clip, adam, average = 1, 7, 3  # numbers per parameter
+    return 4 * run["parameters"] * (clip + adam + average * run["averages"]) / MEMORY
+
+
+def all_reduce_bytes(run: dict, gpus: int) -> float:
+    """What leaves each GPU for the sum of the gradients in float32, by rings."""
+    return 2 * (gpus - 1) / gpus * 4 * run["parameters"]
 
 
 def all_reduce_seconds(run: dict, gpus: int) -> float:
-    """Gradients in float32, by rings: 2 (n - 1) / n times their bytes leave each GPU, or each node."""
+    """Of those bytes, and of the exchanges."""
     bandwidth = NVLINK if gpus <= GPUS_PER_NODE else INFINIBAND
-    return 2 * (gpus - 1) / gpus * 4 * run["parameters"] / bandwidth
+    buckets = math.ceil(4 * run["parameters"] / BUCKET)
+    return all_reduce_bytes(run, gpus) / bandwidth + buckets * 2 * math.log2(gpus) * DELAY
+
+
+def step_seconds(run: dict, gpus: int) -> float:
+    """One optimizer step. Only the backward pass, two thirds of the last accumulated one, hides the sum."""
+    compute = compute_seconds(run, gpus)
+    backward = 2 / 3 * compute / math.ceil(run["batch"] / gpus / run["most"])
+    return compute - backward + max(backward, all_reduce_seconds(run, gpus)) + update_seconds(run)
 
 
 def checkpoint_interval(run: dict, gpus: int) -> float:
     """Seconds between checkpoints that lose least, by Young: sqrt(2 x time of saving x time between failures)."""
     return math.sqrt(2 * run["checkpoint"] / DISK * MTBF / gpus)
+
+
+def duration(hours: float) -> str:
+    """For people."""
+    return f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -97,49 +163,45 @@ def tables() -> str:
     lines = ["Assumed, not measured:", ""]
     lines += [f"- {what}: {value}" for what, (_, value) in ASSUMED.items()]
 
-    head = ["config", "parameters", "GFLOP for an image", "images", "GPU hours", "checkpoint"]
+    head = ["config", "parameters", "GFLOP for an image", "operators in a step", "images", "GPU hours on 8"]
     rows = []
     for run in runs:
-        images = run["batch"] * run["steps"]
-        hours = images * run["flops"] / (MFU * PEAK) / 3600
-        size = f"{run['checkpoint'] / 1e9:.2f} GB"
+        hours = 8 * run["steps"] * step_seconds(run, 8) / 3600
+        images = f"{run['batch'] * run['steps'] / 1e6:,.1f} M"
         rows.append(
-            [f"`{run['name']}`", f"{run['parameters'] / 1e6:.1f} M", f"{run['flops'] / 1e9:.1f}"]
-            + [f"{images / 1e6:,.1f} M", f"{hours:,.1f}", size]
+            [f"`{run['name']}`", f"{run['parameters'] / 1e6:.1f} M", f"{run['flops'] / 1e9:,.1f}"]
+            + [f"{run['kernels']:,}", images, f"{hours:,.0f}"]
         )
     lines += table(head, rows)
 
-    head = [
-        "config",
-        "GPUs",
-        "images on each",
-        "step, ms",
-        "all-reduce, ms",
-        "share",
-        "hours",
-        "images/s",
-        "MB/s a node",
-    ]
-    rows = []
+    head = ["config", "GPUs", "images on each", "passes, ms", "sent by each", "all-reduce, ms", "update, ms"]
+    head += ["step, ms", "MFU", "all", "images/s", "MB/s a node", "workers a GPU"]
+    rows, too_many = [], []
     for run in runs:
         for gpus in GPUS:
             each = run["batch"] / gpus
-            compute, reduce = step_seconds(run, gpus), all_reduce_seconds(run, gpus)
-            images = run["batch"] / max(compute, reduce)  # the all-reduce runs beside the backward pass
-            node_bytes = images * run["image_bytes"] * GPUS_PER_NODE / gpus
-            hours = run["steps"] * max(compute, reduce) / 3600
+            if each < 1:
+                too_many.append(f"`{run['name']}` on {gpus}")
+                continue
+            step = step_seconds(run, gpus)
+            images = run["batch"] / step
             rows.append(
-                [f"`{run['name']}`", str(gpus), f"{each:g}", f"{1000 * compute:.2f}"]
-                + [f"{1000 * reduce:.2f}", f"{reduce / compute:.0%}", f"{hours:,.1f}", f"{images:,.0f}"]
-                + [f"{node_bytes / 1e6:.1f}"]
+                [f"`{run['name']}`", str(gpus), f"{each:g}", f"{1000 * compute_seconds(run, gpus):.1f}"]
+                + [f"{all_reduce_bytes(run, gpus) / 1e6:,.0f} MB", f"{1000 * all_reduce_seconds(run, gpus):.1f}"]
+                + [f"{1000 * update_seconds(run):.1f}", f"{1000 * step:.1f}"]
+                + [f"{images * run['flops'] / (gpus * PEAK):.1%}", duration(run["steps"] * step / 3600)]
+                + [f"{images:,.0f}", f"{images * run['image_bytes'] * GPUS_PER_NODE / gpus / 1e6:.1f}"]
+                + [f"{images / gpus / run['worker_speed']:.1f}"]
             )
     lines += table(head, rows)
+    lines.append(f"Fewer than one image for each GPU, which is refused: {', '.join(too_many)}.")
 
-    head = ["config", "saving, s", *(f"best interval on {gpus}" for gpus in GPUS)]
+    head = ["config", "checkpoint", "saving, s", *(f"best interval on {gpus}" for gpus in GPUS)]
     rows = []
     for run in runs:
         intervals = [f"{checkpoint_interval(run, gpus) / 60:.0f} min" for gpus in GPUS]
-        rows.append([f"`{run['name']}`", f"{run['checkpoint'] / DISK:.2f}", *intervals])
+        size = f"{run['checkpoint'] / 1e9:.2f} GB"
+        rows.append([f"`{run['name']}`", size, f"{run['checkpoint'] / DISK:.2f}", *intervals])
     lines += table(head, rows)
     return "\n".join(lines).strip() + "\n"
 

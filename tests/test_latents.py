@@ -448,7 +448,8 @@ def test_skipped_image_has_a_row_that_says_why(base_flags, damaged_folder, prepa
     """The others are as they would be without it, though they share its batch."""
     flags = [*base_flags, f"--train_data_dir={damaged_folder}", "--on_bad_image=skip"]
     table = open_latents(prepare(flags, tmp_path / "latents"))
-    assert np.isnan(table.rows[3]["moments"]).all() and np.isnan(table.rows[3]["mirrored_moments"]).all()
+    row = table.rows.with_format("numpy")[3]
+    assert np.isnan(row["moments"]).all() and np.isnan(row["mirrored_moments"]).all()
     with pytest.raises(BadImageError, match="no latents in .*blue/3.png"):
         table.read(3)
     undamaged = open_latents(prepared_dir)
