@@ -808,7 +808,8 @@ class DiffiTModelMixin(ModelMixin, ConfigMixin, AttentionMixin):
 
         That is the relative position bias of each attention, and the weights of all projections of the time token side
         by side, so that a step makes one product of them. Training makes one for each block: to lay the weights
-        side by side again at every step costs as much as it saves.
+        side by side at every step keeps them and their gradients twice, and took 2.2 (S/2), 1.4 (CIFAR-10) and 1.0
+        (emoji32) times as long, forward and backward, on two CPU cores.
         """
         attentions = [module for module in self.modules() if isinstance(module, TimeDependentSelfAttention)]
         projections = [attention.qkv_temb for attention in attentions]
