@@ -202,7 +202,7 @@ def shuffled_parts(num_images: int, num_parts: int) -> list[torch.Tensor]:
 def compare(
     metrics: Iterable[str], images: FeatureSet, reference: FeatureSet, num_subsets: int = 5
 ) -> dict[str, dict]:
-    """Metrics with their spread and with what a perfect model would get.
+    """Metrics with their spread and with what real images get.
 
     Args:
         metrics: of `METRICS`, without `inception_score`.
@@ -213,8 +213,9 @@ def compare(
     Returns:
         For each metric `value`, of all images; `spread`, the standard deviation over the subsets (that of the value is
         smaller, about by the root of their number); `subset_mean` (Frechet distance and recall depend on the number
-        of images); `floor`, what one half of the reference, cut to the number of images, gets against the other half,
-        or None without reference images; `counts`, the numbers of images of all that.
+        of images); `floor`, what one half of the reference, cut to the number of images, gets against the other half
+        (with fewer images than the value, so a Frechet distance can lie below it), or None without reference images;
+        `counts`, the numbers of images of all that.
 
     Raises:
         ValueError: if there are too few images, or a metric needs images where the reference is only statistics.

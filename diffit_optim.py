@@ -1,6 +1,6 @@
 """Muon for the matrices of the blocks, and AdamW for all other parameters, as one optimizer."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -50,7 +50,7 @@ class MuonAdamW(torch.optim.Optimizer):
         lr: of AdamW.
         muon_lr_ratio: learning rate of Muon as a multiple of `lr`; at 1 its updates have AdamW's usual size.
         betas: of AdamW.
-        weight_decay: decoupled, of all.
+        weight_decay: decoupled, of all; each parameter decays at its own learning rate.
         eps: of AdamW.
 
     Raises:
@@ -77,12 +77,12 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__(groups, self.adamw.defaults)
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
-        """Updates all parameters that have a gradient."""
+    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+        """Updates all parameters that have a gradient; returns what the closure does."""
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        self.adamw.param_groups, self.adamw.state = self.param_groups[:1], self.state
+        self.adamw.param_groups, self.adamw.state = self.param_groups[:1], self.state  # loading a state renews them
         self.adamw.found_inf, self.adamw.grad_scale = found_inf, grad_scale
-        self.adamw.step(closure)
+        loss = self.adamw.step(closure)
 
         by_shape: dict[tuple, list[nn.Parameter]] = {}
         for parameter in self.param_groups[1]["params"]:
@@ -90,6 +90,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 by_shape.setdefault((parameter.shape, parameter.device), []).append(parameter)
         for parameters in by_shape.values():
             self._step_matrices(parameters, found_inf, grad_scale)
+        return loss
 
     def _step_matrices(
         self, parameters: list[nn.Parameter], found_inf: torch.Tensor | None, grad_scale: torch.Tensor | None

@@ -1219,7 +1219,8 @@ class StepGuard:
     way, so the device always has work.
 
     Args:
-        optimizer: a fused one of torch, which obeys `found_inf`; under fp16 the gradient scaler sets that itself.
+        optimizer: one that obeys `found_inf`, as torch's fused ones and `MuonAdamW` do; under fp16 the gradient
+            scaler sets that itself.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer):

@@ -369,6 +369,7 @@ SIDES = {
 }
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 PEER_LEARNING_RATES = (1e-4, *LEARNING_RATES)  # with its default
+DIVERGED = {("emoji", PEER): 1e-2}  # best in tuning; in the proof one seed came to 162 and another to 331
 TUNING_IMAGES = 500
 HEUN = {"scheduler": "edm_heun", "num_inference_steps": 13}  # as many evaluations
 EULER = {"scheduler": "edm_euler"}  # what DDIM is for EDM
@@ -434,9 +435,10 @@ def write_rows(name: str, rows: list[dict]) -> None:
 
 
 def tuned(side: str, task: str) -> dict:
-    """The row of the tuning with the lowest Frechet distance."""
+    """The row of the tuning with the lowest Frechet distance, but for a rate that did not hold in the proof."""
     rows = json.loads((RESULTS / "quality_tuning.json").read_text())
     rows = [row for row in rows if (row["side"], row["task"]) == (side, task)]
+    rows = [row for row in rows if row["learning_rate"] != DIVERGED.get((task, side))]
     return min(rows, key=lambda row: row["frechet_distance"]["value"])
 
 
@@ -498,7 +500,7 @@ def training_step(model: torch.nn.Module, recipe: dict | str) -> Callable[[], No
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         ema_model = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     else:
-        flags = {"model_config": "unused", "train_data_file": "unused", "output_dir": "unused"}
+        flags = dict.fromkeys(("model_config", "train_data_file", "output_dir"), "unused") | {"max_train_steps": 1}
         optimizer = build_optimizer(parse_args(to_argv(flags | recipe)), model)
         ema_model = HalfLifeEMA(model.parameters(), half_life=1e4, ramp_up=0.05, batch_size=BATCH_SIZE)
 

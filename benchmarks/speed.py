@@ -252,9 +252,9 @@ def main() -> None:
         "|---|---|---|---|---|---|---|",
         *shares,
         "",
-        "Where the time goes (operators by their own time, one profiled step). The products and convolutions are the "
-        "same on both sides, so a ratio can be no less than their share of the plain side's time; and a step can "
-        "reach no larger share of the limit than its own divided by theirs:",
+        "Where the time goes (operators by their own time, one profiled step). Training has the same products and "
+        "convolutions on both sides, so about their share of the plain side's time is the least ratio that leaving "
+        "out all else would give; and a step can reach no larger share of the limit than its own divided by theirs:",
         "",
         *wheres,
     ]

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import diffit_checkpoint
 import train_diffit
 from diffit_loss import build_noise_levels
 from diffit_model import DiffiTUNet2DModel
@@ -660,6 +661,8 @@ def test_other_seed_batch_or_data_at_resume_is_refused(train_args, image_folder)
         train([*train_args, "--resume_from_checkpoint=latest", "--learning_rate=5e-3"])
     with pytest.raises(ValueError, match="--use_ema True, not False"):
         train([*train_args, "--resume_from_checkpoint=latest", "--no-use_ema"])
+    with pytest.raises(ValueError, match="--optimizer adamw, not muon"):
+        train([*train_args, "--resume_from_checkpoint=latest", "--optimizer=muon"])
     with pytest.raises(ValueError, match="a network whose layers_per_block is 1, not 2"):
         train([*train_args, "--resume_from_checkpoint=latest", "--model_kwargs", "layers_per_block=2"])
     with pytest.raises(ValueError, match="24 images, the data has 18"):
@@ -850,6 +853,22 @@ def test_other_images_or_another_network_are_refused_at_a_resume(train_args, ima
     (folder / "red/0.png").write_bytes((folder / "blue/0.png").read_bytes())
     with pytest.raises(ValueError, match="was trained on other images"):
         train([*arguments, "--resume_from_checkpoint=latest"])
+
+
+def test_checkpoint_from_before_a_flag_resumes_with_what_was_meant_then(train_args, tmp_path):
+    train([*train_args, "--max_train_steps=1"])
+    checkpoint = tmp_path / "run/checkpoint-1"
+    file, manifest = checkpoint / "training_args.yaml", checkpoint / "manifest.json"
+    flags = yaml.safe_load(file.read_text())
+    del flags["optimizer"], flags["muon_lr_ratio"]
+    file.write_text(yaml.safe_dump(flags))
+    digests = json.loads(manifest.read_text()) | {file.name: diffit_checkpoint.file_digest(file)}
+    manifest.write_text(json.dumps(digests))
+    arguments = [*train_args, "--resume_from_checkpoint=latest", "--max_train_steps=2"]
+    with pytest.raises(ValueError, match="was trained with --optimizer adamw, not muon"):
+        train([*arguments, "--optimizer=muon"])
+    train([*arguments, "--muon_lr_ratio=2"])  # which says nothing to AdamW
+    assert (tmp_path / "run/checkpoint-2").is_dir()
 
 
 def test_manifest_that_names_too_little_is_damage(two_checkpoints):
