@@ -69,7 +69,7 @@ benchmark: install-dev
 benchmark-gpu: install-dev
 	$(BIN)/python benchmarks/gpu.py
 
-# Is DiffiT worth it? About 75 minutes on two quiet cores; the tuning, whose figures it reads, about an hour more.
+# Is DiffiT worth it? About two hours on two cores; the tuning, whose figures it reads, about two hours more.
 benchmark-quality: install-dev
 	$(BIN)/python benchmarks/quality.py prove
 	$(BIN)/python benchmarks/quality_report.py

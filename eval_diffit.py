@@ -794,7 +794,7 @@ def plot_losses(
     """Error by timestep, a line for each model; see `loss_by_timestep`."""
     figure, ((axes,),) = new_figure()
     for model_path in model_paths:
-        pipeline = set_up(state, load_pipeline(args, model_path, "ddim"))
+        pipeline = set_up(state, load_pipeline(args, model_path, None))
         if pipeline.transformer is not None or "beta_schedule" not in pipeline.scheduler.config:
             print(f"no loss by timestep of {model_path}: it is not a model of pixels with the timesteps of DDPM")
             return

@@ -31,12 +31,12 @@ OF_LATENTS = {"in_channels": 4, "num_embeds_ada_norm": 1000}
 # Config: what the data say of its network, bytes that are read for an image (PNG, or mean and deviation of latents in
 # float32), and images a second of one worker, from benchmarks/results/data_path.md.
 RUNS = {
-    "cifar10": (OF_PIXELS, 2_500, 2_378),
-    "cifar10_l4": (OF_PIXELS, 2_500, 2_378),
-    "ffhq64": (OF_PIXELS, 8_000, 1_253),
-    "ffhq64_l4": (OF_PIXELS, 8_000, 1_253),
-    "imagenet256": (OF_LATENTS, 4 * 8 * 32 * 32, 1_648),
-    "imagenet512": (OF_LATENTS | {"sample_size": 64}, 4 * 8 * 64 * 64, 998),
+    "cifar10": (OF_PIXELS, 2_500, 2_258),
+    "cifar10_l4": (OF_PIXELS, 2_500, 2_258),
+    "ffhq64": (OF_PIXELS, 8_000, 896),
+    "ffhq64_l4": (OF_PIXELS, 8_000, 896),
+    "imagenet256": (OF_LATENTS, 4 * 8 * 32 * 32, 1_009),
+    "imagenet512": (OF_LATENTS | {"sample_size": 64}, 4 * 8 * 64 * 64, 1_070),
 }
 NO_KERNEL = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "_unsafe_view")
 ASSUMED = {

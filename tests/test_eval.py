@@ -15,7 +15,7 @@ import scipy.linalg
 import torch
 from accelerate import PartialState
 from conftest import ROOT, TINY_CONFIG, run
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, EDMEulerScheduler
 from test_launch import LAUNCH, readme_commands
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import poly_mmd
@@ -721,6 +721,17 @@ def test_plots_are_drawn(model_flags, tmp_path):
     for path in folder.iterdir():
         picture = np.asarray(PIL.Image.open(path).convert("L"))
         assert min(picture.shape) > 300 and picture.std() > 10, path
+
+
+def test_plots_of_an_edm_model_are_drawn_but_for_its_loss_by_timestep(model_flags, tmp_path, capsys):
+    model, folder = tmp_path / "edm", tmp_path / "plots"
+    DiffiTPipeline(DiffiTUNet2DModel(**TINY_CONFIG), EDMEulerScheduler()).save_pretrained(model)
+    flags = [f"--model_path={model}", *model_flags[1:]]
+    result = evaluate(tmp_path, *flags, f"--plots={folder}", "--plot_steps", "2", "3", "--plot_schedulers", "edm_heun")
+    assert [row["evaluations"] for row in result["by_steps"]] == [3, 5]
+    names = ("metrics_by_steps", "neighbour_distances", "neighbours")
+    assert sorted(path.name for path in folder.iterdir()) == [f"{name}.png" for name in names]
+    assert f"no loss by timestep of {model}" in capsys.readouterr().out
 
 
 def test_nearest_in_pixels_finds_a_copy():
