@@ -160,10 +160,10 @@ def protocol() -> list[str]:
         "",
         "Every side has the best of its learning rates and averages, tuned with a seed of its own against the same "
         "held-out images (the last section; the peer's sweep also holds its default). What that leaves open: the best "
-        "average of the U-Net on emoji, the best rate of the peer and those of DiffiT with Muon on digits lie at the "
-        "edge of what was tried; recipes beyond rates and averages were tried on DiffiT alone, and Muon with no "
-        "U-Net. On emoji the peer has its second best rate, 3e-3: at 1e-2, a little better in tuning, one of two "
-        "seeds of the proof went astray (331). "
+        "rate of the peer on digits and the best average of DiffiT with Muon there lie at the edge of what was tried; "
+        "recipes beyond rates and averages were tried on DiffiT alone, but for Muon, which gave the U-Net on emoji "
+        "nothing (one rate). On emoji the peer has its second best rate, 3e-3: at 1e-2, a little better in tuning, "
+        "one of two seeds of the proof went astray (331). "
         f"{PEER} keeps its formulation, Adam settings, cosine schedule and 500 steps of warm-up (a third of that in "
         "the shorter tuning).",
     ]
