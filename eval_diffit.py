@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DModel
+from diffusers import AutoencoderKL, DDPMScheduler, EDMEulerScheduler, UNet2DModel
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
@@ -36,6 +36,7 @@ from diffit_data import (
     resolution_type,
 )
 from diffit_distributed import on_all_processes
+from diffit_loss import build_network_inputs, compute_loss
 from diffit_metrics import (
     EXTRACTORS,
     FEWEST_IMAGES,
@@ -76,7 +77,7 @@ GUIDANCE_ARGUMENTS = (
 )
 # Of the plots.
 SHOWN_NEIGHBOURS = 8
-LOSS_TIMESTEPS = 20
+LOSS_LEVELS = 20
 LOSS_IMAGES = 256
 SET_SIZES = ("images", "reference")  # keys of `counts`
 METRIC_SETTINGS = {
@@ -566,8 +567,7 @@ def measure_model(
     images = draw_samples(args, state, pipeline, num_inference_steps, reference.table)
     pipeline.scheduler.set_timesteps(num_inference_steps)
     evaluations = len(pipeline.scheduler.timesteps)  # `heun` takes two at each step but the last
-    is_edm = isinstance(pipeline.scheduler, tuple(EDM_SCHEDULERS.values()))
-    scheduler = scheduler or ("edm_heun" if is_edm else "ddim")
+    scheduler = scheduler or ("edm_heun" if is_edm(pipeline) else "ddim")
     return measure(
         args,
         state,
@@ -740,23 +740,34 @@ def plot_neighbours(
     figure.savefig(folder / "neighbours.png")
 
 
+def is_edm(pipeline: DiffiTPipeline) -> bool:
+    """Whether a model has EDM's continuous noise levels in place of timesteps."""
+    return isinstance(pipeline.scheduler, tuple(EDM_SCHEDULERS.values()))
+
+
 @torch.no_grad()
-def loss_by_timestep(
+def loss_by_level(
     args: argparse.Namespace, pipeline: DiffiTPipeline, source: ImageSource, images: ImageSet
-) -> tuple[list[int], list[float]]:
-    """Mean squared error of what a model of pixels predicts, at timesteps from 0 to the last.
+) -> tuple[list[float], list[float]]:
+    """Loss of a model of pixels at levels of noise: timesteps from 0 to the last, or EDM's sigma from least to most.
 
     Args:
         args: of the command line.
         pipeline: on the device.
         source: of the images; says their classes.
-        images: all of that source; the first `LOSS_IMAGES` are taken, with the same noise at each timestep.
+        images: all of that source; the first `LOSS_IMAGES` are taken, with the same noise at each level.
 
     Returns:
-        Timesteps and errors, without loss weights.
+        Levels and losses: the mean squared error of what the network predicts, for EDM with its weight.
     """
     network, device = pipeline.network, pipeline.device
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    config = pipeline.scheduler.config
+    if is_edm(pipeline):
+        scheduler = EDMEulerScheduler.from_config(config)
+        levels = np.geomspace(config.sigma_min, config.sigma_max, LOSS_LEVELS).tolist()
+    else:
+        scheduler = DDPMScheduler.from_config(config)
+        levels = np.linspace(0, config.num_train_timesteps - 1, LOSS_LEVELS).round().astype(int).tolist()
     num_images = min(LOSS_IMAGES, len(images.images))
     null = null_label(network)
     labels = None if null is None else torch.full((num_images,), null)
@@ -764,23 +775,19 @@ def loss_by_timestep(
         labels = torch.tensor([source.table.label(index) for index in range(num_images)])
     clean = torch.stack([images.images[i] for i in range(num_images)]) / 127.5 - 1  # (N, C, H, W)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
-    timesteps = np.linspace(0, scheduler.config.num_train_timesteps - 1, LOSS_TIMESTEPS).round().astype(int).tolist()
     losses = []
-    for timestep in timesteps:
-        errors = []
+    for level in levels:
+        parts = []
         for start in range(0, num_images, args.batch_size):
             part = slice(start, start + args.batch_size)
             x, e = clean[part].to(device), noise[part].to(device)
-            t = torch.full((len(x),), timestep, device=device)
-            prediction = network(
-                scheduler.add_noise(x, e, t).to(network.dtype),
-                t,
-                class_labels=None if labels is None else labels[part].to(device),
-            ).sample
-            targets = {"epsilon": e, "sample": x, "v_prediction": scheduler.get_velocity(x, e, t)}
-            errors.append((prediction.float() - targets[scheduler.config.prediction_type]).square().mean((1, 2, 3)))
-        losses.append(torch.cat(errors).mean().item())
-    return timesteps, losses
+            of_images = torch.full((len(x),), level, device=device)
+            noisy, timestep = build_network_inputs(x, e, of_images, scheduler)
+            of_part = None if labels is None else labels[part].to(device)
+            prediction = network(noisy.to(network.dtype), timestep, class_labels=of_part).sample
+            parts.append(compute_loss(prediction, scheduler, x, e, of_images))
+        losses.append(torch.cat(parts).mean().item())
+    return levels, losses
 
 
 def plot_losses(
@@ -791,19 +798,27 @@ def plot_losses(
     source: ImageSource,
     images: ImageSet,
 ) -> None:
-    """Error by timestep, a line for each model; see `loss_by_timestep`."""
+    """Loss by timestep or sigma, a line for each model of the first one's formulation; see `loss_by_level`."""
     figure, ((axes,),) = new_figure()
+    first = None
     for model_path in model_paths:
         pipeline = set_up(state, load_pipeline(args, model_path, None))
-        if pipeline.transformer is not None or "beta_schedule" not in pipeline.scheduler.config:
-            print(f"no loss by timestep of {model_path}: it is not a model of pixels with the timesteps of DDPM")
-            return
-        axes.plot(
-            *loss_by_timestep(args, pipeline, source, images), marker="o", markersize=3, label=Path(model_path).name
-        )
-    what = {"epsilon": "noise", "sample": "image", "v_prediction": "velocity"}
-    predicted = what[pipeline.scheduler.config.prediction_type]
-    axes.set(xlabel="timestep (0 = image, last = noise)", ylabel=f"mean squared error of the {predicted}")
+        first = first or pipeline
+        if pipeline.transformer is not None or is_edm(pipeline) != is_edm(first):
+            print(
+                f"no loss by timestep of {model_path}: it is a model of latents, or the first has another formulation"
+            )
+            continue
+        levels, losses = loss_by_level(args, pipeline, source, images)
+        axes.plot(levels, losses, marker="o", markersize=3, label=Path(model_path).name)
+    if not axes.lines:
+        return
+    if is_edm(first):
+        axes.set(xlabel="standard deviation of the noise", ylabel="weighted squared error of the image", xscale="log")
+    else:
+        what = {"epsilon": "noise", "sample": "image", "v_prediction": "velocity"}
+        predicted = what[first.scheduler.config.prediction_type]
+        axes.set(xlabel="timestep (0 = image, last = noise)", ylabel=f"mean squared error of the {predicted}")
     axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

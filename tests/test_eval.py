@@ -723,15 +723,22 @@ def test_plots_are_drawn(model_flags, tmp_path):
         assert min(picture.shape) > 300 and picture.std() > 10, path
 
 
-def test_plots_of_an_edm_model_are_drawn_but_for_its_loss_by_timestep(model_flags, tmp_path, capsys):
+def test_plots_of_an_edm_model_are_drawn(model_flags, tmp_path):
     model, folder = tmp_path / "edm", tmp_path / "plots"
     DiffiTPipeline(DiffiTUNet2DModel(**TINY_CONFIG), EDMEulerScheduler()).save_pretrained(model)
     flags = [f"--model_path={model}", *model_flags[1:]]
     result = evaluate(tmp_path, *flags, f"--plots={folder}", "--plot_steps", "2", "3", "--plot_schedulers", "edm_heun")
     assert [row["evaluations"] for row in result["by_steps"]] == [3, 5]
-    names = ("metrics_by_steps", "neighbour_distances", "neighbours")
+    names = ("loss_by_timestep", "metrics_by_steps", "neighbour_distances", "neighbours")
     assert sorted(path.name for path in folder.iterdir()) == [f"{name}.png" for name in names]
-    assert f"no loss by timestep of {model}" in capsys.readouterr().out
+
+
+def test_losses_of_another_formulation_are_left_out_of_the_plot(model_flags, tmp_path, capsys):
+    model, folder = tmp_path / "edm", tmp_path / "plots"
+    DiffiTPipeline(DiffiTUNet2DModel(**TINY_CONFIG), EDMEulerScheduler()).save_pretrained(model)
+    evaluate(tmp_path, model_flags[0], f"--model_path={model}", *model_flags[1:], f"--plots={folder}")
+    assert (folder / "loss_by_timestep.png").is_file()
+    assert f"no loss by timestep of {model}: " in capsys.readouterr().out
 
 
 def test_nearest_in_pixels_finds_a_copy():
@@ -741,17 +748,24 @@ def test_nearest_in_pixels_finds_a_copy():
     assert eval_diffit.nearest_in_pixels(near, others, 16, 2)[:, 0].tolist() == [7, 33]
 
 
-def test_loss_by_timestep_is_that_of_the_prediction(trained, image_folder):
-    """A network that predicts 0 for everything: the error is the mean square of the noise."""
+def test_loss_by_level_is_that_of_the_prediction(trained, image_folder):
+    """A network that predicts 0: by DDPM the mean square of the noise, by EDM that of its target (EDM, Eq. 7-8)."""
     unet = DiffiTUNet2DModel(**TINY_CONFIG, num_class_embeds=3)  # its output starts at zero
-    pipeline = DiffiTPipeline(unet, DDPMScheduler())
     args = eval_diffit.parse_args(["--model_path=m", f"--reference={image_folder}", "--batch_size=10"])
     source = eval_diffit.open_source("--reference", str(image_folder), args)
     images = eval_diffit.image_set("--reference", source, (3, 8, 8))
-    timesteps, losses = eval_diffit.loss_by_timestep(args, pipeline, source, images)
     noise = torch.randn((24, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    timesteps, losses = eval_diffit.loss_by_level(args, DiffiTPipeline(unet, DDPMScheduler()), source, images)
     assert timesteps[0] == 0 and timesteps[-1] == 999
     assert losses == pytest.approx([noise.square().mean().item()] * len(timesteps), rel=1e-5)
+
+    clean = torch.stack([images.images[i] for i in range(24)]) / 127.5 - 1
+    sigmas, losses = eval_diffit.loss_by_level(args, DiffiTPipeline(unet, EDMEulerScheduler()), source, images)
+    assert (sigmas[0], sigmas[-1]) == pytest.approx((0.002, 80))
+    for sigma, loss in zip(sigmas, losses, strict=True):
+        c_skip, c_out = 0.25 / (sigma**2 + 0.25), 0.5 * sigma / (sigma**2 + 0.25) ** 0.5
+        target = (clean.double() - c_skip * (clean.double() + sigma * noise.double())) / c_out
+        assert loss == pytest.approx(target.square().mean().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("arguments", readme_commands("eval_diffit.py"), ids=" ".join)
