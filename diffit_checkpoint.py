@@ -44,10 +44,8 @@ SAME_AT_RESUME = (
     *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm"),
     *("use_ema", "ema_max_decay", "ema_inv_gamma", "ema_power", "ema_half_life_kimg", "ema_ramp_up"),
 )
-ADDED_LATER = {
-    "optimizer": "adamw",
-    "muon_lr_ratio": 3.0,
-}  # what checkpoints from before these flags were trained with
+# What checkpoints from before these flags were trained with.
+ADDED_LATER = {"optimizer": "adamw", "muon_lr_ratio": 3.0}
 
 
 @dataclass
@@ -281,10 +279,9 @@ def load_checkpoint(path: Path, accelerator: Accelerator, arguments: dict, state
             is damaged or holds more than data.
     """
     numbers = read_data(path / "state.json", lambda file: json.loads(file.read_text()))
-    earlier = read_data(path / "training_args.yaml", lambda file: yaml.safe_load(file.read_text()))
+    earlier = ADDED_LATER | read_data(path / "training_args.yaml", lambda file: yaml.safe_load(file.read_text()))
     read_tensors = functools.partial(torch.load, map_location="cpu", weights_only=True)
     optimizer_state = read_data(path / "optimizer.pt", read_tensors)
-    earlier = ADDED_LATER | earlier
     for key in SAME_AT_RESUME:
         if key == "muon_lr_ratio" and "muon" not in (earlier["optimizer"], arguments["optimizer"]):
             continue  # nothing depends on it

@@ -1,3 +1,4 @@
+# Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
 """Muon for the matrices of the blocks, and AdamW for all other parameters, as one optimizer."""
 
 from collections.abc import Callable, Iterable

@@ -366,6 +366,11 @@ def expand_checkpoints(args: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(paths))
 
 
+def is_edm(pipeline: DiffiTPipeline) -> bool:
+    """Whether a model has EDM's continuous noise levels in place of timesteps."""
+    return isinstance(pipeline.scheduler, tuple(EDM_SCHEDULERS.values()))
+
+
 def load_pipeline(args: argparse.Namespace, model_path: str, scheduler: str | None) -> DiffiTPipeline:
     """The pipeline of a folder, of a hub name, or of a checkpoint's --weights.
 
@@ -740,11 +745,6 @@ def plot_neighbours(
     figure.savefig(folder / "neighbours.png")
 
 
-def is_edm(pipeline: DiffiTPipeline) -> bool:
-    """Whether a model has EDM's continuous noise levels in place of timesteps."""
-    return isinstance(pipeline.scheduler, tuple(EDM_SCHEDULERS.values()))
-
-
 @torch.no_grad()
 def loss_by_level(
     args: argparse.Namespace, pipeline: DiffiTPipeline, source: ImageSource, images: ImageSet
@@ -805,9 +805,7 @@ def plot_losses(
         pipeline = set_up(state, load_pipeline(args, model_path, None))
         first = first or pipeline
         if pipeline.transformer is not None or is_edm(pipeline) != is_edm(first):
-            print(
-                f"no loss by timestep of {model_path}: it is a model of latents, or the first has another formulation"
-            )
+            print(f"no loss by timestep of {model_path}: it is of latents, or the first has another formulation")
             continue
         levels, losses = loss_by_level(args, pipeline, source, images)
         axes.plot(levels, losses, marker="o", markersize=3, label=Path(model_path).name)

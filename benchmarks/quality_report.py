@@ -1,5 +1,7 @@
 """Writes benchmarks/results/quality.md and its curves from the figures that `benchmarks/quality.py` left there.
 
+What only who made them knows is taken from benchmarks/results/quality_notes.md.
+
 python benchmarks/quality_report.py
 """
 
@@ -145,27 +147,21 @@ def protocol() -> list[str]:
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
     return [
         f"`make benchmark-quality` on {os.cpu_count()} CPU cores ({platform.machine()}), Python "
-        f"{platform.python_version()}, {versions}, float32, one core for each training. The figures are of "
-        "2026-11-24: seeds of DiffiT and the U-Net with AdamW of the morning, the others and all minutes of the "
-        "evening.",
+        f"{platform.python_version()}, {versions}, float32, one core for each training.",
         "",
         "Unconditional, no guidance, no flips. A fifth of the images is held out and is the reference; those of them "
         "that are pixel for pixel in the rest were dropped. 1,000 samples of "
         f"{STEPS} DDIM steps, `efficientnet_lite0`. Mean and standard deviation over three seeds. FLOPs are those of "
         "the network, forward and backward; minutes are images times the seconds of a training step (network, "
-        "optimizer and average on ready-made images), all sides measured in turn in one process: no side's data "
-        "count, which by `data_path.md` would add to a step on digits some 22 % of ours and 11 % of the peer's, on "
-        "emoji 6 and 4 %. Costs at a distance are read off the curve of means, straight lines between the budgets in "
-        "logarithms.",
+        "optimizer and average on ready-made images), all sides measured in turn in one process. Costs at a distance "
+        "are read off the curve of means, straight lines between the budgets in logarithms.",
         "",
         "Every side has the best of its learning rates and averages, tuned with a seed of its own against the same "
-        "held-out images (the last section; the peer's sweep also holds its default). What that leaves open: the best "
-        "rate of the peer on digits and the best average of DiffiT with Muon there lie at the edge of what was tried; "
-        "recipes beyond rates and averages were tried on DiffiT alone, but for Muon, which gave the U-Net on emoji "
-        "nothing (one rate). On emoji the peer has its second best rate, 3e-3: at 1e-2, a little better in tuning, "
-        "one of two seeds of the proof went astray (331). "
+        "held-out images (the last section; the peer's sweep also holds its default). "
         f"{PEER} keeps its formulation, Adam settings, cosine schedule and 500 steps of warm-up (a third of that in "
         "the shorter tuning).",
+        "",
+        (RESULTS / "quality_notes.md").read_text().strip(),
     ]
 
 
@@ -238,10 +234,7 @@ def tuning_section() -> list[str]:
         f"`make benchmark-quality-tuning`: one seed, {TUNING_IMAGES} samples; Frechet distance of ",
     ]
     lines[-1] += (
-        "each average. Muon is for the matrices of the blocks, at three times AdamW's rate where no other is named. "
-        "QK-norm and `torch.optim.Muon` were tried by changes to the code that were thrown away: torch computes its "
-        "update in bfloat16, which cost this CPU 0.87 (emoji) and 1.4 (digits) forward and backward passes for each "
-        "step, and so `--optimizer muon` is our own."
+        "each average. Muon is for the matrices of the blocks, at three times AdamW's rate where no other is named."
     )
     rows = read_rows("quality_tuning.json") + read_rows("quality_tried.json")
     for task in TASKS:
