@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +27,15 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 
-from diffit_distributed import OutputDirLock
+from diffit.errors import RunError, UserError
+from diffit.run_dir import CHECKPOINT_MANIFEST, OutputFolder, is_checkpoint, remove_checkpoint
+from diffit_distributed import OutputDirLock, raise_in_all
 from diffit_loss import NoiseScheduler
 from diffit_pipeline import part_name
 
 logger = get_logger("train_diffit", log_level="INFO")
 
-MANIFEST = "manifest.json"  # of a checkpoint: size and checksum of each file
+MANIFEST = CHECKPOINT_MANIFEST  # of a checkpoint: size and checksum of each file
 # What makes a run the run that it is. Duration, batch per process, precision, paths and logs may change at a resume.
 SAME_AT_RESUME = (
     *("seed", "global_batch_size", "class_conditional", "resolution", "center_crop", "random_flip"),
@@ -180,6 +183,7 @@ def write_checkpoint(
 def save_checkpoint(
     accelerator: Accelerator,
     lock: OutputDirLock,
+    run_dir: OutputFolder,
     arguments: dict,
     state: TrainingState,
     noise_scheduler: NoiseScheduler,
@@ -192,13 +196,14 @@ def save_checkpoint(
 
     Args:
         lock: of the folder of the run.
+        run_dir: that folder, with the mark of what in it is ours.
         arguments: as a config file holds them; saved beside the state, and compared at a resume.
         state: what is saved.
         noise_scheduler: saved too, so that one can sample and fine-tune from a checkpoint.
         total_limit: checkpoints that are kept, or None for all.
 
     Raises:
-        RuntimeError: in all processes, if it could not be written; earlier checkpoints stay.
+        RunError: in all processes, if it could not be written; earlier checkpoints stay.
     """
     accelerator.wait_for_everyone()
     failed = torch.zeros(1, device=accelerator.device)
@@ -208,19 +213,26 @@ def save_checkpoint(
         temporary = target.with_name(f"tmp-{target.name}")
         try:
             lock.check_owned()
+            run_dir.announce([f"{temporary.name}/"])
             write_checkpoint(temporary, accelerator, arguments, state, noise_scheduler)
-            shutil.rmtree(target, ignore_errors=True)  # a damaged one of the same step
+            if target.exists():  # a damaged one of the same step
+                if not (is_checkpoint(target) or run_dir.is_ours(f"{target.name}/")):
+                    raise OSError(f"{target} is in the way, and is not a checkpoint of this script")
+                set_aside(target)
             temporary.rename(target)
             sync_to_disk(target.parent)
+            run_dir.forget([f"{temporary.name}/"])
+            run_dir.announce([f"{target.name}/"])
         except Exception as error:  # a full disk is an OSError, a SafetensorError or a RuntimeError
             reason = str(error)
             failed += 1
             shutil.rmtree(temporary, ignore_errors=True)
     if accelerator.reduce(failed, "sum").item() > 0:
         left = list_checkpoints(lock.folder)
-        raise RuntimeError(
+        raise_in_all(
+            RunError,
             f"checkpoint-{state.global_step} could not be written to {lock.folder} ({reason}); "
-            f"the last one there is {left[-1].name if left else 'none'}"
+            f"the last one there is {left[-1].name if left else 'none'}",
         )
     logger.info(f"saved checkpoint-{state.global_step}")
     if accelerator.is_main_process and total_limit is not None:
@@ -228,9 +240,18 @@ def save_checkpoint(
         kept = [path for path in list_checkpoints(lock.folder) if step_of(path) <= state.global_step]
         for old in kept[:-total_limit]:
             try:
-                shutil.rmtree(old)
+                remove_checkpoint(old)
+                run_dir.forget([f"{old.name}/"])
             except OSError as error:
                 logger.warning(f"cannot delete {old}, as --checkpoints_total_limit asks: {error}")
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Renames a checkpoint that must not be taken for one of the run, and logs its new name."""
+    aside = checkpoint.with_name(f"superseded-{time.strftime('%Y%m%d-%H%M%S')}-{checkpoint.name}")
+    checkpoint.rename(aside)
+    logger.warning(f"{checkpoint} is now {aside.name}")
+    return aside
 
 
 def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None, overwrite: bool) -> Path | None:
@@ -245,7 +266,7 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None, overwri
     existing = list_checkpoints(output_dir)
     if resume_from_checkpoint is None:
         if existing and not overwrite:
-            raise ValueError(
+            raise UserError(
                 f"--output_dir {output_dir} already holds checkpoints up to {existing[-1].name}: give "
                 "--resume_from_checkpoint latest to go on, or --overwrite_output_dir to delete them"
             )
@@ -253,7 +274,7 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None, overwri
     if resume_from_checkpoint != "latest":
         path = Path(resume_from_checkpoint)
         if problem := checkpoint_problem(path):
-            raise ValueError(f"--resume_from_checkpoint {path}: {problem}")
+            raise UserError(f"--resume_from_checkpoint {path}: {problem}")
         return path
     for path in reversed(existing):
         problem = checkpoint_problem(path)
@@ -261,7 +282,7 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None, overwri
             return path
         logger.warning(f"passing over {path}: {problem}")
     if existing:
-        raise ValueError(f"--resume_from_checkpoint latest: all checkpoints in {output_dir} are damaged")
+        raise UserError(f"--resume_from_checkpoint latest: all checkpoints in {output_dir} are damaged")
     logger.info(f"no checkpoint in {output_dir}: starting afresh")
     return None
 
@@ -286,22 +307,22 @@ def load_checkpoint(path: Path, accelerator: Accelerator, arguments: dict, state
         if key == "muon_lr_ratio" and "muon" not in (earlier["optimizer"], arguments["optimizer"]):
             continue  # nothing depends on it
         if earlier.get(key) != arguments.get(key):
-            raise ValueError(
+            raise UserError(
                 f"{path} was trained with --{key} {earlier.get(key)}, not {arguments.get(key)}: a resumed run is the "
                 "same run; to train on under other settings start from it with --pretrained_model_name_or_path"
             )
     if numbers["num_images"] != state.num_images:
-        raise ValueError(f"{path} was trained on {numbers['num_images']} images, the data has {state.num_images}")
+        raise UserError(f"{path} was trained on {numbers['num_images']} images, the data has {state.num_images}")
     if numbers["data_digest"] != state.data_digest:
-        raise ValueError(f"{path} was trained on other images of the same number, other labels, or with another VAE")
+        raise UserError(f"{path} was trained on other images of the same number, other labels, or with another VAE")
     part = part_name(state.model)
     config = read_data(path / part / "config.json", lambda file: json.loads(file.read_text()))
     for key, value in json.loads(state.model.to_json_string()).items():
         if not key.startswith("_") and key != "auto_map" and config.get(key) != value:
-            raise ValueError(f"{path} holds a network whose {key} is {config.get(key)}, not {value}")
+            raise UserError(f"{path} holds a network whose {key} is {config.get(key)}, not {value}")
     weights, wanted = load_weights(path / part), state.model.state_dict()
     if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in wanted.items()}:
-        raise ValueError(f"{path} holds another network than --model_config and --model_kwargs describe")
+        raise UserError(f"{path} holds another network than --model_config and --model_kwargs describe")
     state.model.load_state_dict(weights)
     for ema_name, ema_model in state.ema_models.items():
         weights = load_weights(path / f"{part}_{ema_name}")
@@ -328,12 +349,12 @@ def read_data(file: Path, reader: Callable[[Path], dict]) -> dict:
         data = reader(file)
     except (pickle.UnpicklingError, yaml.YAMLError, RuntimeError, ValueError, EOFError, OSError) as error:
         # PyTorch's own message advises to load it without the protection.
-        raise ValueError(
+        raise UserError(
             f"{file} is damaged, or holds code, which is never run ({type(error).__name__}): delete the checkpoint, "
             "and take such files only from people you trust"
         ) from None
     if not isinstance(data, dict):
-        raise ValueError(f"{file}: expected a mapping, got {type(data).__name__}")
+        raise UserError(f"{file}: expected a mapping, got {type(data).__name__}")
     return data
 
 

@@ -22,6 +22,7 @@ import glob
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -40,11 +41,13 @@ import PIL.ImageOps
 import torch
 from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
 from datasets import config as datasets_config
-from datasets.exceptions import DatasetGenerationError
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 from diffusers import AutoencoderKL
 from huggingface_hub import constants as hub_constants
 from torch.utils.data import Sampler, default_collate
 
+from diffit.errors import UserError, global_rank, user_errors
+from diffit.run_dir import is_listed, our_files
 from diffit_augment import draw_augmentation
 
 IMAGE_EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -55,14 +58,18 @@ MAX_FILE_BYTES = 8 * MAX_IMAGE_PIXELS  # 512 MiB, unpacked: four channels of 16 
 MAX_CLASSES = 100_000  # so that one absurd label cannot fill the memory with names of classes
 OUTSIDE_A_ZIP = re.compile(r"^/|(^|/)\.\.(/|$)|^[A-Za-z]:|\\")  # absolute, upwards, a drive, a Windows separator
 
+logger = logging.getLogger("diffit_data")
+
 SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
 
 # Independent streams of random numbers for one (seed, position).
 PERMUTATION, AUGMENTATION, DIFFUSION = range(3)
 
 
-class BadImageError(ValueError):
+class BadImageError(UserError):
     """An image that cannot be read as asked; the message names its file."""
+
+    raised_in = "process"  # the others read other images
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,7 +190,7 @@ class Table(ABC):
         names = self.class_names or ()
         unknown = sorted(set(names) - set(class_names))
         if not names or unknown:
-            raise ValueError(f"{self.source} has {f'the unknown classes {unknown[:5]}' if names else 'no labels'}")
+            raise UserError(f"{self.source} has {f'the unknown classes {unknown[:5]}' if names else 'no labels'}")
         numbers = np.array([class_names.index(name) for name in names])
         return replace(self, labels=numbers[self.labels], class_names=class_names)
 
@@ -306,7 +313,7 @@ def _list_folder(root: Path) -> list[str]:
     A link to a folder within `root` is not followed: its files are found where they are.
 
     Raises:
-        ValueError: names a link that leads out of `root` or nowhere, or a folder that cannot be read.
+        UserError: names a link that leads out of `root` or nowhere, or a folder that cannot be read.
     """
     names, folders = [], [""]
     while folders:
@@ -323,8 +330,41 @@ def _list_folder(root: Path) -> list[str]:
                     elif entry.is_file():
                         names.append(folder + entry.name)
         except OSError as error:
-            raise ValueError(f"--train_data_dir: cannot list {root / folder}: {error.strerror}") from error
-    return sorted(names)
+            raise UserError(f"--train_data_dir: cannot list {root / folder}: {error.strerror}") from error
+    return _without_products(root, sorted(names))
+
+
+def _without_products(root: Path, names: list[str]) -> list[str]:
+    """Names of files without those that training, sampling and evaluation have written (see `diffit.run_dir`).
+
+    How many images that leaves out is logged. Of a folder of samples that is `root` itself, the samples are data.
+    """
+    folders = {folder for name in names for folder in PurePosixPath(name).parents}
+    marks = {folder: files for folder in folders if (files := our_files(root / folder))}
+    asked_for = listed_samples(root)
+    kept, left_out = [], {}
+    for name in names:
+        path = PurePosixPath(name)
+        owners = [
+            folder for folder in path.parents if is_listed(path.relative_to(folder).as_posix(), marks.get(folder, ()))
+        ]
+        if not owners or name in asked_for:
+            kept.append(name)
+        elif path.suffix.lower() in IMAGE_EXTENSIONS | {".parquet"}:
+            left_out[owners[0]] = left_out.get(owners[0], 0) + 1
+    if left_out and global_rank() == 0:
+        places = ", ".join(sorted(str(root / folder) for folder in left_out))
+        logger.warning(f"{root}: left out {sum(left_out.values())} files that DiffiT has written, in {places}")
+    return kept
+
+
+def listed_samples(root: Path) -> set[str]:
+    """Names of the images that `samples.json` of `sample_diffit.py` lists; none if it is not of that form."""
+    try:
+        summary = json.loads((root / "samples.json").read_text(encoding="utf-8"))
+        return {str(row["file"]) for row in summary["images"]}
+    except (OSError, ValueError, TypeError, KeyError):
+        return set()
 
 
 def _is_hidden(name: str) -> bool:
@@ -334,13 +374,13 @@ def _is_hidden(name: str) -> bool:
 def _check_link(root: Path, link: str) -> None:
     target = os.path.realpath(link)
     if not Path(target).is_relative_to(os.path.realpath(root)):
-        raise ValueError(
+        raise UserError(
             f"--train_data_dir {root}: {link} is a link to {target}, outside of the folder. Links that leave it are "
             f"not followed: copy or hard-link the files (`cp -rL {root} COPY`, or `cp -rlL`, which takes no space), "
             "or give the folder that holds the files themselves"
         )
     if not os.path.exists(target):
-        raise ValueError(f"--train_data_dir {root}: {link} is a link to {target}, which does not exist")
+        raise UserError(f"--train_data_dir {root}: {link} is a link to {target}, which does not exist")
 
 
 def _list_zip(root: Path) -> list[str]:
@@ -352,7 +392,7 @@ def _list_zip(root: Path) -> list[str]:
     names = []
     for entry in _open_zip(str(root)).infolist():
         if OUTSIDE_A_ZIP.search(entry.filename):
-            raise ValueError(
+            raise UserError(
                 f"--train_data_dir {root}: the entry {entry.filename!r} has a name that leads out of the archive; "
                 "names must be relative, with / between folders. Pack it anew, or unpack it with a tool you trust"
             )
@@ -409,10 +449,13 @@ def load_image_table(
     }
     given = [flag for flag, value in sources.items() if value is not None]
     if len(given) != 1:
-        raise ValueError(f"give exactly one of {', '.join(sources)}; got {' and '.join(given) or 'none'}")
+        raise UserError(f"give exactly one of {', '.join(sources)}; got {' and '.join(given) or 'none'}")
 
     if dataset_name is not None:
-        rows = load_dataset(dataset_name, dataset_config_name, split=dataset_split, cache_dir=cache_dir)
+        _check_dataset_folder(Path(dataset_name))
+        failures = (OSError, ValueError, DatasetsError)  # not there, no such configuration or split, damaged
+        with user_errors(f"--dataset_name {dataset_name} (--dataset_split {dataset_split})", *failures):
+            rows = load_dataset(dataset_name, dataset_config_name, split=dataset_split, cache_dir=cache_dir)
         # `datasets` keeps what it downloads and unpacks in its caches.
         caches = [datasets_config.HF_DATASETS_CACHE, datasets_config.DOWNLOADED_DATASETS_PATH]
         caches += [datasets_config.EXTRACTED_DATASETS_PATH, hub_constants.HF_HUB_CACHE, cache_dir]
@@ -422,7 +465,7 @@ def load_image_table(
         return _table_from_columns(rows, source, image_column, label_column, folders)
     if train_data_file is not None:
         if not Path(train_data_file).is_file():
-            raise ValueError(f"--train_data_file: no such file: {train_data_file}")
+            raise UserError(f"--train_data_file: no such file: {train_data_file}")
         rows = _read_parquet([train_data_file], cache_dir)
         folders = (os.path.realpath(Path(train_data_file).parent),)
         return _table_from_columns(rows, train_data_file, image_column, label_column, folders)
@@ -433,13 +476,13 @@ def load_image_table(
     elif zipfile.is_zipfile(root):
         files = _list_zip(root)
     else:
-        raise ValueError(f"--train_data_dir: neither a folder nor a zip: {root}")
+        raise UserError(f"--train_data_dir: neither a folder nor a zip: {root}")
     parquet = [name for name in files if name.endswith(".parquet")]
     if not parquet or root.is_file():
         return _table_from_files(root, files, label_column)
     other_splits = [name for name in parquet if PurePosixPath(name).name.startswith(("test", "val"))]
     if other_splits and len(other_splits) < len(parquet):
-        raise ValueError(
+        raise UserError(
             f"--train_data_dir {root} holds several splits ({other_splits[0]}): use --dataset_name {root} with "
             "--dataset_split, or --train_data_file"
         )
@@ -447,26 +490,38 @@ def load_image_table(
     return _table_from_columns(rows, str(root), image_column, label_column, (os.path.realpath(root),))
 
 
+def _check_dataset_folder(root: Path) -> None:
+    """Refuses a local folder for `datasets.load_dataset`, which lists it itself, if products of ours are in it."""
+    for folder, _, names in os.walk(root) if root.is_dir() else ():
+        files = our_files(Path(folder)) if {".diffit.json", "training_args.yaml", "samples.json"} & set(names) else {}
+        images = [name for name in files if PurePosixPath(name).suffix.lower() in IMAGE_EXTENSIONS]
+        if images:
+            raise UserError(
+                f"--dataset_name {root} holds images that DiffiT has written, such as {Path(folder, images[0])}: move "
+                "them away, or give the folder as --train_data_dir, which leaves them out"
+            )
+
+
 def _read_parquet(paths: list[str], cache_dir: str | None) -> Dataset:
     files = [glob.escape(os.path.abspath(path)) for path in paths]  # `datasets` takes them for patterns
     try:
         return load_dataset("parquet", data_files=files, split="train", cache_dir=cache_dir)
     except (DatasetGenerationError, OSError, ValueError) as error:
-        raise ValueError(f"cannot read parquet {', '.join(paths)}: {error.__cause__ or error}") from error
+        raise UserError(f"cannot read parquet {', '.join(paths)}: {error.__cause__ or error}") from error
 
 
 def _table_from_columns(
     rows: Dataset, source: str, image_column: str | None, label_column: str | None, folders: tuple[str, ...]
 ) -> ImageTable:
     if isinstance(rows, DatasetDict):
-        raise ValueError(f"{source}: --dataset_split must name one of {list(rows)}")
+        raise UserError(f"{source}: --dataset_split must name one of {list(rows)}")
     features = rows.features
     image_column = _find_column(source, "--image_column", image_column, features, Image, required=True)
     label_column = _find_column(source, "--label_column", label_column, features, ClassLabel, required=False)
     kind = features[image_column]
     plain = getattr(kind, "dtype", None) in ("binary", "large_binary", "string")
     if not isinstance(kind, Image) and not plain and not (isinstance(kind, dict) and "bytes" in kind):
-        raise ValueError(f"--image_column {image_column} of {source} holds no images but {kind}")
+        raise UserError(f"--image_column {image_column} of {source} holds no images but {kind}")
 
     images = rows.select_columns([image_column]).rename_columns({image_column: "image"})
     images = images.cast_column("image", Image(decode=False))
@@ -484,13 +539,13 @@ def _find_column(
 ) -> str | None:
     if name is not None:
         if name not in features:
-            raise ValueError(f"{flag} {name}: {source} has the columns {', '.join(features)}")
+            raise UserError(f"{flag} {name}: {source} has the columns {', '.join(features)}")
         return name
     candidates = [column for column, feature in features.items() if isinstance(feature, kind)]
     if len(candidates) > 1:
-        raise ValueError(f"{source} has several columns of type {kind.__name__}, choose by {flag}: {candidates}")
+        raise UserError(f"{source} has several columns of type {kind.__name__}, choose by {flag}: {candidates}")
     if not candidates and required:
-        raise ValueError(f"{source} has no column of type {kind.__name__}; {flag} must name one of {list(features)}")
+        raise UserError(f"{source} has no column of type {kind.__name__}; {flag} must name one of {list(features)}")
     return candidates[0] if candidates else None
 
 
@@ -509,7 +564,7 @@ def _encode_labels(
     else:
         most = len(names or range(MAX_CLASSES)) - 1
         wrong = sorted(str(value) for value in distinct if type(value) is not int or not 0 <= value <= most)
-        raise ValueError(f"{source}: labels must be class names or integers from 0 to {most}, one kind: {wrong[:5]}")
+        raise UserError(f"{source}: labels must be class names or integers from 0 to {most}, one kind: {wrong[:5]}")
     return np.array(values, np.int64), tuple(names)
 
 
@@ -525,7 +580,7 @@ def _table_from_files(root: Path, files: list[str], label_column: str | None) ->
 
     names = [name for name in files if PurePosixPath(name).suffix.lower() in IMAGE_EXTENSIONS]
     if not names:
-        raise ValueError(f"--train_data_dir: no images in {root} (extensions: {', '.join(sorted(IMAGE_EXTENSIONS))})")
+        raise UserError(f"--train_data_dir: no images in {root} (extensions: {', '.join(sorted(IMAGE_EXTENSIONS))})")
     labels = None
     if "dataset.json" in files:
         source = f"dataset.json in {root}"
@@ -538,19 +593,19 @@ def _table_from_files(root: Path, files: list[str], label_column: str | None) ->
         records = [_parse_json(line, source) for line in lines]
         column = label_column or "label"
         if label_column is not None and not any(column in record for record in records):
-            raise ValueError(f"--label_column {label_column}: {source} has no such key")
+            raise UserError(f"--label_column {label_column}: {source} has no such key")
         listed = _check_listed([[record.get("file_name"), record.get(column)] for record in records], names, source)
         names = [name for name in names if name in listed]
         if not names:
-            raise ValueError(f"{source} names no image")
+            raise UserError(f"{source} names no image")
         if any(label is not None for label in listed.values()):
             labels = listed
     elif all("/" in name for name in names) and len({name.split("/")[0] for name in names}) > 1:
         labels = {name: name.split("/")[0] for name in names}
         if set(labels.values()) <= SPLIT_NAMES and all(name.count("/") > 1 for name in names):
-            raise ValueError(f"--train_data_dir {root} holds splits, not classes: give one of {set(labels.values())}")
+            raise UserError(f"--train_data_dir {root} holds splits, not classes: give one of {set(labels.values())}")
     if label_column is not None and "metadata.jsonl" not in files:
-        raise ValueError(f"--label_column {label_column}: only metadata.jsonl has columns, and {root} has none")
+        raise UserError(f"--label_column {label_column}: only metadata.jsonl has columns, and {root} has none")
 
     archive = str(root) if root.is_file() else None
     paths = names if archive else [str(root / name) for name in names]
@@ -565,7 +620,7 @@ def _table_from_files(root: Path, files: list[str], label_column: str | None) ->
         return table
     missing = [name for name in names if labels.get(name) is None]
     if missing:
-        raise ValueError(f"{root}: {len(missing)} images have no label, the first is {missing[0]}")
+        raise UserError(f"{root}: {len(missing)} images have no label, the first is {missing[0]}")
     numbers, class_names = _encode_labels([labels[name] for name in names], str(root))
     return replace(table, labels=numbers, class_names=class_names)
 
@@ -574,24 +629,24 @@ def _parse_json(text: bytes, name: str) -> dict:
     try:
         value = json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # of the encoding, too
-        raise ValueError(f"{name} is not valid JSON: {error}") from error
+        raise UserError(f"{name} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{name}: expected an object, got {type(value).__name__}")
+        raise UserError(f"{name}: expected an object, got {type(value).__name__}")
     return value
 
 
 def _check_listed(listed: list, names: list[str], source: str) -> dict[str, int | str | None]:
     """Labels by file name, from pairs of the two."""
     if not isinstance(listed, list):
-        raise ValueError(f"{source}: expected a list of [file name, label], got {listed!r}")
+        raise UserError(f"{source}: expected a list of [file name, label], got {listed!r}")
     known = set(names)
     for entry in listed:
         if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
-            raise ValueError(f"{source}: expected [file name, label], got {entry!r}")
+            raise UserError(f"{source}: expected [file name, label], got {entry!r}")
         if entry[0] not in known:
-            raise ValueError(f"{source} names an image that is not there: {entry[0]!r}")
+            raise UserError(f"{source} names an image that is not there: {entry[0]!r}")
         if not isinstance(entry[1], int | str | None):
-            raise ValueError(f"{source}: the label of {entry[0]} must be a class name or a number, got {entry[1]!r}")
+            raise UserError(f"{source}: the label of {entry[0]} must be a class name or a number, got {entry[1]!r}")
     return dict(listed)
 
 
@@ -608,7 +663,7 @@ def split_table(table: Table, validation_fraction: float) -> tuple[Table, Table]
     order = PositionStream(len(table), seed=0)
     num_validation = max(1, round(len(table) * validation_fraction))
     if num_validation >= len(table):
-        raise ValueError(f"--validation_fraction {validation_fraction} leaves none of {len(table)} images to train on")
+        raise UserError(f"--validation_fraction {validation_fraction} leaves none of {len(table)} images to train on")
     held_out = {order.index(position) for position in range(num_validation)}
     training = [index for index in range(len(table)) if index not in held_out]
     return table.select(training), table.select(sorted(held_out))
@@ -829,7 +884,7 @@ def load_vae(name_or_path: str) -> AutoencoderKL:
     try:
         vae = AutoencoderKL.from_pretrained(name_or_path, use_safetensors=True)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"--vae_model_name_or_path {name_or_path}: cannot read an AutoencoderKL in safetensors: {error}"
         ) from error
     return vae.eval().requires_grad_(False)
@@ -849,7 +904,7 @@ def vae_latent_shape(vae: AutoencoderKL, resolution: tuple[int, int]) -> tuple[i
     factor = pixels_per_latent(vae)
     height, width = resolution
     if height % factor or width % factor:
-        raise ValueError(f"--resolution {height}x{width}: the VAE needs multiples of {factor}")
+        raise UserError(f"--resolution {height}x{width}: the VAE needs multiples of {factor}")
     return vae.config.latent_channels, height // factor, width // factor
 
 
@@ -964,15 +1019,15 @@ def load_latent_table(latents_dir: str, cache_dir: str | None = None) -> LatentT
     """
     root = Path(latents_dir)
     if not (root / LATENTS_METADATA).is_file():
-        raise ValueError(f"--latents_dir {root}: no {LATENTS_METADATA} there; scripts/prepare_latents.py writes one")
+        raise UserError(f"--latents_dir {root}: no {LATENTS_METADATA} there; scripts/prepare_latents.py writes one")
     metadata = _parse_json((root / LATENTS_METADATA).read_bytes(), str(root / LATENTS_METADATA))
     for name, kind in LATENTS_METADATA_TYPES.items():
         if not isinstance(metadata.get(name), kind):
-            raise ValueError(f"--latents_dir {root}: {LATENTS_METADATA} says {name} {metadata.get(name)!r}")
+            raise UserError(f"--latents_dir {root}: {LATENTS_METADATA} says {name} {metadata.get(name)!r}")
     names = latent_shard_names(metadata["num_images"], metadata["images_per_shard"])
     missing = [name for name in names if not (root / name).is_file()]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"--latents_dir {root}: {len(missing)} of {len(names)} shards are missing, the first is {missing[0]}; "
             "run the command of scripts/prepare_latents.py again, it goes on where it ended"
         )
@@ -980,7 +1035,7 @@ def load_latent_table(latents_dir: str, cache_dir: str | None = None) -> LatentT
     class_names = tuple(rows.features["label"].names) if "label" in rows.features else None
     features = latent_features(metadata["latent_shape"], metadata["mirrored"], class_names)
     if rows.features != features or len(rows) != metadata["num_images"]:
-        raise ValueError(
+        raise UserError(
             f"--latents_dir {root}: the shards hold {len(rows)} rows of {rows.features}, {LATENTS_METADATA} says "
             f"{metadata['num_images']} of {features}; prepare the latents anew, in another folder"
         )
@@ -1144,7 +1199,7 @@ class LatentDataset(StreamDataset):
         self, table: LatentTable, stream: PositionStream, random_flip: bool = False, on_bad_image: str = "error"
     ):
         if random_flip and not table.metadata["mirrored"]:
-            raise ValueError(f"--random_flip: {table.source} was prepared without mirror images (--no-mirror)")
+            raise UserError(f"--random_flip: {table.source} was prepared without mirror images (--no-mirror)")
         super().__init__(table, stream, random_flip, on_bad_image, tuple(table.metadata["latent_shape"]))
 
     def _load(self, index: int, flip: bool, crop_position: tuple[float, float]) -> dict[str, torch.Tensor]:

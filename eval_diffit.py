@@ -26,16 +26,20 @@ from diffusers import AutoencoderKL, DDPMScheduler, EDMEulerScheduler, UNet2DMod
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
+from diffit.command_line import Parser, path_type, run_script
+from diffit.errors import UserError, user_errors
+from diffit.run_dir import OutputFolder
 from diffit_data import (
     ImageTable,
     PositionStream,
     detect_num_channels,
     image_size,
+    listed_samples,
     load_image_table,
     positive_int,
     resolution_type,
 )
-from diffit_distributed import on_all_processes
+from diffit_distributed import on_all_processes, on_main_process
 from diffit_loss import build_network_inputs, compute_loss
 from diffit_metrics import (
     EXTRACTORS,
@@ -62,6 +66,7 @@ from diffit_pipeline import (
     GUIDANCE_SCHEDULES,
     SCHEDULERS,
     DiffiTPipeline,
+    choose_scheduler,
     null_label,
     viewable,
 )
@@ -76,6 +81,10 @@ GUIDANCE_ARGUMENTS = (
     "guidance_channels",
 )
 # Of the plots.
+PLOTS = (
+    *("metrics_by_kimg.png", "metrics_by_steps.png", "neighbours.png", "neighbour_distances.png"),
+    "loss_by_timestep.png",
+)
 SHOWN_NEIGHBOURS = 8
 LOSS_LEVELS = 20
 LOSS_IMAGES = 256
@@ -102,14 +111,17 @@ AXIS_LABELS = {
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument_group("what is judged (one of the two)").add_argument
-    add("--images", help="folder or zip of images, parquet, data set of the hub, or npz of the ADM evaluators")
+    add(
+        "--images",
+        type=path_type,
+        help="folder or zip of images, parquet, data set of the hub, or npz of the ADM evaluators",
+    )
     add(
         "--model_path",
         action="append",
+        type=path_type,
         help="folder that training wrote, one of its checkpoint-N, or hub name; may be given several times",
     )
 
@@ -117,6 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--reference",
         required=True,
+        type=path_type,
         help="real images: folder, zip, parquet, data set of the hub or npz; or npz of statistics with mu and sigma",
     )
     add("--dataset_split", default="train", help="of data sets of the hub")
@@ -135,8 +148,8 @@ def build_parser() -> argparse.ArgumentParser:
         default="inception",
         help=f"{', '.join(EXTRACTORS)}, or module:function, which takes uint8 images (B, 3, H, W) to features (B, F)",
     )
-    add("--feature_model", help="folder or hub name of the network for dinov2 and clip")
-    add("--inception_path", help="TorchScript file of the Inception network; default: download")
+    add("--feature_model", type=path_type, help="folder or hub name of the network for dinov2 and clip")
+    add("--inception_path", type=path_type, help="TorchScript file of the Inception network; default: download")
     add("--num_subsets", type=positive_int, default=5, help="disjoint parts of the images that give the spread")
     add("--num_images", type=positive_int, help=f"default: all of --images, {DEFAULT_NUM_IMAGES} of a model")
     add("--batch_size", type=positive_int, default=64, help="images at once in each process")
@@ -166,13 +179,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="timesteps that are guided, as fractions of the training timesteps, 1 being noise",
     )
     add("--guidance_channels", type=positive_int, help="guide only the first so many; default: all")
-    add("--vae", help="folder of the AutoencoderKL, or hub name, for a latent model without vae/")
+    add("--vae", type=path_type, help="folder of the AutoencoderKL, or hub name, for a latent model without vae/")
     add("--dtype", choices=sorted(DTYPES), default="fp32", help="of the sampled network")
 
     add = parser.add_argument_group("where to").add_argument
-    add("--output", help="JSON file for the results")
-    add("--work_dir", default="outputs/evaluation", help="what is kept: samples, features, statistics")
-    add("--plots", help="folder for pictures; more than a --model_path gives the metrics by kimg")
+    add("--output", type=path_type, help="JSON file for the results")
+    add("--work_dir", type=path_type, default="outputs/evaluation", help="what is kept: samples, features, statistics")
+    add("--plots", type=path_type, help="folder for pictures; more than a --model_path gives the metrics by kimg")
     add("--plot_steps", type=positive_int, nargs="+", help="also the metrics by sampling steps, at these numbers")
     add(
         "--plot_schedulers",
@@ -180,7 +193,11 @@ def build_parser() -> argparse.ArgumentParser:
         choices=sorted(SCHEDULERS | EDM_SCHEDULERS),
         help="default: ddim dpmsolver++ unipc, for EDM models all of theirs",
     )
-    add("--training_images", help="where --plots looks for neighbours of the samples; default: --reference")
+    add(
+        "--training_images",
+        type=path_type,
+        help="where --plots looks for neighbours of the samples; default: --reference",
+    )
     return parser
 
 
@@ -203,6 +220,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--plot_steps needs --plots and --model_path")
     if args.training_images is not None and args.plots is None:
         parser.error("--training_images needs --plots")
+    if args.dataloader_num_workers < 0:
+        parser.error(f"--dataloader_num_workers must be 0 or more, got {args.dataloader_num_workers}")
     if args.eta and args.scheduler not in (None, "ddim"):
         parser.error(f"--eta is of --scheduler ddim, got {args.scheduler}")
     return args
@@ -274,14 +293,13 @@ def open_source(flag: str, name: str, args: argparse.Namespace) -> ImageSource:
             table = load_image_table(train_data_dir=name)
         else:
             table = load_image_table(dataset_name=name, dataset_split=args.dataset_split, **columns)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{flag} {name}: {error}") from error
-    if (path / "samples.json").is_file():  # of sample_diffit.py, which puts a grid beside the images
-        listed = {row["file"] for row in json.loads((path / "samples.json").read_text())["images"]}
+    except (UserError, OSError) as error:
+        raise UserError(f"{flag} {name}: {error}") from error
+    if listed := listed_samples(path):
         files = [Path(image["path"]).name for image in table.rows["image"]]
         table = table.select([index for index, file in enumerate(files) if file in listed])
         if len(table) < len(listed):
-            raise ValueError(f"{flag} {name}: {len(listed) - len(table)} images of its samples.json are missing")
+            raise UserError(f"{flag} {name}: {len(listed) - len(table)} images of its samples.json are missing")
     return ImageSource(name, table=table, digest=table.digest(len(table)))
 
 
@@ -295,14 +313,12 @@ def open_npz(flag: str, path: Path) -> ImageSource:
                     str(path), statistics={"mu": file["mu"], "sigma": file["sigma"], "extractor": extractor}
                 )
             if "arr_0" not in file:
-                raise ValueError(f"it has neither images (arr_0) nor statistics (mu, sigma) but {file.files}")
+                raise UserError(f"it has neither images (arr_0) nor statistics (mu, sigma) but {file.files}")
             pixels = file["arr_0"]
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{flag} {path}: cannot read: {error}") from error
+        raise UserError(f"{flag} {path}: cannot read: {error}") from error
     if pixels.dtype != np.uint8 or pixels.ndim != 4:
-        raise ValueError(
-            f"{flag} {path}: arr_0 must be uint8 of shape (N, H, W, C), got {pixels.dtype} {pixels.shape}"
-        )
+        raise UserError(f"{flag} {path}: arr_0 must be uint8 of shape (N, H, W, C), got {pixels.dtype} {pixels.shape}")
     digest = hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()[:16]
     return ImageSource(str(path), array=pixels.transpose(0, 3, 1, 2), digest=digest)
 
@@ -318,7 +334,7 @@ def natural_shape(flag: str, source: ImageSource, resolution: tuple[int, int] | 
     for index in range(1, len(table)):
         name, data = table.read(index)
         if image_size(name, data) != first:
-            raise ValueError(
+            raise UserError(
                 f"{flag} {source.name}: images of different sizes ({first[0]} x {first[1]} and, in {name}, "
                 f"{' x '.join(map(str, image_size(name, data)))}): --resolution must say to which one they are brought"
             )
@@ -334,7 +350,7 @@ def image_set(flag: str, source: ImageSource, shape: tuple[int, int, int], num_i
     settings = {"digest": source.digest, "shape": list(shape)}
     if source.array is not None:
         if source.array.shape[2:] != shape[1:]:
-            raise ValueError(
+            raise UserError(
                 f"{flag} {source.name}: its images are {source.array.shape[2]} x {source.array.shape[3]} pixels, "
                 f"not {shape[1]} x {shape[2]}: arrays are not resized, give the files"
             )
@@ -359,7 +375,7 @@ def expand_checkpoints(args: argparse.Namespace) -> list[str]:
         if args.all_checkpoints:
             found = [path for path in Path(model_path).glob("checkpoint-*") if path.name[11:].isdecimal()]
             if not found:
-                raise ValueError(f"--all_checkpoints: no checkpoint-N in --model_path {model_path}")
+                raise UserError(f"--all_checkpoints: no checkpoint-N in --model_path {model_path}")
             paths += [str(path) for path in sorted(found, key=lambda path: int(path.name[11:]))]
         if not args.all_checkpoints or Path(model_path, "model_index.json").is_file():
             paths.append(model_path)
@@ -377,8 +393,14 @@ def load_pipeline(args: argparse.Namespace, model_path: str, scheduler: str | No
     Raises:
         ValueError: names the flag whose folder is not there.
     """
+    vae = None
+    if args.vae is not None:
+        with user_errors(f"--vae {args.vae}", OSError, ValueError):
+            vae = AutoencoderKL.from_pretrained(args.vae, use_safetensors=True)
     try:
-        vae = None if args.vae is None else AutoencoderKL.from_pretrained(args.vae, use_safetensors=True)
+        if scheduler is not None:
+            with user_errors("--scheduler", ValueError):
+                choose_scheduler(model_path, scheduler)
         if not Path(model_path, "state.json").is_file():
             return DiffiTPipeline.from_folder(model_path, model_class, scheduler, DTYPES[args.dtype], vae)
         found = [
@@ -398,7 +420,7 @@ def load_pipeline(args: argparse.Namespace, model_path: str, scheduler: str | No
         pipeline.register_to_config(id2label=id2label)
         return pipeline
     except OSError as error:
-        raise ValueError(f"--model_path {model_path}: no such pipeline here, nor on the hub: {error}") from error
+        raise UserError(f"--model_path {model_path}: no such pipeline here, nor on the hub: {error}") from error
 
 
 def kimg_of(model_path: str) -> float | None:
@@ -416,19 +438,21 @@ def list_classes(args: argparse.Namespace, pipeline: DiffiTPipeline, table: Imag
     num_images = args.num_images or DEFAULT_NUM_IMAGES
     if null_label(pipeline.network) is None:
         if args.class_labels != build_parser().get_default("class_labels"):
-            raise ValueError(f"--class_labels {args.class_labels}: the model is unconditional")
+            raise UserError(f"--class_labels {args.class_labels}: the model is unconditional")
         return None
     if args.class_labels == "reference":
         if table is None or table.class_names is None:
-            raise ValueError("--class_labels reference: the reference has no labels")
+            raise UserError("--class_labels reference: the reference has no labels")
         stream = PositionStream(len(table), seed=0)
         numbers = [table.label(stream.index(i)) for i in range(num_images)]
         labels = [table.class_names[number] if pipeline.config.id2label else number for number in numbers]
-        return pipeline.label_ids(labels)
+        with user_errors("--class_labels reference", ValueError):
+            return pipeline.label_ids(labels)
     if args.class_labels == "all":
         labels = list(range(null_label(pipeline.network)))
     else:
-        labels = pipeline.label_ids([label.strip() for label in args.class_labels.split(",")])
+        with user_errors(f"--class_labels {args.class_labels}", ValueError):
+            labels = pipeline.label_ids([label.strip() for label in args.class_labels.split(",")])
     return [labels[i % len(labels)] for i in range(num_images)]
 
 
@@ -545,7 +569,7 @@ def reference_statistics(source: ImageSource, extractor: FeatureExtractor, num_f
     ours = {"name": extractor.name} | extractor.settings
     if mu.shape != (num_features,) or sigma.shape != (num_features, num_features) or of not in (None, ours):
         made = f"{len(mu)} features" if of is None else of
-        raise ValueError(
+        raise UserError(
             f"--reference {source.name} was made with another feature extractor ({made}) than this one "
             f"({num_features} features, {ours})"
         )
@@ -838,7 +862,7 @@ def open_sources(args: argparse.Namespace, state: PartialState) -> tuple[ImageSo
     if args.training_images is not None:
         training = on_all_processes(state, open_source, "--training_images", args.training_images, args)
     if reference.statistics is not None and (args.metrics != ["frechet_distance"] or (args.plots and not training)):
-        raise ValueError(
+        raise UserError(
             f"--reference {args.reference} holds statistics, not images: they give no metric but --metrics "
             "frechet_distance, and --plots needs --training_images beside them"
         )
@@ -859,7 +883,7 @@ def measure_all(
     judged = [measure_model(*common, path, args.scheduler, args.num_inference_steps) for path in paths]
     shapes = {tuple(measured.images.images[0].shape) for measured in judged}
     if len(shapes) > 1:
-        raise ValueError(f"the models of --model_path draw images of different shapes (C, H, W): {sorted(shapes)}")
+        raise UserError(f"the models of --model_path draw images of different shapes (C, H, W): {sorted(shapes)}")
     default = ("ddim", "dpmsolver++", "unipc") if judged[-1].scheduler in SCHEDULERS else tuple(EDM_SCHEDULERS)
     by_steps = [
         measure_model(*common, paths[-1], scheduler, steps)
@@ -904,9 +928,34 @@ def write_results(
         Path(args.output).write_text(json.dumps(written | {"settings": settings}, indent=1) + "\n")
 
 
+def check_outputs(args: argparse.Namespace) -> None:
+    """Refuses to overwrite what is not ours, before anything slow.
+
+    Raises:
+        UserError: if the file of --output is not one of results, or --plots has files of our names.
+    """
+    if args.output is not None and Path(args.output).exists():
+        try:
+            is_ours = "settings" in json.loads(Path(args.output).read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError):
+            is_ours = False
+        if not is_ours:
+            raise UserError(
+                f"--output {args.output} exists and does not hold results of eval_diffit.py: choose another"
+            )
+    if args.plots is not None:
+        OutputFolder(args.plots, "eval_diffit.py", "--plots").check_free(PLOTS)
+    for flag in ("work_dir", "plots"):
+        folder = getattr(args, flag)
+        if folder is not None:
+            with user_errors(f"--{flag} {folder}", OSError):
+                Path(folder).mkdir(parents=True, exist_ok=True)
+
+
 def main(args: argparse.Namespace) -> None:
     """All processes draw and take features together; then the main process alone computes, prints and writes."""
     state = PartialState(cpu=not torch.accelerator.is_available())
+    on_main_process(state, check_outputs, args)
     source, training_source = open_sources(args, state)
     which = (args.feature_extractor, state.device, args.feature_model, args.inception_path)
     extractors = [on_all_processes(state, load_extractor, *which)]
@@ -946,7 +995,8 @@ def main(args: argparse.Namespace) -> None:
     if args.plots is None:
         return
     folder = Path(args.plots)
-    folder.mkdir(parents=True, exist_ok=True)
+    plots = OutputFolder(folder, "eval_diffit.py", "--plots")
+    plots.announce(PLOTS)
     by_kimg = {}  # a line for each run
     for row, result in zip(judged, results, strict=True):
         if row.kimg is not None:
@@ -962,7 +1012,9 @@ def main(args: argparse.Namespace) -> None:
     if args.model_path is not None:
         names = [measured.name for measured in judged]
         plot_losses(folder, args, state, names, training_source or source, training.images)
+    plots.forget([name for name in PLOTS if not (folder / name).is_file()])
+    plots.record([name for name in PLOTS if (folder / name).is_file()])
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(parse_args, main)

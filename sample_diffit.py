@@ -21,8 +21,11 @@ from accelerate import PartialState
 from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin
 from tqdm.auto import tqdm
 
+from diffit.command_line import Parser, path_type, run_script
+from diffit.errors import UserError, user_errors
+from diffit.run_dir import OutputFolder
 from diffit_data import positive_int
-from diffit_distributed import join_slurm_step
+from diffit_distributed import join_slurm_step, on_main_process
 from diffit_metrics import weights_digest
 from diffit_model import choose_attention_backend, model_class, set_attention_backend
 from diffit_pipeline import (
@@ -80,11 +83,14 @@ def grid_size(text: str) -> tuple[int, int]:
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = Parser(__doc__)
+    parser.add_argument("--model_path", type=path_type, required=True, help="folder that training wrote, or hub name")
+    parser.add_argument("--output_dir", type=path_type, required=True, help="folder for the images")
+    parser.add_argument(
+        "--overwrite_output_dir",
+        action="store_true",
+        help="delete what an earlier sampling has written there; anything else stays",
     )
-    parser.add_argument("--model_path", required=True, help="folder that training wrote, or hub name")
-    parser.add_argument("--output_dir", required=True)
     parser.add_argument("--seeds", type=seed_list, help="such as 0-63,100; default 0-63, or as many as are needed")
     parser.add_argument("--class_labels", help="numbers or names, separated by commas; `all` for every class")
     parser.add_argument(
@@ -117,9 +123,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--guidance_channels", type=positive_int, help="guide only the first so many; default: all")
     parser.add_argument(
-        "--guidance_model", help="folder of a weaker model: autoguidance in place of classifier-free guidance"
+        "--guidance_model",
+        type=path_type,
+        help="folder of a weaker model: autoguidance in place of classifier-free guidance",
     )
-    parser.add_argument("--vae", help="folder of the AutoencoderKL, or hub name, for a latent model without vae/")
+    parser.add_argument(
+        "--vae", type=path_type, help="folder of the AutoencoderKL, or hub name, for a latent model without vae/"
+    )
     parser.add_argument("--batch_size", type=positive_int, default=64, help="images per forward pass and process")
     parser.add_argument("--grid", type=grid_size, help="COLUMNSxROWS of grid.png; default: all, almost square")
     parser.add_argument("--save_npz", action="store_true", help="samples.npz in the format of the ADM evaluators")
@@ -191,21 +201,22 @@ def load_pipeline(args: argparse.Namespace) -> DiffiTPipeline:
         try:
             vae = AutoencoderKL.from_pretrained(args.vae, use_safetensors=True)
         except OSError as error:
-            raise ValueError(f"--vae {args.vae}: no such AutoencoderKL here, nor on the hub: {error}") from error
+            raise UserError(f"--vae {args.vae}: no such AutoencoderKL here, nor on the hub: {error}") from error
     try:
-        args.scheduler = choose_scheduler(args.model_path, args.scheduler)
+        with user_errors("--scheduler", ValueError):
+            args.scheduler = choose_scheduler(args.model_path, args.scheduler)
         pipeline = DiffiTPipeline.from_folder(args.model_path, model_class, args.scheduler, DTYPES[args.dtype], vae)
     except OSError as error:
-        raise ValueError(f"--model_path {args.model_path}: no such pipeline here, nor on the hub: {error}") from error
+        raise UserError(f"--model_path {args.model_path}: no such pipeline here, nor on the hub: {error}") from error
     if args.vae is not None and pipeline.transformer is None:
-        raise ValueError(f"--vae is for latent models, --model_path {args.model_path} is one of pixels")
+        raise UserError(f"--vae is for latent models, --model_path {args.model_path} is one of pixels")
     if args.vae is None and pipeline.transformer is not None and pipeline.vae is None:
-        raise ValueError(f"--model_path {args.model_path} is a latent model without vae/: --vae must name one")
+        raise UserError(f"--model_path {args.model_path} is a latent model without vae/: --vae must name one")
     for flag, needed in (("eta", "ddim"), ("s_churn", "edm_heun")):
         if getattr(args, flag) > 0 and args.scheduler != needed:
-            raise ValueError(f"--{flag} is of --scheduler {needed}, got {args.scheduler}")
+            raise UserError(f"--{flag} is of --scheduler {needed}, got {args.scheduler}")
     if args.scheduler in SCHEDULERS and args.num_inference_steps > pipeline.scheduler.config.num_train_timesteps:
-        raise ValueError(
+        raise UserError(
             f"--num_inference_steps {args.num_inference_steps} are more than the "
             f"{pipeline.scheduler.config.num_train_timesteps} timesteps of the model"
         )
@@ -225,10 +236,10 @@ def load_guidance_model(args: argparse.Namespace) -> ModelMixin | None:
         network = load_network(args.guidance_model, model_class, DTYPES[args.dtype])
         ours, theirs = (DDPMScheduler.load_config(folder, subfolder="scheduler") for folder in folders)
     except OSError as error:
-        raise ValueError(f"--guidance_model {args.guidance_model}: no such pipeline: {error}") from error
+        raise UserError(f"--guidance_model {args.guidance_model}: no such pipeline: {error}") from error
     for key in FORWARD_PROCESS:
         if ours.get(key) != theirs.get(key):
-            raise ValueError(
+            raise UserError(
                 f"--guidance_model {args.guidance_model} has {key} {theirs.get(key)}, --model_path {ours.get(key)}: "
                 "they must be alike"
             )
@@ -250,12 +261,13 @@ def list_images(args: argparse.Namespace, pipeline: DiffiTPipeline) -> list[dict
             labels = list(range(null_label(pipeline.network) or 0))
         else:
             labels = [label.strip() for label in args.class_labels.split(",")]
-        labels = pipeline.label_ids(labels)
+        with user_errors(f"--class_labels {args.class_labels}", ValueError):
+            labels = pipeline.label_ids(labels)
     if args.num_images_per_class:
         wanted = args.num_images_per_class * len(labels)
         seeds = args.seeds or list(range(wanted))
         if len(seeds) < wanted:
-            raise ValueError(f"--seeds gives {len(seeds)} seeds, {len(labels)} classes need {wanted}")
+            raise UserError(f"--seeds gives {len(seeds)} seeds, {len(labels)} classes need {wanted}")
         pairs = [(seed, labels[i // args.num_images_per_class]) for i, seed in enumerate(seeds[:wanted])]
     else:
         seeds = args.seeds or list(range(64))
@@ -270,6 +282,30 @@ def list_images(args: argparse.Namespace, pipeline: DiffiTPipeline) -> list[dict
     return rows
 
 
+def prepare_output_dir(args: argparse.Namespace, settings: dict, rows: list[dict]) -> None:
+    """Lists the files that are about to be written in the folder's mark, and writes `samples.json`.
+
+    Args:
+        args: of the command line.
+        settings: that the images depend on.
+        rows: see `list_images`.
+
+    Raises:
+        UserError: if files of these names are not ours, or images of other settings are there.
+    """
+    names = [row["file"] for row in rows] + ["grid.png", "samples.json", "samples.npz"]
+    folder = OutputFolder(args.output_dir, Path(__file__).name)
+    folder.check_free(names)
+    if args.overwrite_output_dir:
+        folder.remove(list(folder.files))
+    check_settings(folder.folder, settings)
+    arguments = {key: value for key, value in vars(args).items() if key not in ("debug", "overwrite_output_dir")}
+    with user_errors(f"--output_dir {args.output_dir}", OSError):
+        folder.announce(names)
+    text = json.dumps({"arguments": arguments | settings, "images": rows}, indent=1) + "\n"
+    (folder.folder / "samples.json").write_text(text, encoding="utf-8")
+
+
 def check_settings(output_dir: Path, settings: dict) -> None:
     """Refuses to mix images of other settings into a folder.
 
@@ -279,15 +315,20 @@ def check_settings(output_dir: Path, settings: dict) -> None:
     file = output_dir / "samples.json"
     if not file.is_file():
         return
-    summary = json.loads(file.read_text())
-    if not any((output_dir / row["file"]).is_file() for row in summary["images"]):
-        return
+    with user_errors(f"--output_dir {output_dir}: samples.json is damaged", ValueError, TypeError, KeyError):
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        if not any((output_dir / row["file"]).is_file() for row in summary["images"]):
+            return
+        given = dict(summary["arguments"])
     parser = build_parser()  # a flag that was not there yet had no effect, which is its default
-    earlier = {key: summary["arguments"].get(key, parser.get_default(key)) for key in settings}
+    earlier = {key: given.get(key, parser.get_default(key)) for key in settings}
     differ = [key for key in settings if settings[key] != earlier[key]]
     if differ:
         was = ", ".join(f"--{key} {earlier[key]}, now {settings[key]}" for key in differ)
-        raise ValueError(f"--output_dir {output_dir} holds images drawn with other settings ({was}): choose another")
+        raise UserError(
+            f"--output_dir {output_dir} holds images drawn with other settings ({was}): choose another, or give "
+            "--overwrite_output_dir to delete them"
+        )
 
 
 @torch.no_grad()
@@ -360,7 +401,8 @@ def main(args: argparse.Namespace) -> None:
     state = PartialState(cpu=not torch.accelerator.is_available())
     pipeline = load_pipeline(args)
     guidance_model = load_guidance_model(args)
-    pipeline.check_guidance(args.guidance_channels, guidance_model)
+    with user_errors("--guidance_channels, --guidance_model", ValueError):
+        pipeline.check_guidance(args.guidance_channels, guidance_model)
     pipeline.to(state.device)
     pipeline.set_progress_bar_config(disable=True)
     if pipeline.vae is not None:
@@ -374,26 +416,22 @@ def main(args: argparse.Namespace) -> None:
 
     rows = list_images(args, pipeline)
     output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     models = {"weights": pipeline.network, "vae": pipeline.vae, "guidance_model": guidance_model}
     settings = {key: getattr(args, key) for key in IMAGE_ARGUMENTS} | {
         f"{name}_sha256": None if model is None else weights_digest(model) for name, model in models.items()
     }
-    check_settings(output_dir, settings)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        summary = {"arguments": vars(args) | settings, "images": rows}
-        (output_dir / "samples.json").write_text(json.dumps(summary, indent=1) + "\n")
-
+    on_main_process(state, prepare_output_dir, args, settings, rows)
     missing = [row for row in rows if not (output_dir / row["file"]).is_file()]
     state.wait_for_everyone()  # all processes must have looked before one writes
     draw(args, pipeline, guidance_model, missing[state.process_index :: state.num_processes], output_dir)
     state.wait_for_everyone()
     if state.is_main_process:
         write_summary(args, rows, output_dir)
+        written = ["grid.png", "samples.json"] + (["samples.npz"] if args.save_npz else [])
+        OutputFolder(output_dir, Path(__file__).name).record(written)
         print(f"{len(rows)} images ({len(missing)} new) and their grid: {output_dir / 'grid.png'}")
     state.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(parse_args, main)

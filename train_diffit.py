@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import difflib
 import functools
+import glob
 import inspect
 import json
 import logging
@@ -20,7 +21,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import sys
 import time
 import types
@@ -57,6 +57,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers.optimization import get_wsd_schedule
 
+from diffit.command_line import Parser, path_type, run_script
+from diffit.errors import RunError, UserError, user_errors
+from diffit.run_dir import (
+    PIPELINE_FILES,
+    PIPELINE_FOLDERS,
+    RUN_OUTPUTS,
+    OutputFolder,
+    files_below,
+    is_checkpoint,
+    is_within,
+    remove_checkpoint,
+    remove_empty_folders,
+    remove_whole_folder,
+)
 from diffit_augment import NUM_AUGMENT_LABELS, augment
 from diffit_checkpoint import (
     TrainingState,
@@ -67,6 +81,7 @@ from diffit_checkpoint import (
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
+    set_aside,
     step_of,
 )
 from diffit_data import (
@@ -101,6 +116,7 @@ from diffit_distributed import (
     join_slurm_step,
     on_all_processes,
     on_main_process,
+    raise_in_all,
 )
 from diffit_loss import NoiseScheduler, build_network_inputs, build_noise_levels, compute_loss, spread_non_finite
 from diffit_metrics import (
@@ -135,7 +151,6 @@ from diffit_pipeline import (
 
 logger = get_logger("train_diffit", log_level="INFO")
 
-PIPELINE_FILES = ("README.md", "sample_grid.png", "diffit_pipeline.py", "training_args.yaml", "model_index.json")
 PROJECT = "train_diffit"  # name of the run in the trackers
 DROPOUT = 3  # stream of `position_generator` that seeds dropout inside the network
 LEVEL_BINS = 4  # the loss is logged by quartile of the noise levels
@@ -174,34 +189,33 @@ def number_type(kind: type, minimum: float, maximum: float = math.inf, open_ends
     return parse
 
 
-class Parser(argparse.ArgumentParser):
-    """Keeps tokens of the hub, which a misspelt flag or a broken config file would show, out of its messages."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        super().error(re.sub(r"hf_\w{8,}", "hf_...", message))
-
-
 def build_parser() -> argparse.ArgumentParser:
     """All flags, in groups. Units: images, optimizer steps, pixels, thousands of images (kimg)."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     flag = argparse.BooleanOptionalAction
     positive, natural = number_type(int, 1), number_type(int, 0)
     not_negative, share = number_type(float, 0), number_type(float, 0, 1)
     finite = number_type(float, -math.inf, open_ends=True)
-    parser.add_argument("--config", help="YAML list of flags, e.g. configs/train/quickstart.yaml")
+    parser.add_argument("--config", type=path_type, help="YAML list of flags, e.g. configs/train/quickstart.yaml")
     parser.add_argument("--dry_run", action=flag, default=False, help="check everything, print sizes and stop")
 
     group = parser.add_argument_group("model")
-    group.add_argument("--model_config", help="JSON of configs/model/, or a folder saved by save_pretrained")
+    group.add_argument(
+        "--model_config", type=path_type, help="JSON of configs/model/, or a folder saved by save_pretrained"
+    )
     group.add_argument(
         "--model_kwargs", nargs="+", action="extend", metavar="KEY=VALUE", help="override fields of the model config"
     )
-    group.add_argument("--pretrained_model_name_or_path", help="start from the weights of a saved folder or hub model")
+    group.add_argument(
+        "--pretrained_model_name_or_path", type=path_type, help="start from the weights of a saved folder or hub model"
+    )
     group.add_argument(
         "--reset_class_embeddings", action=flag, default=False, help="of the pretrained model: new rows, same number"
     )
     group.add_argument(
-        "--vae_model_name_or_path", help="train in the latents of this AutoencoderKL of diffusers (folder or hub name)"
+        "--vae_model_name_or_path",
+        type=path_type,
+        help="train in the latents of this AutoencoderKL of diffusers (folder or hub name)",
     )
     group.add_argument(
         "--attention_backend", choices=("auto", "native", "_native_math", "xformers", "flex"), default="auto"
@@ -210,16 +224,20 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--compile", action=flag, default=False, help="torch.compile, block by block where it can")
 
     group = parser.add_argument_group("data: one of the first four")
-    group.add_argument("--dataset_name", help="hub name, or local path for datasets.load_dataset")
-    group.add_argument("--train_data_dir", help="folder or zip of images; dataset.json, metadata.jsonl, parquet too")
-    group.add_argument("--train_data_file", help="a parquet file")
-    group.add_argument("--latents_dir", help="what scripts/prepare_latents.py wrote; needs --vae_model_name_or_path")
+    group.add_argument("--dataset_name", type=path_type, help="hub name, or local path for datasets.load_dataset")
+    group.add_argument(
+        "--train_data_dir", type=path_type, help="folder or zip of images; dataset.json, metadata.jsonl, parquet too"
+    )
+    group.add_argument("--train_data_file", type=path_type, help="a parquet file")
+    group.add_argument(
+        "--latents_dir", type=path_type, help="what scripts/prepare_latents.py wrote; needs --vae_model_name_or_path"
+    )
     group.add_argument("--dataset_config_name")
     group.add_argument("--dataset_split", default="train")
     group.add_argument("--image_column", help="default: the only one of type Image")
     group.add_argument("--label_column", help="default: the only one of type ClassLabel; implies --class_conditional")
     group.add_argument("--class_conditional", action=flag, default=False, help="train on the labels")
-    group.add_argument("--cache_dir", help="of datasets.load_dataset")
+    group.add_argument("--cache_dir", type=path_type, help="of datasets.load_dataset")
     group.add_argument("--resolution", type=resolution_type, help="N or HxW; default: the model config's sample_size")
     group.add_argument("--center_crop", action=flag, default=False, help="crop the centre, not a random place")
     group.add_argument("--random_flip", action=flag, default=False, help="mirror half of the images left and right")
@@ -332,13 +350,13 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--deterministic", action=flag, default=False, help="deterministic algorithms only")
 
     group = parser.add_argument_group("validation, checkpoints, logs")
-    group.add_argument("--output_dir", default="outputs/diffit")
+    group.add_argument("--output_dir", type=path_type, default="outputs/diffit")
     group.add_argument(
         "--overwrite_output_dir", action=flag, default=False, help="delete its checkpoints, previews, metrics and logs"
     )
     group.add_argument("--checkpointing_steps", type=positive, default=500)
     group.add_argument("--checkpoints_total_limit", type=positive, help="keep so many, delete the oldest")
-    group.add_argument("--resume_from_checkpoint", help="latest, or the path of a checkpoint")
+    group.add_argument("--resume_from_checkpoint", type=path_type, help="latest, or the path of a checkpoint")
     group.add_argument("--validation_split", help="split of --dataset_name that is held out")
     group.add_argument("--validation_fraction", type=number_type(float, 0, 1, open_ends=True), help="held-out share")
     group.add_argument("--validation_steps", type=positive, default=1000, help="preview, loss, pipeline folder")
@@ -362,7 +380,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="timesteps that are guided, as shares of all",
     )
     group.add_argument("--validation_guidance_channels", type=positive, help="guide the first so many; default: all")
-    group.add_argument("--validation_guidance_model", help="folder of a weaker model: autoguidance of the preview")
+    group.add_argument(
+        "--validation_guidance_model", type=path_type, help="folder of a weaker model: autoguidance of the preview"
+    )
     group.add_argument("--eval_steps", type=positive, help="metrics of each average, and the best one kept in best/")
     group.add_argument("--eval_num_images", type=number_type(int, 8), default=1000, help="samples for the metrics")
     group.add_argument(
@@ -373,9 +393,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="the first decides what is best",
     )
     group.add_argument("--feature_extractor", default="inception", help="of eval_diffit.py; so are the next two")
-    group.add_argument("--feature_model", help="folder or hub name, for dinov2 and clip")
-    group.add_argument("--inception_path", help="TorchScript file; default: it is downloaded")
-    group.add_argument("--logging_dir", default="logs", help="in --output_dir")
+    group.add_argument("--feature_model", type=path_type, help="folder or hub name, for dinov2 and clip")
+    group.add_argument("--inception_path", type=path_type, help="TorchScript file; default: it is downloaded")
+    group.add_argument("--logging_dir", type=path_type, default="logs", help="in --output_dir")
     group.add_argument("--logging_steps", type=positive, default=10)
     group.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, all or none")
 
@@ -451,8 +471,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
+    first = argparse.ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    first.error = parser.error
+    first.add_argument("--config", type=path_type)
     config = first.parse_known_args(argv)[0].config
     if config is not None:
         flags = {argument.split("=")[0].removeprefix("--") for argument in argv if argument.startswith("--")}
@@ -536,7 +557,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def public_args(args: argparse.Namespace) -> dict:
     """The arguments as a config file holds them, fit to be given to --config again: without the token and what is
     derived from other flags, and only what is set."""
-    private = {"hub_token", "config", "dry_run", "resume_from_checkpoint", "overwrite_output_dir"}
+    private = {"hub_token", "config", "debug", "dry_run", "resume_from_checkpoint", "overwrite_output_dir"}
     derived = {"gradient_accumulation_steps"}  # from the global batch size
     if args.num_train_epochs is not None or args.max_train_kimg is not None:
         derived.add("max_train_steps")
@@ -579,14 +600,14 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     )
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != world_size:
-        raise ValueError(
+        raise UserError(
             f"the launcher started {world_size} processes (WORLD_SIZE), but this one sees "
             f"{accelerator.num_processes}; see the launch commands in README.md"
         )
     # Where more than one process was asked for, `accelerate launch --cpu` sets the address and starts one.
     alone = accelerator.num_processes == 1 and os.environ.get("ACCELERATE_USE_CPU") == "True"
     if alone and "MASTER_ADDR" in os.environ:
-        raise ValueError(
+        raise UserError(
             "accelerate launch --cpu starts one process only, whatever --num_processes is: use "
             "--config_file configs/accelerate/cpu_multi_process.yaml"
         )
@@ -594,11 +615,11 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     if restarts > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # pytorch/pytorch issue 135712
         logger.warning("--max_restarts of torchrun may fail unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is exported")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # from accelerate's own config
-        raise ValueError("mixed precision fp16 does not exist on a CPU: give --mixed_precision bf16 or no")
+        raise UserError("mixed precision fp16 does not exist on a CPU: give --mixed_precision bf16 or no")
     images = args.train_batch_size * accelerator.num_processes
     if args.global_batch_size is not None:
         if args.global_batch_size % images != 0:
-            raise ValueError(
+            raise UserError(
                 f"--global_batch_size {args.global_batch_size} is no multiple of --train_batch_size "
                 f"{args.train_batch_size} x {accelerator.num_processes} processes"
             )
@@ -614,13 +635,13 @@ def build_tables(args: argparse.Namespace) -> tuple[Table, Table | None]:
     if args.latents_dir is not None:
         table = load_latent_table(args.latents_dir, args.cache_dir)
         if args.class_conditional and table.class_names is None:
-            raise ValueError(f"--class_conditional: {table.source} has no labels")
+            raise UserError(f"--class_conditional: {table.source} has no labels")
         return (table, None) if args.validation_fraction is None else split_table(table, args.validation_fraction)
     source = {name: getattr(args, name) for name in (*DATA_SOURCES[:3], "dataset_config_name", "cache_dir")}
     source |= {name: getattr(args, name) for name in ("image_column", "label_column")}
     table = load_image_table(**source, dataset_split=args.dataset_split)
     if args.class_conditional and table.class_names is None:
-        raise ValueError(f"--class_conditional: {table.source} has no labels")
+        raise UserError(f"--class_conditional: {table.source} has no labels")
     validation = None
     if args.validation_split is not None:
         validation = load_image_table(**source, dataset_split=args.validation_split)
@@ -641,11 +662,17 @@ def read_model_config(args: argparse.Namespace) -> dict:
     path = args.model_config or args.pretrained_model_name_or_path
     try:
         if Path(path).suffix == ".json":
-            config = json.loads(Path(path).read_text())
+            config = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+            if not isinstance(config, dict):
+                raise UserError(f"{flag} {path}: expected a JSON object, got {type(config).__name__}")
         else:
             config = dict(UNet2DModel.load_config(path, subfolder=network_subfolder(path)))  # of any model class
+    except json.JSONDecodeError as error:
+        raise UserError(f"{flag} {path} is not valid JSON: {error}") from error
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
-        raise ValueError(f"{flag} {path}: no such config here, nor on the hub: {error}") from error
+        raise UserError(f"{flag} {path}: no such config here, nor on the hub: {error}") from error
     parameters = inspect.signature(model_class(config).__init__).parameters
     pairs = [pair.split("=", 1) for pair in args.model_kwargs or []]
     overrides = {key: config_value(text) for key, text in pairs}
@@ -656,10 +683,10 @@ def read_model_config(args: argparse.Namespace) -> dict:
             if key not in parameters:
                 similar = difflib.get_close_matches(key, parameters, n=1)
                 hint = f", did you mean {similar[0]!r}?" if similar else ""
-                raise ValueError(f"{source}: {model_class(config).__name__} has no argument {key!r}{hint}")
+                raise UserError(f"{source}: {model_class(config).__name__} has no argument {key!r}{hint}")
             annotation = parameters[key].annotation
             if not fits(value, annotation):
-                raise ValueError(f"{source}: {key} must be {annotation}, got {value!r}")
+                raise UserError(f"{source}: {key} must be {annotation}, got {value!r}")
     return config | overrides
 
 
@@ -668,7 +695,7 @@ def config_value(text: str):
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"--model_kwargs: {text!r} is no plain YAML value: {error}") from error
+        raise UserError(f"--model_kwargs: {text!r} is no plain YAML value: {error}") from error
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -714,9 +741,9 @@ def outline_vae(args: argparse.Namespace) -> AutoencoderKL | None:
     try:
         config = AutoencoderKL.load_config(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--vae_model_name_or_path {path}: no such config here, nor on the hub: {error}") from error
+        raise UserError(f"--vae_model_name_or_path {path}: no such config here, nor on the hub: {error}") from error
     if config.get("_class_name") != "AutoencoderKL":
-        raise ValueError(f"--vae_model_name_or_path {path}: is a {config.get('_class_name')}, not an AutoencoderKL")
+        raise UserError(f"--vae_model_name_or_path {path}: is a {config.get('_class_name')}, not an AutoencoderKL")
     with torch.device("meta"):
         return AutoencoderKL.from_config(config)
 
@@ -733,7 +760,7 @@ def build_vae(args: argparse.Namespace, table: Table, device: torch.device) -> A
     if isinstance(table, LatentTable):
         for key, value in vae_description(vae).items():
             if table.metadata[key] != value:
-                raise ValueError(
+                raise UserError(
                     f"--latents_dir {table.source} was made by a VAE with {key} {table.metadata[key]}, that of "
                     f"{args.vae_model_name_or_path} is {value}"
                 )
@@ -758,38 +785,38 @@ def resolve_model_config(
     if isinstance(table, LatentTable):
         prepared = tuple(table.metadata["resolution"])
         if args.resolution not in (None, prepared):
-            raise ValueError(f"--resolution {args.resolution}: {table.source} was made from images of {prepared}")
+            raise UserError(f"--resolution {args.resolution}: {table.source} was made from images of {prepared}")
         args.resolution = prepared
     if args.resolution is None:
         if config.get("sample_size") is None:
-            raise ValueError("give --resolution: the model config has no sample_size")
+            raise UserError("give --resolution: the model config has no sample_size")
         size = config["sample_size"]
         args.resolution = tuple(factor * side for side in ([size, size] if isinstance(size, int) else size))
     size_in_words = f"--resolution {'x'.join(map(str, args.resolution))}"
     if any(side % factor for side in args.resolution):
-        raise ValueError(f"{size_in_words}: must be multiples of {factor}, the pixels of a latent")
+        raise UserError(f"{size_in_words}: must be multiples of {factor}, the pixels of a latent")
     height, width = (side // factor for side in args.resolution)
     config["sample_size"] = height if height == width else [height, width]
 
     # 2. channels
     if vae is None and is_transformer:
-        raise ValueError("a transformer trains in latents: give --vae_model_name_or_path")
+        raise UserError("a transformer trains in latents: give --vae_model_name_or_path")
     if vae is None:
         channels = args.num_channels or detect_num_channels(table)
         reason = f"the images of {table.source} have {channels}; give --num_channels {config.get('in_channels')}"
     else:
         if args.num_channels not in (None, vae.config.in_channels):
-            raise ValueError(f"--num_channels {args.num_channels}: the VAE takes {vae.config.in_channels}")
+            raise UserError(f"--num_channels {args.num_channels}: the VAE takes {vae.config.in_channels}")
         args.num_channels, channels = vae.config.in_channels, vae.config.latent_channels
         reason = f"the latents of {args.vae_model_name_or_path} have {channels}; give another VAE"
     allowed = {"in_channels": [channels], "out_channels": [channels, 2 * channels] if is_transformer else [channels]}
     for key, values in allowed.items():
         config[key] = channels if config.get(key) is None else config[key]
         if config[key] not in values:
-            raise ValueError(f"the model config says {key} {config[key]}, {reason} or another model config")
+            raise UserError(f"the model config says {key} {config[key]}, {reason} or another model config")
 
     if config["out_channels"] > channels and (args.formulation, args.prediction_type) != ("ddpm", "epsilon"):
-        raise ValueError(
+        raise UserError(
             f"the model config says out_channels {config['out_channels']}, a learned variance: that needs "
             "--formulation ddpm --prediction_type epsilon; --model_kwargs out_channels=... leaves it out"
         )
@@ -800,7 +827,7 @@ def resolve_model_config(
     extra_row = 1 if num_classes and config.get("_class_name") == "UNet2DModel" else 0  # see `null_label`
     num_class_embeds = num_classes + extra_row if num_classes else None
     if config.get(key) not in (None, num_class_embeds) and args.pretrained_model_name_or_path is None:
-        raise ValueError(
+        raise UserError(
             f"the model config says {key} {config[key]}, but the data gives {num_class_embeds} "
             f"(--class_conditional is {args.class_conditional})"
         )
@@ -809,16 +836,15 @@ def resolve_model_config(
     # 4. augmentation
     if args.augmentation_probability > 0:
         if not issubclass(model_class(config), DiffiTUNet2DModel):
-            raise ValueError("--augmentation_probability needs a DiffiTUNet2DModel, which is told the transforms")
+            raise UserError("--augmentation_probability needs a DiffiTUNet2DModel, which is told the transforms")
         config["num_augment_labels"] = NUM_AUGMENT_LABELS
 
-    with torch.device("meta"):
+    described_by = "--model_config" if args.model_config else "--pretrained_model_name_or_path"
+    with torch.device("meta"), user_errors(f"{described_by} with --model_kwargs", ValueError):
         model = model_class(config).from_config(config)
     if isinstance(model, DiffiTModelMixin):
-        try:
+        with user_errors(size_in_words, ValueError):
             model.check_size(height, width)
-        except ValueError as error:
-            raise ValueError(f"{size_in_words}: {error}") from error
     return config
 
 
@@ -842,14 +868,12 @@ def build_model(config: dict, pretrained: str | None = None, reset_class_embeddi
     try:
         source = model_class(config).from_pretrained(pretrained, subfolder=subfolder, use_safetensors=True)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"--pretrained_model_name_or_path {pretrained}: cannot read weights in safetensors, and pickled ones "
             f"(.bin, .pt) are not read: {error}"
         ) from error
-    try:
+    with user_errors(f"--pretrained_model_name_or_path {pretrained}", ValueError):
         weights, changes = adapt_weights(source, model, reset_class_embeddings)
-    except ValueError as error:
-        raise ValueError(f"--pretrained_model_name_or_path {pretrained}: {error}") from error
     for change in changes:
         logger.warning(f"{pretrained}: {change}")
     model.load_state_dict(weights)
@@ -883,12 +907,12 @@ def resolve_diffusion(args: argparse.Namespace) -> None:
     if args.formulation == "edm":
         for name in (*defaults, "snr_gamma"):
             if getattr(args, name) is not None:
-                raise ValueError(f"--{name} is of --formulation ddpm, not edm")
+                raise UserError(f"--{name} is of --formulation ddpm, not edm")
         defaults = {}
         args.sigma_mean = -1.2 if args.sigma_mean is None else args.sigma_mean
         args.sigma_std = 1.2 if args.sigma_std is None else args.sigma_std
     elif args.sigma_mean is not None or args.sigma_std is not None:
-        raise ValueError("--sigma_mean and --sigma_std are of --formulation edm, not ddpm")
+        raise UserError("--sigma_mean and --sigma_std are of --formulation edm, not ddpm")
     for name, default in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, source.get(name, default))
@@ -898,7 +922,7 @@ def resolve_diffusion(args: argparse.Namespace) -> None:
         if source.get(name, getattr(args, name)) != getattr(args, name):
             logger.warning(f"{path} was trained with --{name} {source[name]}, this run has {getattr(args, name)}")
     if args.formulation == "ddpm" and args.validation_inference_steps > args.num_train_timesteps:
-        raise ValueError(
+        raise UserError(
             f"--validation_inference_steps {args.validation_inference_steps} are more than --num_train_timesteps "
             f"{args.num_train_timesteps}"
         )
@@ -1011,21 +1035,21 @@ def build_guidance_model(args: argparse.Namespace, model: ModelMixin, device: to
     try:
         guidance_model = load_network(path, model_class).to(device)
     except OSError as error:
-        raise ValueError(f"--validation_guidance_model {path}: no such pipeline: {error}") from error
+        raise UserError(f"--validation_guidance_model {path}: no such pipeline: {error}") from error
     ours, theirs = build_noise_scheduler(args).config, DDPMScheduler.load_config(path, subfolder="scheduler")
     for key in FORWARD_PROCESS:
         if ours.get(key) != theirs.get(key):
-            raise ValueError(
+            raise UserError(
                 f"--validation_guidance_model {path} has {key} {theirs.get(key)}, this run {ours.get(key)}"
             )
     for what in ("sample_size", "in_channels", "out_channels"):
         if model.config[what] != guidance_model.config[what]:
-            raise ValueError(
+            raise UserError(
                 f"--validation_guidance_model {path} has {what} {guidance_model.config[what]}, "
                 f"the model {model.config[what]}"
             )
     if null_label(model) != null_label(guidance_model):
-        raise ValueError(
+        raise UserError(
             f"--validation_guidance_model {path} has {null_label(guidance_model)} classes, the model "
             f"{null_label(model)}"
         )
@@ -1096,12 +1120,12 @@ def resolve_duration(args: argparse.Namespace, num_images: int) -> None:
             setattr(args, f"{name}_steps", math.ceil(kimg * 1000 / args.global_batch_size))
     args.lr_warmup_steps = 500 if args.lr_warmup_steps is None else args.lr_warmup_steps
     if args.lr_decay_steps is not None and args.lr_warmup_steps + args.lr_decay_steps > args.max_train_steps:
-        raise ValueError(
+        raise UserError(
             f"--lr_warmup_steps {args.lr_warmup_steps} and --lr_decay_steps {args.lr_decay_steps} are longer than the "
             f"training ({args.max_train_steps} steps)"
         )
     if args.lr_scheduler == "polynomial" and args.lr_warmup_steps >= args.max_train_steps:
-        raise ValueError(
+        raise UserError(
             f"--lr_warmup_steps {args.lr_warmup_steps} must be less than the {args.max_train_steps} optimizer steps "
             "with --lr_scheduler polynomial"
         )
@@ -1221,9 +1245,18 @@ class StepGuard:
     Args:
         optimizer: one that obeys `found_inf`, as torch's fused ones and `MuonAdamW` do; under fp16 the gradient
             scaler sets that itself.
+
+    Raises:
+        TypeError: if the optimizer does not say that it obeys, since it would take the step.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer):
+        # Set by torch's fused optimizers; the same attribute tells torch's GradScaler.
+        if not getattr(optimizer, "_step_supports_amp_scaling", False):
+            raise TypeError(
+                f"{type(optimizer).__name__} does not obey found_inf, so it would take steps whose gradient is not "
+                "finite: use a fused optimizer"
+            )
         self.optimizer = optimizer
         self.is_bad, self.arrived = None, None
 
@@ -1254,7 +1287,7 @@ def complete_step(args: argparse.Namespace, state: TrainingState, guard: StepGua
         Whether there was a step to complete and it was taken.
 
     Raises:
-        RuntimeError: after --max_bad_steps bad steps in a row; weights and checkpoints stay as they were before.
+        RunError: after --max_bad_steps bad steps in a row; weights and checkpoints stay as they were before.
     """
     taken = guard.outcome()
     if taken is None:
@@ -1277,10 +1310,11 @@ def complete_step(args: argparse.Namespace, state: TrainingState, guard: StepGua
         logger.warning(f"{message}: passed by ({state.bad_steps} so far)")
         return False
     checkpoints = list_checkpoints(args.output_dir)
-    raise RuntimeError(
+    raise_in_all(
+        RunError,
         f"{message}, {state.bad_steps_in_a_row} in a row (--max_bad_steps). The last checkpoint is "
-        f"{checkpoints[-1] if checkpoints else 'none'}: go on from it in bf16 or fp32, or start from it by "
-        "--pretrained_model_name_or_path with a lower --learning_rate"
+        f"{checkpoints[-1] if checkpoints else 'none'}: resume from it with --mixed_precision bf16 or no, or "
+        "fine-tune from it (--pretrained_model_name_or_path) with a lower --learning_rate",
     )
 
 
@@ -1374,7 +1408,8 @@ def validation_loss(
 ) -> dict[str, float] | None:
     """Loss on held-out images at fixed noise and evenly spread timesteps, in all and by quartile of the noise levels.
 
-    None if a stop was asked for in the middle.
+    It has the weights of the training loss (--snr_gamma), so the two curves are the same quantity. None if a stop was
+    asked for in the middle.
     """
     stream = PositionStream(len(table), seed=0)
     num_channels = model.config.in_channels if vae is None else vae.config.in_channels
@@ -1396,7 +1431,9 @@ def validation_loss(
         batch["time_uniform"] = (batch["position"] + 0.5) / num_positions
         noisy = diffuse(batch, args, noise_scheduler, 0.0, null_label(model), vae, accelerator.device)
         model_pred = model(*noisy.network_inputs, **noisy.conditions).sample
-        loss = compute_loss(model_pred, noise_scheduler, noisy.clean_images, noisy.noise, noisy.levels)
+        loss = compute_loss(
+            model_pred, noise_scheduler, noisy.clean_images, noisy.noise, noisy.levels, args.snr_gamma or None
+        )
         add_to_bins(bins, loss, noisy.level_bins)
         if stop.is_wanted():
             break
@@ -1481,7 +1518,7 @@ def build_extractor(accelerator: Accelerator, args: argparse.Namespace, source: 
     if args.eval_steps is None:
         return None
     if len(source) <= NEAREST:
-        raise ValueError(f"--eval_steps compares with {len(source)} images, {NEAREST + 1} are needed at least")
+        raise UserError(f"--eval_steps compares with {len(source)} images, {NEAREST + 1} are needed at least")
     load = functools.partial(load_extractor, args.feature_extractor, accelerator.device)
     return on_all_processes(accelerator, load, args.feature_model, args.inception_path)
 
@@ -1531,6 +1568,7 @@ def log_validation(
     table: Table,
     validation_table: Table | None,
     evaluator: Evaluator | None,
+    run_dir: OutputFolder,
     stop: StopRequest,
 ) -> bool:
     """Held-out loss, metrics if they are due, and preview grid of each average, and the pipeline folder of the best.
@@ -1566,23 +1604,26 @@ def log_validation(
         for name, (values, grid) in results.items():
             suffix = f"_{name}" if len(results) > 1 else ""
             accelerator.log({f"{key}{suffix}": value for key, value in values.items()}, step=state.global_step)
-            previews = Path(args.output_dir, "previews")
-            previews.mkdir(exist_ok=True)
-            grid.save(previews / f"step_{state.global_step:08d}{suffix}.png")
+            preview = f"previews/step_{state.global_step:08d}{suffix}.png"
+            if not run_dir.write(preview, grid.save):
+                logger.warning(f"{preview} in {run_dir.folder} is not of this run: left as it is")
             stacked = np.asarray(grid.convert("RGB"))[None]
             for tracker in accelerator.trackers:
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({f"samples{suffix}": stacked}, step=state.global_step, **options)
         best = min(results, key=lambda name: badness(args, results[name][0]))  # or the first
-        save = functools.partial(save_pipeline, args, state, vae, noise_scheduler, table, best, *results[best])
+        save = functools.partial(
+            save_pipeline, args, state, vae, noise_scheduler, table, best, *results[best], run_dir
+        )
         with ema_weights(averages[best], model):
-            save(Path(args.output_dir))
+            save()
             if evaluator is not None:
                 record_file = Path(args.output_dir, "eval", "best.json")
                 record = best_record(args, evaluator, state.global_step, results[best][0])
                 if is_best_so_far(args, record_file, record):
-                    save(Path(args.output_dir, "best"))
-                    record_file.write_text(json.dumps(record, indent=2) + "\n")
+                    save("best")
+                    text = json.dumps(record, indent=2) + "\n"
+                    run_dir.write("eval/best.json", lambda file: file.write_text(text))
     model.train()
     accelerator.wait_for_everyone()
     return finished
@@ -1627,40 +1668,49 @@ def save_pipeline(
     average: str,
     validation: dict[str, float],
     grid: PIL.Image.Image,
-    output_dir: Path,
+    run_dir: OutputFolder,
+    target: str = "",
 ) -> None:
     """Writes a pipeline folder: weights as they are now, scheduler, arguments, model card.
+
+    It replaces the one that was there; a file that someone has changed since, such as the model card, stays.
 
     Args:
         average: name of the average whose weights they are, or "".
         validation: its held-out losses and metrics, as far as there are any.
         grid: its preview.
-        output_dir: the folder; what is in it is replaced.
+        run_dir: the folder of the run.
+        target: folder in it, or "" for itself.
     """
-    folder = output_dir / "tmp-pipeline"
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = run_dir.folder / "tmp-pipeline"
+    run_dir.remove(["tmp-pipeline/"])
+    run_dir.announce(["tmp-pipeline/"])
     if args.class_conditional or part_name(state.model) == "transformer" or args.formulation == "edm":
         names = table.class_names if args.class_conditional else ()
         id2label = {str(number): name for number, name in enumerate(names)} or None
         build_pipeline(state.model, vae, noise_scheduler, id2label).save_pretrained(folder)
     else:
         DDPMPipeline(state.model, noise_scheduler).save_pretrained(folder)
-        (output_dir / "diffit_pipeline.py").unlink(missing_ok=True)
     (folder / "training_args.yaml").write_text(yaml.safe_dump(public_args(args)))
     grid.save(folder / "sample_grid.png")
     model_card(args, state, table, average, validation).save(folder / "README.md")
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == "model_index.json"):  # which comes last
-        if path.is_dir():
-            shutil.rmtree(output_dir / path.name, ignore_errors=True)
-        path.replace(output_dir / path.name)
-    folder.rmdir()
+    kept = run_dir.publish(folder, target, earlier=pipeline_files(run_dir, target))
+    if kept:
+        logger.warning(f"changed since they were written, so left as they are: {', '.join(kept)} in {run_dir.folder}")
+
+
+def pipeline_files(run_dir: OutputFolder, target: str = "") -> list[str]:
+    """Names of the files of the pipeline that a run wrote into its folder, or into a folder in it."""
+    prefix = f"{target}/" if target else ""
+    inner = {name: name.removeprefix(prefix) for name in run_dir.files if name.startswith(prefix)}
+    return [name for name, part in inner.items() if part in PIPELINE_FILES or part.split("/")[0] in PIPELINE_FOLDERS]
 
 
 def model_card(
     args: argparse.Namespace, state: TrainingState, table: Table, average: str, validation: dict[str, float]
 ) -> ModelCard:
     """What was trained on what, and how to load it."""
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    model_name = pipeline_name(args)
     # A path of the machine that trained is of no use to others, so only its last part is told.
     source = args.dataset_name or Path(table.source).name
     data = ModelCardData(
@@ -1676,9 +1726,9 @@ def model_card(
     weights = f"EMA, decay up to {args.ema_max_decay}" if args.use_ema else "as trained, no EMA"
     if args.ema_half_life_kimg is not None:
         widths = ", ".join(f"{kimg:g}" for kimg in args.ema_half_life_kimg)
-        criterion = next((name for name in validation if name.startswith("eval/")), "held-out loss")
-        chosen = f"the best by {criterion.removeprefix('eval/')}" if validation else "the first"
-        weights = f"`{average}`: EMA with a half-life of so many thousand images, {chosen} of {widths}"
+        criterion = next((key.removeprefix("eval/") for key in validation if key.startswith("eval/")), "held-out loss")
+        chosen = f"the best by {criterion.replace('_', ' ')}" if validation else "the first"
+        weights = f"`{average}`: EMA over a half-life counted in images (kimg), {chosen} of {widths}"
     classes = ""
     steps = 18 if args.formulation == "edm" else args.num_train_timesteps
     call = f"pipeline(batch_size=4, num_inference_steps={steps}).images"
@@ -1695,9 +1745,9 @@ def model_card(
     }
     if "validation/loss" in validation:
         rows["held-out loss"] = f"{validation['validation/loss']:.4f}"
-    for name, value in validation.items():
-        if name.startswith("eval/"):
-            rows[name.removeprefix("eval/").replace("_", " ")] = (
+    for key, value in validation.items():
+        if key.startswith("eval/"):
+            rows[key.removeprefix("eval/").replace("_", " ")] = (
                 f"{value:.4g} ({args.feature_extractor}, {args.eval_num_images:,} images)"
             )
     table_text = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
@@ -1705,7 +1755,7 @@ def model_card(
 {data.to_yaml()}
 ---
 
-# {name}
+# {model_name}
 
 A diffusion model in the form of DiffiT ([arXiv 2312.02139](https://arxiv.org/abs/2312.02139)), trained with DiffiT
 for diffusers. All arguments: `training_args.yaml`.
@@ -1719,34 +1769,45 @@ for diffusers. All arguments: `training_args.yaml`.
 ```python
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
+pipeline = DiffusionPipeline.from_pretrained("{model_name}", trust_remote_code=True)
 images = {call}
 ```
 """)
 
 
-def push_to_hub(args: argparse.Namespace) -> None:
-    """Uploads the pipeline folder, and nothing else of --output_dir.
+def pipeline_name(args: argparse.Namespace) -> str:
+    """What the model card calls the model: its name on the hub, or that of its folder."""
+    return args.hub_model_id or Path(args.output_dir).resolve().name
+
+
+def push_to_hub(args: argparse.Namespace, run_dir: OutputFolder) -> None:
+    """Uploads the files of the pipeline, and nothing else of --output_dir.
 
     Raises:
-        RuntimeError: says how to upload by hand, if it failed, or if the repository exists and is public although
+        RunError: says how to upload by hand, if it failed, or if the repository exists and is public although
             --hub_private_repo is given.
     """
     api = HfApi(token=args.hub_token)
-    repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
+    name = repo_id = pipeline_name(args)
     patterns = [*PIPELINE_FILES, "unet/*", "transformer/*", "vae/*", "scheduler/*"]
     try:
         repo_id = api.create_repo(repo_id, private=args.hub_private_repo, exist_ok=True).repo_id
         if args.hub_private_repo and not api.model_info(repo_id).private:
-            raise ValueError(f"--hub_private_repo: {repo_id} exists already and is public")
+            raise UserError(f"--hub_private_repo: {repo_id} exists already and is public")
+        if repo_id != name and run_dir.is_unchanged("README.md"):  # the user's own name comes before that of the model
+            card = Path(args.output_dir, "README.md").read_text(encoding="utf-8")
+            card = card.replace(f"\n# {name}\n", f"\n# {repo_id}\n")
+            card = card.replace(f'from_pretrained("{name}"', f'from_pretrained("{repo_id}"')
+            run_dir.write("README.md", lambda file: file.write_text(card, encoding="utf-8"))
+        files = [glob.escape(file) for file in pipeline_files(run_dir)]
         api.upload_folder(
-            repo_id=repo_id, folder_path=args.output_dir, allow_patterns=patterns, commit_message="Upload DiffiT"
+            repo_id=repo_id, folder_path=args.output_dir, allow_patterns=files, commit_message="Upload DiffiT"
         )
     except Exception as error:  # of the network, of the hub, of files: the training is over and must not look lost
         private = " --private" if args.hub_private_repo else ""
         included = " ".join(f"--include '{pattern}'" for pattern in patterns)
-        raise RuntimeError(
-            f"the trained pipeline is safe in {args.output_dir}, but could not be uploaded to {repo_id}: {error}\n"
+        raise RunError(
+            f"the trained pipeline is safe in {args.output_dir}, but could not be uploaded to {repo_id}: {error}. "
             f"To upload it by hand: hf upload{private} {repo_id} {shlex.quote(args.output_dir)} . {included}"
         ) from None
 
@@ -1760,7 +1821,7 @@ def main(args: argparse.Namespace) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     for name in ("httpx", "httpx2"):  # of older and newer versions of huggingface_hub
         logging.getLogger(name).setLevel(logging.WARNING)
-    with contextlib.ExitStack() as resources:
+    with contextlib.ExitStack() as resources, out_of_memory_errors():
         stop = StopRequest(args.max_train_time)
         resources.callback(stop.close)
         resume_after_restart(args)
@@ -1777,29 +1838,34 @@ def main(args: argparse.Namespace) -> None:
         train(accelerator, args, config, lock, stop)
 
 
+def is_restarted() -> bool:
+    """Whether torchrun or SLURM has started this command again."""
+    return any(int(os.environ.get(f"{name}_RESTART_COUNT", 0)) for name in ("TORCHELASTIC", "SLURM"))
+
+
 def resume_after_restart(args: argparse.Namespace) -> None:
     """Where torchrun or SLURM starts the same command again, it is to go on, not to begin anew."""
-    restarts = [int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
-    if any(restarts) and (args.overwrite_output_dir or args.resume_from_checkpoint != "latest"):
+    if is_restarted() and (args.overwrite_output_dir or args.resume_from_checkpoint != "latest"):
         args.overwrite_output_dir, args.resume_from_checkpoint = False, "latest"
         print("restarted: going on as with --resume_from_checkpoint latest", file=sys.stderr)
 
 
 def train(
-    accelerator: Accelerator, args: argparse.Namespace, config: dict, lock: OutputDirLock, stop: StopRequest
+    accelerator: Accelerator, args: argparse.Namespace, config_asked: dict, lock: OutputDirLock, stop: StopRequest
 ) -> None:
     """Sets up, resumes, trains and saves.
 
     Args:
-        config: of the model, see `read_model_config`.
+        config_asked: of the model, see `read_model_config`.
         lock: proves that --output_dir is ours.
         stop: not begun yet.
     """
     # 1. set up
+    run_dir = on_main_process(accelerator, open_run_dir, args)
     resume_flags = (args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
     checkpoint = on_main_process(accelerator, find_checkpoint, *resume_flags)
     table, validation_table = on_all_processes(accelerator, build_tables, args)
-    config = resolve_model_config(args, config, table, outline_vae(args))
+    config = on_all_processes(accelerator, lambda: resolve_model_config(args, config_asked, table, outline_vae(args)))
     resolve_duration(args, len(table))
     digest = table.digest()
     check_agreement(accelerator, {"the training data": digest, "the model config": config})
@@ -1807,10 +1873,11 @@ def train(
         print_dry_run(accelerator, args, config, table, validation_table)
         return
     torch.manual_seed(args.seed)
-    raw_model = build_model(config, args.pretrained_model_name_or_path, args.reset_class_embeddings)
+    model_source = (args.pretrained_model_name_or_path, args.reset_class_embeddings)
+    raw_model = on_all_processes(accelerator, build_model, config, *model_source)
     set_up_model(accelerator, args, raw_model)
-    vae = build_vae(args, table, accelerator.device)
-    guidance_model = build_guidance_model(args, raw_model, accelerator.device)
+    vae = on_all_processes(accelerator, build_vae, args, table, accelerator.device)
+    guidance_model = on_all_processes(accelerator, build_guidance_model, args, raw_model, accelerator.device)
     if vae is not None:  # by which the same images are other data
         digest += f" {vae_description(vae)}"
     compared_with = table if validation_table is None else validation_table
@@ -1823,7 +1890,7 @@ def train(
     # 2. resume
     if checkpoint is not None:
         load_checkpoint(checkpoint, accelerator, public_args(args), state)
-    prepare_output_dir(accelerator, args, state.global_step)
+    prepare_output_dir(accelerator, args, run_dir, state.global_step)
     evaluator = build_evaluator(accelerator, args, extractor, compared_with)
     model, optimizer = accelerator.prepare(raw_model, raw_optimizer)
     batches = build_batches(accelerator, args, table, config, state.position)
@@ -1837,7 +1904,19 @@ def train(
     stop.begin()
     validate = functools.partial(
         log_validation,
-        *(accelerator, args, state, vae, guidance_model, noise_scheduler, table, validation_table, evaluator, stop),
+        *(
+            accelerator,
+            args,
+            state,
+            vae,
+            guidance_model,
+            noise_scheduler,
+            table,
+            validation_table,
+            evaluator,
+            run_dir,
+            stop,
+        ),
     )
     validated = True
     if state.global_step >= args.max_train_steps:
@@ -1889,7 +1968,9 @@ def train(
         paused = time.perf_counter()
         finished = state.global_step == args.max_train_steps
         if stopping or is_due(state.global_step, args.checkpointing_steps, args.max_train_steps):
-            save_checkpoint(accelerator, lock, arguments, state, noise_scheduler, args.checkpoints_total_limit)
+            save_checkpoint(
+                accelerator, lock, run_dir, arguments, state, noise_scheduler, args.checkpoints_total_limit
+            )
         if stopping and not finished:
             break
         if any(is_due(state.global_step, every, args.max_train_steps) for every in validation_periods):
@@ -1910,7 +1991,7 @@ def train(
         logger.info(f"the trained pipeline is {args.output_dir}")
     accelerator.end_training()
     if args.push_to_hub and accelerator.is_main_process:  # the other processes are free: the group has ended
-        push_to_hub(args)
+        push_to_hub(args, run_dir)
 
 
 def describe_launch(args: argparse.Namespace, config: dict) -> dict:
@@ -1921,7 +2002,8 @@ def describe_launch(args: argparse.Namespace, config: dict) -> dict:
     places = {"train_data_dir", "train_data_file", "latents_dir", "cache_dir"}
     arguments = {f"--{key}": value for key, value in public_args(args).items() if key not in places}
     here = Path(__file__).parent
-    code = {f.name: file_digest(f)["sha256"][:8] for f in sorted([*here.glob("diffit_*.py"), Path(__file__)])}
+    files = sorted([*here.glob("diffit_*.py"), *here.glob("diffit/*.py"), Path(__file__)])
+    code = {file.name: file_digest(file)["sha256"][:8] for file in files}
     return arguments | {"the model config": config, "torch": torch.__version__, "the code": code}
 
 
@@ -1934,9 +2016,9 @@ def set_up_model(accelerator: Accelerator, args: argparse.Namespace, model: Mode
         backend, reason = choose_attention_backend(model, accelerator.device, dtype)
         logger.info(f"attention backend: {backend} ({reason})")
     elif backend == "xformers" and accelerator.device.type != "cuda":
-        raise ValueError(f"--attention_backend xformers needs CUDA, the device is {accelerator.device.type}")
+        raise UserError(f"--attention_backend xformers needs CUDA, the device is {accelerator.device.type}")
     elif backend == "flex" and accelerator.device.type in ("cpu", "mps"):
-        raise ValueError(
+        raise UserError(
             f"--attention_backend flex cannot train on the device {accelerator.device.type}: it has no backward pass "
             "there; use native"
         )
@@ -1955,25 +2037,73 @@ def seed_dropout(seed: int, position: int) -> None:
     torch.manual_seed(int(position_generator(seed, position, DROPOUT).integers(2**63)))
 
 
-def prepare_output_dir(accelerator: Accelerator, args: argparse.Namespace, global_step: int) -> None:
+def open_run_dir(args: argparse.Namespace) -> OutputFolder:
+    """The folder of the run, in which nothing of the user's would be lost. To be called before anything is written.
+
+    Raises:
+        UserError: if --output_dir is the folder of this code or holds a model that this run reads, if it holds files
+            of our names that are not ours, or a trained pipeline that no flag allows to replace.
+    """
+    folder = f"--output_dir {args.output_dir}"
+    if Path(args.output_dir).resolve() == Path(__file__).resolve().parent:
+        raise UserError(
+            f"{folder} is the folder of this code, whose README.md training would overwrite: choose another"
+        )
+    for flag in ("pretrained_model_name_or_path", "vae_model_name_or_path", "validation_guidance_model"):
+        model = getattr(args, flag)
+        if model is not None and Path(model).exists() and is_within(model, args.output_dir):
+            raise UserError(f"{folder} holds --{flag} {model}, which training would overwrite: choose another folder")
+    if args.dataset_name is not None and Path(args.dataset_name).is_dir():
+        if is_within(args.output_dir, args.dataset_name):
+            raise UserError(
+                f"{folder} lies in --dataset_name {args.dataset_name}, which would then hold this run's previews: "
+                "choose another folder, or give the images as --train_data_dir, which leaves them out"
+            )
+    run_dir = OutputFolder(args.output_dir, Path(__file__).name)
+    checkpoints = list_checkpoints(args.output_dir)
+    if not run_dir.files:
+        foreign = [path.name for path in checkpoints if not is_checkpoint(path)]
+        if foreign:
+            raise UserError(f"{folder} holds {foreign[0]}, which this script did not write: choose another folder")
+    run_dir.check_free(RUN_OUTPUTS)
+    if Path(args.output_dir, "model_index.json").is_file() and not checkpoints and not is_restarted():
+        if not args.overwrite_output_dir and args.resume_from_checkpoint in (None, "latest"):
+            raise UserError(
+                f"{folder} holds a trained pipeline and no checkpoint to resume from: give --overwrite_output_dir to "
+                "replace it, or choose another folder"
+            )
+    return run_dir
+
+
+def prepare_output_dir(
+    accelerator: Accelerator, args: argparse.Namespace, run_dir: OutputFolder, global_step: int
+) -> None:
     """Clears --output_dir: with --overwrite_output_dir of checkpoints, previews, metrics and logs of an earlier run.
 
     Where a run goes back to an earlier checkpoint, the later ones are moved aside, or `latest` would mean them.
     """
     if accelerator.is_main_process:
+        output_dir = Path(args.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        # What a run that was killed while writing has left.
+        run_dir.remove([name for name in run_dir.files if name.startswith("tmp-")])
         if args.overwrite_output_dir:
-            folders = (Path(args.output_dir, name) for name in ("previews", "best", "eval"))
-            for old in [*list_checkpoints(args.output_dir), *folders]:
-                shutil.rmtree(old, ignore_errors=True)
-            shutil.rmtree(Path(args.output_dir, args.logging_dir, PROJECT), ignore_errors=True)
-        for unfinished in Path(args.output_dir).glob("tmp-checkpoint-*"):  # of a run that was killed while writing
-            shutil.rmtree(unfinished, ignore_errors=True)
-        for later in list_checkpoints(args.output_dir):
+            for old in list_checkpoints(output_dir):
+                remove_checkpoint(old)
+                run_dir.remove([name for name in (f"{old.name}/",) if name in run_dir.files])  # a damaged one
+            run_dir.remove([name for name in run_dir.files if name.startswith(("previews/", "best/", "eval/"))])
+            for features in output_dir.glob("eval/features-*"):
+                remove_whole_folder(features)
+            logs = output_dir / args.logging_dir / PROJECT
+            for file in list(files_below(logs)):
+                if file.name.startswith("events.out.tfevents.") or file.name == "hparams.yml":
+                    file.unlink()
+            for folder in (output_dir / "eval", logs):
+                remove_empty_folders(folder)
+        for later in list_checkpoints(output_dir):
             if step_of(later) > global_step and checkpoint_problem(later) is None:
-                aside = later.with_name(f"superseded-{time.strftime('%Y%m%d-%H%M%S')}-{later.name}")
-                later.rename(aside)
-                logger.warning(f"going on from step {global_step}: {later.name} is now {aside.name}")
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+                logger.warning(f"resuming from step {global_step}, before {later.name}")
+                set_aside(later)
     accelerator.wait_for_everyone()
 
 
@@ -2025,21 +2155,33 @@ def print_dry_run(
     describe_run(accelerator, args, model, table, validation_table)
 
 
+@contextlib.contextmanager
+def out_of_memory_errors() -> Iterator[None]:
+    """Says which flags help where memory runs out in the `with` block.
+
+    Raises:
+        RunError: in place of the error of torch or Python.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        explanation = explain_out_of_memory(error)
+        if explanation is None:
+            raise
+        failure = RunError(explanation)
+        failure.raised_in = "process"
+        raise failure from error
+
+
 def explain_out_of_memory(error: Exception) -> str | None:
     """A message naming the flags that help, if an error says that memory ran out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         return (
-            f"out of memory: {error}\nWhat helps: a smaller --train_batch_size (with --global_batch_size the training "
+            f"out of memory: {error}. What helps: a smaller --train_batch_size (with --global_batch_size the training "
             "stays the same), --gradient_checkpointing, --mixed_precision bf16, a smaller --resolution"
         )
     return None
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, RuntimeError, MemoryError) as error:
-        explanation = explain_out_of_memory(error)
-        if explanation:
-            sys.exit(explanation)
-        raise
+    run_script(parse_args, main)

@@ -26,6 +26,8 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from diffit.command_line import Parser, path_type, run_script  # noqa: E402
+from diffit.errors import UserError, user_errors  # noqa: E402
 from diffit_model import DiffiTTransformer2DModel, relative_position_index  # noqa: E402
 
 # What NVIDIA's layout calls otherwise than `DiffiTTransformer2DModel`; the names inside the blocks are the same.
@@ -70,7 +72,7 @@ def check_names(tensors: dict[str, torch.Tensor]) -> None:
     missing = [name for name in expected if name not in tensors]
     unknown = sorted(tensors.keys() - set(expected))
     if missing or unknown:
-        raise ValueError(
+        raise UserError(
             f"not NVIDIA's layout: {len(missing)} keys are missing ({', '.join(missing) or 'none'}), "
             f"{len(unknown)} are unknown ({', '.join(unknown) or 'none'})"
         )
@@ -88,7 +90,7 @@ def infer_config(tensors: dict[str, torch.Tensor]) -> dict:
 
     def shape(name: str, num_dimensions: int) -> torch.Size:
         if tensors[name].ndim != num_dimensions:
-            raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, expected {num_dimensions} dimensions")
+            raise UserError(f"{name} has shape {tuple(tensors[name].shape)}, expected {num_dimensions} dimensions")
         return tensors[name].shape
 
     hidden_size, in_channels, patch_size, _ = shape("x_embedder.proj.weight", 4)
@@ -96,12 +98,12 @@ def infer_config(tensors: dict[str, torch.Tensor]) -> dict:
     num_offsets, num_heads = shape("blocks.0.attn.relative_position_bias_table", 2)
     side = (math.isqrt(num_offsets) + 1) // 2  # of the token grid
     if (2 * side - 1) ** 2 != num_offsets or side**2 != num_tokens:
-        raise ValueError(
+        raise UserError(
             f"the {num_offsets} rows of relative_position_bias_table do not fit the {num_tokens} tokens of pos_embed: "
             "W x W tokens have (2W - 1)^2 rows"
         )
     if hidden_size % num_heads:
-        raise ValueError(f"the width {hidden_size} of x_embedder does not divide into {num_heads} heads")
+        raise UserError(f"the width {hidden_size} of x_embedder does not divide into {num_heads} heads")
     return {
         "num_attention_heads": num_heads,
         "attention_head_dim": hidden_size // num_heads,
@@ -133,14 +135,14 @@ def model_from_nvidia(tensors: dict[str, torch.Tensor]) -> DiffiTTransformer2DMo
         if not name.endswith("relative_position_index"):
             weights[name] = tensor
         elif tensor.dtype != index.dtype or not tensor.equal(index):  # in another order, so would be the tables
-            raise ValueError(f"{name} is not that of a square grid of {' x '.join(map(str, model.token_grid))} tokens")
+            raise UserError(f"{name} is not that of a square grid of {' x '.join(map(str, model.token_grid))} tokens")
     misfits = [
         f"{name} has shape {tuple(weights[name].shape)}, expected {tuple(wanted.shape)}"
         for name, wanted in model.state_dict().items()
         if weights[name].shape != wanted.shape
     ]
     if misfits:
-        raise ValueError(f"shapes contradict each other: {'; '.join(misfits)}")
+        raise UserError(f"shapes contradict each other: {'; '.join(misfits)}")
     model.load_state_dict(weights, assign=True)
     return model
 
@@ -172,7 +174,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"--checkpoint {path} is damaged or no .safetensors file: {error}") from error
+        raise UserError(f"--checkpoint {path} is damaged or no .safetensors file: {error}") from error
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
@@ -182,18 +184,18 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         ValueError: if the file is not there, damaged, or holds something else.
     """
     if not path.is_file():
-        raise ValueError(f"--checkpoint {path}: no such file")
+        raise UserError(f"--checkpoint {path}: no such file")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     if path.suffix != ".pt":
-        raise ValueError(f"--checkpoint {path}: expected a .safetensors or .pt file")
+        raise UserError(f"--checkpoint {path}: expected a .safetensors or .pt file")
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"--checkpoint {path} is damaged, or holds more than tensors: {error}") from error
+        raise UserError(f"--checkpoint {path} is damaged, or holds more than tensors: {error}") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         found = ", ".join(map(str, tensors)) if isinstance(tensors, dict) else type(tensors).__name__
-        raise ValueError(f"--checkpoint {path} must hold tensors by name, it holds {found}")
+        raise UserError(f"--checkpoint {path} must hold tensors by name, it holds {found}")
     return tensors
 
 
@@ -212,26 +214,29 @@ def read_trained_folder(path: Path) -> dict[str, torch.Tensor]:
         scheduler = json.loads(scheduler_file.read_text())
         target = scheduler.get("prediction_type"), scheduler.get("beta_schedule")
         if target != ("epsilon", "linear"):  # EDM has no beta_schedule
-            raise ValueError(
+            raise UserError(
                 f"--to_nvidia: {path} was trained with {scheduler.get('_class_name')}, prediction_type {target[0]} "
                 f"and beta_schedule {target[1]}; that layout means epsilon and linear betas"
             )
     for file in files:
         if file.is_file():
             return read_safetensors(file)
-    raise ValueError(f"--checkpoint {path}: neither {files[0]} nor {files[1]} is there")
+    raise UserError(f"--checkpoint {path}: neither {files[0]} nor {files[1]} is there")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line and checks what can be checked before anything is loaded."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--checkpoint", required=True, type=path_type, help="file of NVIDIA's; with --to_nvidia a folder"
     )
-    parser.add_argument("--checkpoint", required=True, type=Path, help="file of NVIDIA's; with --to_nvidia a folder")
-    parser.add_argument("--output_dir", required=True, type=Path, help="folder to write, empty or not there yet")
-    parser.add_argument("--vae", help="folder or hub name of the AutoencoderKL to put beside the network")
+    parser.add_argument("--output_dir", required=True, type=path_type, help="folder to write, empty or not there yet")
+    parser.add_argument(
+        "--vae", type=path_type, help="folder or hub name of the AutoencoderKL to put beside the network"
+    )
     parser.add_argument("--to_nvidia", action="store_true", help="from a trained folder to NVIDIA's layout")
     args = parser.parse_args(argv)
+    args.checkpoint, args.output_dir = Path(args.checkpoint), Path(args.output_dir)
     if args.to_nvidia and args.vae:
         parser.error("--vae has no place in NVIDIA's layout: leave it out with --to_nvidia")
     if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
@@ -251,9 +256,10 @@ def main(args: argparse.Namespace) -> None:
     model = model_from_nvidia(read_checkpoint(args.checkpoint))
     vae = None
     if args.vae is not None:
-        vae = AutoencoderKL.from_pretrained(args.vae)
+        with user_errors(f"--vae {args.vae}", OSError, ValueError):
+            vae = AutoencoderKL.from_pretrained(args.vae)
         if vae.config.latent_channels != model.config.in_channels:
-            raise ValueError(
+            raise UserError(
                 f"--vae {args.vae} has {vae.config.latent_channels} latent channels, "
                 f"the checkpoint {model.config.in_channels}"
             )
@@ -279,4 +285,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(parse_args, main)

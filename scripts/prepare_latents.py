@@ -41,6 +41,9 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from diffit.command_line import Parser, path_type, run_script  # noqa: E402
+from diffit.errors import UserError, user_errors  # noqa: E402
+from diffit.run_dir import OutputFolder  # noqa: E402
 from diffit_data import (  # noqa: E402
     LATENTS_METADATA,
     BadImageError,
@@ -69,11 +72,13 @@ PATHS = ("vae", "source")  # in the metadata, for people: they may differ where 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags; those of the data are those of `train_diffit.py`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--vae_model_name_or_path", type=path_type, required=True, help="an AutoencoderKL: a folder or a hub name"
     )
-    parser.add_argument("--vae_model_name_or_path", required=True, help="an AutoencoderKL: a folder or a hub name")
-    parser.add_argument("--output_dir", required=True, help="new, or of an earlier run of the same command")
+    parser.add_argument(
+        "--output_dir", type=path_type, required=True, help="new, or of an earlier run of the same command"
+    )
     parser.add_argument("--resolution", type=resolution_type, required=True, help="of the images: N or HxW pixels")
     parser.add_argument("--mirror", action=argparse.BooleanOptionalAction, default=True, help="for --random_flip")
     parser.add_argument("--batch_size", type=int, default=16, help="images that a process encodes at once")
@@ -82,14 +87,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataloader_num_workers", type=int, default=0)
 
     group = parser.add_argument_group("data: one of --dataset_name, --train_data_dir, --train_data_file")
-    group.add_argument("--dataset_name", help="hub name, or local path for datasets.load_dataset")
+    group.add_argument("--dataset_name", type=path_type, help="hub name, or local path for datasets.load_dataset")
     group.add_argument("--dataset_config_name")
     group.add_argument("--dataset_split", default="train")
-    group.add_argument("--train_data_dir", help="folder or zip of images; dataset.json, metadata.jsonl, parquet too")
-    group.add_argument("--train_data_file", help="a parquet file")
+    group.add_argument(
+        "--train_data_dir", type=path_type, help="folder or zip of images; dataset.json, metadata.jsonl, parquet too"
+    )
+    group.add_argument("--train_data_file", type=path_type, help="a parquet file")
     group.add_argument("--image_column", help="default: the only one of type Image")
     group.add_argument("--label_column", help="default: the only one of type ClassLabel")
-    group.add_argument("--cache_dir", help="of datasets.load_dataset")
+    group.add_argument("--cache_dir", type=path_type, help="of datasets.load_dataset")
     args = parser.parse_args(argv)
     for name in ("batch_size", "images_per_shard"):
         if getattr(args, name) < 1:
@@ -135,16 +142,21 @@ def check_metadata(output_dir: Path, metadata: dict) -> None:
         ValueError: names what differs from the earlier run.
     """
     file = output_dir / LATENTS_METADATA
+    names = [LATENTS_METADATA, *latent_shard_names(metadata["num_images"], metadata["images_per_shard"])]
+    folder = OutputFolder(output_dir, Path(__file__).name)
+    folder.check_free([LATENTS_METADATA, "data/train-*.parquet"])
     (output_dir / "data").mkdir(exist_ok=True)
     if not file.exists():
+        folder.announce(names)
         temporary = file.with_name(f".{file.name}.tmp")
         temporary.write_text(json.dumps(metadata, indent=2) + "\n")
         temporary.replace(file)
-    earlier = json.loads(file.read_text())
+    with user_errors(f"--output_dir {output_dir}: {LATENTS_METADATA} is damaged", ValueError):
+        earlier = json.loads(file.read_text())
     differ = [name for name in metadata if name not in PATHS and earlier.get(name) != metadata[name]]
     if differ:
         listed = "; ".join(f"{name} is {earlier.get(name)} there, {metadata[name]} now" for name in differ)
-        raise ValueError(
+        raise UserError(
             f"--output_dir {output_dir} holds other latents: {listed}. Give the flags of the earlier run, or another "
             "folder"
         )
@@ -255,4 +267,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(parse_args, main)

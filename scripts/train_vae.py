@@ -24,6 +24,8 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from diffit.command_line import Parser, path_type, run_script  # noqa: E402
+from diffit.run_dir import OutputFolder  # noqa: E402
 from diffit_data import (  # noqa: E402
     ImageDataset,
     ImageTable,
@@ -33,32 +35,37 @@ from diffit_data import (  # noqa: E402
     detect_num_channels,
     load_image_table,
     normalize_pixels,
+    positive_int,
     split_table,
 )
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--train_data_dir", help="folder or zip of images, see train_diffit.py")
-    parser.add_argument("--train_data_file", help="a parquet file")
-    parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--resolution", type=int, default=32, help="height and width in pixels")
+    parser = Parser(__doc__)
+    parser.add_argument("--train_data_dir", type=path_type, help="folder or zip of images, see train_diffit.py")
+    parser.add_argument("--train_data_file", type=path_type, help="a parquet file")
+    parser.add_argument("--output_dir", type=path_type, required=True, help="folder for the VAE")
+    parser.add_argument("--resolution", type=positive_int, default=32, help="height and width in pixels")
     parser.add_argument(
         "--block_out_channels",
-        type=int,
+        type=positive_int,
         nargs="+",
         default=[16, 32, 32, 32],
         help="each but the first halves the size",
     )
-    parser.add_argument("--latent_channels", type=int, default=4)
+    parser.add_argument("--latent_channels", type=positive_int, default=4)
     parser.add_argument("--kl_weight", type=float, default=1e-2, help="of the KL term per pixel and channel")
-    parser.add_argument("--max_train_steps", type=int, default=300)
-    parser.add_argument("--train_batch_size", type=int, default=64)
+    parser.add_argument("--max_train_steps", type=positive_int, default=300)
+    parser.add_argument("--train_batch_size", type=positive_int, default=64)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if (args.train_data_dir is None) == (args.train_data_file is None):
+        parser.error("give one of --train_data_dir and --train_data_file")
+    factor = 2 ** (len(args.block_out_channels) - 1)
+    if args.resolution % factor:
+        parser.error(f"--resolution {args.resolution} must be a multiple of {factor} (see --block_out_channels)")
+    return args
 
 
 def read_batches(table: ImageTable, args: argparse.Namespace, num_channels: int) -> Iterator[torch.Tensor]:
@@ -110,7 +117,10 @@ def measure_std(vae: AutoencoderKL, batches: Iterator[torch.Tensor]) -> float:
 def main(args: argparse.Namespace) -> None:
     """Trains, measures on held-out images, and saves."""
     torch.manual_seed(args.seed)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    # A CUDA build of torch names its accelerator whether or not there is one.
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    folder = OutputFolder(args.output_dir, Path(__file__).name)
+    folder.check_free(("config.json", "*.safetensors"))
     table = load_image_table(train_data_dir=args.train_data_dir, train_data_file=args.train_data_file)
     num_channels = detect_num_channels(table)
     training_table, held_out_table = split_table(table, 0.05)
@@ -131,10 +141,11 @@ def main(args: argparse.Namespace) -> None:
 
     vae.eval()
     vae.register_to_config(scaling_factor=1 / measure_std(vae, islice(batches, 8)))
+    folder.announce(("config.json", "diffusion_pytorch_model.safetensors"))
     vae.save_pretrained(args.output_dir)
     psnr = measure_psnr(vae, next(read_batches(held_out_table, args, num_channels)).to(device))
     print(f"{args.output_dir}: scaling factor {vae.config.scaling_factor:.4f}, PSNR of held-out images {psnr:.1f} dB")
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(parse_args, main)

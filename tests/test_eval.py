@@ -415,7 +415,7 @@ def test_stopped_work_goes_on_where_it_was(tmp_path):
     np.testing.assert_array_equal(array, [[row, 2 * row] for row in range(10)])
     fill_array(state, tmp_path, {}, 10, 3, compute)
     assert computed == [0, 4, 8]  # finished: not even another batch size computes it again
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.npy", "settings.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".diffit.json", "data.npy", "settings.json"]
 
 
 def test_features_are_taken_once_for_each_extractor_and_data(tmp_path, image_folder):
@@ -717,8 +717,8 @@ def test_plots_are_drawn(model_flags, tmp_path):
     assert drawn == [("ddim", 2), ("ddim", 3), ("heun", 3), ("heun", 5)]
     assert len({row["frechet_distance"]["value"] for row in result["by_steps"]}) == 4
     names = ("loss_by_timestep", "metrics_by_kimg", "metrics_by_steps", "neighbour_distances", "neighbours")
-    assert sorted(path.name for path in folder.iterdir()) == [f"{name}.png" for name in names]
-    for path in folder.iterdir():
+    assert sorted(path.name for path in folder.glob("[!.]*")) == [f"{name}.png" for name in names]
+    for path in folder.glob("*.png"):
         picture = np.asarray(PIL.Image.open(path).convert("L"))
         assert min(picture.shape) > 300 and picture.std() > 10, path
 
@@ -730,7 +730,7 @@ def test_plots_of_an_edm_model_are_drawn(model_flags, tmp_path):
     result = evaluate(tmp_path, *flags, f"--plots={folder}", "--plot_steps", "2", "3", "--plot_schedulers", "edm_heun")
     assert [row["evaluations"] for row in result["by_steps"]] == [3, 5]
     names = ("loss_by_timestep", "metrics_by_steps", "neighbour_distances", "neighbours")
-    assert sorted(path.name for path in folder.iterdir()) == [f"{name}.png" for name in names]
+    assert sorted(path.name for path in folder.glob("[!.]*")) == [f"{name}.png" for name in names]
 
 
 def test_losses_of_another_formulation_are_left_out_of_the_plot(model_flags, tmp_path, capsys):

@@ -286,7 +286,8 @@ def test_datasets_reads_the_folder(prepared_dir, tmp_path):
 
 
 def test_folder_holds_the_shards_and_the_metadata_and_nothing_else(prepared_dir, image_folder, vae_dir):
-    assert sorted(path.name for path in prepared_dir.rglob("*") if path.is_file()) == ["latents.json", *SHARDS]
+    files = sorted(path.name for path in prepared_dir.rglob("*") if path.is_file())
+    assert files == [".diffit.json", "latents.json", *SHARDS]
     metadata = json.loads((prepared_dir / "latents.json").read_text())
     assert metadata == vae_description(load_vae(str(vae_dir))) | {
         "vae": str(vae_dir),

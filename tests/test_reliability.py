@@ -253,6 +253,14 @@ def test_fp16_overflow_moves_neither_schedule_nor_ema(train_args, kind):
     assert outcomes == [False, True]
 
 
+def test_optimizer_that_would_take_a_bad_step_is_refused():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    train_diffit.StepGuard(torch.optim.AdamW([parameter], fused=True))
+    for optimizer in (torch.optim.AdamW([parameter], foreach=True), torch.optim.SGD([parameter])):
+        with pytest.raises(TypeError, match=f"{type(optimizer).__name__} does not obey found_inf"):
+            train_diffit.StepGuard(optimizer)
+
+
 # --- the same numbers on any topology
 
 

@@ -20,6 +20,7 @@ from diffusers import (
 )
 
 import sample_diffit
+from diffit.run_dir import MARK
 from diffit_model import MODEL_CLASSES, DiffiTUNet2DModel, model_class
 from diffit_pipeline import SCHEDULERS, DiffiTPipeline, image_grid
 
@@ -416,6 +417,7 @@ def test_folder_from_before_a_flag_was_there_goes_on(unconditional, tmp_path):
     for name in ("guidance_schedule", "guidance_power", "guidance_interval", "vae_sha256"):
         del summary["arguments"][name]
     (tmp_path / "samples.json").write_text(json.dumps(summary))
+    (tmp_path / MARK).unlink()  # there were no marks then either
     assert len(sample(unconditional, tmp_path, "--seeds=0-1")) == 2
 
 

@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import os
+import re
 import shutil
 import struct
 import threading
@@ -41,6 +42,7 @@ from test_data import (
 import diffit_data
 import sample_diffit
 import train_diffit
+from diffit.run_dir import OutputFolder
 from diffit_data import BadImageError, load_image_table
 from diffit_model import DiffiTUNet2DModel
 
@@ -597,6 +599,13 @@ def test_only_the_pipeline_folder_is_uploaded(hub, pushed):
     assert all(data == (run_dir / name).read_bytes() for name, data in uploaded.items())
 
 
+def test_card_of_a_run_that_validates_is_titled_by_the_model(pushed):
+    card = (pushed[0] / "README.md").read_text()
+    assert "| held-out loss |" in card
+    assert re.findall(r"^# .*", card, re.MULTILINE) == ["# me/digits"]
+    assert re.findall(r"from_pretrained\(\"(.*?)\"", card) == ["me/digits"]
+
+
 def test_private_repository_is_asked_for(hub, pushed):
     assert [json.loads(body)["visibility"] for body in hub.asked("/api/repos/create")][0] == "private"
 
@@ -620,12 +629,28 @@ def test_public_repository_is_not_taken_for_a_private_one(exists_as, allowed, hu
     monkeypatch.setattr(hub, "exists_as", exists_as)
     monkeypatch.setattr(hub, "requests", [])
     args = train_diffit.parse_args([*base_args, f"--output_dir={pushed[0]}", *PUSH])
+    run_dir = OutputFolder(pushed[0], "train_diffit.py")
     if allowed:
-        train_diffit.push_to_hub(args)
+        train_diffit.push_to_hub(args, run_dir)
     else:
         with pytest.raises(RuntimeError, match="--hub_private_repo: me/digits exists already and is public"):
-            train_diffit.push_to_hub(args)
+            train_diffit.push_to_hub(args, run_dir)
     assert bool(hub.asked("/commit/main")) == allowed
+
+
+def test_card_of_an_upload_names_the_repository_of_the_user(hub, base_args, tmp_path, monkeypatch):
+    """Without --hub_model_id the hub puts the user's name before that of the folder."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "requests", [])
+    flags = [*base_args, f"--output_dir={tmp_path / 'digits'}", "--max_train_steps=1"]
+    train_diffit.main(train_diffit.parse_args(flags))
+    card = (tmp_path / "digits" / "README.md").read_text()
+    assert "\n# digits\n" in card and 'from_pretrained("digits"' in card
+    run_dir = OutputFolder(tmp_path / "digits", "train_diffit.py")
+    train_diffit.push_to_hub(train_diffit.parse_args([*flags, "--push_to_hub", f"--hub_token={TOKEN}"]), run_dir)
+    card = hub.uploaded()["README.md"].decode()
+    assert "\n# me/digits\n" in card and 'from_pretrained("me/digits"' in card
 
 
 def is_alive(process: psutil.Process) -> bool:

@@ -26,6 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffit_checkpoint
 import train_diffit
+from diffit.run_dir import OutputFolder
+from diffit_data import ImageDataset, PositionStream, load_image_table, normalize_pixels, split_table
 from diffit_loss import build_noise_levels
 from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import DiffiTPipeline
@@ -491,6 +493,26 @@ def test_validation_loss_is_the_same_each_time(train_args, tmp_path):
     assert len(values) == 2 and values[0] == values[1]
 
 
+@pytest.mark.parametrize("gamma", [0, 5])
+def test_validation_loss_has_the_weights_of_the_training_loss(gamma, train_args, image_folder, tmp_path):
+    """A network that predicts 0 has the loss w * v^2, with the min-SNR weight w of the training."""
+    flags = ["--max_train_steps=1", "--learning_rate=0", "--validation_fraction=0.25", f"--snr_gamma={gamma}"]
+    train([*train_args, *flags])
+    _, held_out = split_table(load_image_table(train_data_dir=str(image_folder)), 0.25)
+    dataset = ImageDataset(held_out, PositionStream(6, seed=0), (8, 8), 3, center_crop=True)
+    items = [dataset[(p, dataset.stream.index(p))] for p in range(6)]
+    clean = normalize_pixels(torch.stack([item["pixel_values"] for item in items]))
+    noise = torch.stack([item["noise"] for item in items])
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    timesteps = ((torch.arange(6) + 0.5) / 6 * 1000).long()
+    alphas = scheduler.alphas_cumprod[timesteps]
+    snr = alphas / (1 - alphas)
+    weights = snr.clamp(max=5) / (snr + 1) if gamma else torch.ones(6)
+    velocities = scheduler.get_velocity(clean, noise, timesteps).square().mean(dim=(1, 2, 3))
+    logged_loss = logged(tmp_path / "run").Scalars("validation/loss")[0].value
+    assert logged_loss == pytest.approx((weights * velocities).mean().item(), rel=1e-5)
+
+
 def test_bad_image_stops_training_by_name_or_is_skipped(train_args, image_folder, tmp_path, caplog):
     folder = tmp_path / "data"
     shutil.copytree(image_folder, folder)
@@ -777,6 +799,7 @@ def test_only_damaged_checkpoints_are_an_error_and_stay(two_checkpoints):
 
 def test_unfinished_checkpoint_of_a_killed_run_is_ignored_and_removed(two_checkpoints):
     arguments, run_dir = two_checkpoints
+    OutputFolder(run_dir, "train_diffit.py").announce(["tmp-checkpoint-6/"])
     (run_dir / "tmp-checkpoint-6").mkdir()
     train([*arguments, "--max_train_steps=5"])
     assert not (run_dir / "tmp-checkpoint-6").exists()

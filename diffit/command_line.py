@@ -1,0 +1,74 @@
+# Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
+"""What the scripts share at their two ends: how flags are read, and how an error ends the script."""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from diffit.errors import RunError, UserError, local_rank, message_of, speaks_for
+
+EXIT_USER_ERROR = 2  # as argparse
+EXIT_RUN_ERROR = 1
+# How gloo and NCCL say that another process has ended.
+LOST_PEER = re.compile(r"connection (was )?(closed|reset|refused)|remote process exited|broken pipe", re.IGNORECASE)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, printed once a machine, without tokens of the hub.
+
+    Every script has `--debug`. Flags are never abbreviated.
+    """
+
+    def __init__(self, description: str | None):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+        self.add_argument(
+            "--debug",
+            action=argparse.BooleanOptionalAction,
+            default=False,
+            help="show the traceback of an error that would otherwise be one line (default: off)",
+        )
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"hf_\w{8,}", "hf_...", " ".join(message.split()))
+        self.exit(EXIT_USER_ERROR, f"{self.prog}: error: {message}\n" if local_rank() == 0 else None)
+
+
+def path_type(text: str) -> str:
+    """An argparse type for paths, and for hub names, which are left as they are: expands a leading `~`."""
+    if not text:
+        raise argparse.ArgumentTypeError("a path must not be empty")
+    if "$" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} holds a $, and variables are not expanded here: write the path out"
+        )
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise argparse.ArgumentTypeError(f"{text!r}: no such user; ./{text} is the folder of that name")
+    return expanded
+
+
+def run_script(parse_args: Callable[[], argparse.Namespace], main: Callable[[argparse.Namespace], None]) -> None:
+    """Runs a script to its end. An error made for people is printed as one line, once; a bug shows its traceback."""
+    args = parse_args()
+    try:
+        main(args)
+    except (UserError, RunError) as error:
+        if args.debug:
+            raise
+        if speaks_for(error):
+            print(f"{Path(sys.argv[0]).name}: error: {message_of(error)}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_RUN_ERROR)
+    except RuntimeError as error:
+        import torch.distributed
+
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if args.debug or not several or not LOST_PEER.search(str(error)):
+            raise
+        print(f"{Path(sys.argv[0]).name}: stopped, because another process of the run has ended", file=sys.stderr)
+        sys.exit(EXIT_RUN_ERROR)

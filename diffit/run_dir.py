@@ -1,0 +1,346 @@
+# Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
+"""What in a folder is ours, and so may be overwritten, deleted, and must not be read as data.
+
+Whatever a script writes into a folder that the user named is listed in a mark, the hidden file `.diffit.json` beside
+it, before it is written; afterwards the mark holds its fingerprint. What the mark does not list, or what has changed
+since, is the user's: it is never overwritten, deleted or moved, and names that a script needs and finds taken are
+refused at the start. The same lists tell which files below a data folder are products of earlier runs, not images.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+import yaml
+
+from diffit.errors import UserError
+
+MARK = ".diffit.json"
+CHECKPOINT_MANIFEST = "manifest.json"
+HASHED_BYTES = 16 * 2**20  # of larger files the size alone is the fingerprint
+SHOWN = 3  # names in a message
+
+# What a training run writes. Folders stand for everything below them.
+PIPELINE_FILES = ("README.md", "sample_grid.png", "diffit_pipeline.py", "training_args.yaml", "model_index.json")
+PIPELINE_FOLDERS = ("unet", "transformer", "vae", "scheduler")
+RUN_OUTPUTS = (
+    *PIPELINE_FILES,
+    *PIPELINE_FOLDERS,
+    *("best", "tmp-pipeline", "tmp-checkpoint-*", "previews/step_*.png", "eval/best.json"),
+)
+
+
+def fingerprint(file: Path) -> str:
+    """Tells whether a file is still what was written: its SHA-256, or of a large one the size in bytes."""
+    size = file.stat().st_size
+    if size > HASHED_BYTES:
+        return f"size:{size}"
+    return f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
+
+
+def files_below(path: Path) -> Iterator[Path]:
+    """A file or link itself, or all files and links below a folder. Links are not followed."""
+    if path.is_symlink() or path.is_file():
+        yield path
+    elif path.is_dir():
+        for folder, subfolders, names in os.walk(path):
+            yield from (Path(folder, name) for name in names)
+            yield from (Path(folder, name) for name in subfolders if Path(folder, name).is_symlink())
+
+
+class OutputFolder:
+    """A folder that a script writes to. Only one process of a run may use it.
+
+    Args:
+        folder: need not exist.
+        writer: the script, for the mark and for messages.
+        flag: that names the folder, for messages.
+
+    Raises:
+        UserError: if it is not a folder.
+
+    Attributes:
+        files: our files by their names relative to the folder, with their fingerprints; None while a file is being
+            written. A name that ends in `/` stands for everything below that folder, `./` for everything here.
+    """
+
+    def __init__(self, folder: str | Path, writer: str, flag: str = "--output_dir"):
+        self.folder, self.writer, self.flag = Path(folder), writer, flag
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{flag} {folder} is not a folder")
+        self.files: dict[str, str | None] = our_files(self.folder)
+
+    def is_ours(self, name: str) -> bool:
+        """Whether a mark proves that a file, by its name relative to the folder, is ours."""
+        return is_listed(name, self.files)
+
+    def is_unchanged(self, name: str) -> bool:
+        """Whether a file is ours and still what was written."""
+        recorded = self.files.get(name)
+        return self.is_ours(name) and (recorded is None or recorded == fingerprint(self.folder / name))
+
+    def check_free(self, names: Iterable[str]) -> None:
+        """To be called at the start, before anything slow and before anything is written.
+
+        Args:
+            names: that will be written: files, folders, and patterns for `Path.glob`.
+
+        Raises:
+            UserError: lists files of these names that are not ours, or were changed since we wrote them.
+        """
+        foreign, changed = [], []
+        for name in names:
+            for found in sorted(self.folder.glob(name)):
+                if found.is_dir() and not found.is_symlink() and not any(files_below(found)):
+                    continue
+                for file in files_below(found):
+                    relative = file.relative_to(self.folder).as_posix()
+                    if not self.is_ours(relative):
+                        foreign.append(relative)
+                    elif not self.is_unchanged(relative):
+                        changed.append(relative)
+        if foreign:
+            raise UserError(
+                f"{self.flag} {self.folder} holds {listed(foreign)}, which {self.writer} did not write and would "
+                "overwrite: choose another folder, or move what is yours away"
+            )
+        if changed:
+            raise UserError(
+                f"{self.flag} {self.folder}: {listed(changed)} changed since {self.writer} wrote it and would be "
+                "overwritten: move your version away, or choose another folder"
+            )
+
+    def announce(self, names: Iterable[str]) -> None:
+        """Lists files in the mark that are about to be written."""
+        self._update({name: None for name in names})
+
+    def record(self, names: Iterable[str]) -> None:
+        """Notes the fingerprints of files that have been written."""
+        self._update({name: fingerprint(self.folder / name) for name in names})
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Strikes files off the mark that are no longer there."""
+        self.files = {name: value for name, value in self.files.items() if name not in set(names)}
+        write_mark(self.folder, self.writer, self.files)
+
+    def _update(self, entries: dict[str, str | None]) -> None:
+        # Another process may have added to the mark meanwhile, as two samplings into one folder do.
+        self.files = {**read_mark(self.folder), **self.files, **entries}
+        write_mark(self.folder, self.writer, self.files)
+
+    def write(self, name: str, save: Callable[[Path], object]) -> bool:
+        """Writes one file, unless there is one of that name which is not ours or was changed.
+
+        Args:
+            name: relative to the folder.
+            save: writes the file at a path.
+
+        Returns:
+            Whether it was written.
+        """
+        file = self.folder / name
+        if os.path.lexists(file) and not self.is_unchanged(name):
+            return False
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.announce([name])
+        save(file)
+        self.record([name])
+        return True
+
+    def publish(self, staged: Path, target: str = "", earlier: Iterable[str] = ()) -> list[str]:
+        """Moves the files of a staging folder to their places, `model_index.json` last.
+
+        A file of that name which is not ours, or was changed, stays; its new version stays in the staging folder.
+
+        Args:
+            staged: a folder below this one.
+            target: sub-folder that the files are moved to.
+            earlier: names of files of the version that is replaced; those that have no new version are deleted.
+
+        Returns:
+            Names of the files that could not be moved.
+        """
+        found = sorted(files_below(staged), key=lambda file: (file.name == "model_index.json", file))
+        places = {file: PurePosixPath(target, file.relative_to(staged).as_posix()).as_posix() for file in found}
+        kept = [
+            name for name in places.values() if os.path.lexists(self.folder / name) and not self.is_unchanged(name)
+        ]
+        moved = {file: name for file, name in places.items() if name not in kept}
+        self.announce(moved.values())
+        for file, name in moved.items():
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            file.replace(self.folder / name)
+        self.record(moved.values())
+        self.remove(set(earlier) - set(places.values()))
+        remove_empty_folders(staged)
+        return kept
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Deletes files that are ours and unchanged, then folders that are empty; all others stay."""
+        names = list(names)
+        for name in names:
+            file = self.folder / name
+            if name.endswith("/"):
+                for inner in list(files_below(file)):
+                    inner.unlink(missing_ok=True)
+                remove_empty_folders(file)
+            elif os.path.lexists(file) and self.is_unchanged(name):
+                file.unlink()
+            for parent in PurePosixPath(name).parents:
+                if parent.as_posix() != ".":
+                    with contextlib.suppress(OSError):
+                        (self.folder / parent).rmdir()
+        for name in names:
+            if not os.path.lexists(self.folder / name):
+                self.files.pop(name, None)
+        write_mark(self.folder, self.writer, self.files)
+
+
+def listed(names: list[str]) -> str:
+    """The first few of some names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def is_listed(name: str, files: Iterable[str]) -> bool:
+    """Whether names of a mark, some of which stand for whole folders, include a file."""
+    if name in files or "./" in files:
+        return True
+    return any(f"{parent.as_posix()}/" in files for parent in PurePosixPath(name).parents)
+
+
+def remove_empty_folders(path: Path) -> None:
+    """Deletes the empty folders below a path, and the path if nothing is left in it."""
+    for folder, _, _ in os.walk(path, topdown=False):
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
+
+
+def is_within(path: str | Path, folder: str | Path) -> bool:
+    """Whether a path is a folder or lies below it, with links resolved."""
+    return Path(path).resolve().is_relative_to(Path(folder).resolve())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Marks
+
+
+def read_mark(folder: Path) -> dict[str, str | None]:
+    """The `files` of a folder's mark (see `OutputFolder`); empty without one, and for one that is not ours."""
+    try:
+        files = json.loads((folder / MARK).read_text(encoding="utf-8"))["files"]
+        return dict(files) if isinstance(files, dict) else {}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
+def write_mark(folder: Path, writer: str, files: dict[str, str | None]) -> None:
+    """Writes a mark; it is there whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{MARK}-{os.getpid()}"
+    temporary.write_text(json.dumps({"written_by": writer, "files": files}, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(folder / MARK)
+
+
+def claim_whole_folder(folder: Path, writer: str) -> None:
+    """Creates a folder in which everything is ours, such as one whose name is a checksum of its settings."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        write_mark(folder, writer, {"./": None})
+
+
+def remove_whole_folder(folder: Path) -> None:
+    """Deletes a folder of which everything is ours; any other stays."""
+    if "./" in our_files(folder):
+        for file in list(files_below(folder)):
+            file.unlink(missing_ok=True)
+        remove_empty_folders(folder)
+
+
+def our_files(folder: Path) -> dict[str, str | None]:
+    """What in a folder is ours, by its mark or, for products of versions without marks, by what they hold."""
+    return read_mark(folder) or {name: None for name in _unmarked_products(folder)}
+
+
+def _unmarked_products(folder: Path) -> Iterator[str]:
+    if (folder / "training_args.yaml").is_file():
+        yield from _unmarked_run(folder)
+    if (folder / "samples.json").is_file():
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            summary = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
+            names = [row["file"] for row in summary["images"] if {"file", "seed", "class"} <= set(row)]
+            if names and "arguments" in summary:
+                yield from (*names, "samples.json", "grid.png", "samples.npz")
+    if (folder / "latents.json").is_file() and (folder / "data").is_dir():
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            if "latent_shape" in json.loads((folder / "latents.json").read_text(encoding="utf-8")):
+                shards = [file.name for file in (folder / "data").iterdir()]
+                yield "latents.json"
+                yield from (f"data/{name}" for name in shards if re.fullmatch(r"train-\d+-of-\d+\.parquet", name))
+    if (folder / "settings.json").is_file() and re.fullmatch(r"(features|samples)-[0-9a-f]{8,}", folder.name):
+        yield "./"
+
+
+def _unmarked_run(folder: Path) -> Iterator[str]:
+    """Files of a training run of a version that left no mark: those of our names, where what they hold agrees."""
+    try:
+        arguments = yaml.safe_load((folder / "training_args.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return
+    if not isinstance(arguments, dict) or not {"output_dir", "train_batch_size"} <= set(arguments):
+        return
+    if not (folder / "model_index.json").is_file() and not any(map(is_checkpoint, folder.glob("checkpoint-*"))):
+        return
+    for root in (folder, folder / "best"):
+        names = ["training_args.yaml", "model_index.json", "sample_grid.png", "diffit_pipeline.py"]
+        if (root / "README.md").is_file() and "DiffiT" in (root / "README.md").read_text(errors="replace"):
+            names.append("README.md")
+        written = r"config\.json|scheduler_config\.json|diffit_model\.py|diffusion_pytorch_model.*\.(safetensors|json)"
+        for part in PIPELINE_FOLDERS:
+            files = [file for file in files_below(root / part) if re.fullmatch(written, file.name)]
+            names += [file.relative_to(root).as_posix() for file in files]
+        yield from ((root / name).relative_to(folder).as_posix() for name in names if (root / name).is_file())
+    previews = [file for file in folder.glob("previews/step_*.png") if re.fullmatch(r"step_\d{8}.*\.png", file.name)]
+    yield from (file.relative_to(folder).as_posix() for file in previews)
+    yield from (
+        f"{path.name}/" for path in folder.glob("tmp-*") if path.name.startswith(("tmp-pipeline", "tmp-check"))
+    )
+    if (folder / "eval" / "best.json").is_file():
+        yield "eval/best.json"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints, which have a manifest for a mark
+
+
+def manifest_files(checkpoint: Path) -> list[str]:
+    """Names of the files of a checkpoint of ours by its manifest; empty if it has none, or it is not ours."""
+    try:
+        manifest = json.loads((checkpoint / CHECKPOINT_MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    if not isinstance(manifest, dict) or not {"state.json", "training_args.yaml", "optimizer.pt"} <= set(manifest):
+        return []
+    return [name for name in manifest if not Path(name).is_absolute() and ".." not in Path(name).parts]
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint of ours, damaged or not."""
+    return bool(manifest_files(path))
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Deletes the files that a checkpoint's manifest names, and the folder if nothing else is in it.
+
+    Raises:
+        OSError: if a file cannot be deleted, or the folder is a link to another place.
+    """
+    if path.is_symlink():
+        raise OSError(f"{path} is a link")
+    for name in manifest_files(path):
+        (path / name).unlink(missing_ok=True)
+    (path / CHECKPOINT_MANIFEST).unlink(missing_ok=True)
+    remove_empty_folders(path)

@@ -1,0 +1,257 @@
+"""A person's mistake ends in one line and exit code 2, whichever script it is made with; a bug keeps its traceback."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from conftest import ROOT, TINY_CONFIG, run, start
+from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler
+
+import convert_nvidia_checkpoint
+import eval_diffit
+import prepare_latents
+import sample_diffit
+import train_diffit
+import train_vae
+from diffit.command_line import path_type, run_script
+from diffit.errors import RunError, UserError, message_of
+from diffit_model import DiffiTUNet2DModel
+
+SCRIPTS = {
+    "train": train_diffit,
+    "sample": sample_diffit,
+    "eval": eval_diffit,
+    "latents": prepare_latents,
+    "vae": train_vae,
+    "convert": convert_nvidia_checkpoint,
+}
+
+
+def mistake(script: str, arguments: list[str], capsys) -> str:
+    """The one line that a script ends with, run in this process."""
+    module = SCRIPTS[script]
+    with pytest.raises(SystemExit) as end:
+        run_script(lambda: module.parse_args(arguments), module.main)
+    printed = capsys.readouterr().err
+    lines = [line for line in printed.split("\n") if "error: " in line]
+    assert end.value.code == 2, printed
+    assert len(lines) == 1 and "Traceback" not in printed, printed
+    assert printed.endswith(lines[0] + "\n")
+    return lines[0].split("error: ", 1)[1]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """What people have lying about: models, images good and bad, files of the wrong kind."""
+    root = tmp_path_factory.mktemp("mistakes")
+    DDPMPipeline(DiffiTUNet2DModel(**TINY_CONFIG), DDPMScheduler()).save_pretrained(root / "model")
+    vae = AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+                        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4)  # fmt: skip
+    vae.save_pretrained(root / "vae")
+    (root / "bad").mkdir()
+    for number in range(24):
+        PIL.Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(root / "bad" / f"{number}.png")
+    (root / "bad" / "3.png").write_text("no image")
+    (root / "empty").mkdir()
+    (root / "file.txt").write_text("text")
+    (root / "list.yaml").write_text("- max_train_steps\n")
+    (root / "broken.yaml").write_text("a: [\n")
+    (root / "broken.json").write_text('{"sample_size": 8,')
+    (root / "list.json").write_text("[1, 2]")
+    (root / "typo.json").write_text(json.dumps(TINY_CONFIG | {"windowsize": 4}))
+    (root / "odd.json").write_text(json.dumps(TINY_CONFIG | {"num_attention_heads": 3}))
+    (root / "broken.parquet").write_text("PAR1")
+    (root / "weights.safetensors").write_text("no tensors")
+    return {path.name: path for path in root.iterdir()}
+
+
+TRAIN = [
+    (["--train_data_dir={absent}"], ["--train_data_dir", "absent"]),
+    (["--train_data_dir={empty}"], ["--train_data_dir", "empty"]),
+    (["--train_data_dir=$HOME/images"], ["--train_data_dir", "$HOME/images"]),
+    (["--train_data_dir="], ["--train_data_dir", "empty"]),
+    (["--train_data_dir={bad}", "--no-class_conditional", "--max_train_steps=6"], ["3.png"]),
+    (["--train_data_dir={file.txt}"], ["--train_data_dir", "file.txt"]),
+    (["--config={absent}"], ["--config", "absent"]),
+    (["--config={broken.yaml}"], ["--config", "broken.yaml"]),
+    (["--config={list.yaml}"], ["--config", "list.yaml"]),
+    (["--model_config={absent}.json"], ["--model_config", "absent.json"]),
+    (["--model_config={broken.json}"], ["--model_config", "broken.json"]),
+    (["--model_config={list.json}"], ["--model_config", "list.json"]),
+    (["--model_config={typo.json}"], ["--model_config", "windowsize", "window_size"]),
+    (["--model_config={odd.json}"], ["--model_config", "3"]),
+    (["--model_kwargs", "window_size=[]"], ["--model_kwargs", "window_size"]),
+    (["--resolution=9"], ["--resolution", "9"]),
+    (["--resolution=8x0"], ["--resolution", "8x0"]),
+    (["--max_train_steps=many"], ["--max_train_steps", "many"]),
+    (["--learning_rat=1"], ["--learning_rat"]),
+    (["--resume_from_checkpoint={empty}"], ["--resume_from_checkpoint", "empty"]),
+    (["--output_dir={file.txt}"], ["--output_dir", "file.txt"]),
+    (["--logging_dir=~/logs"], ["--logging_dir"]),
+    (["--vae_model_name_or_path={model}"], ["--vae_model_name_or_path", "model"]),
+    (
+        ["--validation_guidance_model={empty}", "--validation_guidance_scale=2"],
+        ["--validation_guidance_model", "empty"],
+    ),
+    (["--eval_steps=1", "--feature_extractor=nothing"], ["--feature_extractor", "nothing"]),
+    (["--global_batch_size=6"], ["--global_batch_size", "6"]),
+]
+
+
+def fill_in(arguments: list[str], folders: dict[str, Path]) -> list[str]:
+    for name, path in (folders | {"absent": folders["model"].parent / "absent"}).items():
+        arguments = [argument.replace("{" + name + "}", str(path)) for argument in arguments]
+    return arguments
+
+
+@pytest.mark.parametrize(("arguments", "words"), TRAIN, ids=lambda value: " ".join(value))
+def test_mistakes_in_training(arguments, words, folders, train_args, capsys):
+    line = mistake("train", [*train_args, *fill_in(arguments, folders)], capsys)
+    assert all(word in line for word in words), line
+
+
+SAMPLING = ["--model_path={model}", "--output_dir={out}", "--seeds=0", "--num_inference_steps=2"]
+JUDGING = ["--images={bad}", "--reference={bad}", "--feature_extractor=efficientnet_lite0", "--work_dir={out}"]
+OTHERS = [
+    ("sample", [*SAMPLING, "--model_path={absent}"], ["--model_path", "absent"]),
+    ("sample", [*SAMPLING, "--model_path={empty}"], ["--model_path", "empty"]),
+    ("sample", [*SAMPLING, "--class_labels=cat"], ["--class_labels", "cat"]),
+    ("sample", [*SAMPLING, "--seeds=5-1"], ["--seeds", "5-1"]),
+    ("sample", [*SAMPLING, "--scheduler=edm_heun"], ["--scheduler", "edm_heun"]),
+    ("sample", [*SAMPLING, "--vae={vae}"], ["--vae"]),
+    ("sample", [*SAMPLING, "--output_dir={file.txt}"], ["--output_dir", "file.txt"]),
+    ("eval", JUDGING, ["3.png"]),
+    ("eval", [*JUDGING, "--images={absent}"], ["--images", "absent"]),
+    ("eval", [*JUDGING, "--images={weights.safetensors}"], ["--images", "weights.safetensors"]),
+    ("eval", [*JUDGING, "--work_dir={file.txt}"], ["--work_dir", "file.txt"]),
+    ("eval", ["--model_path={absent}", *JUDGING[1:]], ["--model_path", "absent"]),
+    ("latents", ["--train_data_dir={bad}", "--resolution=9"], ["--resolution", "9"]),
+    ("latents", ["--train_data_dir={absent}", "--resolution=8"], ["--train_data_dir", "absent"]),
+    ("latents", ["--train_data_file={broken.parquet}", "--resolution=8"], ["broken.parquet"]),
+    ("latents", ["--train_data_dir={bad}", "--resolution=8"], ["3.png"]),
+    ("vae", ["--train_data_dir={absent}", "--output_dir={out}"], ["--train_data_dir", "absent"]),
+    ("vae", ["--train_data_dir={bad}", "--output_dir={out}", "--resolution=9"], ["--resolution", "9"]),
+    ("convert", ["--checkpoint={absent}.pt", "--output_dir={out}"], ["--checkpoint", "absent.pt"]),
+    ("convert", ["--checkpoint={weights.safetensors}", "--output_dir={out}"], ["--checkpoint", "weights.safetensors"]),
+    ("convert", ["--checkpoint={file.txt}", "--output_dir={bad}"], ["--output_dir", "bad"]),
+]
+
+
+@pytest.mark.parametrize(("script", "arguments", "words"), OTHERS, ids=lambda value: str(value)[:60])
+def test_mistakes_in_the_other_scripts(script, arguments, words, folders, tmp_path, capsys):
+    if script == "latents":
+        arguments = ["--vae_model_name_or_path={vae}", "--output_dir={out}", *arguments]
+    line = mistake(script, fill_in(arguments, folders | {"out": tmp_path / "out"}), capsys)
+    assert all(word in line for word in words), line
+
+
+def test_refused_resume_is_one_line(train_args, capsys):
+    train_diffit.main(train_diffit.parse_args([*train_args, "--max_train_steps=1"]))
+    for flag, value in (("--learning_rate", "0.5"), ("--seed", "7")):
+        arguments = [*train_args, "--max_train_steps=2", "--resume_from_checkpoint=latest", f"{flag}={value}"]
+        assert flag in mistake("train", arguments, capsys)
+
+
+# --- paths
+
+
+def test_paths_expand_the_home_folder_and_refuse_variables(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert path_type("~/runs/a") == "/somewhere/runs/a"
+    assert path_type("stabilityai/sd-vae-ft-ema") == "stabilityai/sd-vae-ft-ema"
+    for text in ("$HOME/a", "", "~nobody-of-this-name/a"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            path_type(text)
+
+
+def test_config_file_and_command_line_expand_the_home_folder(train_args, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("output_dir: ~/runs/a\n")
+    flags = [flag for flag in train_args if not flag.startswith("--output_dir")]
+    assert train_diffit.parse_args([*flags, "--config=~/c.yaml"]).output_dir == f"{tmp_path}/runs/a"
+    assert train_diffit.parse_args([*flags, "--output_dir=~/b"]).output_dir == f"{tmp_path}/b"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_path_flag_of_every_script_has_that_type(script, capsys):
+    parser = getattr(SCRIPTS[script], "build_parser", None)
+    names = r"dir path file folder model_name_or_path vae images reference output plots config guidance_model"
+    if parser is None:
+        source = Path(SCRIPTS[script].__file__).read_text()
+        assert source.count('_dir"') <= source.count("path_type") * 2
+        return
+    for action in parser()._actions:
+        ending = action.dest.split("_")[-1]
+        if action.type in (None, str) and action.nargs is None and action.choices is None and action.const is None:
+            assert ending not in names.split() and not action.dest.endswith(("name_or_path", "guidance_model")), (
+                f"--{action.dest} takes a path as plain text"
+            )
+
+
+# --- how it ends
+
+
+def test_traceback_is_shown_with_debug_and_for_bugs():
+    def fail(error):
+        raise error
+
+    for error, debug in ((UserError("mine"), True), (ValueError("a bug"), False), (RuntimeError("a bug"), False)):
+        with pytest.raises(type(error), match=str(error)):
+            run_script(lambda debug=debug: argparse.Namespace(debug=debug), lambda args, error=error: fail(error))
+
+
+def test_run_error_is_one_line_with_another_exit_code(capsys):
+    def fail(args):
+        raise RunError("the disk\nis full")
+
+    with pytest.raises(SystemExit) as end:
+        run_script(lambda: argparse.Namespace(debug=False), fail)
+    assert end.value.code == 1 and capsys.readouterr().err.endswith("error: the disk is full\n")
+
+
+def test_message_from_a_worker_is_that_of_the_error():
+    text = "Caught BadImageError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  a\n"
+    assert message_of(UserError("plain")) == "plain"
+    assert message_of(type("BadImageError", (UserError,), {})(f"{text}x.BadImageError: bad: a.png\n")) == "bad: a.png"
+
+
+def test_bad_image_in_a_worker_is_one_line(base_args, folders, tmp_path):
+    flags = [*base_args, f"--train_data_dir={folders['bad']}", "--no-class_conditional", f"--output_dir={tmp_path}/r"]
+    process = start(["train_diffit.py", *flags, "--dataloader_num_workers=2", "--max_train_steps=12"])
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 2, output
+    assert "Traceback" not in output and output.count("error: ") == 1 and "3.png" in output
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--learning_rat=1"], "--learning_rat"),
+        (
+            ["--train_data_dir={bad}", "--max_train_steps=12", "--no-class_conditional", "--dataloader_num_workers=1"],
+            "3.png",
+        ),
+    ],
+    ids=["flag", "image"],
+)
+def test_each_mistake_is_told_once_by_several_processes(flags, words, base_args, folders, tmp_path):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_diffit.py", *base_args]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    process = subprocess.run(
+        [sys.executable, *command, f"--output_dir={tmp_path}/r", "--train_batch_size=1", *fill_in(flags, folders)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    told = [line for line in process.stderr.split("\n") if line.startswith("train_diffit.py: error: ")]
+    assert len(told) == 1 and words in told[0], process.stderr
+    assert process.stderr.count("Traceback") == 1 and "ChildFailedError" in process.stderr  # the launcher's own report
+
+
+def test_first_screen_says_nothing_of_xformers(base_args, tmp_path):
+    output = run(["train_diffit.py", *base_args, f"--output_dir={tmp_path}/r", "--dry_run"], CUDA_VISIBLE_DEVICES="")
+    assert "xformers" not in output.lower().replace("attention_backend", "")
