@@ -7,7 +7,7 @@ CONSTRAINTS ?= -c constraints.txt
 QUICKSTART = outputs/quickstart
 LATENT = outputs/latent-digits
 
-.PHONY: install install-dev quickstart latent-quickstart say-quickstart say-latent-quickstart test test-slow test-slurm chaos quality style benchmark benchmark-gpu benchmark-quality benchmark-quality-tuning
+.PHONY: install install-dev quickstart latent-quickstart say-quickstart say-latent-quickstart test test-slow test-slurm chaos orphans quality style benchmark benchmark-gpu benchmark-quality benchmark-quality-tuning
 
 install: $(VENV)/installed
 install-dev: $(VENV)/installed-dev
@@ -57,6 +57,11 @@ test-slurm: install-dev
 KILLS = 50
 chaos: install-dev
 	KILLS=$(KILLS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -s tests/test_chaos.py
+
+# Kills the launcher alone; SEED=N chooses other moments.
+orphans: KILLS = 10
+orphans: install-dev
+	KILLS=$(KILLS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -s tests/test_orphans.py
 
 quality: install-dev
 	$(BIN)/ruff check .

@@ -24,14 +24,16 @@ from typing import NoReturn
 
 import psutil
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from torch.distributed import PrefixStore, TCPStore
 
 from diffit.errors import RunError, UserError, message_of
+from diffit.launcher import EXIT_STOPPED, launcher_is_gone
 
 logger = logging.getLogger("train_diffit")  # plain: only the main process takes the folder
 
-EXIT_STOPPED = 75  # exit code after a signal or a time limit: the run can go on
+START_TIMEOUT = timedelta(minutes=5)  # for processes that start together, whose imports may be slow on some machines
 TIMEOUT = timedelta(hours=6)  # for waiting on other processes, of which one may be reading millions of files
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
@@ -67,6 +69,82 @@ def join_slurm_step() -> None:
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
     # With --gpus-per-task a process sees one GPU, which is number 0 to it.
     os.environ["LOCAL_RANK"] = "0" if torch.accelerator.device_count() == 1 else os.environ["SLURM_LOCALID"]
+
+
+def join_processes(timeout: timedelta = TIMEOUT) -> PartialState:
+    """Joins this process and the others of its launch, if there are any, into one process group.
+
+    To be called by every script before it builds an `Accelerator`, which then takes this state.
+
+    Args:
+        timeout: for collectives. Only the wait for processes that never come has the shorter `START_TIMEOUT`.
+
+    Raises:
+        RunError: names the processes that did not come.
+    """
+    join_slurm_step()
+    store = meet()  # kept until the group has a store of its own: the main process may host it
+    # Without `cpu`, several processes on CPUs all believe that they are the only one.
+    cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=cpu, timeout=timeout)
+    del store
+    return state
+
+
+def _did_not_meet(message: str) -> RunError:
+    error = RunError(message)
+    error.raised_in = "process"  # the others may not be there to tell
+    return error
+
+
+def meet(timeout: timedelta = START_TIMEOUT) -> TCPStore | None:
+    """Waits until all processes have started; None if this one is alone.
+
+    torch has one time-out both for the wait for processes that never come and for collectives, and with NCCL it finds
+    only in the first collective that one is missing. So the processes look for each other here first.
+
+    Raises:
+        RunError: names the processes that did not come.
+    """
+    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        return None
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if world_size == 1:
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    hosted_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    minutes = f"{timeout.total_seconds() / 60:g} minutes"
+    me = f"process {rank} of {world_size} on {socket.gethostname()}"
+    try:
+        store = TCPStore(
+            *(host, port, world_size),
+            is_master=rank == 0 and not hosted_by_launcher,
+            timeout=timeout,
+            wait_for_workers=False,  # torch could not say which are missing
+            multi_tenant=True,  # the process group will use the same port
+            use_libuv=os.environ.get("USE_LIBUV", "0" if sys.platform == "win32" else "1") == "1",
+        )
+    except RuntimeError as error:
+        if rank == 0 and not hosted_by_launcher:
+            raise _did_not_meet(f"{me}: cannot listen at {host}:{port}: {error}") from None
+        awaited = "the launcher" if hosted_by_launcher else "process 0"
+        raise _did_not_meet(f"{me}: {awaited} did not answer at {host}:{port} for {minutes}: {error}") from None
+    started = PrefixStore("diffit-started", store)
+    keys = [str(index) for index in range(world_size)]
+    try:
+        started.set(str(rank), "")
+        if rank == 0:  # one process asks for each of the others, so that thousands can start
+            started.wait(keys, timeout)
+            started.set("all", "")
+        started.wait(["all"], timeout)
+    except RuntimeError as error:
+        try:
+            missing = [key for key in keys if not started.check([key])] or ["0"]  # which says that all are there
+            problem = f"waited {minutes} for process {', '.join(missing)}, which did not start"
+        except RuntimeError:
+            problem = f"the store at {host}:{port}, where the processes meet, is gone: {error}"
+        raise _did_not_meet(f"{me}: {problem}") from None
+    return store
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -349,18 +427,34 @@ class StopRequest:
     the device nothing and comes one step late. A second SIGINT (Ctrl-C) stops at once, and so does any signal before
     the training has begun.
 
+    Python runs signal handlers in the main thread, and only between two Python instructions: never while that thread
+    waits for other processes in C++. So a thread of our own sees each signal, too. It ends a process that does not
+    leave in time, and one whose launcher is gone after `LAST_SECONDS` at the latest.
+
     Args:
         max_train_time: minutes from now on, or None.
     """
 
+    PATIENCE = 5  # seconds that Python's handler gets before the training has begun
+    # After the launcher's death: for one step and a checkpoint. A larger checkpoint is lost, the one before is not.
+    LAST_SECONDS = 600
+
     def __init__(self, max_train_time: float | None = None):
         self.has_begun = False
+        self.is_leaving = False
         self.signalled = False
         self.first_signal = math.inf
         self.deadline = math.inf if max_train_time is None else time.monotonic() + 60 * max_train_time
         self.group = None
         self.exchange = None
+        self.closed = threading.Event()
         self.earlier = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        # The C part of Python's handler writes the number of each signal here, whatever the main thread does.
+        self.numbers, self.wakeup = socket.socketpair()
+        self.wakeup.setblocking(False)
+        self.earlier_wakeup = signal.set_wakeup_fd(self.wakeup.fileno(), warn_on_full_buffer=False)
+        _wakeup_fds.add(self.wakeup.fileno())
+        threading.Thread(target=self._watch, daemon=True).start()
 
     def begin(self) -> None:
         """From now on there is something to save. To be called by all processes."""
@@ -370,6 +464,10 @@ class StopRequest:
 
     def _handle(self, number: int, frame) -> None:
         if not self.has_begun:
+            self.signalled = True  # in case the exception is swallowed, as in a destructor
+            if self.is_leaving:  # a second signal must not interrupt what gives the folder back
+                return
+            self.is_leaving = True
             logger.warning("stopped before the training began")
             sys.exit(EXIT_STOPPED)
         now = time.monotonic()
@@ -379,6 +477,18 @@ class StopRequest:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt
         self.signalled = True
+
+    def _watch(self) -> None:
+        while received := self.numbers.recv(4096):  # nothing once `close` has shut the other end
+            if not any(number in STOP_SIGNALS for number in received):
+                continue
+            if launcher_is_gone():
+                signal.alarm(self.LAST_SECONDS)  # by the kernel, which no C++ call can hold up
+            if not self.has_begun and not self.closed.wait(self.PATIENCE) and not self.has_begun:
+                # By file descriptor: the stuck main thread may hold the locks of Python's streams.
+                os.write(2, b"stopped before the training began, while waiting for other processes\n")
+                os._exit(EXIT_STOPPED)
+        self.numbers.close()
 
     def is_wanted(self) -> bool:
         """Whether this process is to stop; the others may not know of it yet."""
@@ -410,10 +520,32 @@ class StopRequest:
         return bool(flag.item() > 0)
 
     def close(self) -> None:
-        """Ends the last exchange and gives the signals back."""
-        self._result()
-        for number, handler in self.earlier.items():
-            signal.signal(number, handler)
+        """Ends the last exchange and gives the signals back. The second call does nothing."""
+        if self.closed.is_set():
+            return
+        try:
+            self._result()
+        finally:
+            self.closed.set()
+            for number, handler in self.earlier.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self.earlier_wakeup)
+            _wakeup_fds.discard(self.wakeup.fileno())
+            self.wakeup.shutdown(socket.SHUT_WR)  # ends the thread; a close does not while a forked process lives
+            self.wakeup.close()
+
+
+_wakeup_fds: set[int] = set()  # of the living StopRequests of this process
+
+
+def _keep_signals_to_ourselves() -> None:
+    """In a forked process: its signals are not its parent's, with which it shares the file descriptors."""
+    if _wakeup_fds:
+        signal.set_wakeup_fd(-1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_signals_to_ourselves)
 
 
 def ignore_stop_signals(worker_id: int) -> None:

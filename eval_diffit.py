@@ -9,6 +9,11 @@ Images that are drawn, features and reference statistics are kept in `--work_dir
 reference is not measured twice.
 """
 
+from diffit.launcher import follow_launcher
+
+if __name__ == "__main__":
+    follow_launcher()  # before the slow imports: the launcher may die meanwhile
+
 import argparse
 import hashlib
 import json
@@ -39,7 +44,7 @@ from diffit_data import (
     positive_int,
     resolution_type,
 )
-from diffit_distributed import on_all_processes, on_main_process
+from diffit_distributed import join_processes, on_all_processes, on_main_process
 from diffit_loss import build_network_inputs, compute_loss
 from diffit_metrics import (
     EXTRACTORS,
@@ -954,7 +959,7 @@ def check_outputs(args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """All processes draw and take features together; then the main process alone computes, prints and writes."""
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = join_processes()
     on_main_process(state, check_outputs, args)
     source, training_source = open_sources(args, state)
     which = (args.feature_extractor, state.device, args.feature_model, args.inception_path)

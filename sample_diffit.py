@@ -7,6 +7,11 @@
 The noise of a seed depends on the seed alone. Images that exist are kept, so a stopped run goes on.
 """
 
+from diffit.launcher import follow_launcher
+
+if __name__ == "__main__":
+    follow_launcher()  # before the slow imports: the launcher may die meanwhile
+
 import argparse
 import json
 import math
@@ -25,7 +30,7 @@ from diffit.command_line import Parser, path_type, run_script
 from diffit.errors import UserError, user_errors
 from diffit.run_dir import OutputFolder
 from diffit_data import positive_int
-from diffit_distributed import join_slurm_step, on_main_process
+from diffit_distributed import join_processes, on_main_process
 from diffit_metrics import weights_digest
 from diffit_model import choose_attention_backend, model_class, set_attention_backend
 from diffit_pipeline import (
@@ -397,8 +402,7 @@ def write_summary(args: argparse.Namespace, rows: list[dict], output_dir: Path) 
 
 def main(args: argparse.Namespace) -> None:
     """Loads the models, shares the images among the processes, and draws those that are not there yet."""
-    join_slurm_step()
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = join_processes()
     pipeline = load_pipeline(args)
     guidance_model = load_guidance_model(args)
     with user_errors("--guidance_channels, --guidance_model", ValueError):

@@ -9,6 +9,11 @@ A config file is a list of flags: defaults < --config < command line. `--dry_run
 Randomness is a function of the position in the data stream (see `diffit_data.py`), so a run resumes exactly.
 """
 
+from diffit.launcher import follow_launcher
+
+if __name__ == "__main__":
+    follow_launcher()  # before the slow imports: the launcher may die meanwhile
+
 import argparse
 import contextlib
 import difflib
@@ -36,7 +41,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, is_wandb_available
+from accelerate.utils import ProjectConfiguration, is_wandb_available
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -108,12 +113,11 @@ from diffit_data import (
 )
 from diffit_distributed import (
     EXIT_STOPPED,
-    TIMEOUT,
     OutputDirLock,
     StopRequest,
     check_agreement,
     ignore_stop_signals,
-    join_slurm_step,
+    join_processes,
     on_all_processes,
     on_main_process,
     raise_in_all,
@@ -591,12 +595,10 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     report_to = None if args.report_to == "none" else args.report_to
     logging_dir = Path(args.output_dir, args.logging_dir)
     accelerator = Accelerator(
-        # Without this, several processes on CPUs all believe to be the only one.
-        cpu=not torch.accelerator.is_available(),
+        cpu=not torch.accelerator.is_available(),  # as `join_processes` has said already
         mixed_precision=args.mixed_precision,
         log_with=report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(logging_dir)),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
     )
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != world_size:
@@ -1826,7 +1828,7 @@ def main(args: argparse.Namespace) -> None:
         resources.callback(stop.close)
         resume_after_restart(args)
         config = read_model_config(args)
-        join_slurm_step()
+        join_processes()
         accelerator = build_accelerator(args)
         resolve_diffusion(args)
         check_agreement(accelerator, describe_launch(args, config))
@@ -2002,8 +2004,8 @@ def describe_launch(args: argparse.Namespace, config: dict) -> dict:
     places = {"train_data_dir", "train_data_file", "latents_dir", "cache_dir"}
     arguments = {f"--{key}": value for key, value in public_args(args).items() if key not in places}
     here = Path(__file__).parent
-    files = sorted([*here.glob("diffit_*.py"), *here.glob("diffit/*.py"), Path(__file__)])
-    code = {file.name: file_digest(file)["sha256"][:8] for file in files}
+    files = sorted([*here.glob("diffit_*.py"), *here.glob("diffit/**/*.py"), Path(__file__)])
+    code = {str(file.relative_to(here)): file_digest(file)["sha256"][:8] for file in files}
     return arguments | {"the model config": config, "torch": torch.__version__, "the code": code}
 
 

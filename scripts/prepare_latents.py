@@ -19,32 +19,38 @@ Shards are ranges of images. One is written under another name and renamed, so i
 same command goes on where an earlier one ended, on any number of processes, and the result is the same.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from diffit.launcher import follow_launcher
+
+if __name__ == "__main__":
+    follow_launcher()  # before the slow imports: the launcher may die meanwhile
+
 import argparse
 import contextlib
 import itertools
 import json
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from datasets import Dataset, Features
 from datasets import disable_progress_bars as disable_datasets_progress_bars
 from diffusers import AutoencoderKL
 from torch.utils.data import BatchSampler, DataLoader
 from tqdm.auto import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from diffit.command_line import Parser, path_type, run_script  # noqa: E402
-from diffit.errors import UserError, user_errors  # noqa: E402
-from diffit.run_dir import OutputFolder  # noqa: E402
-from diffit_data import (  # noqa: E402
+from diffit.command_line import Parser, path_type, run_script
+from diffit.errors import UserError, user_errors
+from diffit.run_dir import OutputFolder
+from diffit_data import (
     LATENTS_METADATA,
     BadImageError,
     ImageTable,
@@ -59,7 +65,7 @@ from diffit_data import (  # noqa: E402
     vae_description,
     vae_latent_shape,
 )
-from diffit_distributed import OutputDirLock, check_agreement, on_all_processes, on_main_process  # noqa: E402
+from diffit_distributed import OutputDirLock, check_agreement, join_processes, on_all_processes, on_main_process
 
 logger = logging.getLogger("prepare_latents")
 
@@ -252,12 +258,8 @@ def main(args: argparse.Namespace) -> None:
     """Takes possession of --output_dir and fills it."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     disable_datasets_progress_bars()
-    accelerator = Accelerator(
-        # Without this, several processes on CPUs all believe to be the only one.
-        cpu=not torch.accelerator.is_available(),
-        # At the end, processes wait for the one that has the most to encode.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
-    )
+    join_processes(timeout=timedelta(hours=12))  # at the end, they wait for the one that has the most to encode
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     lock = OutputDirLock(args.output_dir)
     with contextlib.ExitStack() as resources:
         token = on_main_process(accelerator, resources.enter_context, lock)

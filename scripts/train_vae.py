@@ -8,12 +8,20 @@ Mean squared error plus a small KL term; no perceptual or adversarial loss, whic
 The scaling factor in the saved config is 1 / (standard deviation of the latents), so that these have unit variance.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from diffit.launcher import follow_launcher
+
+if __name__ == "__main__":
+    follow_launcher()  # before the slow imports: the launcher may die meanwhile
+
 import argparse
 import math
-import sys
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +30,9 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from diffit.command_line import Parser, path_type, run_script  # noqa: E402
-from diffit.run_dir import OutputFolder  # noqa: E402
-from diffit_data import (  # noqa: E402
+from diffit.command_line import Parser, path_type, run_script
+from diffit.run_dir import OutputFolder
+from diffit_data import (
     ImageDataset,
     ImageTable,
     PositionStream,

@@ -12,6 +12,7 @@ import pytest
 from conftest import run, start
 from test_train import STATES, assert_same_files
 
+import diffit_distributed
 import train_diffit
 
 STEPS = 400
@@ -45,7 +46,7 @@ def slurm_task(monkeypatch, tmp_path):
 
 
 def launch_variables() -> dict[str, str | None]:
-    train_diffit.join_slurm_step()
+    diffit_distributed.join_slurm_step()
     return {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
 
 
@@ -90,19 +91,19 @@ def test_batch_script_stays_alone(slurm_task):
 def test_world_size_that_disagrees_with_srun_is_refused(slurm_task):
     slurm_task.setenv("WORLD_SIZE", "8")
     with pytest.raises(ValueError, match="WORLD_SIZE is 8, but srun started 4 tasks"):
-        train_diffit.join_slurm_step()
+        diffit_distributed.join_slurm_step()
 
 
 def test_missing_scontrol_is_told_with_what_helps(slurm_task):
     slurm_task.setenv("PATH", "")
     with pytest.raises(ValueError, match=r"first node of gpu\[07-08\].*export it as MASTER_ADDR"):
-        train_diffit.join_slurm_step()
+        diffit_distributed.join_slurm_step()
 
 
 def test_failing_scontrol_is_told_with_what_helps(slurm_task):
     slurm_task.setenv("SLURM_STEP_NODELIST", "gpu[07-")
     with pytest.raises(ValueError, match=r"first node of gpu\[07-.*export it as MASTER_ADDR"):
-        train_diffit.join_slurm_step()
+        diffit_distributed.join_slurm_step()
 
 
 # --- processes that do not see each other
