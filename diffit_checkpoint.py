@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import pickle
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +27,14 @@ from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 
 from diffit.errors import RunError, UserError
-from diffit.run_dir import CHECKPOINT_MANIFEST, OutputFolder, is_checkpoint, remove_checkpoint
+from diffit.run_dir import (
+    CHECKPOINT_MANIFEST,
+    OutputFolder,
+    is_checkpoint,
+    list_checkpoints,
+    remove_checkpoint,
+    step_of,
+)
 from diffit_distributed import OutputDirLock, raise_in_all
 from diffit_loss import NoiseScheduler
 from diffit_pipeline import part_name
@@ -98,17 +104,6 @@ def exchange_weights(ema_model: EMAModel | None, model: ModelMixin) -> None:
     if ema_model is not None:
         for parameter, average in zip(model.parameters(), ema_model.shadow_params, strict=True):
             parameter.data, average.data = average.data, parameter.data
-
-
-def step_of(checkpoint: Path) -> int:
-    """N of `checkpoint-N`."""
-    return int(checkpoint.name.split("-")[1])
-
-
-def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Checkpoints `checkpoint-N` of a folder, oldest first; `checkpoint_problem` tells whether one is damaged."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=step_of)
 
 
 def file_digest(file: Path) -> dict[str, int | str]:
