@@ -274,9 +274,7 @@ def test_processes_that_do_not_start_are_named(rank):
 
 def test_main_process_that_does_not_start_is_named(rank):
     address = rank(1)
-    with pytest.raises(
-        RuntimeError, match=f"process 1 of 3 .* process 0 did not answer at {address} for 0.01 minutes"
-    ):
+    with pytest.raises(RuntimeError, match=f"process 1 of 3 .* process 0 did not answer at {address} for 0.01"):
         meet(timedelta(minutes=0.01))
 
 
