@@ -20,6 +20,7 @@ import torch
 import yaml
 from conftest import ROOT, TINY_CONFIG, plain_loop, run, start, train
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.optimization import SchedulerType
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -553,7 +554,7 @@ def deterministic_off():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("name", [kind.value for kind in train_diffit.SchedulerType])
+@pytest.mark.parametrize("name", [kind.value for kind in SchedulerType])
 def test_every_lr_schedule_steps_once_per_update(name):
     arguments = ["--model_config=a", "--train_data_dir=b", "--max_train_steps=10", f"--lr_scheduler={name}"]
     args = train_diffit.parse_args([*arguments, "--lr_warmup_steps=2", "--lr_step_rules=1:5,0.1"])
