@@ -344,6 +344,14 @@ def read_tree(folder: Path) -> dict[str, dict]:
     return kinds
 
 
+def read_yaml(text: str):
+    """What a dry run printed; as text if it is not YAML."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
 def flags_of(help_text: str) -> dict:
     """The flags that a help text lists, and the choices of each."""
     items = {}
@@ -603,7 +611,7 @@ class Comparison:
             if script == "train_diffit.py" and flags not in jobs.values():
                 jobs[f"arguments/README-{i}"] = flags
         for name in self.run_jobs({name: ["train_diffit.py", *flags, "--dry_run"] for name, flags in jobs.items()}):
-            resolved = [flatten(yaml.safe_load(side.log(name))) for side in (self.base, self.head)]
+            resolved = [flatten(read_yaml(side.log(name))) for side in (self.base, self.head)]
             self.report.add(name, *resolved, may_grow=True)
 
 
