@@ -398,7 +398,7 @@ def describe(item: str, before, after) -> Difference:
         size = abs(after - before)
         relative = size / abs(before) if before else torch.inf
         return Difference(item, f"{before!r} -> {after!r}, abs {size:.3g}, rel {relative:.3g}", size)
-    words = [layout(value) if isinstance(value, torch.Tensor) else repr(value)[:80] for value in (before, after)]
+    words = [layout(value) if isinstance(value, torch.Tensor) else repr(value)[:160] for value in (before, after)]
     return Difference(item, " -> ".join(words))
 
 
