@@ -7,7 +7,7 @@ CONSTRAINTS ?= -c constraints.txt
 QUICKSTART = outputs/quickstart
 LATENT = outputs/latent-digits
 
-.PHONY: install install-dev quickstart latent-quickstart say-quickstart say-latent-quickstart test test-slow test-slurm chaos orphans quality style benchmark benchmark-gpu benchmark-quality benchmark-quality-tuning
+.PHONY: install install-dev quickstart latent-quickstart say-quickstart say-latent-quickstart test test-slow test-slurm chaos orphans quality style benchmark benchmark-gpu benchmark-quality benchmark-quality-tuning same-numbers
 
 install: $(VENV)/installed
 install-dev: $(VENV)/installed-dev
@@ -88,3 +88,9 @@ benchmark-quality: install-dev
 
 benchmark-quality-tuning: install-dev
 	$(BIN)/python benchmarks/quality.py tune
+
+# Does the working tree give bit for bit the numbers of a commit? Minutes. `--allow PATTERN` in ALLOW for what is meant.
+BASE ?= HEAD
+ALLOW ?=
+same-numbers: install-dev
+	$(BIN)/python benchmarks/same_numbers.py $(BASE) $(ALLOW)

@@ -1,10 +1,14 @@
 """What the benchmarks compute from their figures."""
 
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -13,6 +17,7 @@ import gpu  # noqa: E402
 import loop  # noqa: E402
 import quality  # noqa: E402
 import quality_report  # noqa: E402
+import same_numbers  # noqa: E402
 from train_diffit import training_flops_per_image  # noqa: E402
 
 
@@ -112,3 +117,63 @@ def test_gpu_benchmark_halves_a_batch_that_does_not_fit(monkeypatch):
     monkeypatch.setattr(gpu, "Training", Training)
     case = gpu.read_cases(tiny=True)[1]
     assert gpu.build_training(case, "native", False, torch.device("cpu")).args.global_batch_size == 1
+
+
+def write_run(folder: Path, weight: float = 0.5, pixel: int = 7, **state) -> Path:
+    """The files of a run that `same_numbers` reads, as far as they are short."""
+    for part, value in (("unet", 0.25), ("unet_ema", weight)):
+        (folder / f"checkpoint-1/{part}").mkdir(parents=True)
+        save_file({"w": torch.tensor([1.0, value])}, folder / f"checkpoint-1/{part}/model.safetensors")
+    torch.save({"state": {0: {"exp_avg": torch.tensor([weight])}}}, folder / "checkpoint-1/optimizer.pt")
+    (folder / "checkpoint-1/state.json").write_text(json.dumps({"position": 4} | state))
+    (folder / "README.md").write_text(str(folder))  # is not compared
+    PIL.Image.fromarray(np.full((2, 2), pixel, np.uint8)).save(folder / "grid.png")
+    return folder
+
+
+def test_same_numbers_tells_files_apart_by_what_they_hold(tmp_path):
+    before, same, other = (
+        same_numbers.read_tree(write_run(tmp_path / name, **values))
+        for name, values in {"a": {}, "b": {}, "c": {"weight": 0.5 + 2**-24, "pixel": 8}}.items()
+    )
+    assert before.keys() == {"weights", "EMA", "optimizer", "state", "images"}
+    assert all(same_numbers.compare(before[kind], same[kind]) == ([], []) for kind in before)
+    differences = {kind: same_numbers.compare(before[kind], other[kind])[0] for kind in before}
+    assert {kind for kind in before if differences[kind]} == {"EMA", "images", "optimizer"}
+    assert differences["EMA"][0].item == "checkpoint-1/unet_ema/model.safetensors:w"
+    assert differences["EMA"][0].size == 2**-24 and differences["EMA"][0].text.startswith("1 of 2 values")
+    assert differences["images"][0].size == 1
+
+
+def test_same_numbers_lists_new_fields_and_refuses_missing_ones_and_new_tensors(tmp_path):
+    before, after = (
+        same_numbers.read_tree(write_run(tmp_path / name, **state))["state"]
+        for name, state in {"a": {}, "b": {"x": 1}}.items()
+    )
+    assert same_numbers.compare(before, after) == ([], ["checkpoint-1/state.json:x"])
+    assert [d.text for d in same_numbers.compare(after, before)[0]] == ["missing on HEAD"]
+    one, two = {"a.safetensors:w": torch.ones(1)}, {"a.safetensors:w": torch.ones(1), "a.safetensors:v": torch.ones(1)}
+    assert [d.text for d in same_numbers.compare(one, two)[0]] == ["only on HEAD"]
+    assert same_numbers.compare({"x": 1}, {"x": 1.0})[0] and same_numbers.compare({"x": None}, {"x": 0})[0]
+
+
+def test_same_numbers_reports_what_is_not_allowed(capsys):
+    report = same_numbers.Report(["run/losses:*decay*", "run/images"])
+    report.add("run/losses", {"decay": 0.5}, {"decay": 0.25})
+    assert report.finish(0) == 0
+    report.add("run/losses", {"decay": 0.5, "loss": 1.0}, {"decay": 0.25, "loss": 1.5})
+    assert report.finish(0) == 1
+    allowed, differs = [line for line in capsys.readouterr().out.splitlines() if line.startswith("run/losses  ")][:2]
+    assert "allowed: decay: 0.5 -> 0.25, abs 0.25, rel 0.5" in allowed and "DIFFERS: loss: 1.0 -> 1.5" in differs
+
+
+def test_same_numbers_reads_flags_and_commands():
+    text = "Docs --old\n\noptions:\n  -h, --help  shows --this\n  --size {a,b-c}\n                --not a flag\n"
+    assert set(same_numbers.flags_of(text)) == {"-h", "--help", "--size", "--size a", "--size b-c"}
+    readme = (
+        "```bash\nlaunch train_diffit.py --a 1 \\\n  --b 2  # why\nsbatch -N 2 configs/slurm/train.sbatch --c\n```\n"
+    )
+    assert same_numbers.readme_commands(readme) == [
+        ("train_diffit.py", ["--a", "1", "--b", "2"]),
+        ("train_diffit.py", ["--c"]),
+    ]
