@@ -350,6 +350,13 @@ class OutputDirLock:
                 f"another run (process {owner.get('pid')} on {owner.get('host')}) has taken over {self.folder}"
             )
 
+    def _is_beginning_of_ours(self) -> bool:
+        """Whether the file holds what a run leaves that died while writing it: the beginning of its text."""
+        with contextlib.suppress(OSError, ValueError):
+            text = self.file.read_text()
+            return text.startswith('{"token"') or not text
+        return True  # gone meanwhile
+
     def _write_owner(self) -> None:
         with self.file.open("x") as file:  # fails if it exists
             file.write(self._owner_text)
@@ -367,6 +374,10 @@ class OutputDirLock:
     def _take_over(self) -> bool:
         """Puts this owner in the place of a dead one; False if another run did so at the same time."""
         owner = self._owner()
+        if not owner and not self._is_beginning_of_ours():
+            raise UserError(
+                f"--output_dir {self.folder}: the file {self.FILE} there was not written by a training run"
+            )
         if self._is_alive(owner):
             raise UserError(
                 f"--output_dir {self.folder}: another run works there (process {owner.get('pid')} on "

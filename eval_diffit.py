@@ -633,12 +633,13 @@ def judge(
 def describe(args: argparse.Namespace, extractor: FeatureExtractor, shape: tuple[int, int, int]) -> dict:
     """What the figures depend on beside the images."""
     packages = ("torch", "diffusers", "transformers", "numpy", "pillow")
+    arguments = {key: value for key, value in vars(args).items() if key != "debug"}
     return {
         "feature_extractor": extractor.name,
         **extractor.settings,
         "channels_height_width": list(shape),
         "reference": args.reference,
-        "arguments": vars(args),
+        "arguments": arguments,
         "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
     }
 

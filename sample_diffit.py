@@ -431,7 +431,8 @@ def main(args: argparse.Namespace) -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         write_summary(args, rows, output_dir)
-        written = ["grid.png", "samples.json"] + (["samples.npz"] if args.save_npz else [])
+        written = [row["file"] for row in rows] + ["grid.png", "samples.json"]
+        written += ["samples.npz"] if args.save_npz else []
         OutputFolder(output_dir, Path(__file__).name).record(written)
         print(f"{len(rows)} images ({len(missing)} new) and their grid: {output_dir / 'grid.png'}")
     state.destroy_process_group()

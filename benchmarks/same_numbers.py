@@ -271,6 +271,7 @@ KINDS = {
     "*.py": None,
     "*README.md": None,
     "*manifest.json": None,  # checksums of files that are compared themselves
+    "*.diffit.json": None,  # likewise
     "eval/best.json": "metrics",
     "eval/*": None,  # features, in folders named by a digest of settings
     "*_ema*/*.safetensors": "EMA",

@@ -88,11 +88,19 @@ def test_killed_process_that_nobody_waited_for_is_dead(tmp_path):
     process.wait()
 
 
-@pytest.mark.parametrize("content", ["", "{}", "not json", '{"pid": 1}'])
+@pytest.mark.parametrize("content", ["", '{"token": "ab', '{"pid": 1}'])
 def test_owner_that_cannot_be_told_is_watched_and_then_taken_over(content, tmp_path):
     (tmp_path / ".running").write_text(content)
     with OutputDirLock(tmp_path, heartbeat=0.1, patience=0.5) as token:
         assert json.loads((tmp_path / ".running").read_text())["token"] == token
+
+
+@pytest.mark.parametrize("content", ["{}", "a file of the user"])
+def test_file_of_that_name_that_is_not_ours_is_refused_and_stays(content, tmp_path):
+    (tmp_path / ".running").write_text(content)
+    with pytest.raises(ValueError, match="--output_dir .* .running"), OutputDirLock(tmp_path):
+        pass
+    assert (tmp_path / ".running").read_text() == content
 
 
 def test_owner_on_another_machine_is_alive_while_it_touches_its_file(tmp_path):

@@ -297,10 +297,14 @@ def test_overwriting_samples_deletes_only_samples(model, tmp_path):
     out = tmp_path / "out"
     sample(model, out)
     (out / "notes.txt").write_text("mine")
+    retouched = (out / "seed_00000001.png").read_bytes() + b"retouched"
     with pytest.raises(UserError, match="--overwrite_output_dir"):
         sample(model, out, "--num_inference_steps=3")
+    (out / "seed_00000001.png").write_bytes(retouched)
     sample(model, out, "--num_inference_steps=3", "--overwrite_output_dir", "--seeds=5")
-    assert sorted(contents(out)) == [MARK, "grid.png", "notes.txt", "samples.json", "seed_00000005.png"]
+    left = ["grid.png", "notes.txt", "samples.json", "seed_00000001.png", "seed_00000005.png"]
+    assert sorted(contents(out)) == [MARK, *left]
+    assert (out / "seed_00000001.png").read_bytes() == retouched
 
 
 def test_samples_are_data_where_their_folder_is_named_and_nowhere_else(model, tmp_path):
