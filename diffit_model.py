@@ -17,6 +17,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -39,6 +40,18 @@ from torch.nn.attention.flex_attention import flex_attention
 sys.modules.setdefault("diffit_model", sys.modules[__name__])
 
 logger = logging.get_logger(__name__)
+
+
+# What belongs to one sampling of one thread, by module and name; a module itself may be shared by threads.
+_sampling_cache: ContextVar[dict | None] = ContextVar("diffit_sampling_cache", default=None)
+
+
+def cached_while_sampling(module: nn.Module, name: str):
+    """What `cache_for_sampling` keeps for a module in this thread. None outside of it, and in compiled code."""
+    if torch.compiler.is_compiling():
+        return None
+    cache = _sampling_cache.get()
+    return None if cache is None else cache.get((module, name))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -365,9 +378,6 @@ class TimeDependentSelfAttention(nn.Module, AttentionModuleMixin):
         num_relative_positions = (2 * window[0] - 1) * (2 * window[1] - 1)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(num_relative_positions, num_attention_heads))
         self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)  # derived
-        # Set while sampling only, see `cache_for_sampling`.
-        self.cached_bias: torch.Tensor | None = None  # (1, h, N, N)
-        self.cached_temporal_qkv: torch.Tensor | None = None  # (B, 3 * h * d)
         self.set_processor(DiffiTAttnProcessor())
 
     def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: tuple | None = None) -> None:
@@ -419,7 +429,7 @@ class TimeDependentSelfAttention(nn.Module, AttentionModuleMixin):
         # DiffiT v3, Eq. 3-5, less k_t
         spatial_qkv = self.qkv(spatial_tokens).reshape(batch, -1, num_tokens, 3, *heads)  # (B, G, N, 3, h, d)
         query, key, value = spatial_qkv.unbind(3)  # 3 x (B, G, N, h, d)
-        cached = self.cached_temporal_qkv
+        cached = cached_while_sampling(self, "temporal_qkv")
         temporal_qkv = self.qkv_temb(time_token) if cached is None else cached  # (B, 3 * h * d)
         temporal_qkv = temporal_qkv.reshape(batch, 1, 1, 3, *heads)  # (B, 1, 1, 3, h, d)
         query_shift, _, value_shift = temporal_qkv.unbind(3)  # 3 x (B, 1, 1, h, d)
@@ -432,7 +442,8 @@ class TimeDependentSelfAttention(nn.Module, AttentionModuleMixin):
             table = self.relative_position_bias_table
             hidden_states = flex_attention_with_table(query, key, value, table, self.window, scale=1.0)
         else:
-            bias = self.relative_position_bias() if self.cached_bias is None else self.cached_bias  # (1, h, N, N)
+            cached = cached_while_sampling(self, "bias")
+            bias = self.relative_position_bias() if cached is None else cached  # (1, h, N, N)
             hidden_states = self.processor(query, key, value, bias, scale=1.0)  # (B * G, N, h, d)
         hidden_states = hidden_states.unflatten(0, (batch, -1)) + value_shift  # (B, G, N, h, d)
         return self.proj(hidden_states.reshape(num_windows, num_tokens, -1))  # (B * G, N, D)
@@ -783,8 +794,6 @@ class DiffiTStage(nn.Module):
 class DiffiTModelMixin(ModelMixin, ConfigMixin, AttentionMixin):
     """Labels and timesteps, initialisation and saving; a network adds `class_embedding` (an embedding, or None)."""
 
-    _time_weights: tuple[torch.Tensor, torch.Tensor] | None = None  # see `cache_for_sampling`
-
     @property
     def null_label(self) -> int | None:
         """Index of the null class, which is the number of classes; None for an unconditional network."""
@@ -806,38 +815,38 @@ class DiffiTModelMixin(ModelMixin, ConfigMixin, AttentionMixin):
     def cache_for_sampling(self) -> Iterator[None]:
         """While inside, keeps what the steps of sampling share; the weights must not change meanwhile.
 
-        That is the relative position bias of each attention, and the weights of all projections of the time token side
-        by side, so that a step makes one product of them. Training makes one for each block: to lay the weights
-        side by side at every step keeps them and their gradients twice, and took 2.2 (S/2), 1.4 (CIFAR-10) and 1.0
-        (emoji32) times as long, forward and backward, on two CPU cores.
+        It is kept for this thread alone, so several threads may sample with one network. It is the relative position
+        bias of each attention, and the weights of all projections of the time token side by side, so that a step makes
+        one product of them. Training makes one for each block: to lay the weights side by side at every step keeps
+        them and their gradients twice, and took 2.2 (S/2), 1.4 (CIFAR-10) and 1.0 (emoji32) times as long, forward and
+        backward, on two CPU cores.
         """
         attentions = [module for module in self.modules() if isinstance(module, TimeDependentSelfAttention)]
         projections = [attention.qkv_temb for attention in attentions]
         devices = {parameter.device for parameter in self.parameters()}
+        cache = dict(_sampling_cache.get() or {})  # of another network, as with autoguidance
+        # Adapters and offloaded weights, which are not there before their module runs, keep to the plain way.
+        if len(devices) == 1 and all(is_plain(projection, nn.Linear) for projection in projections):
+            cache |= {(attention, "bias"): attention.relative_position_bias() for attention in attentions}
+            cache[self, "time_weights"] = tuple(
+                torch.cat([getattr(projection, name) for projection in projections]) for name in ("weight", "bias")
+            )
+        token = _sampling_cache.set(cache)
         try:
-            # Adapters and offloaded weights, which are not there before their module runs, keep to the plain way.
-            if len(devices) == 1 and all(is_plain(projection, nn.Linear) for projection in projections):
-                for attention in attentions:
-                    attention.cached_bias = attention.relative_position_bias()
-                self._time_weights = tuple(
-                    torch.cat([getattr(projection, name) for projection in projections]) for name in ("weight", "bias")
-                )
             yield
         finally:
-            self._time_weights = None
-            for attention in attentions:
-                attention.cached_bias = attention.cached_temporal_qkv = None
+            _sampling_cache.reset(token)
 
     def _project_time(self, time_token: torch.Tensor) -> None:
         """Inside `cache_for_sampling`, gives each attention its projection of time tokens of shape (B, T)."""
-        if self._time_weights is None:
+        time_weights = cached_while_sampling(self, "time_weights")
+        if time_weights is None:
             return
         attentions = [module for module in self.modules() if isinstance(module, TimeDependentSelfAttention)]
-        projected = F.linear(time_token, *self._time_weights)  # (B, sum of 3 * h * d)
-        for attention, part in zip(
-            attentions, projected.split([a.qkv_temb.out_features for a in attentions], dim=-1), strict=True
-        ):
-            attention.cached_temporal_qkv = part  # (B, 3 * h * d)
+        projected = F.linear(time_token, *time_weights)  # (B, sum of 3 * h * d)
+        parts = projected.split([attention.qkv_temb.out_features for attention in attentions], dim=-1)
+        for attention, part in zip(attentions, parts, strict=True):
+            _sampling_cache.get()[attention, "temporal_qkv"] = part  # (B, 3 * h * d)
 
     def _one_per_image(
         self, sample: torch.Tensor, timestep: torch.Tensor | float | int, class_labels: torch.Tensor | None

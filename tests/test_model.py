@@ -8,6 +8,8 @@ import logging
 import math
 import os
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -375,11 +377,31 @@ def test_cache_for_sampling_is_left_after_an_error():
     unet = build_unet()
     with pytest.raises(RuntimeError), unet.cache_for_sampling():
         raise RuntimeError
-    assert unet._time_weights is None
-    assert all(attention.cached_bias is None for attention in attentions(unet))
+    assert diffit_model._sampling_cache.get() is None
 
 
-def test_cache_for_sampling_reaches_compiled_blocks():
+def test_threads_that_share_a_network_get_their_own_predictions():
+    """Each waits before its first attention until the other has projected its own time tokens."""
+    unet = build_unet()
+    timesteps = (10, 900)
+    expected = [predict(unet, timestep) for timestep in timesteps]
+    together = threading.Barrier(2)
+
+    def wait(*_) -> None:
+        together.wait(30)
+
+    attentions(unet)[0].register_forward_pre_hook(wait)
+
+    def draw(timestep: int) -> torch.Tensor:
+        with unet.cache_for_sampling():
+            return predict(unet, timestep)
+
+    with ThreadPoolExecutor(2) as pool:
+        drawn = list(pool.map(draw, timesteps))
+    torch.testing.assert_close(drawn, expected, **FLOAT32)
+
+
+def test_cache_for_sampling_works_with_compiled_blocks():
     unet = build_unet()
     expected = [predict(unet, timestep) for timestep in (10, 900)]
     unet.compile_repeated_blocks(backend="eager")
