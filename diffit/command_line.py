@@ -2,12 +2,17 @@
 """What the scripts share at their two ends: how flags are read, and how an error ends the script."""
 
 import argparse
+import atexit
+import multiprocessing
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
+
+from tqdm import tqdm
 
 from diffit.errors import RunError, UserError, local_rank, message_of, speaks_for
 
@@ -56,19 +61,36 @@ def path_type(text: str) -> str:
 def run_script(parse_args: Callable[[], argparse.Namespace], main: Callable[[argparse.Namespace], None]) -> None:
     """Runs a script to its end. An error made for people is printed as one line, once; a bug shows its traceback."""
     args = parse_args()
+    atexit.register(_end_workers)
     try:
         main(args)
+        return
     except (UserError, RunError) as error:
         if args.debug:
             raise
-        if speaks_for(error):
-            print(f"{Path(sys.argv[0]).name}: error: {message_of(error)}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_RUN_ERROR)
+        message, speaks = f"error: {message_of(error)}", speaks_for(error)
+        exit_code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_RUN_ERROR
     except RuntimeError as error:
         import torch.distributed
 
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
         if args.debug or not several or not LOST_PEER.search(str(error)):
             raise
-        print(f"{Path(sys.argv[0]).name}: stopped, because another process of the run has ended", file=sys.stderr)
-        sys.exit(EXIT_RUN_ERROR)
+        message, speaks, exit_code = "stopped, because another process of the run has ended", True, EXIT_RUN_ERROR
+    for progress in list(getattr(tqdm, "_instances", ())):
+        progress.close()  # or the message would stand behind it
+    if speaks:
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+    sys.exit(exit_code)
+
+
+def _end_workers() -> None:
+    """Ends data-loader workers that an error has left behind.
+
+    They ignore SIGTERM (see `ignore_stop_signals`), which is how Python would end them, and wait for their end.
+    """
+    workers = multiprocessing.active_children()
+    if workers and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report their death as an error
+    for worker in workers:
+        worker.kill()

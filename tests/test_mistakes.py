@@ -247,7 +247,7 @@ def test_each_mistake_is_told_once_by_several_processes(flags, words, base_args,
         [sys.executable, *command, f"--output_dir={tmp_path}/r", "--train_batch_size=1", *fill_in(flags, folders)],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    told = [line for line in process.stderr.split("\n") if line.startswith("train_diffit.py: error: ")]
+    told = [line for line in process.stderr.split("\n") if "train_diffit.py: error: " in line]
     assert len(told) == 1 and words in told[0], process.stderr
     assert process.stderr.count("Traceback") == 1 and "ChildFailedError" in process.stderr  # the launcher's own report
 
