@@ -281,17 +281,27 @@ def test_main_process_that_does_not_start_is_named(rank):
 # --- signals that Python's handler does not see
 
 
-def forked(function: Callable[[], None]) -> int:
-    """Runs a function in a process of its own that has loaded what this one has, and returns its number."""
+def exit_status_after_sigterm(function: Callable[[Callable[[], None]], None]) -> int:
+    """Runs a function in a fork of this process, sends SIGTERM when it says so, and returns its status as Popen does.
+
+    Args:
+        function: calls its argument once the signal may come.
+    """
+    reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            function()
+            function(lambda: os.write(writing, b"ready"))
         except SystemExit as stopped:
             os._exit(stopped.code)
         finally:
             os._exit(1)
-    return pid
+    os.close(writing)
+    os.read(reading, 5)
+    os.close(reading)
+    time.sleep(0.5)
+    os.kill(pid, signal.SIGTERM)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def wait_in_torch() -> None:
@@ -299,40 +309,40 @@ def wait_in_torch() -> None:
     TCPStore("127.0.0.1", 1, 2, is_master=False, timeout=timedelta(seconds=60))
 
 
-def exit_status(pid: int, signal_after: float) -> int:
-    """Sends SIGTERM and returns the exit status, as `subprocess` does."""
-    time.sleep(signal_after)
-    os.kill(pid, signal.SIGTERM)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def test_signal_before_the_training_ends_a_process_that_waits_in_torch(monkeypatch):
     monkeypatch.setattr(StopRequest, "PATIENCE", 0.5)
 
-    def wait() -> None:
+    def wait(ready: Callable[[], None]) -> None:
         StopRequest()
+        ready()
         wait_in_torch()
 
-    assert exit_status(forked(wait), signal_after=1) == EXIT_STOPPED
+    assert exit_status_after_sigterm(wait) == EXIT_STOPPED
 
 
 def test_process_that_waits_in_torch_ends_by_itself_once_the_launcher_is_gone(monkeypatch):
     monkeypatch.setattr(StopRequest, "LAST_SECONDS", 1)
     monkeypatch.setattr(diffit_distributed, "launcher_is_gone", lambda: True)
 
-    def wait() -> None:
+    def wait(ready: Callable[[], None]) -> None:
         StopRequest().begin()
+        ready()
         wait_in_torch()
 
-    assert exit_status(forked(wait), signal_after=1) == -signal.SIGALRM
+    assert exit_status_after_sigterm(wait) == -signal.SIGALRM
 
 
 def test_signal_to_a_forked_process_is_not_its_parents(monkeypatch):
     """As that by which a pool of processes ends its own."""
     monkeypatch.setattr(StopRequest, "PATIENCE", 0.2)
     stop = StopRequest()
+
+    def sleep(ready: Callable[[], None]) -> None:
+        ready()
+        time.sleep(60)
+
     try:
-        assert exit_status(forked(lambda: time.sleep(60)), signal_after=0.2) == EXIT_STOPPED
+        assert exit_status_after_sigterm(sleep) == EXIT_STOPPED
         time.sleep(0.5)
         assert not stop.is_wanted()
     finally:
