@@ -7,7 +7,7 @@ CONSTRAINTS ?= -c constraints.txt
 QUICKSTART = outputs/quickstart
 LATENT = outputs/latent-digits
 
-.PHONY: install install-dev quickstart latent-quickstart say-quickstart say-latent-quickstart test test-slow test-slurm chaos orphans quality style benchmark benchmark-gpu benchmark-quality benchmark-quality-tuning same-numbers
+.PHONY: install install-dev quickstart latent-quickstart say-quickstart say-latent-quickstart test test-slow test-slurm test-cpus chaos orphans quality style benchmark benchmark-gpu benchmark-quality benchmark-quality-tuning same-numbers
 
 install: $(VENV)/installed
 install-dev: $(VENV)/installed-dev
@@ -53,6 +53,10 @@ test-slow: install-dev
 
 test-slurm: install-dev
 	$(BIN)/python -m pytest -m slurm
+
+# The tests under the instruction sets and thread counts of other CPUs: about half an hour on two cores.
+test-cpus: install-dev
+	PYTHON=$(BIN)/python tests/cpus.sh
 
 KILLS = 50
 chaos: install-dev

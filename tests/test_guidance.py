@@ -90,16 +90,16 @@ def test_weight_takes_fractional_timesteps():
     ],
 )
 def test_guided_prediction_equals_the_formula_at_20_timesteps(settings, weight):
-    unet = tiny_unet(num_class_embeds=3)
+    unet = tiny_unet(num_class_embeds=3).double()  # guidance amplifies rounding, which changes with the batch size
     pipeline = recording_pipeline(unet)
     pipeline([0, 2], num_inference_steps=20, guidance_scale=3.0, generator=generators([0, 1]), **settings)
     assert [int(timestep) for timestep, _, _ in pipeline.scheduler.seen] == list(TIMESTEPS)
     for timestep, sample, prediction in pipeline.scheduler.seen:
         with torch.no_grad():
-            conditional = unet(sample, timestep, torch.tensor([0, 2])).sample
-            unconditional = unet(sample, timestep, torch.tensor([3, 3])).sample
+            conditional = unet(sample.double(), timestep, torch.tensor([0, 2])).sample
+            unconditional = unet(sample.double(), timestep, torch.tensor([3, 3])).sample
         expected = unconditional + weight(int(timestep)) * (conditional - unconditional)
-        torch.testing.assert_close(prediction, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(prediction, expected.float(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("num_classes", "labels"), [(3, [0, 2]), (3, None), (None, None)])

@@ -176,7 +176,7 @@ def test_bad_steps_are_passed_by_and_nothing_moves_on(value, train_args, image_f
     logged = losses(tmp_path / "run")
     assert [logged[0], logged[2]] == pytest.approx([expected[0], expected[2]], rel=1e-4)  # bad steps are in the second
     differences = relative_differences(load_file(checkpoint / STATES[0]), dict(model.named_parameters()))
-    assert max(differences.values()) < 1e-4
+    assert max(differences.values()) < 1e-5, differences
 
 
 @pytest.mark.parametrize("logging_steps", [1, 1000])
@@ -266,18 +266,19 @@ def test_optimizer_that_would_take_a_bad_step_is_refused():
 
 def test_gradients_of_key_bias_and_time_keys_are_zero_in_truth(image_folder):
     """They are left out of comparisons of weights; here it is shown that there is nothing to compare."""
-    model, _ = plain_loop(image_folder, [0, 16], 16, zero_init_output=False)
+    model, _ = plain_loop(image_folder, [0, 16], 16)
+    model.double().zero_grad()  # so that zero is told from rounding
+    noisy = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model(noisy, torch.tensor([3, 700]), torch.tensor([0, 3])).sample.square().mean().backward()
     for module in model.modules():
         if isinstance(module, TimeDependentSelfAttention):
             for gradient in (module.qkv.bias.grad, module.qkv_temb.weight.grad, module.qkv_temb.bias.grad):
                 query, key, _ = gradient.chunk(3)
-                assert key.norm() < 1e-6 * query.norm()
+                assert key.norm() < 1e-12 * query.norm()
 
 
-# One global batch of 16, dropout 0. An output of zero at the start makes the first gradients vanish, and Adam
-# amplifies their rounding.
+# One global batch of 16, dropout 0.
 TOPOLOGY = ["--global_batch_size=16", "--random_flip", "--label_dropout=0.3", "--num_channels=3"]
-TOPOLOGY += ["--model_kwargs", "zero_init_output=false"]
 
 
 def launch(processes: int, arguments: list[str]) -> str:
@@ -288,8 +289,7 @@ def launch(processes: int, arguments: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def plain_run(image_folder) -> tuple:
-    options = {"label_dropout": 0.3, "random_flip": True, "zero_init_output": False}
-    return plain_loop(image_folder, list(range(0, 320, 16)), 16, **options)
+    return plain_loop(image_folder, list(range(0, 320, 16)), 16, label_dropout=0.3, random_flip=True)
 
 
 def assert_trained_like(plain_run: tuple, run_dir: Path) -> None:
