@@ -21,8 +21,10 @@ os.environ |= {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-# Networks this small are slower on several threads, and far slower where others use the cores too.
+# Networks this small are slower on several threads. Several that spin while they wait take minutes instead of seconds
+# where others use the cores too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 TINY_CONFIG = {
     "sample_size": 8,
