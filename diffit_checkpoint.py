@@ -30,9 +30,12 @@ from diffit.errors import RunError, UserError
 from diffit.run_dir import (
     CHECKPOINT_MANIFEST,
     OutputFolder,
+    files_below,
     is_checkpoint,
     list_checkpoints,
+    manifest_files,
     remove_checkpoint,
+    remove_empty_folders,
     step_of,
 )
 from diffit_distributed import OutputDirLock, raise_in_all
@@ -210,14 +213,12 @@ def save_checkpoint(
             lock.check_owned()
             run_dir.announce([f"{temporary.name}/"])
             write_checkpoint(temporary, accelerator, arguments, state, noise_scheduler)
-            if target.exists():  # a damaged one of the same step
-                if not (is_checkpoint(target) or run_dir.is_ours(f"{target.name}/")):
-                    raise OSError(f"{target} is in the way, and is not a checkpoint of this script")
+            if target.exists() and is_ours(target, run_dir):  # a damaged one of the same step
                 set_aside(target)
-            temporary.rename(target)
+            put_in_place(temporary, target)
             sync_to_disk(target.parent)
             run_dir.forget([f"{temporary.name}/"])
-            run_dir.announce([f"{target.name}/"])
+            run_dir.record(f"{target.name}/{name}" for name in [*manifest_files(target), MANIFEST])
         except Exception as error:  # a full disk is an OSError, a SafetensorError or a RuntimeError
             reason = str(error)
             failed += 1
@@ -232,13 +233,40 @@ def save_checkpoint(
     logger.info(f"saved checkpoint-{state.global_step}")
     if accelerator.is_main_process and total_limit is not None:
         # A damaged one that was passed over may have a later number: it is left, and does not count.
-        kept = [path for path in list_checkpoints(lock.folder) if step_of(path) <= state.global_step]
+        ours = [path for path in list_checkpoints(lock.folder) if is_ours(path, run_dir) or path.is_symlink()]
+        kept = [path for path in ours if step_of(path) <= state.global_step]
         for old in kept[:-total_limit]:
             try:
                 remove_checkpoint(old)
-                run_dir.forget([f"{old.name}/"])
+                run_dir.forget(name for name in run_dir.files if name.startswith(f"{old.name}/"))
             except OSError as error:
                 logger.warning(f"cannot delete {old}, as --checkpoints_total_limit asks: {error}")
+
+
+def is_ours(checkpoint: Path, run_dir: OutputFolder) -> bool:
+    """Whether a folder `checkpoint-N` is a checkpoint of ours, by its manifest or, if that is damaged, by the mark."""
+    return is_checkpoint(checkpoint) or any(name.startswith(f"{checkpoint.name}/") for name in run_dir.files)
+
+
+def put_in_place(temporary: Path, target: Path) -> None:
+    """Renames a folder that has been written; into a folder that holds files of the user it moves file by file.
+
+    The manifest comes last, so that the checkpoint is complete or does not exist then, too.
+
+    Raises:
+        OSError: if a file of the user has the name of one of ours.
+    """
+    if not target.exists():
+        temporary.rename(target)
+        return
+    for file in sorted(files_below(temporary), key=lambda file: file.name == MANIFEST):
+        place = target / file.relative_to(temporary)
+        if os.path.lexists(place):
+            raise OSError(f"{place} is in the way, and is not of this run")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(place)
+        sync_to_disk(place.parent)
+    remove_empty_folders(temporary)
 
 
 def set_aside(checkpoint: Path) -> Path:

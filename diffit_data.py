@@ -46,7 +46,7 @@ from diffusers import AutoencoderKL
 from huggingface_hub import constants as hub_constants
 from torch.utils.data import Sampler, default_collate
 
-from diffit.errors import UserError, global_rank, user_errors
+from diffit.errors import UserError, global_rank, load_model, user_errors
 from diffit.run_dir import is_listed, our_files
 from diffit_augment import draw_augmentation
 
@@ -341,12 +341,16 @@ def _without_products(root: Path, names: list[str]) -> list[str]:
     """
     folders = {folder for name in names for folder in PurePosixPath(name).parents}
     marks = {folder: files for folder in folders if (files := our_files(root / folder))}
+    above = {folder: files for folder in root.resolve().parents if (files := our_files(folder))}  # as of RUN/previews
     asked_for = listed_samples(root)
     kept, left_out = [], {}
     for name in names:
-        path = PurePosixPath(name)
+        path, full_path = PurePosixPath(name), root.resolve() / name
         owners = [
             folder for folder in path.parents if is_listed(path.relative_to(folder).as_posix(), marks.get(folder, ()))
+        ]
+        owners += [
+            folder for folder, files in above.items() if is_listed(full_path.relative_to(folder).as_posix(), files)
         ]
         if not owners or name in asked_for:
             kept.append(name)
@@ -881,12 +885,8 @@ def load_vae(name_or_path: str) -> AutoencoderKL:
     Raises:
         ValueError: names --vae_model_name_or_path, if there is no `AutoencoderKL` in safetensors.
     """
-    try:
-        vae = AutoencoderKL.from_pretrained(name_or_path, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--vae_model_name_or_path {name_or_path}: cannot read an AutoencoderKL in safetensors: {error}"
-        ) from error
+    what = f"--vae_model_name_or_path {name_or_path}: cannot read an AutoencoderKL in safetensors"
+    vae = load_model(what, AutoencoderKL.from_pretrained, name_or_path, use_safetensors=True)
     return vae.eval().requires_grad_(False)
 
 

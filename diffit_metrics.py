@@ -377,8 +377,8 @@ def _load_inception(device: torch.device, path: str | None, probabilities: bool)
         path = str(file)
     try:
         network = torch.jit.load(path, map_location=device).eval()
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"--inception_path {path}: no TorchScript file: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # torch's own message advises to load it without protection
+        raise UserError(f"--inception_path {path}: not a TorchScript file ({type(error).__name__})") from error
     # The network resizes by itself, as the TensorFlow original did. Without the bias of the last layer: so did the
     # original Inception score.
     keywords = {"no_output_bias": True} if probabilities else {"return_features": True}

@@ -15,6 +15,7 @@ if __name__ == "__main__":
     follow_launcher()  # before the slow imports: the launcher may die meanwhile
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -32,8 +33,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from diffit.command_line import Parser, path_type, run_script
-from diffit.errors import UserError, user_errors
+from diffit.errors import UserError, load_model, user_errors
 from diffit.run_dir import OutputFolder
+from diffit.sampling import check_sampling_flags
 from diffit_data import (
     ImageTable,
     PositionStream,
@@ -227,8 +229,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--training_images needs --plots")
     if args.dataloader_num_workers < 0:
         parser.error(f"--dataloader_num_workers must be 0 or more, got {args.dataloader_num_workers}")
-    if args.eta and args.scheduler not in (None, "ddim"):
-        parser.error(f"--eta is of --scheduler ddim, got {args.scheduler}")
+    check_sampling_flags(parser, args, can_guide=args.model_path is not None)
     return args
 
 
@@ -318,11 +319,15 @@ def open_npz(flag: str, path: Path) -> ImageSource:
                     str(path), statistics={"mu": file["mu"], "sigma": file["sigma"], "extractor": extractor}
                 )
             if "arr_0" not in file:
-                raise UserError(f"it has neither images (arr_0) nor statistics (mu, sigma) but {file.files}")
+                raise UserError(
+                    f"{flag} {path}: it has neither images (arr_0) nor statistics (mu, sigma) but {file.files}"
+                )
             pixels = file["arr_0"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{flag} {path}: cannot read: {error}") from error
-    if pixels.dtype != np.uint8 or pixels.ndim != 4:
+    except UserError:
+        raise
+    except Exception as error:  # of numpy, of zip, of JSON; numpy's own message may advise to trust the file
+        raise UserError(f"{flag} {path}: damaged, or no npz file of plain arrays ({type(error).__name__})") from error
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.size == 0:
         raise UserError(f"{flag} {path}: arr_0 must be uint8 of shape (N, H, W, C), got {pixels.dtype} {pixels.shape}")
     digest = hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()[:16]
     return ImageSource(str(path), array=pixels.transpose(0, 3, 1, 2), digest=digest)
@@ -400,38 +405,44 @@ def load_pipeline(args: argparse.Namespace, model_path: str, scheduler: str | No
     """
     vae = None
     if args.vae is not None:
-        with user_errors(f"--vae {args.vae}", OSError, ValueError):
-            vae = AutoencoderKL.from_pretrained(args.vae, use_safetensors=True)
-    try:
-        if scheduler is not None:
-            with user_errors("--scheduler", ValueError):
-                choose_scheduler(model_path, scheduler)
-        if not Path(model_path, "state.json").is_file():
-            return DiffiTPipeline.from_folder(model_path, model_class, scheduler, DTYPES[args.dtype], vae)
-        found = [
-            path.name for part in ("unet", "transformer") for path in sorted(Path(model_path).glob(f"{part}_ema*"))
-        ]
-        weights = args.weights or next(iter(found), "unet" if Path(model_path, "unet").is_dir() else "transformer")
-        network_class = model_class(UNet2DModel.load_config(model_path, subfolder=weights))
-        network = network_class.from_pretrained(
-            model_path, subfolder=weights, torch_dtype=DTYPES[args.dtype], use_safetensors=True
-        )
-        run = Path(model_path).parent  # with the trained pipeline, which names the classes and holds the VAE
-        if vae is None and (run / "vae").is_dir():
-            vae = AutoencoderKL.from_pretrained(run, subfolder="vae", use_safetensors=True)
-        pipeline = DiffiTPipeline.from_folder(model_path, model_class, scheduler, vae=vae, network=network)
-        index = run / "model_index.json"
-        id2label = json.loads(index.read_text()).get("id2label") if index.is_file() else None
-        pipeline.register_to_config(id2label=id2label)
-        return pipeline
-    except OSError as error:
-        raise UserError(f"--model_path {model_path}: no such pipeline here, nor on the hub: {error}") from error
+        what = f"--vae {args.vae}: cannot load an AutoencoderKL"
+        vae = load_model(what, AutoencoderKL.from_pretrained, args.vae, use_safetensors=True)
+    what = f"--model_path {model_path}: cannot load a pipeline"
+    if scheduler is not None:
+        with user_errors("--scheduler", ValueError), user_errors(what, OSError, TypeError, AttributeError, KeyError):
+            choose_scheduler(model_path, scheduler)
+    if Path(model_path, "state.json").is_file():
+        return load_model(what, load_checkpoint_pipeline, args, model_path, scheduler, vae)
+    if args.weights is not None:
+        raise UserError(f"--weights is of checkpoints, --model_path {model_path} is a pipeline")
+    return load_model(what, DiffiTPipeline.from_folder, model_path, model_class, scheduler, DTYPES[args.dtype], vae)
+
+
+def load_checkpoint_pipeline(
+    args: argparse.Namespace, model_path: str, scheduler: str | None, vae: AutoencoderKL | None
+) -> DiffiTPipeline:
+    """The pipeline of a checkpoint's --weights, with classes and VAE of the run that it lies in."""
+    found = [path.name for part in ("unet", "transformer") for path in sorted(Path(model_path).glob(f"{part}_ema*"))]
+    weights = args.weights or next(iter(found), "unet" if Path(model_path, "unet").is_dir() else "transformer")
+    network_class = model_class(UNet2DModel.load_config(model_path, subfolder=weights))
+    network = network_class.from_pretrained(
+        model_path, subfolder=weights, torch_dtype=DTYPES[args.dtype], use_safetensors=True
+    )
+    run = Path(model_path).parent  # with the trained pipeline, which names the classes and holds the VAE
+    if vae is None and (run / "vae").is_dir():
+        vae = AutoencoderKL.from_pretrained(run, subfolder="vae", use_safetensors=True)
+    pipeline = DiffiTPipeline.from_folder(model_path, model_class, scheduler, vae=vae, network=network)
+    index = run / "model_index.json"
+    id2label = json.loads(index.read_text()).get("id2label") if index.is_file() else None
+    pipeline.register_to_config(id2label=id2label)
+    return pipeline
 
 
 def kimg_of(model_path: str) -> float | None:
     """Thousands of images that a checkpoint has seen in training; None if it is no checkpoint."""
     file = Path(model_path, "state.json")
-    return json.loads(file.read_text())["position"] / 1000 if file.is_file() else None
+    with user_errors(f"--model_path {model_path}: {file.name} is damaged", ValueError, TypeError, KeyError):
+        return json.loads(file.read_text())["position"] / 1000 if file.is_file() else None
 
 
 def list_classes(args: argparse.Namespace, pipeline: DiffiTPipeline, table: ImageTable | None) -> list[int] | None:
@@ -470,6 +481,11 @@ def draw_samples(
 ) -> ImageSet:
     """Images of the seeds 0, 1, 2, ..., drawn by all processes together, or those that are there already."""
     batch_size, num_images = args.batch_size, args.num_images or DEFAULT_NUM_IMAGES
+    most = pipeline.scheduler.config.num_train_timesteps
+    if not is_edm(pipeline) and num_inference_steps > most:
+        raise UserError(f"--num_inference_steps {num_inference_steps} are more than the {most} timesteps of the model")
+    with user_errors("--guidance_channels", ValueError):
+        pipeline.check_guidance(args.guidance_channels, None)
     classes = list_classes(args, pipeline, table)
     guidance = {name: getattr(args, name) for name in GUIDANCE_ARGUMENTS}
     settings = guidance | {
@@ -930,8 +946,21 @@ def write_results(
                     for measured, result in by_steps
                 ]
             }
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output).write_text(json.dumps(written | {"settings": settings}, indent=1) + "\n")
+        text = json.dumps(written | {"settings": settings}, indent=1) + "\n"
+        folder, name = output_folder(args)
+        if not folder.write(name, lambda file: file.write_text(text)):
+            raise UserError(f"--output {args.output} was changed by someone else meanwhile, and is left as it is")
+
+
+def output_folder(args: argparse.Namespace) -> tuple[OutputFolder, str]:
+    """The folder of --output, with the mark of what in it is ours, and the name of the file."""
+    file = Path(args.output)
+    folder = OutputFolder(file.parent, "eval_diffit.py", "--output")
+    if not folder.files and file.is_file():  # results of a version that left no marks
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            if {"feature_extractor", "arguments", "versions"} <= set(json.loads(file.read_text())["settings"]):
+                folder.files = {file.name: None}
+    return folder, file.name
 
 
 def check_outputs(args: argparse.Namespace) -> None:
@@ -940,22 +969,16 @@ def check_outputs(args: argparse.Namespace) -> None:
     Raises:
         UserError: if the file of --output is not one of results, or --plots has files of our names.
     """
-    if args.output is not None and Path(args.output).exists():
-        try:
-            is_ours = "settings" in json.loads(Path(args.output).read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError):
-            is_ours = False
-        if not is_ours:
-            raise UserError(
-                f"--output {args.output} exists and does not hold results of eval_diffit.py: choose another"
-            )
+    if args.output is not None:
+        folder, name = output_folder(args)
+        folder.check_free([name])
+        with user_errors(f"--output {args.output}", OSError):
+            folder.folder.mkdir(parents=True, exist_ok=True)
     if args.plots is not None:
-        OutputFolder(args.plots, "eval_diffit.py", "--plots").check_free(PLOTS)
-    for flag in ("work_dir", "plots"):
-        folder = getattr(args, flag)
-        if folder is not None:
-            with user_errors(f"--{flag} {folder}", OSError):
-                Path(folder).mkdir(parents=True, exist_ok=True)
+        folder = OutputFolder(args.plots, "eval_diffit.py", "--plots")
+        folder.check_free(PLOTS)
+        folder.create()
+    OutputFolder(args.work_dir, "eval_diffit.py", "--work_dir").create()
 
 
 def main(args: argparse.Namespace) -> None:
@@ -1018,8 +1041,7 @@ def main(args: argparse.Namespace) -> None:
     if args.model_path is not None:
         names = [measured.name for measured in judged]
         plot_losses(folder, args, state, names, training_source or source, training.images)
-    plots.forget([name for name in PLOTS if not (folder / name).is_file()])
-    plots.record([name for name in PLOTS if (folder / name).is_file()])
+    plots.record(PLOTS)
 
 
 if __name__ == "__main__":

@@ -27,9 +27,10 @@ from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin
 from tqdm.auto import tqdm
 
 from diffit.command_line import Parser, path_type, run_script
-from diffit.errors import UserError, user_errors
+from diffit.errors import UserError, load_model, user_errors
 from diffit.run_dir import OutputFolder
-from diffit_data import positive_int
+from diffit.sampling import check_sampling_flags
+from diffit_data import listed_samples, positive_int
 from diffit_distributed import join_processes, on_main_process
 from diffit_metrics import weights_digest
 from diffit_model import choose_attention_backend, model_class, set_attention_backend
@@ -149,14 +150,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line and checks what can be checked before a model is loaded."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if not 0 <= args.eta <= 1:
-        parser.error(f"--eta must be in [0, 1], got {args.eta}")
-    if args.eta > 0 and args.scheduler not in (None, "ddim"):
-        parser.error(f"--eta is of --scheduler ddim, got {args.scheduler}")
     check_churn_flags(parser, args)
     if args.class_labels is None and args.num_images_per_class:
         parser.error("--num_images_per_class needs --class_labels")
-    check_guidance_flags(parser, args)
+    check_sampling_flags(parser, args, can_guide=args.class_labels is not None or args.guidance_model is not None)
     return args
 
 
@@ -176,25 +173,6 @@ def check_churn_flags(parser: argparse.ArgumentParser, args: argparse.Namespace)
         parser.error(f"--s_noise must be a number above 0, got {args.s_noise}")
 
 
-def check_guidance_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuses values out of range, and flags that would do nothing."""
-    if not 0 <= args.guidance_scale < math.inf:
-        parser.error(f"--guidance_scale must be a number from 0 up, got {args.guidance_scale}")
-    if args.guidance_scale != 1 and args.class_labels is None and args.guidance_model is None:
-        parser.error("--guidance_scale needs --class_labels or --guidance_model")
-    if args.guidance_scale == 1:
-        for name in ("schedule", "interval", "channels", "model"):
-            if getattr(args, f"guidance_{name}") != parser.get_default(f"guidance_{name}"):
-                parser.error(f"--guidance_{name} needs a --guidance_scale other than 1, which is off")
-    if not 0 < args.guidance_power < math.inf:
-        parser.error(f"--guidance_power must be a number above 0, got {args.guidance_power}")
-    if args.guidance_power != parser.get_default("guidance_power") and args.guidance_schedule != "power_cosine":
-        parser.error(f"--guidance_power is of --guidance_schedule power_cosine, got {args.guidance_schedule}")
-    low, high = args.guidance_interval
-    if not 0 <= low < high <= 1:
-        parser.error(f"--guidance_interval must be 0 <= LOW < HIGH <= 1, got {low} {high}")
-
-
 def load_pipeline(args: argparse.Namespace) -> DiffiTPipeline:
     """The pipeline of --model_path, with --vae in it; fills in the default of --scheduler.
 
@@ -203,16 +181,13 @@ def load_pipeline(args: argparse.Namespace) -> DiffiTPipeline:
     """
     vae = None
     if args.vae is not None:
-        try:
-            vae = AutoencoderKL.from_pretrained(args.vae, use_safetensors=True)
-        except OSError as error:
-            raise UserError(f"--vae {args.vae}: no such AutoencoderKL here, nor on the hub: {error}") from error
-    try:
-        with user_errors("--scheduler", ValueError):
-            args.scheduler = choose_scheduler(args.model_path, args.scheduler)
-        pipeline = DiffiTPipeline.from_folder(args.model_path, model_class, args.scheduler, DTYPES[args.dtype], vae)
-    except OSError as error:
-        raise UserError(f"--model_path {args.model_path}: no such pipeline here, nor on the hub: {error}") from error
+        what = f"--vae {args.vae}: cannot load an AutoencoderKL"
+        vae = load_model(what, AutoencoderKL.from_pretrained, args.vae, use_safetensors=True)
+    what = f"--model_path {args.model_path}: cannot load a pipeline"
+    with user_errors("--scheduler", ValueError), user_errors(what, OSError, TypeError, AttributeError, KeyError):
+        args.scheduler = choose_scheduler(args.model_path, args.scheduler)
+    loading = (args.model_path, model_class, args.scheduler, DTYPES[args.dtype], vae)
+    pipeline = load_model(what, DiffiTPipeline.from_folder, *loading)
     if args.vae is not None and pipeline.transformer is None:
         raise UserError(f"--vae is for latent models, --model_path {args.model_path} is one of pixels")
     if args.vae is None and pipeline.transformer is not None and pipeline.vae is None:
@@ -236,12 +211,11 @@ def load_guidance_model(args: argparse.Namespace) -> ModelMixin | None:
     """
     if args.guidance_model is None:
         return None
+    what = f"--guidance_model {args.guidance_model}: cannot load a pipeline"
+    network = load_model(what, load_network, args.guidance_model, model_class, DTYPES[args.dtype])
     folders = (args.model_path, args.guidance_model)
-    try:
-        network = load_network(args.guidance_model, model_class, DTYPES[args.dtype])
+    with user_errors(what, Exception):
         ours, theirs = (DDPMScheduler.load_config(folder, subfolder="scheduler") for folder in folders)
-    except OSError as error:
-        raise UserError(f"--guidance_model {args.guidance_model}: no such pipeline: {error}") from error
     for key in FORWARD_PROCESS:
         if ours.get(key) != theirs.get(key):
             raise UserError(
@@ -298,17 +272,27 @@ def prepare_output_dir(args: argparse.Namespace, settings: dict, rows: list[dict
     Raises:
         UserError: if files of these names are not ours, or images of other settings are there.
     """
-    names = [row["file"] for row in rows] + ["grid.png", "samples.json", "samples.npz"]
+    names = [row["file"] for row in rows] + ["grid.png", "samples.json"] + (["samples.npz"] if args.save_npz else [])
     folder = OutputFolder(args.output_dir, Path(__file__).name)
     folder.check_free(names)
+    folder.create()
     if args.overwrite_output_dir:
         folder.remove(list(folder.files))
     check_settings(folder.folder, settings)
     arguments = {key: value for key, value in vars(args).items() if key not in ("debug", "overwrite_output_dir")}
-    with user_errors(f"--output_dir {args.output_dir}", OSError):
-        folder.announce(names)
-    text = json.dumps({"arguments": arguments | settings, "images": rows}, indent=1) + "\n"
+    folder.announce(names)
+    drawn = set(listed_samples(folder.folder)) - set(names)  # earlier, with the same settings
+    earlier = [
+        row for row in read_rows(folder.folder) if row["file"] in drawn and (folder.folder / row["file"]).is_file()
+    ]
+    text = json.dumps({"arguments": arguments | settings, "images": earlier + rows}, indent=1) + "\n"
     (folder.folder / "samples.json").write_text(text, encoding="utf-8")
+
+
+def read_rows(output_dir: Path) -> list[dict]:
+    """The images that an earlier sampling has listed in `samples.json`."""
+    file = output_dir / "samples.json"
+    return json.loads(file.read_text(encoding="utf-8"))["images"] if listed_samples(output_dir) else []
 
 
 def check_settings(output_dir: Path, settings: dict) -> None:
@@ -381,10 +365,11 @@ def draw(
 
 def read_pixels(file: Path) -> np.ndarray:
     """An image that `draw` wrote; uint8, shape (H, W, C)."""
-    if file.suffix == ".npy":
-        return np.load(file)
-    with PIL.Image.open(file) as image:
-        return np.atleast_3d(np.asarray(image))
+    with user_errors(f"{file} is damaged, delete it", Exception):
+        if file.suffix == ".npy":
+            return np.load(file)
+        with PIL.Image.open(file) as image:
+            return np.atleast_3d(np.asarray(image))
 
 
 def write_summary(args: argparse.Namespace, rows: list[dict], output_dir: Path) -> None:

@@ -63,14 +63,15 @@ from tqdm.auto import tqdm
 from transformers.optimization import get_wsd_schedule
 
 from diffit.command_line import Parser, path_type, run_script
-from diffit.errors import RunError, UserError, user_errors
+from diffit.errors import RunError, UserError, load_model, user_errors
 from diffit.run_dir import (
+    CODE_FOLDER,
     PIPELINE_FILES,
     PIPELINE_FOLDERS,
     RUN_OUTPUTS,
     OutputFolder,
     files_below,
-    is_checkpoint,
+    is_code_folder,
     is_within,
     remove_checkpoint,
     remove_empty_folders,
@@ -83,6 +84,7 @@ from diffit_checkpoint import (
     ema_weights,
     file_digest,
     find_checkpoint,
+    is_ours,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
@@ -668,14 +670,18 @@ def read_model_config(args: argparse.Namespace) -> dict:
             if not isinstance(config, dict):
                 raise UserError(f"{flag} {path}: expected a JSON object, got {type(config).__name__}")
         else:
-            config = dict(UNet2DModel.load_config(path, subfolder=network_subfolder(path)))  # of any model class
+            config = UNet2DModel.load_config(path, subfolder=network_subfolder(path))  # of any model class
+            if not isinstance(config, dict):
+                raise UserError(f"{flag} {path}: its config.json must hold a JSON object")
+            config = dict(config)
     except json.JSONDecodeError as error:
         raise UserError(f"{flag} {path} is not valid JSON: {error}") from error
     except UserError:
         raise
     except (OSError, ValueError) as error:
         raise UserError(f"{flag} {path}: no such config here, nor on the hub: {error}") from error
-    parameters = inspect.signature(model_class(config).__init__).parameters
+    with user_errors(f"{flag} {path}", Exception):
+        parameters = inspect.signature(model_class(config).__init__).parameters
     pairs = [pair.split("=", 1) for pair in args.model_kwargs or []]
     overrides = {key: config_value(text) for key, text in pairs}
     for source, values in ((f"{flag} {path}", config), ("--model_kwargs", overrides)):
@@ -867,13 +873,12 @@ def build_model(config: dict, pretrained: str | None = None, reset_class_embeddi
     if pretrained is None:
         return model
     subfolder = network_subfolder(pretrained)
-    try:
-        source = model_class(config).from_pretrained(pretrained, subfolder=subfolder, use_safetensors=True)
-    except OSError as error:
-        raise UserError(
-            f"--pretrained_model_name_or_path {pretrained}: cannot read weights in safetensors, and pickled ones "
-            f"(.bin, .pt) are not read: {error}"
-        ) from error
+    source = load_model(
+        f"--pretrained_model_name_or_path {pretrained}: cannot read weights in safetensors (.bin, .pt are not read)",
+        *(model_class(config).from_pretrained, pretrained),
+        subfolder=subfolder,
+        use_safetensors=True,
+    )
     with user_errors(f"--pretrained_model_name_or_path {pretrained}", ValueError):
         weights, changes = adapt_weights(source, model, reset_class_embeddings)
     for change in changes:
@@ -1034,11 +1039,11 @@ def build_guidance_model(args: argparse.Namespace, model: ModelMixin, device: to
     path = args.validation_guidance_model
     if path is None:
         return None
-    try:
-        guidance_model = load_network(path, model_class).to(device)
-    except OSError as error:
-        raise UserError(f"--validation_guidance_model {path}: no such pipeline: {error}") from error
-    ours, theirs = build_noise_scheduler(args).config, DDPMScheduler.load_config(path, subfolder="scheduler")
+    what = f"--validation_guidance_model {path}: cannot load a pipeline"
+    guidance_model = load_model(what, load_network, path, model_class).to(device)
+    with user_errors(what, Exception):
+        theirs = DDPMScheduler.load_config(path, subfolder="scheduler")
+    ours = build_noise_scheduler(args).config
     for key in FORWARD_PROCESS:
         if ours.get(key) != theirs.get(key):
             raise UserError(
@@ -1771,7 +1776,7 @@ for diffusers. All arguments: `training_args.yaml`.
 ```python
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{model_name}", trust_remote_code=True)
+pipeline = DiffusionPipeline.from_pretrained({json.dumps(model_name)}, trust_remote_code=True)
 images = {call}
 ```
 """)
@@ -1897,11 +1902,16 @@ def train(
     model, optimizer = accelerator.prepare(raw_model, raw_optimizer)
     batches = build_batches(accelerator, args, table, config, state.position)
     arguments = public_args(args)
+    logs = Path(args.output_dir, args.logging_dir, PROJECT)
+    earlier_logs = set(files_below(logs))
     accelerator.init_trackers(
         PROJECT,
         config=None if checkpoint else {k: v if isinstance(v, int | float) else str(v) for k, v in arguments.items()},
         init_kwargs={"tensorboard": {"purge_step": state.global_step + 1}},
     )
+    if accelerator.is_main_process:
+        new_logs = set(files_below(logs)) - earlier_logs
+        run_dir.announce(log.relative_to(args.output_dir).as_posix() for log in new_logs)
     describe_run(accelerator, args, raw_model, table, validation_table)
     stop.begin()
     validate = functools.partial(
@@ -2003,9 +2013,8 @@ def describe_launch(args: argparse.Namespace, config: dict) -> dict:
     """
     places = {"train_data_dir", "train_data_file", "latents_dir", "cache_dir"}
     arguments = {f"--{key}": value for key, value in public_args(args).items() if key not in places}
-    here = Path(__file__).parent
-    files = sorted([*here.glob("diffit_*.py"), *here.glob("diffit/**/*.py"), Path(__file__)])
-    code = {str(file.relative_to(here)): file_digest(file)["sha256"][:8] for file in files}
+    files = sorted([*CODE_FOLDER.glob("*.py"), *CODE_FOLDER.glob("diffit/**/*.py")])
+    code = {str(file.relative_to(CODE_FOLDER)): file_digest(file)["sha256"][:8] for file in files}
     return arguments | {"the model config": config, "torch": torch.__version__, "the code": code}
 
 
@@ -2047,10 +2056,8 @@ def open_run_dir(args: argparse.Namespace) -> OutputFolder:
             of our names that are not ours, or a trained pipeline that no flag allows to replace.
     """
     folder = f"--output_dir {args.output_dir}"
-    if Path(args.output_dir).resolve() == Path(__file__).resolve().parent:
-        raise UserError(
-            f"{folder} is the folder of this code, whose README.md training would overwrite: choose another"
-        )
+    if is_code_folder(args.output_dir):
+        raise UserError(f"{folder} is the folder of this code, which training would overwrite: choose another folder")
     for flag in ("pretrained_model_name_or_path", "vae_model_name_or_path", "validation_guidance_model"):
         model = getattr(args, flag)
         if model is not None and Path(model).exists() and is_within(model, args.output_dir):
@@ -2061,13 +2068,17 @@ def open_run_dir(args: argparse.Namespace) -> OutputFolder:
                 f"{folder} lies in --dataset_name {args.dataset_name}, which would then hold this run's previews: "
                 "choose another folder, or give the images as --train_data_dir, which leaves them out"
             )
-    run_dir = OutputFolder(args.output_dir, Path(__file__).name)
+    run_dir = OutputFolder(args.output_dir, "train_diffit.py")
     checkpoints = list_checkpoints(args.output_dir)
-    if not run_dir.files:
-        foreign = [path.name for path in checkpoints if not is_checkpoint(path)]
-        if foreign:
-            raise UserError(f"{folder} holds {foreign[0]}, which this script did not write: choose another folder")
-    run_dir.check_free(RUN_OUTPUTS)
+    foreign = [path.name for path in checkpoints if not is_ours(path, run_dir)]
+    if foreign:
+        raise UserError(
+            f"{folder} holds {foreign[0]}, which this script did not write: move it, or choose another folder"
+        )
+    links = [path.name for path in checkpoints if path.is_symlink()]
+    if links and args.overwrite_output_dir:
+        raise UserError(f"{folder}: {links[0]} is a link, which --overwrite_output_dir does not delete: move it away")
+    run_dir.check_free([*RUN_OUTPUTS, f"{args.logging_dir}/{PROJECT}/hparams.yml"])
     if Path(args.output_dir, "model_index.json").is_file() and not checkpoints and not is_restarted():
         if not args.overwrite_output_dir and args.resume_from_checkpoint in (None, "latest"):
             raise UserError(
@@ -2092,16 +2103,12 @@ def prepare_output_dir(
         if args.overwrite_output_dir:
             for old in list_checkpoints(output_dir):
                 remove_checkpoint(old)
-                run_dir.remove([name for name in (f"{old.name}/",) if name in run_dir.files])  # a damaged one
-            run_dir.remove([name for name in run_dir.files if name.startswith(("previews/", "best/", "eval/"))])
+            earlier = ("previews/", "best/", "eval/", "checkpoint-", f"{args.logging_dir}/")
+            run_dir.remove([name for name in run_dir.files if name.startswith(earlier)])
             for features in output_dir.glob("eval/features-*"):
                 remove_whole_folder(features)
-            logs = output_dir / args.logging_dir / PROJECT
-            for file in list(files_below(logs)):
-                if file.name.startswith("events.out.tfevents.") or file.name == "hparams.yml":
-                    file.unlink()
-            for folder in (output_dir / "eval", logs):
-                remove_empty_folders(folder)
+            for name in ("eval", args.logging_dir):
+                remove_empty_folders(output_dir / name)
         for later in list_checkpoints(output_dir):
             if step_of(later) > global_step and checkpoint_problem(later) is None:
                 logger.warning(f"resuming from step {global_step}, before {later.name}")

@@ -48,6 +48,8 @@ def path_type(text: str) -> str:
     """An argparse type for paths, and for hub names, which are left as they are: expands a leading `~`."""
     if not text:
         raise argparse.ArgumentTypeError("a path must not be empty")
+    if "\0" in text or any(0xDC80 <= ord(sign) <= 0xDCFF for sign in text):  # surrogates: bytes that are not UTF-8
+        raise argparse.ArgumentTypeError(f"{os.fsencode(text)!r} is not a path in UTF-8")
     if "$" in text:
         raise argparse.ArgumentTypeError(
             f"{text!r} holds a $, and variables are not expanded here: write the path out"

@@ -6,7 +6,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 class UserError(ValueError):
@@ -48,6 +48,26 @@ def user_errors(what: str, *kinds: type[Exception], raised_in: str | None = None
         if raised_in is not None:
             user_error.raised_in = raised_in
         raise user_error from error
+
+
+def load_model(what: str, load: Callable, *arguments, **keywords):
+    """Loads a network or a pipeline from files of strangers, which may make a library raise anything.
+
+    Args:
+        what: the flag and its value, which a message starts with.
+        load: such as `AutoencoderKL.from_pretrained`, with its arguments.
+
+    Raises:
+        UserError: `what` and the message of the library, or the weights that are missing.
+    """
+    with user_errors(what, Exception):
+        loaded = load(*arguments, **keywords)
+    for module in getattr(loaded, "components", {"": loaded}).values():
+        if hasattr(module, "named_parameters"):
+            missing = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+            if missing:
+                raise UserError(f"{what}: {len(missing)} weights are missing, such as {missing[0]}")
+    return loaded
 
 
 def message_of(error: BaseException) -> str:

@@ -17,9 +17,10 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
-from diffit.errors import UserError
+from diffit.errors import UserError, user_errors
 
 MARK = ".diffit.json"
+CODE_FOLDER = Path(__file__).resolve().parents[1]
 CHECKPOINT_MANIFEST = "manifest.json"
 HASHED_BYTES = 16 * 2**20  # of larger files the size alone is the fingerprint
 SHOWN = 3  # names in a message
@@ -57,22 +58,28 @@ class OutputFolder:
 
     Args:
         folder: need not exist.
-        writer: the script, for the mark and for messages.
+        writer: the script, for the mark and for messages. What other scripts have written there is not this one's.
         flag: that names the folder, for messages.
 
     Raises:
-        UserError: if it is not a folder.
+        UserError: if it is not a folder, or its mark is something else.
 
     Attributes:
         files: our files by their names relative to the folder, with their fingerprints; None while a file is being
             written. A name that ends in `/` stands for everything below that folder, `./` for everything here.
+        unproved: names that are left alone, but are no reason to refuse the folder: the model card of a run of a
+            version without marks, which may have been edited.
     """
 
     def __init__(self, folder: str | Path, writer: str, flag: str = "--output_dir"):
         self.folder, self.writer, self.flag = Path(folder), writer, flag
-        if self.folder.exists() and not self.folder.is_dir():
+        if os.path.lexists(self.folder) and not self.folder.is_dir():
             raise UserError(f"{flag} {folder} is not a folder")
-        self.files: dict[str, str | None] = our_files(self.folder)
+        if (self.folder / MARK).is_dir():
+            raise UserError(f"{flag} {folder}: {MARK} there is a folder, and must be the list of our files")
+        self.files: dict[str, str | None] = our_files(self.folder, writer)
+        is_marked = bool(read_mark(self.folder))
+        self.unproved = set() if is_marked or not self.files else {"README.md", "best/README.md"}
 
     def is_ours(self, name: str) -> bool:
         """Whether a mark proves that a file, by its name relative to the folder, is ours."""
@@ -80,8 +87,21 @@ class OutputFolder:
 
     def is_unchanged(self, name: str) -> bool:
         """Whether a file is ours and still what was written."""
-        recorded = self.files.get(name)
-        return self.is_ours(name) and (recorded is None or recorded == fingerprint(self.folder / name))
+        file, recorded = self.folder / name, self.files.get(name)
+        if not self.is_ours(name) or file.is_symlink() or not file.is_file():
+            return False
+        return recorded is None or recorded == fingerprint(file)
+
+    def create(self) -> None:
+        """Creates the folder.
+
+        Raises:
+            UserError: if that cannot be done, or the folder is that of this code.
+        """
+        if is_code_folder(self.folder):
+            raise UserError(f"{self.flag} {self.folder} is the folder of this code: choose another folder")
+        with user_errors(f"{self.flag} {self.folder}", OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     def check_free(self, names: Iterable[str]) -> None:
         """To be called at the start, before anything slow and before anything is written.
@@ -94,15 +114,13 @@ class OutputFolder:
         """
         foreign, changed = [], []
         for name in names:
-            for found in sorted(self.folder.glob(name)):
-                if found.is_dir() and not found.is_symlink() and not any(files_below(found)):
+            for relative in self._found(name):
+                if relative in self.unproved:
                     continue
-                for file in files_below(found):
-                    relative = file.relative_to(self.folder).as_posix()
-                    if not self.is_ours(relative):
-                        foreign.append(relative)
-                    elif not self.is_unchanged(relative):
-                        changed.append(relative)
+                if not self.is_ours(relative):
+                    foreign.append(relative)
+                elif not self.is_unchanged(relative):
+                    changed.append(relative)
         if foreign:
             raise UserError(
                 f"{self.flag} {self.folder} holds {listed(foreign)}, which {self.writer} did not write and would "
@@ -114,23 +132,42 @@ class OutputFolder:
                 "overwritten: move your version away, or choose another folder"
             )
 
+    def _found(self, name: str) -> Iterator[str]:
+        """Names of the files that stand where a file, a folder or a pattern is to be written."""
+        for parent in list(PurePosixPath(name).parents)[-2::-1]:
+            place = self.folder / parent
+            if os.path.lexists(place) and not place.is_dir():  # a file where a folder is needed
+                yield parent.as_posix()
+                return
+        is_pattern = any(sign in name for sign in "*?[")
+        for found in sorted(self.folder.glob(name)) if is_pattern else [self.folder / name]:
+            if not os.path.lexists(found):
+                continue
+            below = list(files_below(found))
+            if not below and found.suffix:  # an empty folder where a file is needed
+                below = [found]
+            yield from (file.relative_to(self.folder).as_posix() for file in below)
+
     def announce(self, names: Iterable[str]) -> None:
         """Lists files in the mark that are about to be written."""
         self._update({name: None for name in names})
 
     def record(self, names: Iterable[str]) -> None:
-        """Notes the fingerprints of files that have been written."""
-        self._update({name: fingerprint(self.folder / name) for name in names})
+        """Notes the fingerprints of files that have been written; names of which there is no file are struck off."""
+        names = list(names)
+        there = [name for name in names if (self.folder / name).is_file()]
+        self._update({name: fingerprint(self.folder / name) for name in there}, set(names) - set(there))
 
     def forget(self, names: Iterable[str]) -> None:
         """Strikes files off the mark that are no longer there."""
-        self.files = {name: value for name, value in self.files.items() if name not in set(names)}
-        write_mark(self.folder, self.writer, self.files)
+        self._update({}, set(names))
 
-    def _update(self, entries: dict[str, str | None]) -> None:
-        # Another process may have added to the mark meanwhile, as two samplings into one folder do.
-        self.files = {**read_mark(self.folder), **self.files, **entries}
-        write_mark(self.folder, self.writer, self.files)
+    def _update(self, entries: dict[str, str | None], struck_off: Iterable[str] = ()) -> None:
+        # Another process may have changed the mark meanwhile, as two samplings into one folder do.
+        marked = read_mark(self.folder)
+        files = {**marked.get(self.writer, self.files), **entries}
+        self.files = {name: value for name, value in files.items() if name not in struck_off}
+        write_mark(self.folder, marked | {self.writer: self.files})
 
     def write(self, name: str, save: Callable[[Path], object]) -> bool:
         """Writes one file, unless there is one of that name which is not ours or was changed.
@@ -188,16 +225,13 @@ class OutputFolder:
                 for inner in list(files_below(file)):
                     inner.unlink(missing_ok=True)
                 remove_empty_folders(file)
-            elif os.path.lexists(file) and self.is_unchanged(name):
+            elif self.is_unchanged(name):
                 file.unlink()
             for parent in PurePosixPath(name).parents:
                 if parent.as_posix() != ".":
                     with contextlib.suppress(OSError):
                         (self.folder / parent).rmdir()
-        for name in names:
-            if not os.path.lexists(self.folder / name):
-                self.files.pop(name, None)
-        write_mark(self.folder, self.writer, self.files)
+        self.forget([name for name in names if not os.path.lexists(self.folder / name)])
 
 
 def listed(names: list[str]) -> str:
@@ -220,6 +254,11 @@ def remove_empty_folders(path: Path) -> None:
             os.rmdir(folder)
 
 
+def is_code_folder(path: str | Path) -> bool:
+    """Whether a path is the folder of this code."""
+    return Path(path).resolve() == CODE_FOLDER or is_within(path, CODE_FOLDER / "diffit")
+
+
 def is_within(path: str | Path, folder: str | Path) -> bool:
     """Whether a path is a folder or lies below it, with links resolved."""
     return Path(path).resolve().is_relative_to(Path(folder).resolve())
@@ -229,27 +268,27 @@ def is_within(path: str | Path, folder: str | Path) -> bool:
 # Marks
 
 
-def read_mark(folder: Path) -> dict[str, str | None]:
-    """The `files` of a folder's mark (see `OutputFolder`); empty without one, and for one that is not ours."""
+def read_mark(folder: Path) -> dict[str, dict[str, str | None]]:
+    """What a folder's mark lists, by script (see `OutputFolder.files`); empty without one, and if it is damaged."""
     try:
-        files = json.loads((folder / MARK).read_text(encoding="utf-8"))["files"]
-        return dict(files) if isinstance(files, dict) else {}
-    except (OSError, ValueError, TypeError, KeyError):
+        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))["files_written_by"]
+        return {str(writer): dict(files) for writer, files in mark.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
 
 
-def write_mark(folder: Path, writer: str, files: dict[str, str | None]) -> None:
+def write_mark(folder: Path, files: dict[str, dict[str, str | None]]) -> None:
     """Writes a mark; it is there whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{MARK}-{os.getpid()}"
-    temporary.write_text(json.dumps({"written_by": writer, "files": files}, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps({"files_written_by": files}, indent=1) + "\n", encoding="utf-8")
     temporary.replace(folder / MARK)
 
 
 def claim_whole_folder(folder: Path, writer: str) -> None:
     """Creates a folder in which everything is ours, such as one whose name is a checksum of its settings."""
     if not folder.is_dir() or not any(folder.iterdir()):
-        write_mark(folder, writer, {"./": None})
+        write_mark(folder, {writer: {"./": None}})
 
 
 def remove_whole_folder(folder: Path) -> None:
@@ -260,28 +299,43 @@ def remove_whole_folder(folder: Path) -> None:
         remove_empty_folders(folder)
 
 
-def our_files(folder: Path) -> dict[str, str | None]:
-    """What in a folder is ours, by its mark or, for products of versions without marks, by what they hold."""
-    return read_mark(folder) or {name: None for name in _unmarked_products(folder)}
+def our_files(folder: Path, writer: str | None = None) -> dict[str, str | None]:
+    """What in a folder is ours, by its mark or, for products of versions without marks, by what they hold.
+
+    Args:
+        folder: need not exist.
+        writer: one script; None means all of them.
+    """
+    by_writer = read_mark(folder)
+    if not by_writer:
+        for script, name in _unmarked_products(folder):
+            by_writer.setdefault(script, {})[name] = None
+    if writer is not None:
+        return by_writer.get(writer, {})
+    return {name: value for files in by_writer.values() for name, value in files.items()}
 
 
-def _unmarked_products(folder: Path) -> Iterator[str]:
+def _unmarked_products(folder: Path) -> Iterator[tuple[str, str]]:
+    """Scripts and the names of files that versions without marks have written."""
     if (folder / "training_args.yaml").is_file():
-        yield from _unmarked_run(folder)
+        yield from (("train_diffit.py", name) for name in _unmarked_run(folder))
     if (folder / "samples.json").is_file():
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             summary = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
             names = [row["file"] for row in summary["images"] if {"file", "seed", "class"} <= set(row)]
             if names and "arguments" in summary:
-                yield from (*names, "samples.json", "grid.png", "samples.npz")
+                names += ["samples.json", "grid.png", "samples.npz"]
+                yield from (("sample_diffit.py", name) for name in names if (folder / name).is_file())
     if (folder / "latents.json").is_file() and (folder / "data").is_dir():
         with contextlib.suppress(OSError, ValueError, TypeError):
             if "latent_shape" in json.loads((folder / "latents.json").read_text(encoding="utf-8")):
                 shards = [file.name for file in (folder / "data").iterdir()]
-                yield "latents.json"
-                yield from (f"data/{name}" for name in shards if re.fullmatch(r"train-\d+-of-\d+\.parquet", name))
+                names = [f"data/{name}" for name in shards if re.fullmatch(r"train-\d+-of-\d+\.parquet", name)]
+                yield from (("prepare_latents.py", name) for name in ["latents.json", *names])
     if (folder / "settings.json").is_file() and re.fullmatch(r"(features|samples)-[0-9a-f]{8,}", folder.name):
-        yield "./"
+        yield "eval_diffit.py", "./"
+    if (folder / "neighbours.png").is_file() and (folder / "neighbour_distances.png").is_file():
+        yield from (("eval_diffit.py", name) for name in ("neighbours.png", "neighbour_distances.png"))
 
 
 def _unmarked_run(folder: Path) -> Iterator[str]:
@@ -296,8 +350,6 @@ def _unmarked_run(folder: Path) -> Iterator[str]:
         return
     for root in (folder, folder / "best"):
         names = ["training_args.yaml", "model_index.json", "sample_grid.png", "diffit_pipeline.py"]
-        if (root / "README.md").is_file() and "DiffiT" in (root / "README.md").read_text(errors="replace"):
-            names.append("README.md")
         written = r"config\.json|scheduler_config\.json|diffit_model\.py|diffusion_pytorch_model.*\.(safetensors|json)"
         for part in PIPELINE_FOLDERS:
             files = [file for file in files_below(root / part) if re.fullmatch(written, file.name)]
@@ -310,6 +362,8 @@ def _unmarked_run(folder: Path) -> Iterator[str]:
     )
     if (folder / "eval" / "best.json").is_file():
         yield "eval/best.json"
+    logs = files_below(folder / str(arguments.get("logging_dir", "logs")) / "train_diffit")
+    yield from (log.relative_to(folder).as_posix() for log in logs if log.name.startswith("events.out.tfevents."))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,12 +400,16 @@ def is_checkpoint(path: Path) -> bool:
 def remove_checkpoint(path: Path) -> None:
     """Deletes the files that a checkpoint's manifest names, and the folder if nothing else is in it.
 
+    A folder that is not a checkpoint of ours stays as it is.
+
     Raises:
         OSError: if a file cannot be deleted, or the folder is a link to another place.
     """
     if path.is_symlink():
         raise OSError(f"{path} is a link")
-    for name in manifest_files(path):
+    names = manifest_files(path)
+    for name in names:
         (path / name).unlink(missing_ok=True)
-    (path / CHECKPOINT_MANIFEST).unlink(missing_ok=True)
-    remove_empty_folders(path)
+    if names:
+        (path / CHECKPOINT_MANIFEST).unlink(missing_ok=True)
+        remove_empty_folders(path)

@@ -14,7 +14,6 @@ The 561 M parameters of XL/2 (a file of 2.3 GB) take seconds, and 2.3 GB of memo
 import argparse
 import json
 import math
-import pickle
 import re
 import sys
 from pathlib import Path
@@ -27,7 +26,8 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from diffit.command_line import Parser, path_type, run_script  # noqa: E402
-from diffit.errors import UserError, user_errors  # noqa: E402
+from diffit.errors import UserError, load_model, user_errors  # noqa: E402
+from diffit.run_dir import OutputFolder  # noqa: E402
 from diffit_model import DiffiTTransformer2DModel, relative_position_index  # noqa: E402
 
 # What NVIDIA's layout calls otherwise than `DiffiTTransformer2DModel`; the names inside the blocks are the same.
@@ -157,6 +157,8 @@ def nvidia_from_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Ten
         ValueError: if NVIDIA's layout cannot hold this network.
     """
     tensors = rename(weights, {ours: theirs for theirs, ours in OUR_NAMES.items()})
+    if "position_embedding" not in weights:
+        raise UserError("--checkpoint: these are not the weights of a DiffiTTransformer2DModel")
     side = math.isqrt(weights["position_embedding"].shape[1])
     index = relative_position_index((side, side))
     for name in [name for name in tensors if name.endswith("relative_position_bias_table")]:
@@ -191,9 +193,12 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"--checkpoint {path}: expected a .safetensors or .pt file")
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"--checkpoint {path} is damaged, or holds more than tensors: {error}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+    except Exception as error:  # torch's own message advises to load it without the protection
+        raise UserError(
+            f"--checkpoint {path} is damaged, or holds more than tensors ({type(error).__name__})"
+        ) from error
+    is_named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+    if not is_named or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         found = ", ".join(map(str, tensors)) if isinstance(tensors, dict) else type(tensors).__name__
         raise UserError(f"--checkpoint {path} must hold tensors by name, it holds {found}")
     return tensors
@@ -211,7 +216,8 @@ def read_trained_folder(path: Path) -> dict[str, torch.Tensor]:
     files = [path / folder / "diffusion_pytorch_model.safetensors" for folder in ("transformer", "")]
     scheduler_file = path / "scheduler" / "scheduler_config.json"
     if scheduler_file.is_file():
-        scheduler = json.loads(scheduler_file.read_text())
+        with user_errors(f"--checkpoint {path}: {scheduler_file.name} is damaged", ValueError, TypeError):
+            scheduler = dict(json.loads(scheduler_file.read_text()))
         target = scheduler.get("prediction_type"), scheduler.get("beta_schedule")
         if target != ("epsilon", "linear"):  # EDM has no beta_schedule
             raise UserError(
@@ -246,9 +252,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Reads, converts and writes; nothing is written if anything is wrong."""
+    OutputFolder(args.output_dir, Path(__file__).name).create()
     if args.to_nvidia:
         tensors = nvidia_from_weights(read_trained_folder(args.checkpoint))
-        args.output_dir.mkdir(parents=True, exist_ok=True)
         save_file(tensors, args.output_dir / "diffit.safetensors")
         print(f"{len(tensors)} tensors: {args.output_dir / 'diffit.safetensors'}")
         return
@@ -256,8 +262,7 @@ def main(args: argparse.Namespace) -> None:
     model = model_from_nvidia(read_checkpoint(args.checkpoint))
     vae = None
     if args.vae is not None:
-        with user_errors(f"--vae {args.vae}", OSError, ValueError):
-            vae = AutoencoderKL.from_pretrained(args.vae)
+        vae = load_model(f"--vae {args.vae}: cannot load an AutoencoderKL", AutoencoderKL.from_pretrained, args.vae)
         if vae.config.latent_channels != model.config.in_channels:
             raise UserError(
                 f"--vae {args.vae} has {vae.config.latent_channels} latent channels, "

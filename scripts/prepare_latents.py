@@ -151,6 +151,7 @@ def check_metadata(output_dir: Path, metadata: dict) -> None:
     names = [LATENTS_METADATA, *latent_shard_names(metadata["num_images"], metadata["images_per_shard"])]
     folder = OutputFolder(output_dir, Path(__file__).name)
     folder.check_free([LATENTS_METADATA, "data/train-*.parquet"])
+    folder.create()
     (output_dir / "data").mkdir(exist_ok=True)
     if not file.exists():
         folder.announce(names)
@@ -251,6 +252,7 @@ def prepare(accelerator: Accelerator, args: argparse.Namespace) -> None:
     progress.close()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        OutputFolder(output_dir, Path(__file__).name).record([LATENTS_METADATA, *names])
         print(f"{len(table)} images in {len(names)} shards ({len(missing)} of them new): {output_dir}")
 
 

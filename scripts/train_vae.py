@@ -127,6 +127,7 @@ def main(args: argparse.Namespace) -> None:
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     folder = OutputFolder(args.output_dir, Path(__file__).name)
     folder.check_free(("config.json", "*.safetensors"))
+    folder.create()
     table = load_image_table(train_data_dir=args.train_data_dir, train_data_file=args.train_data_file)
     num_channels = detect_num_channels(table)
     training_table, held_out_table = split_table(table, 0.05)
@@ -149,6 +150,7 @@ def main(args: argparse.Namespace) -> None:
     vae.register_to_config(scaling_factor=1 / measure_std(vae, islice(batches, 8)))
     folder.announce(("config.json", "diffusion_pytorch_model.safetensors"))
     vae.save_pretrained(args.output_dir)
+    folder.record(("config.json", "diffusion_pytorch_model.safetensors"))
     psnr = measure_psnr(vae, next(read_batches(held_out_table, args, num_channels)).to(device))
     print(f"{args.output_dir}: scaling factor {vae.config.scaling_factor:.4f}, PSNR of held-out images {psnr:.1f} dB")
 

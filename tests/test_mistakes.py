@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import PIL.Image
 import pytest
 from conftest import ROOT, TINY_CONFIG, run, start
 from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler
+from safetensors.torch import load_file, save_file
 
 import convert_nvidia_checkpoint
 import eval_diffit
@@ -58,6 +60,16 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     for number in range(24):
         PIL.Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(root / "bad" / f"{number}.png")
     (root / "bad" / "3.png").write_text("no image")
+    for name, part in (("half", "unet"), ("half_vae", "")):
+        shutil.copytree(root / {"half": "model", "half_vae": "vae"}[name], root / name)
+        weights = root / name / part / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(weights)
+        save_file(dict(list(tensors.items())[1:]), weights)
+    shutil.copytree(root / "model", root / "truncated")
+    weights = root / "truncated" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    shutil.copytree(root / "model", root / "other")
+    (root / "other" / "unet" / "config.json").write_text("[]")
     (root / "empty").mkdir()
     (root / "file.txt").write_text("text")
     (root / "list.yaml").write_text("- max_train_steps\n")
@@ -68,6 +80,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     (root / "odd.json").write_text(json.dumps(TINY_CONFIG | {"num_attention_heads": 3}))
     (root / "broken.parquet").write_text("PAR1")
     (root / "weights.safetensors").write_text("no tensors")
+    (root / "broken.npz").write_bytes(b"PK")
     return {path.name: path for path in root.iterdir()}
 
 
@@ -101,6 +114,14 @@ TRAIN = [
     ),
     (["--eval_steps=1", "--feature_extractor=nothing"], ["--feature_extractor", "nothing"]),
     (["--global_batch_size=6"], ["--global_batch_size", "6"]),
+    (["--vae_model_name_or_path={half_vae}"], ["--vae_model_name_or_path", "half_vae", "missing"]),
+]
+FINE_TUNING = [
+    ("half", "missing"),
+    ("truncated", "truncated"),
+    ("other", "config.json"),
+    ("vae", "vae"),
+    ("empty", ""),
 ]
 
 
@@ -116,11 +137,24 @@ def test_mistakes_in_training(arguments, words, folders, train_args, capsys):
     assert all(word in line for word in words), line
 
 
+@pytest.mark.parametrize(("source", "word"), FINE_TUNING)
+def test_mistakes_in_fine_tuning(source, word, folders, train_args, capsys):
+    flags = [flag for flag in train_args if not flag.startswith(("--model_config", "--class_conditional"))]
+    flag = "--pretrained_model_name_or_path"
+    line = mistake("train", [*flags, f"{flag}={folders[source]}"], capsys)
+    assert flag in line and source in line and word in line, line
+
+
 SAMPLING = ["--model_path={model}", "--output_dir={out}", "--seeds=0", "--num_inference_steps=2"]
 JUDGING = ["--images={bad}", "--reference={bad}", "--feature_extractor=efficientnet_lite0", "--work_dir={out}"]
 OTHERS = [
     ("sample", [*SAMPLING, "--model_path={absent}"], ["--model_path", "absent"]),
     ("sample", [*SAMPLING, "--model_path={empty}"], ["--model_path", "empty"]),
+    ("sample", [*SAMPLING, "--model_path={half}"], ["--model_path", "half", "missing"]),
+    ("sample", [*SAMPLING, "--model_path={truncated}"], ["--model_path", "truncated"]),
+    ("sample", [*SAMPLING, "--model_path={other}"], ["--model_path", "other"]),
+    ("sample", [*SAMPLING, "--guidance_scale=2", "--guidance_model={half}"], ["--guidance_model", "half"]),
+    ("sample", [*SAMPLING, "--output_dir={file.txt}/below"], ["--output_dir", "file.txt"]),
     ("sample", [*SAMPLING, "--class_labels=cat"], ["--class_labels", "cat"]),
     ("sample", [*SAMPLING, "--seeds=5-1"], ["--seeds", "5-1"]),
     ("sample", [*SAMPLING, "--scheduler=edm_heun"], ["--scheduler", "edm_heun"]),
@@ -131,6 +165,15 @@ OTHERS = [
     ("eval", [*JUDGING, "--images={weights.safetensors}"], ["--images", "weights.safetensors"]),
     ("eval", [*JUDGING, "--work_dir={file.txt}"], ["--work_dir", "file.txt"]),
     ("eval", ["--model_path={absent}", *JUDGING[1:]], ["--model_path", "absent"]),
+    ("eval", ["--model_path={half}", *JUDGING[1:]], ["--model_path", "half", "missing"]),
+    ("eval", ["--model_path={model}", *JUDGING[1:], "--eta=5"], ["--eta", "5"]),
+    ("eval", ["--model_path={model}", *JUDGING[1:], "--guidance_scale=nan"], ["--guidance_scale", "nan"]),
+    ("eval", ["--model_path={model}", *JUDGING[1:], "--num_inference_steps=5000"], ["--num_inference_steps", "5000"]),
+    ("eval", [*JUDGING, "--reference={broken.npz}"], ["--reference", "broken.npz"]),
+    ("eval", [*JUDGING, "--output={file.txt}/r.json"], ["--output", "file.txt"]),
+    ("eval", [*JUDGING, "--plots={file.txt}"], ["--plots", "file.txt"]),
+    ("vae", ["--train_data_dir={bad}", "--output_dir={file.txt}/x"], ["--output_dir", "file.txt"]),
+    ("convert", ["--to_nvidia", "--checkpoint={model}/unet", "--output_dir={out}"], ["--checkpoint"]),
     ("latents", ["--train_data_dir={bad}", "--resolution=9"], ["--resolution", "9"]),
     ("latents", ["--train_data_dir={absent}", "--resolution=8"], ["--train_data_dir", "absent"]),
     ("latents", ["--train_data_file={broken.parquet}", "--resolution=8"], ["broken.parquet"]),

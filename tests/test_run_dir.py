@@ -113,7 +113,7 @@ def test_publishing_keeps_what_someone_changed_and_removes_only_old_parts(tmp_pa
     }
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"files": 3}', '{"other": {}}', "{"])
+@pytest.mark.parametrize("text", ["", "[]", '{"files_written_by": 3}', '{"other": {}}', "{"])
 def test_mark_that_is_not_ours_proves_nothing(text, tmp_path):
     (tmp_path / MARK).write_text(text)
     assert our_files(tmp_path) == {}
@@ -136,6 +136,22 @@ def test_folder_with_foreign_files_of_our_names_is_refused(name, flag, short, tm
     assert contents(tmp_path / "set") == before
 
 
+@pytest.mark.parametrize("name", ["README.md", "previews", "logs", "unet"])
+@pytest.mark.parametrize("kind", ["link", "other"])
+def test_link_or_file_where_the_other_is_needed_is_refused(name, kind, short, tmp_path):
+    (tmp_path / "run").mkdir()
+    place = tmp_path / "run" / name
+    if kind == "link":
+        place.symlink_to(tmp_path / "nowhere")
+    elif name == "README.md":
+        place.mkdir()
+    else:
+        place.write_text("mine")
+    with pytest.raises(UserError, match=rf"--output_dir .*{name}"):
+        train(short)
+    assert place.is_symlink() if kind == "link" else place.exists()
+
+
 def test_foreign_checkpoint_is_neither_deleted_nor_taken_for_ours(short, tmp_path):
     for flag in ("--overwrite_output_dir", "--resume_from_checkpoint=latest"):
         checkpoint = tmp_path / "run" / "checkpoint-1"
@@ -154,6 +170,38 @@ def test_overwriting_keeps_the_users_files(short, tmp_path):
     for _ in range(2):  # where no run has been, and where one has
         train(flags)
         assert_kept(before, tmp_path / "set")
+
+
+def test_overwriting_a_run_keeps_what_others_put_into_its_folders(short, run_folder, tmp_path):
+    mine = ["checkpoint-1/notes.txt", "notes.txt"]
+    for name in mine:
+        (run_folder / name).write_text("mine")
+    shared = tmp_path / "shared" / "train_diffit"
+    shutil.copytree(run_folder / "logs" / "train_diffit", shared)
+    (shared / "events.out.tfevents.999.other").write_text("another run")
+    shutil.rmtree(run_folder / "logs")
+    (run_folder / "logs").symlink_to(tmp_path / "shared")
+    train([*short, "--overwrite_output_dir", "--checkpointing_steps=5"])
+    assert all((run_folder / name).read_text() == "mine" for name in mine)
+    assert (shared / "events.out.tfevents.999.other").read_text() == "another run"
+
+
+def test_foreign_logs_stay(short, tmp_path):
+    logs = tmp_path / "run" / "logs" / "train_diffit"
+    logs.mkdir(parents=True)
+    (logs / "events.out.tfevents.1.mine").write_text("mine")
+    train([*short, "--overwrite_output_dir"])
+    assert (logs / "events.out.tfevents.1.mine").read_text() == "mine"
+
+
+def test_foreign_checkpoint_in_a_run_is_refused_and_stays(short, run_folder):
+    for name in ("manifest.json", "w.bin"):
+        (run_folder / "checkpoint-7").mkdir(exist_ok=True)
+        (run_folder / "checkpoint-7" / name).write_text("{}")
+    for flags in (["--overwrite_output_dir"], ["--resume_from_checkpoint=latest", "--checkpoints_total_limit=1"]):
+        with pytest.raises(UserError, match="--output_dir .*checkpoint-7"):
+            train([*short, "--max_train_steps=2", *flags])
+    assert sorted(contents(run_folder / "checkpoint-7")) == ["manifest.json", "w.bin"]
 
 
 def test_edited_model_card_is_refused_at_the_start_and_kept_while_training(short, run_folder, monkeypatch):
@@ -218,9 +266,11 @@ def test_run_of_a_version_without_marks_is_resumed_and_overwritten(short, run_fo
     assert (run_folder / "checkpoint-2").is_dir()
     (run_folder / MARK).unlink()
     (run_folder / "previews" / "mine.png").write_bytes(b"a picture")
+    (run_folder / "README.md").write_text("perhaps edited: nobody can tell")
     train([*short, "--overwrite_output_dir"])
     assert not (run_folder / "checkpoint-2").exists()
     assert (run_folder / "previews" / "mine.png").read_bytes() == b"a picture"
+    assert (run_folder / "README.md").read_text() == "perhaps edited: nobody can tell"
 
 
 # --- data
@@ -246,6 +296,14 @@ def test_products_below_the_data_are_not_images(has_mark, short, tmp_path, caplo
     train([*flags, "--max_train_steps=2", "--resume_from_checkpoint=latest"])  # still the same data
     index = json.loads((run / "model_index.json").read_text())
     assert list(index["id2label"].values()) == ["cat", "dog"]
+
+
+def test_images_of_the_user_among_products_are_read_and_products_are_not_wherever_the_data_begins(
+    short, run_folder, tmp_path
+):
+    draw_images(run_folder, ["checkpoint-1/photo.png", "previews/photo.png"])
+    assert table_files(tmp_path / "run") == ["checkpoint-1/photo.png", "previews/photo.png"]
+    assert table_files(run_folder / "previews") == ["photo.png"]
 
 
 def test_output_folder_that_is_the_data_folder_keeps_both_apart(short, tmp_path):
@@ -307,6 +365,22 @@ def test_overwriting_samples_deletes_only_samples(model, tmp_path):
     assert (out / "seed_00000001.png").read_bytes() == retouched
 
 
+def test_sampling_into_the_folder_of_a_run_leaves_the_run_alone(short, run_folder):
+    before = {name: data for name, data in contents(run_folder).items() if name != MARK}
+    for _ in range(2):
+        sample(run_folder, run_folder, "--overwrite_output_dir")
+    assert_kept(before, run_folder)
+    train([*short, "--max_train_steps=2", "--resume_from_checkpoint=latest"])
+
+
+def test_second_sampling_adds_to_the_first(model, tmp_path):
+    sample(model, tmp_path / "out")
+    sample(model, tmp_path / "out", "--seeds=7")
+    names = [f"seed_{seed:08d}.png" for seed in (0, 1, 7)]
+    assert [row["file"] for row in json.loads((tmp_path / "out" / "samples.json").read_text())["images"]] == names
+    assert table_files(tmp_path / "out") == names
+
+
 def test_samples_are_data_where_their_folder_is_named_and_nowhere_else(model, tmp_path):
     draw_images(tmp_path / "set", ["1.png"])
     sample(model, tmp_path / "set" / "samples")
@@ -317,14 +391,14 @@ def test_samples_are_data_where_their_folder_is_named_and_nowhere_else(model, tm
 def test_evaluation_overwrites_no_foreign_file_and_its_arrays_are_no_images(model, image_folder, tmp_path):
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "neighbours.png").write_text("mine")
-    (tmp_path / "notes.json").write_text("[1]")
+    (tmp_path / "notes.json").write_text('{"settings": {"editor": 1}}')
     flags = [f"--images={image_folder}", f"--reference={image_folder}", "--feature_extractor=efficientnet_lite0"]
     flags += [f"--work_dir={tmp_path / 'set' / 'work'}", "--num_subsets=2"]
     for flag in (f"--output={tmp_path / 'notes.json'}", f"--plots={tmp_path / 'plots'}"):
         with pytest.raises(UserError, match=flag.split("=")[0]):
             eval_diffit.main(eval_diffit.parse_args([*flags, flag]))
     assert (tmp_path / "plots" / "neighbours.png").read_text() == "mine"
-    assert (tmp_path / "notes.json").read_text() == "[1]"
+    assert (tmp_path / "notes.json").read_text() == '{"settings": {"editor": 1}}'
     result = tmp_path / "metrics.json"
     for _ in range(2):  # results of ours are replaced
         eval_diffit.main(eval_diffit.parse_args([*flags, f"--output={result}"]))
