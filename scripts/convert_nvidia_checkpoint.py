@@ -252,9 +252,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Reads, converts and writes; nothing is written if anything is wrong."""
-    OutputFolder(args.output_dir, Path(__file__).name).create()
+    folder = OutputFolder(args.output_dir, Path(__file__).name)
     if args.to_nvidia:
         tensors = nvidia_from_weights(read_trained_folder(args.checkpoint))
+        folder.create()
         save_file(tensors, args.output_dir / "diffit.safetensors")
         print(f"{len(tensors)} tensors: {args.output_dir / 'diffit.safetensors'}")
         return
@@ -278,6 +279,7 @@ def main(args: argparse.Namespace) -> None:
         clip_sample=False,
     )
     pipeline = DiTPipeline(transformer=model, vae=vae, scheduler=scheduler)
+    folder.create()
     for name, component in pipeline.components.items():
         if component is not None:
             component.save_pretrained(args.output_dir / name)
