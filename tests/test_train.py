@@ -18,6 +18,7 @@ import PIL.Image
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 from conftest import ROOT, TINY_CONFIG, plain_loop, relative_differences, run, start, train
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.optimization import SchedulerType
@@ -26,6 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffit_checkpoint
+import diffit_distributed
 import train_diffit
 from diffit.run_dir import OutputFolder
 from diffit_data import ImageDataset, PositionStream, load_image_table, normalize_pixels, split_table
@@ -238,7 +240,7 @@ def test_global_batch_that_does_not_divide_is_refused(train_args):
 
 def test_world_size_without_a_launcher_is_refused(train_args, monkeypatch):
     # accelerate would take one process for the only one: rank 0 of 1, twice.
-    monkeypatch.setattr(train_diffit, "Accelerator", lambda **kwargs: __import__("accelerate").Accelerator(cpu=False))
+    monkeypatch.setattr(diffit_distributed, "PartialState", lambda **kwargs: PartialState(cpu=False))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes"):
         train(train_args)
