@@ -499,6 +499,7 @@ def test_validation_loss_is_the_same_each_time(train_args, tmp_path):
 def test_validation_loss_has_the_weights_of_the_training_loss(gamma, train_args, image_folder, tmp_path):
     """A network that predicts 0 has the loss w * v^2, with the min-SNR weight w of the training."""
     flags = ["--max_train_steps=1", "--learning_rate=0", "--validation_fraction=0.25", f"--snr_gamma={gamma}"]
+    flags += ["--model_kwargs", "zero_init_output=true"]
     train([*train_args, *flags])
     _, held_out = split_table(load_image_table(train_data_dir=str(image_folder)), 0.25)
     dataset = ImageDataset(held_out, PositionStream(6, seed=0), (8, 8), 3, center_crop=True)
