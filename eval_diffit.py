@@ -648,7 +648,7 @@ def judge(
 
 def describe(args: argparse.Namespace, extractor: FeatureExtractor, shape: tuple[int, int, int]) -> dict:
     """What the figures depend on beside the images."""
-    packages = ("torch", "diffusers", "transformers", "numpy", "pillow")
+    packages = ("diffusers", "transformers", "numpy", "pillow")
     arguments = {key: value for key, value in vars(args).items() if key != "debug"}
     return {
         "feature_extractor": extractor.name,
@@ -656,7 +656,9 @@ def describe(args: argparse.Namespace, extractor: FeatureExtractor, shape: tuple
         "channels_height_width": list(shape),
         "reference": args.reference,
         "arguments": arguments,
-        "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
+        # torch's own spelling names the build, too, such as +cu130; that of its package may not.
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}
+        | {package: version(package) for package in packages},
     }
 
 
