@@ -32,41 +32,36 @@ from diffusers import AutoencoderKL, DDPMScheduler, EDMEulerScheduler, UNet2DMod
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from diffit.command_line import Parser, path_type, run_script
+from diffit.command_line import Parser, path_type, positive_int, resolution_type, run_script
+from diffit.decode import image_size
 from diffit.errors import UserError, load_model, user_errors
-from diffit.run_dir import OutputFolder
-from diffit.sampling import check_sampling_flags
-from diffit_data import (
-    ImageTable,
-    PositionStream,
-    detect_num_channels,
-    image_size,
-    listed_samples,
-    load_image_table,
-    positive_int,
-    resolution_type,
-)
-from diffit_distributed import join_processes, on_all_processes, on_main_process
-from diffit_loss import build_network_inputs, compute_loss
-from diffit_metrics import (
+from diffit.features import (
     EXTRACTORS,
+    FeatureExtractor,
+    TableImages,
+    extract_features,
+    fill_array,
+    load_extractor,
+    settings_folder,
+    weights_digest,
+)
+from diffit.formulations import build_network_inputs, compute_loss
+from diffit.metrics import (
     FEWEST_IMAGES,
     INCEPTION_SPLITS,
     METRICS,
     NEAREST,
-    FeatureExtractor,
     FeatureSet,
-    TableImages,
     compare,
     compare_classes,
-    extract_features,
-    fill_array,
-    load_extractor,
     nearest,
-    settings_folder,
     shuffled_parts,
-    weights_digest,
 )
+from diffit.processes import join_processes, on_all_processes, on_main_process
+from diffit.run_dir import OutputFolder
+from diffit.sampling import check_sampling_flags
+from diffit.sources import ImageTable, detect_num_channels, listed_samples, load_image_table
+from diffit.stream import PositionStream
 from diffit_model import choose_attention_backend, model_class, set_attention_backend
 from diffit_pipeline import (
     EDM_SCHEDULERS,
@@ -633,7 +628,7 @@ def measure_model(
 def judge(
     args: argparse.Namespace, measured: Measured, reference: FeatureSet, reference_probabilities: np.ndarray | None
 ) -> dict[str, dict]:
-    """The metrics of --metrics for one set of images; see `diffit_metrics.compare`."""
+    """The metrics of --metrics for one set of images; see `diffit.metrics.compare`."""
     device = reference.mean.device
     names = [name for name in args.metrics if name != "inception_score"]
     result = compare(names, feature_set(measured.features, device), reference, args.num_subsets) if names else {}

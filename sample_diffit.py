@@ -26,13 +26,13 @@ from accelerate import PartialState
 from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin
 from tqdm.auto import tqdm
 
-from diffit.command_line import Parser, path_type, run_script
+from diffit.command_line import Parser, path_type, positive_int, run_script
 from diffit.errors import UserError, load_model, user_errors
+from diffit.features import weights_digest
+from diffit.processes import join_processes, on_main_process
 from diffit.run_dir import OutputFolder
 from diffit.sampling import check_sampling_flags
-from diffit_data import listed_samples, positive_int
-from diffit_distributed import join_processes, on_main_process
-from diffit_metrics import weights_digest
+from diffit.sources import listed_samples
 from diffit_model import choose_attention_backend, model_class, set_attention_backend
 from diffit_pipeline import (
     EDM_SCHEDULERS,

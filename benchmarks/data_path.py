@@ -32,19 +32,16 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train_diffit  # noqa: E402
-from diffit_data import (  # noqa: E402
+from diffit.decode import decode_pixels, normalize_pixels  # noqa: E402
+from diffit.latents import LatentDataset, LatentTable, latent_features  # noqa: E402
+from diffit.sources import load_image_table  # noqa: E402
+from diffit.stream import (  # noqa: E402
     DIFFUSION,
     ImageDataset,
-    LatentDataset,
-    LatentTable,
     PositionStream,
     StreamBatchSampler,
     StreamDataset,
     collate,
-    decode_pixels,
-    latent_features,
-    load_image_table,
-    normalize_pixels,
     position_generator,
 )
 

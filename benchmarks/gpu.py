@@ -26,8 +26,24 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from diffit_checkpoint import TrainingState  # noqa: E402
-from diffit_loss import compute_loss, spread_non_finite  # noqa: E402
+from diffit.batches import LEVEL_BINS, diffuse  # noqa: E402
+from diffit.config import build_parser  # noqa: E402
+from diffit.formulations import (  # noqa: E402
+    build_noise_scheduler,  # noqa: E402
+    compute_loss,
+    spread_non_finite,
+)
+from diffit.logs import add_to_bins, peak_memory  # noqa: E402
+from diffit.networks import noise_shape, set_up_model, training_flops_per_image  # noqa: E402
+from diffit.optimization import (  # noqa: E402
+    StepGuard,
+    TrainingState,  # noqa: E402
+    build_ema,
+    build_lr_scheduler,
+    build_optimizer,
+    complete_step,
+)
+from diffit.plan import resolve_diffusion  # noqa: E402
 from diffit_model import model_class  # noqa: E402
 from gpu_checks import (  # noqa: E402
     BACKENDS,
@@ -45,23 +61,6 @@ from gpu_checks import (  # noqa: E402
     read_cases,
     reason,
     why_not,
-)
-from train_diffit import (  # noqa: E402
-    LEVEL_BINS,
-    StepGuard,
-    add_to_bins,
-    build_ema,
-    build_lr_scheduler,
-    build_noise_scheduler,
-    build_optimizer,
-    build_parser,
-    complete_step,
-    diffuse,
-    noise_shape,
-    peak_memory,
-    resolve_diffusion,
-    set_up_model,
-    training_flops_per_image,
 )
 
 PEAKS = {  # dense FLOP/s in bf16, of NVIDIA's data sheets

@@ -15,6 +15,9 @@ from torch.utils._triton import has_triton
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from diffit.config import build_parser  # noqa: E402
+from diffit.networks import noise_shape  # noqa: E402
+from diffit.optimization import build_optimizer  # noqa: E402
 from diffit_model import (  # noqa: E402
     MAX_WINDOWS,
     TimeDependentSelfAttention,
@@ -22,7 +25,6 @@ from diffit_model import (  # noqa: E402
     model_class,
     set_attention_backend,
 )
-from train_diffit import build_optimizer, build_parser, noise_shape  # noqa: E402
 
 BACKENDS = ("native", "xformers", "flex")
 # Largest deviation from float64 that is right, as a share of the largest value of that tensor.

@@ -22,6 +22,11 @@ from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from diffit.networks import build_model, noise_shape, read_model_config, set_up_model
+from diffit.optimization import build_optimizer
+from diffit.plan import build_accelerator, resolve_model_config
+from diffit.sources import load_image_table
+
 # What is heavy is imported by the sides: the memory of a process counts from that of the one that started it.
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "data/noto_emoji_32.parquet"
@@ -104,13 +109,13 @@ def run_bare(connection: Connection, config: str, num_turns: int, folder: str) -
     import train_diffit
 
     args = train_diffit.parse_args(script_flags(config, num_turns, folder))
-    accelerator = train_diffit.build_accelerator(args)
-    data = train_diffit.load_image_table(train_data_file=args.train_data_file)
-    resolved = train_diffit.resolve_model_config(args, train_diffit.read_model_config(args), data)
-    model = train_diffit.build_model(resolved)
-    train_diffit.set_up_model(accelerator, args, model)
-    optimizer = train_diffit.build_optimizer(args, model)
-    images = torch.randn(BATCH_SIZE, *train_diffit.noise_shape(resolved))
+    accelerator = build_accelerator(args)
+    data = load_image_table(train_data_file=args.train_data_file)
+    resolved = resolve_model_config(args, read_model_config(args), data)
+    model = build_model(resolved)
+    set_up_model(accelerator, args, model)
+    optimizer = build_optimizer(args, model)
+    images = torch.randn(BATCH_SIZE, *noise_shape(resolved))
     timesteps = torch.randint(0, 1000, (BATCH_SIZE,))
     labels = torch.randint(0, len(data.class_names), (BATCH_SIZE,))
     turns = Turns(connection)

@@ -38,9 +38,11 @@ RESULTS = ROOT / "benchmarks/results"
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import eval_diffit  # noqa: E402
+from diffit.config import parse_args  # noqa: E402
+from diffit.networks import training_flops_per_image  # noqa: E402
+from diffit.optimization import HalfLifeEMA, build_optimizer  # noqa: E402
 from diffit_model import model_class  # noqa: E402
 from diffit_pipeline import EDM_SCHEDULERS  # noqa: E402
-from train_diffit import HalfLifeEMA, build_optimizer, parse_args, training_flops_per_image  # noqa: E402
 
 SEEDS = (0, 1, 2)
 BATCH_SIZE = 32

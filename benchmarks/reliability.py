@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train_diffit  # noqa: E402
-from diffit_data import AUGMENTATION, DIFFUSION, position_generator  # noqa: E402
+from diffit.stream import AUGMENTATION, DIFFUSION, position_generator  # noqa: E402
 
 BATCH_SIZE, SHAPE = 64, (3, 32, 32)
 

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from diffit.networks import noise_shape, training_flops_per_image  # noqa: E402
 from diffit_model import model_class  # noqa: E402
-from train_diffit import noise_shape, training_flops_per_image  # noqa: E402
 
 DOCUMENT = ROOT / "docs/scaling.md"
 GPUS = (8, 64, 512)

@@ -28,11 +28,12 @@ from torch.utils.benchmark import Timer
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+from diffit.networks import noise_shape, training_flops_per_image  # noqa: E402
+from diffit.optimization import HalfLifeEMA  # noqa: E402
 from diffit_model import model_class  # noqa: E402
 from diffit_pipeline import DiffiTPipeline  # noqa: E402
 from loop import GIVE_BACK, KEEP  # noqa: E402
 from plain_models import by_the_letter  # noqa: E402
-from train_diffit import HalfLifeEMA, noise_shape, training_flops_per_image  # noqa: E402
 
 MATRIX = 2048
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mkldnn_convolution", "convolution_backward")

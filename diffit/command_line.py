@@ -3,6 +3,7 @@
 
 import argparse
 import atexit
+import math
 import multiprocessing
 import os
 import re
@@ -58,6 +59,38 @@ def path_type(text: str) -> str:
     if expanded.startswith("~"):
         raise argparse.ArgumentTypeError(f"{text!r}: no such user; ./{text} is the folder of that name")
     return expanded
+
+
+def positive_int(text: str) -> int:
+    """An int from 1 up."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def resolution_type(text: str) -> tuple[int, int]:
+    """An argparse type: height and width in pixels from `N` or `HxW`."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not match or 0 in (size := (int(match[1]), int(match[2] or match[1]))):
+        raise argparse.ArgumentTypeError(f"expected N or HxW with positive numbers, got {text!r}")
+    return size
+
+
+def number_type(kind: type, minimum: float, maximum: float = math.inf, open_ends: bool = False):
+    """An argparse type: an int or a float in [minimum, maximum], or between the two if `open_ends`."""
+
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {text!r}") from None
+        inside = minimum < value < maximum if open_ends else minimum <= value <= maximum and math.isfinite(value)
+        if not inside:
+            limits = f"{minimum} and {maximum}" + (", both excluded" if open_ends else "")
+            raise argparse.ArgumentTypeError(f"{value} is not between {limits}")
+        return value
+
+    return parse
 
 
 def run_script(parse_args: Callable[[], argparse.Namespace], main: Callable[[argparse.Namespace], None]) -> None:

@@ -20,6 +20,12 @@ class UserError(ValueError):
     raised_in = "node"
 
 
+class BadImageError(UserError):
+    """An image that cannot be read as asked; the message names its file."""
+
+    raised_in = "process"  # the others read other images
+
+
 class RunError(RuntimeError):
     """A run cannot continue although nothing was asked wrongly: a full disk, a diverged training. Exit code 1."""
 

@@ -47,25 +47,22 @@ from diffusers import AutoencoderKL
 from torch.utils.data import BatchSampler, DataLoader
 from tqdm.auto import tqdm
 
-from diffit.command_line import Parser, path_type, run_script
-from diffit.errors import UserError, user_errors
-from diffit.run_dir import OutputFolder
-from diffit_data import (
+from diffit.command_line import Parser, path_type, resolution_type, run_script
+from diffit.decode import decode_image
+from diffit.errors import BadImageError, UserError, user_errors
+from diffit.latents import (
     LATENTS_METADATA,
-    BadImageError,
-    ImageTable,
-    decode_image,
-    detect_num_channels,
     encode_moments,
     latent_features,
     latent_shard_names,
-    load_image_table,
     load_vae,
-    resolution_type,
     vae_description,
     vae_latent_shape,
 )
-from diffit_distributed import OutputDirLock, check_agreement, join_processes, on_all_processes, on_main_process
+from diffit.lock import OutputDirLock
+from diffit.processes import check_agreement, join_processes, on_all_processes, on_main_process
+from diffit.run_dir import OutputFolder
+from diffit.sources import ImageTable, detect_num_channels, load_image_table
 
 logger = logging.getLogger("prepare_latents")
 

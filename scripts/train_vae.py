@@ -30,20 +30,11 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffit.command_line import Parser, path_type, run_script
+from diffit.command_line import Parser, path_type, positive_int, run_script
+from diffit.decode import normalize_pixels
 from diffit.run_dir import OutputFolder
-from diffit_data import (
-    ImageDataset,
-    ImageTable,
-    PositionStream,
-    StreamBatchSampler,
-    collate,
-    detect_num_channels,
-    load_image_table,
-    normalize_pixels,
-    positive_int,
-    split_table,
-)
+from diffit.sources import ImageTable, detect_num_channels, load_image_table
+from diffit.stream import ImageDataset, PositionStream, StreamBatchSampler, collate, split_table
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

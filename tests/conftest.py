@@ -151,7 +151,9 @@ def plain_loop(
     """
     import torch
 
-    from diffit_data import ImageDataset, PositionStream, load_image_table, normalize_pixels
+    from diffit.decode import normalize_pixels
+    from diffit.sources import load_image_table
+    from diffit.stream import ImageDataset, PositionStream
     from diffit_model import DiffiTUNet2DModel
 
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffit_augment import NUM_AUGMENT_LABELS, NUM_AUGMENT_NUMBERS, augment, draw_augmentation
+from diffit.augment import NUM_AUGMENT_LABELS, NUM_AUGMENT_NUMBERS, augment, draw_augmentation
 
 # Numbers that, at a probability of 0.5, do nothing, and the entries that let each transform happen.
 NOTHING = [0.9] * 8 + [0.7, -0.8, 0.9, -0.6]

@@ -18,7 +18,7 @@ import loop  # noqa: E402
 import quality  # noqa: E402
 import quality_report  # noqa: E402
 import same_numbers  # noqa: E402
-from train_diffit import training_flops_per_image  # noqa: E402
+from diffit.networks import training_flops_per_image  # noqa: E402
 
 
 def test_cost_to_reach_is_straight_in_logarithms():

@@ -1,5 +1,5 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""`diffit_data.py`: the stream of positions, every source of images, decoding, and the tensors for training.
+"""Sources of images, decoding, the stream of positions, and the tensors for training.
 
 The images are constant grey, noise or simple patterns, written into `tmp_path`, so that what is read can be compared
 with what was written. Grey level g of 0..255 is g / 127.5 - 1 in [-1, 1]. Where no tolerance stands, equality is
@@ -21,21 +21,17 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from torch.utils.data import DataLoader
 
-from diffit_data import (
+from diffit.decode import decode_image, decode_pixels, normalize_pixels
+from diffit.errors import BadImageError
+from diffit.sources import ImageTable, detect_num_channels, load_image_table
+from diffit.stream import (
     AUGMENTATION,
     DIFFUSION,
     PERMUTATION,
-    BadImageError,
     ImageDataset,
-    ImageTable,
     PositionStream,
     StreamBatchSampler,
     collate,
-    decode_image,
-    decode_pixels,
-    detect_num_channels,
-    load_image_table,
-    normalize_pixels,
     position_generator,
     split_table,
 )

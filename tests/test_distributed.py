@@ -14,7 +14,9 @@ import pytest
 from conftest import ROOT, start, train
 
 import train_diffit
-from diffit_distributed import OutputDirLock
+from diffit.checkpoint import save_checkpoint
+from diffit.launcher import EXIT_STOPPED
+from diffit.lock import OutputDirLock
 
 # --- one run for one folder
 
@@ -155,7 +157,7 @@ def test_only_one_of_many_takes_a_folder_that_a_dead_run_left(tmp_path):
 
 def test_run_that_lost_its_folder_writes_no_checkpoint(train_args, tmp_path, monkeypatch):
     """As after a long standstill, in which another run took over."""
-    original = train_diffit.save_checkpoint
+    original = save_checkpoint
 
     def steal(*arguments):
         (tmp_path / "run/.running").write_text('{"token": "thief", "pid": 7, "host": "node7"}')
@@ -179,7 +181,7 @@ def test_second_run_on_one_folder_is_refused_and_the_first_goes_on(base_args, tm
     assert first.poll() is None
     first.terminate()
     first.communicate(timeout=60)
-    assert first.returncode == train_diffit.EXIT_STOPPED
+    assert first.returncode == EXIT_STOPPED
     assert not (tmp_path / "run/.running").exists()
 
 

@@ -21,25 +21,29 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import poly_mmd
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
 
-import diffit_metrics
 import eval_diffit
-from diffit_data import image_size, load_image_table
-from diffit_metrics import (
+from diffit.decode import image_size
+from diffit.features import (
+    CLIP_MEAN,
+    CLIP_STD,
     FeatureExtractor,
-    FeatureSet,
     TableImages,
-    compare,
-    compare_classes,
     extract_features,
     fill_array,
+    load_extractor,
+    prepare,
+)
+from diffit.metrics import (
+    FeatureSet,
+    compare,
+    compare_classes,
     frechet_distance,
     inception_score,
     kernel_distance,
-    load_extractor,
     precision_recall,
-    prepare,
     shuffled_parts,
 )
+from diffit.sources import load_image_table
 from diffit_model import DiffiTUNet2DModel, model_class
 from diffit_pipeline import DiffiTPipeline
 
@@ -109,7 +113,7 @@ def test_frechet_distance_takes_statistics_for_features():
 
 
 def test_kernel_distance_equals_a_loop_over_pairs(monkeypatch):
-    monkeypatch.setattr(diffit_metrics, "ROWS_AT_ONCE", 7)  # several blocks, the last one smaller
+    monkeypatch.setattr("diffit.metrics.ROWS_AT_ONCE", 7)  # several blocks, the last one smaller
     x, y = normal(20, 5), normal(16, 5, seed=1) + 0.3
 
     def mean_kernel(first, second, same):
@@ -135,7 +139,7 @@ def test_kernel_distance_is_the_expectation_of_that_of_subsets():
 
 
 def test_precision_and_recall_equal_a_loop_over_pairs(monkeypatch):
-    monkeypatch.setattr(diffit_metrics, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("diffit.metrics.ROWS_AT_ONCE", 7)
     images, reference = normal(40, 3).numpy(), normal(50, 3, seed=1).numpy() * 0.8 + 0.8
 
     def radius(point, others):  # the first of the sorted distances is that to itself
@@ -298,7 +302,7 @@ def test_clip_gives_projected_embeddings_at_its_own_size(tmp_path):
     network.save_pretrained(tmp_path)
     images = random_images(2, 32)
     features = load_extractor("clip", CPU, feature_model=str(tmp_path))(images)
-    pixels = prepare(images, 56, diffit_metrics.CLIP_MEAN, diffit_metrics.CLIP_STD)
+    pixels = prepare(images, 56, CLIP_MEAN, CLIP_STD)
     with torch.no_grad():
         expected = network.visual_projection(network.vision_model(pixels).pooler_output)
     torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)

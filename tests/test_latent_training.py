@@ -17,8 +17,10 @@ from test_train import assert_same_files, losses
 from torch.distributions import Normal, kl_divergence
 
 import convert_nvidia_checkpoint
-from diffit_data import ImageDataset, PositionStream, collate, load_image_table, normalize_pixels
-from diffit_loss import compute_loss, variance_bound
+from diffit.decode import normalize_pixels
+from diffit.formulations import compute_loss, variance_bound
+from diffit.sources import load_image_table
+from diffit.stream import ImageDataset, PositionStream, collate
 from diffit_model import DiffiTTransformer2DModel, model_class
 from diffit_pipeline import DiffiTPipeline
 

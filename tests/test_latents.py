@@ -1,5 +1,5 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Latents: `scripts/prepare_latents.py`, what `diffit_data.py` makes of them, and `scripts/train_vae.py`.
+"""Latents: `scripts/prepare_latents.py`, `diffit/latents.py`, and `scripts/train_vae.py`.
 
 The VAEs are tiny real ones: 24 colour images of 8 x 8 pixels become latents of 4 x 4 x 4. Where no tolerance stands,
 equality is exact.
@@ -23,26 +23,20 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 import prepare_latents
 import train_vae
-from diffit_data import (
-    DIFFUSION,
-    BadImageError,
-    ImageDataset,
+from diffit.decode import decode_image, normalize_pixels
+from diffit.errors import BadImageError
+from diffit.latents import (
     LatentDataset,
     LatentTable,
-    PositionStream,
-    collate,
-    decode_image,
     encode_moments,
-    load_image_table,
     load_latent_table,
     load_vae,
-    normalize_pixels,
-    position_generator,
     sample_latents,
-    split_table,
     vae_description,
     vae_latent_shape,
 )
+from diffit.sources import load_image_table
+from diffit.stream import DIFFUSION, ImageDataset, PositionStream, collate, position_generator, split_table
 
 NUM_IMAGES = 24
 SHARDS = [f"train-0000{number}-of-00003.parquet" for number in range(3)]

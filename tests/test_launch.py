@@ -16,6 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import sample_diffit
 import train_diffit
+from diffit.config import build_parser
+from diffit.networks import read_model_config
 from diffit_model import DiffiTModelMixin, DiffiTUNet2DModel, model_class
 
 ACCELERATE = sorted((ROOT / "configs/accelerate").glob("*.yaml"))
@@ -91,7 +93,7 @@ def test_misspelt_flag_ends_the_script_with_its_name():
 @pytest.mark.parametrize("file", sorted((ROOT / "configs/train").glob("*.yaml")), ids=lambda file: file.stem)
 def test_train_config_is_accepted_and_documented(file):
     args = train_diffit.parse_args(["--config", str(file)])
-    config = train_diffit.read_model_config(args)
+    config = read_model_config(args)
     assert issubclass(model_class(config), DiffiTModelMixin)
     header = file.read_text().split("\nmodel_config")[0]
     assert all(line.startswith("#") for line in header.splitlines())
@@ -129,7 +131,7 @@ def test_sample_command_of_the_readme_is_accepted(arguments):
 
 
 def test_flags_in_the_tables_of_the_readme_exist():
-    parsers = (train_diffit.build_parser(), sample_diffit.build_parser())
+    parsers = (build_parser(), sample_diffit.build_parser())
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     known |= {"--multi_gpu", "--num_processes", "--nproc_per_node"}  # of the launchers
     rows = re.findall(r"^\| `--.*\|$", (ROOT / "README.md").read_text(), re.MULTILINE)

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from test_train import STATES, assert_same_files, logged, refusal
 
 import eval_diffit
-import train_diffit
-from diffit_checkpoint import ema_weights
-from diffit_data import ImageDataset, PositionStream, load_image_table
-from diffit_loss import build_network_inputs, build_noise_levels, compute_loss
+from diffit.formulations import build_network_inputs, build_noise_levels, compute_loss
+from diffit.optimization import HalfLifeEMA, InPlaceEMA, ema_weights
+from diffit.sources import load_image_table
+from diffit.stream import ImageDataset, PositionStream
 from diffit_model import DiffiTUNet2DModel, model_class
 from diffit_pipeline import DiffiTPipeline
 
@@ -96,7 +96,7 @@ def weights_and_averages(num_steps: int) -> tuple[list[torch.Tensor], list[torch
     parameters = [torch.nn.Parameter(torch.randn(64, 32)) for _ in range(3)]
     parameters[1].requires_grad_(False)
     options = {"use_ema_warmup": True, "inv_gamma": 1.0, "power": 0.75}
-    ours = train_diffit.InPlaceEMA(parameters, **options)
+    ours = InPlaceEMA(parameters, **options)
     theirs = EMAModel(parameters, **options)
     for _ in range(num_steps):
         for parameter in parameters[::2]:
@@ -118,17 +118,17 @@ def test_average_in_place_is_that_of_diffusers(num_steps):
 def test_average_is_updated_without_a_second_copy():
     parameters = [torch.nn.Parameter(torch.zeros(1000)) for _ in range(8)]
     allocated = {}
-    for ema in (train_diffit.InPlaceEMA(parameters), EMAModel(parameters, foreach=True)):
+    for ema in (InPlaceEMA(parameters), EMAModel(parameters, foreach=True)):
         with torch.profiler.profile(profile_memory=True) as profiler:
             ema.step(parameters)
         allocated[type(ema)] = max(event.self_cpu_memory_usage for event in profiler.events())
     assert allocated[EMAModel] >= 4000  # what is measured is there to be found
-    assert allocated[train_diffit.InPlaceEMA] < 100
+    assert allocated[InPlaceEMA] < 100
 
 
 def test_average_is_put_into_the_network_and_back_without_a_copy():
     model = torch.nn.Linear(4, 4)
-    ema = train_diffit.InPlaceEMA(model.parameters())
+    ema = InPlaceEMA(model.parameters())
     with torch.no_grad():
         model.weight.fill_(2.0)
     weight, average = model.weight.data_ptr(), ema.shadow_params[0].data_ptr()
@@ -142,7 +142,7 @@ def test_average_is_put_into_the_network_and_back_without_a_copy():
 def test_average_counts_half_after_its_half_life():
     """A weight that jumps from 0 to 1 after the ramp-up: half of it after half_life images, 3/4 after twice that."""
     parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    ema = train_diffit.HalfLifeEMA([parameter], half_life=800, ramp_up=0.5, batch_size=8)
+    ema = HalfLifeEMA([parameter], half_life=800, ramp_up=0.5, batch_size=8)
     for _ in range(1000):
         ema.step([parameter])
     parameter.data.fill_(1.0)
@@ -153,7 +153,7 @@ def test_average_counts_half_after_its_half_life():
 
 
 def test_half_life_ramps_up_with_the_images_seen():
-    ema = train_diffit.HalfLifeEMA([torch.nn.Parameter(torch.zeros(1))], half_life=1e6, ramp_up=0.05, batch_size=64)
+    ema = HalfLifeEMA([torch.nn.Parameter(torch.zeros(1))], half_life=1e6, ramp_up=0.05, batch_size=64)
     for step in (1, 10, 1000):
         assert ema.get_decay(step) == pytest.approx(0.5 ** (64 / (0.05 * 64 * step)))
     assert ema.get_decay(10**9) == pytest.approx(0.5 ** (64 / 1e6))
@@ -296,7 +296,8 @@ def test_too_few_images_to_compare_with_are_refused_before_anything_is_deleted(t
 
 
 def test_metric_equals_that_of_the_same_images_drawn_by_hand(train_args, tmp_path):
-    from diffit_metrics import FeatureSet, TableImages, frechet_distance
+    from diffit.features import TableImages
+    from diffit.metrics import FeatureSet, frechet_distance
 
     train([*train_args, *EVAL, "--max_train_steps=2"])
     table = load_image_table(train_data_dir=[a for a in train_args if "train_data_dir" in a][0].split("=")[1])

@@ -12,8 +12,9 @@ import pytest
 from conftest import run, start
 from test_train import STATES, assert_same_files
 
-import diffit_distributed
 import train_diffit
+from diffit.plan import build_accelerator
+from diffit.processes import join_slurm_step
 
 STEPS = 400
 TORCHRUN = ["-m", "torch.distributed.run"]
@@ -46,7 +47,7 @@ def slurm_task(monkeypatch, tmp_path):
 
 
 def launch_variables() -> dict[str, str | None]:
-    diffit_distributed.join_slurm_step()
+    join_slurm_step()
     return {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
 
 
@@ -91,19 +92,19 @@ def test_batch_script_stays_alone(slurm_task):
 def test_world_size_that_disagrees_with_srun_is_refused(slurm_task):
     slurm_task.setenv("WORLD_SIZE", "8")
     with pytest.raises(ValueError, match="WORLD_SIZE is 8, but srun started 4 tasks"):
-        diffit_distributed.join_slurm_step()
+        join_slurm_step()
 
 
 def test_missing_scontrol_is_told_with_what_helps(slurm_task):
     slurm_task.setenv("PATH", "")
     with pytest.raises(ValueError, match=r"first node of gpu\[07-08\].*export it as MASTER_ADDR"):
-        diffit_distributed.join_slurm_step()
+        join_slurm_step()
 
 
 def test_failing_scontrol_is_told_with_what_helps(slurm_task):
     slurm_task.setenv("SLURM_STEP_NODELIST", "gpu[07-")
     with pytest.raises(ValueError, match=r"first node of gpu\[07-.*export it as MASTER_ADDR"):
-        diffit_distributed.join_slurm_step()
+        join_slurm_step()
 
 
 # --- processes that do not see each other
@@ -137,7 +138,7 @@ def new_store(monkeypatch) -> None:
 def test_restarts_that_may_fail_are_warned_of(train_args, monkeypatch, caplog):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    train_diffit.build_accelerator(train_diffit.parse_args(train_args))
+    build_accelerator(train_diffit.parse_args(train_args))
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in caplog.text
 
 

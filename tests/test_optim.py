@@ -8,8 +8,8 @@ import torch
 from conftest import TINY_CONFIG
 from torch import nn
 
+from diffit.optimization import ITERATIONS, A, B, C, MuonAdamW, matrices_of_blocks, orthogonalize
 from diffit_model import DiffiTUNet2DModel
-from diffit_optim import ITERATIONS, A, B, C, MuonAdamW, matrices_of_blocks, orthogonalize
 
 ADAMW = {"betas": (0.9, 0.99), "weight_decay": 0.1, "eps": 1e-8}
 

@@ -24,11 +24,11 @@ from conftest import ROOT, TINY_CONFIG, train
 from test_train import STATES, assert_same_files
 from torch.distributed import TCPStore
 
-import diffit_distributed
-import train_diffit
 from diffit import launcher
-from diffit_distributed import StopRequest, meet
-from train_diffit import EXIT_STOPPED
+from diffit.checkpoint import checkpoint_problem
+from diffit.launcher import EXIT_STOPPED
+from diffit.processes import STOP_SIGNALS, StopRequest, meet
+from diffit.run_dir import list_checkpoints, step_of
 
 KILLS = int(os.environ.get("KILLS", 10))
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -147,9 +147,9 @@ def test_launcher_killed_while_training_leaves_a_checkpoint_and_a_free_folder(tr
     run = start([sys.executable, *ACCELERATE, "train_diffit.py", *train_args, *flags, "--max_train_steps=100000"])
     run.wait_for((tmp_path / "run/checkpoint-10").exists)
     assert run.kill() < 30
-    last = train_diffit.list_checkpoints(tmp_path / "run")[-1]
-    assert f"stopped at step {train_diffit.step_of(last)};" in run.log.read_text()
-    last_step = train_diffit.step_of(last) + 1
+    last = list_checkpoints(tmp_path / "run")[-1]
+    assert f"stopped at step {step_of(last)};" in run.log.read_text()
+    last_step = step_of(last) + 1
     train([*train_args, f"--max_train_steps={last_step}", "--resume_from_checkpoint=latest"])
 
 
@@ -201,7 +201,7 @@ def test_end_of_the_shell_does_not_stop_a_training_without_a_launcher(train_args
     run.wait_for((tmp_path / "run/checkpoint-10").exists)
     run.process.kill()
     run.process.wait()
-    step = train_diffit.step_of(train_diffit.list_checkpoints(tmp_path / "run")[-1])
+    step = step_of(list_checkpoints(tmp_path / "run")[-1])
     deadline = time.monotonic() + 30
     while not (tmp_path / f"run/checkpoint-{step + 20}").exists():
         assert run.alive() and time.monotonic() < deadline, run.log.read_text()
@@ -322,7 +322,7 @@ def test_signal_before_the_training_ends_a_process_that_waits_in_torch(monkeypat
 
 def test_process_that_waits_in_torch_ends_by_itself_once_the_launcher_is_gone(monkeypatch):
     monkeypatch.setattr(StopRequest, "LAST_SECONDS", 1)
-    monkeypatch.setattr(diffit_distributed, "launcher_is_gone", lambda: True)
+    monkeypatch.setattr("diffit.processes.launcher_is_gone", lambda: True)
 
     def wait(ready: Callable[[], None]) -> None:
         StopRequest().begin()
@@ -351,13 +351,13 @@ def test_signal_to_a_forked_process_is_not_its_parents(monkeypatch):
 
 def test_closed_stop_request_gives_everything_back():
     earlier, threads = signal.set_wakeup_fd(-1), psutil.Process().num_threads()
-    handlers = [signal.getsignal(number) for number in diffit_distributed.STOP_SIGNALS]
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
     stop = StopRequest()
     stop.close()
     stop.close()
     time.sleep(0.2)
     assert signal.set_wakeup_fd(earlier) == -1
-    assert handlers == [signal.getsignal(number) for number in diffit_distributed.STOP_SIGNALS]
+    assert handlers == [signal.getsignal(number) for number in STOP_SIGNALS]
     assert psutil.Process().num_threads() <= threads
 
 
@@ -420,8 +420,8 @@ def test_launcher_killed_alone_at_any_moment_leaves_no_process_and_the_same_weig
         since_start, processes = time.monotonic() - run.started, len(run.alive())
         seconds = run.kill()
         assert "another run works there" not in run.log.read_text()
-        complete = [c for c in train_diffit.list_checkpoints(run_dir) if not train_diffit.checkpoint_problem(c)]
-        step = train_diffit.step_of(complete[-1]) if complete else 0
+        complete = [c for c in list_checkpoints(run_dir) if not checkpoint_problem(c)]
+        step = step_of(complete[-1]) if complete else 0
         print(f"{kill:>4}  {moment:<34} {since_start:>13.2f} {processes:>9} {seconds:>13.2f} {step:>5}", flush=True)
     last = start(launch)
     assert last.process.wait() == 0, last.log.read_text()[-3000:]

@@ -15,6 +15,11 @@ from safetensors.torch import load_file
 from test_train import STATES, assert_same_files, losses
 
 import train_diffit
+from diffit.checkpoint import checkpoint_problem
+from diffit.launcher import EXIT_STOPPED
+from diffit.optimization import StepGuard, TrainingState, build_ema, build_lr_scheduler, build_optimizer, complete_step
+from diffit.processes import StopRequest
+from diffit.run_dir import list_checkpoints
 from diffit_model import DiffiTUNet2DModel, TimeDependentSelfAttention
 
 STEPS = 150
@@ -47,10 +52,10 @@ def test_signal_saves_and_the_run_goes_on_bitwise(name, long_args, whole_run, tm
     wait_for(tmp_path / "run/checkpoint-10", process)
     process.send_signal(getattr(signal, name))
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == train_diffit.EXIT_STOPPED, output
+    assert process.returncode == EXIT_STOPPED, output
     assert "go on with --resume_from_checkpoint latest" in output
-    last = train_diffit.list_checkpoints(tmp_path / "run")[-1]
-    assert last.name != f"checkpoint-{STEPS}" and train_diffit.checkpoint_problem(last) is None
+    last = list_checkpoints(tmp_path / "run")[-1]
+    assert last.name != f"checkpoint-{STEPS}" and checkpoint_problem(last) is None
     train(arguments)
     assert_same_files(whole_run, tmp_path / "run" / f"checkpoint-{STEPS}", STATES)
 
@@ -62,21 +67,21 @@ def test_two_processes_stop_at_the_same_step_under_torchrun(long_args, tmp_path)
     wait_for(tmp_path / "run/checkpoint-10", process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    last = train_diffit.list_checkpoints(tmp_path / "run")[-1]
+    last = list_checkpoints(tmp_path / "run")[-1]
     assert f"stopped at step {last.name.split('-')[1]};" in output
-    assert train_diffit.checkpoint_problem(last) is None
+    assert checkpoint_problem(last) is None
 
 
 def test_time_limit_saves_and_exits_with_the_documented_code(long_args, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         arguments = [*long_args, f"--output_dir={tmp_path / 'run'}", "--checkpointing_steps=100000"]
         train([*arguments, "--max_train_steps=100000", "--max_train_time=0.02"])
-    assert stopped.value.code == train_diffit.EXIT_STOPPED
-    assert len(train_diffit.list_checkpoints(tmp_path / "run")) == 1
+    assert stopped.value.code == EXIT_STOPPED
+    assert len(list_checkpoints(tmp_path / "run")) == 1
 
 
 def test_second_interrupt_leaves_at_once():
-    stop = train_diffit.StopRequest()
+    stop = StopRequest()
     stop.begin()
     try:
         signal.raise_signal(signal.SIGINT)
@@ -96,7 +101,7 @@ def test_signal_before_the_training_leaves_at_once_and_gives_the_folder_back(nam
     wait_for(tmp_path / "run/.running", process)
     process.send_signal(getattr(signal, name))
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == train_diffit.EXIT_STOPPED, output
+    assert process.returncode == EXIT_STOPPED, output
     assert not (tmp_path / "run/.running").exists()
 
 
@@ -109,7 +114,7 @@ def test_restarted_command_goes_on_whatever_it_says(variable, flags, train_args,
     train([*train_args, *flags, "--checkpointing_steps=2", "--max_train_steps=6"])
     numbers = json.loads((tmp_path / "run/checkpoint-6/state.json").read_text())
     assert numbers["position"] == 24
-    assert [path.name for path in train_diffit.list_checkpoints(tmp_path / "run")] == [
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == [
         "checkpoint-2",
         "checkpoint-4",
         "checkpoint-6",
@@ -117,7 +122,7 @@ def test_restarted_command_goes_on_whatever_it_says(variable, flags, train_args,
 
 
 def test_exit_code_is_documented():
-    assert f"exit code {train_diffit.EXIT_STOPPED}" in (ROOT / "README.md").read_text()
+    assert f"exit code {EXIT_STOPPED}" in (ROOT / "README.md").read_text()
 
 
 def test_signal_during_a_validation_is_obeyed_at_once(long_args, whole_run, tmp_path):
@@ -129,7 +134,7 @@ def test_signal_during_a_validation_is_obeyed_at_once(long_args, whole_run, tmp_
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=20)
-    assert process.returncode == train_diffit.EXIT_STOPPED, output
+    assert process.returncode == EXIT_STOPPED, output
     assert "gave up the validation of step 10" in output
     train(arguments)
     assert_same_files(whole_run, tmp_path / "run" / f"checkpoint-{STEPS}", STATES)
@@ -142,7 +147,7 @@ def test_last_validation_given_up_is_made_up_for(long_args, tmp_path):
     wait_for(tmp_path / "run/checkpoint-10", process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=20)
-    assert process.returncode == train_diffit.EXIT_STOPPED, output
+    assert process.returncode == EXIT_STOPPED, output
     assert not (tmp_path / "run/model_index.json").exists()
     train([*arguments, "--resume_from_checkpoint=latest"])
     assert (tmp_path / "run/model_index.json").exists()
@@ -195,8 +200,8 @@ def test_too_many_bad_steps_end_the_run_and_keep_the_checkpoint(train_args, tmp_
     arguments = [*train_args, "--max_train_steps=9", "--checkpointing_steps=2", "--max_bad_steps=3"]
     with pytest.raises(RuntimeError, match=r"step 4 on the images at positions 28 to 31.*3 in a row.*checkpoint-2"):
         train(arguments)
-    assert train_diffit.checkpoint_problem(tmp_path / "run/checkpoint-2") is None
-    assert [path.name for path in train_diffit.list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    assert checkpoint_problem(tmp_path / "run/checkpoint-2") is None
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
     monkeypatch.undo()
     train([*arguments, "--resume_from_checkpoint=latest"])
 
@@ -230,11 +235,11 @@ def test_fp16_overflow_moves_neither_schedule_nor_ema(train_args, kind):
     args = train_diffit.parse_args([*train_args, f"--optimizer={kind}"])
     args.global_batch_size = 4
     model = DiffiTUNet2DModel(**TINY_CONFIG)
-    optimizer = train_diffit.build_optimizer(args, model)
-    averages, schedule = train_diffit.build_ema(args, model), train_diffit.build_lr_scheduler(args, optimizer)
-    state = train_diffit.TrainingState(model, averages, optimizer, schedule, 24, "digest")
+    optimizer = build_optimizer(args, model)
+    averages, schedule = build_ema(args, model), build_lr_scheduler(args, optimizer)
+    state = TrainingState(model, averages, optimizer, schedule, 24, "digest")
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
-    guard = train_diffit.StepGuard(optimizer)
+    guard = StepGuard(optimizer)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     outcomes = []
     for _ in range(2):
@@ -244,7 +249,7 @@ def test_fp16_overflow_moves_neither_schedule_nor_ema(train_args, kind):
         guard.watch(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         scaler.step(optimizer)
         scaler.update(2.0**10)
-        outcomes.append(train_diffit.complete_step(args, state, guard))
+        outcomes.append(complete_step(args, state, guard))
         counts = (state.global_step, state.lr_scheduler.last_epoch, state.ema_models["ema"].optimization_step)
         assert counts == (len(outcomes) - 1,) * 3
         if len(outcomes) == 1:
@@ -255,10 +260,10 @@ def test_fp16_overflow_moves_neither_schedule_nor_ema(train_args, kind):
 
 def test_optimizer_that_would_take_a_bad_step_is_refused():
     parameter = torch.nn.Parameter(torch.zeros(2))
-    train_diffit.StepGuard(torch.optim.AdamW([parameter], fused=True))
+    StepGuard(torch.optim.AdamW([parameter], fused=True))
     for optimizer in (torch.optim.AdamW([parameter], foreach=True), torch.optim.SGD([parameter])):
         with pytest.raises(TypeError, match=f"{type(optimizer).__name__} does not obey found_inf"):
-            train_diffit.StepGuard(optimizer)
+            StepGuard(optimizer)
 
 
 # --- the same numbers on any topology

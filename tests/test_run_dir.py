@@ -14,10 +14,10 @@ from diffusers import DDPMPipeline, DDPMScheduler
 
 import eval_diffit
 import sample_diffit
-import train_diffit
 from diffit.errors import UserError
+from diffit.export import save_pipeline
 from diffit.run_dir import MARK, OutputFolder, our_files
-from diffit_data import load_image_table
+from diffit.sources import load_image_table
 from diffit_model import DiffiTUNet2DModel
 
 
@@ -213,13 +213,13 @@ def test_edited_model_card_is_refused_at_the_start_and_kept_while_training(short
         train(resume)
     card.write_text(original)
 
-    save = train_diffit.save_pipeline
+    save = save_pipeline
 
     def edit_and_save(*arguments, **keywords):
         card.write_text("edited while it trained")
         save(*arguments, **keywords)
 
-    monkeypatch.setattr(train_diffit, "save_pipeline", edit_and_save)
+    monkeypatch.setattr("diffit.validation.save_pipeline", edit_and_save)
     train(resume)
     assert card.read_text() == "edited while it trained"
 

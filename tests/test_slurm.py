@@ -14,7 +14,8 @@ import yaml
 from conftest import ROOT, run
 from test_train import STATES, assert_same_files
 
-from train_diffit import checkpoint_problem, list_checkpoints, step_of
+from diffit.checkpoint import checkpoint_problem
+from diffit.run_dir import list_checkpoints, step_of
 
 pytestmark = [
     pytest.mark.slurm,

@@ -39,11 +39,13 @@ from test_data import (
     write_files,
 )
 
-import diffit_data
 import sample_diffit
 import train_diffit
-from diffit.run_dir import OutputFolder
-from diffit_data import BadImageError, load_image_table
+from diffit.checkpoint import file_digest
+from diffit.errors import BadImageError
+from diffit.export import push_to_hub
+from diffit.run_dir import PIPELINE_FILES, OutputFolder
+from diffit.sources import MAX_FILE_BYTES, load_image_table
 from diffit_model import DiffiTUNet2DModel
 
 TOKEN = "hf_aVerySecretTokenOf34Characters0000"
@@ -264,7 +266,7 @@ def test_array_in_fortran_order_is_read():
 
 
 def test_zip_entry_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(diffit_data, "MAX_FILE_BYTES", 100_000)
+    monkeypatch.setattr("diffit.sources.MAX_FILE_BYTES", 100_000)
     with zipfile.ZipFile(tmp_path / "z.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb.png", bytes(100_001))
         archive.writestr("fine.png", bytes(100_000))
@@ -297,7 +299,7 @@ def test_zip_entry_that_cannot_be_unpacked_bit_by_bit_is_refused(tmp_path):
 
 def test_file_that_is_too_large_is_refused(tmp_path):
     root = write_files(tmp_path / "f", {"a.png": 0})
-    os.truncate(root / "a.png", diffit_data.MAX_FILE_BYTES + 1)  # a hole: it takes no space
+    os.truncate(root / "a.png", MAX_FILE_BYTES + 1)  # a hole: it takes no space
     with pytest.raises(BadImageError, match="a.png has 536,870,913 bytes"):
         load(root).read(0)
 
@@ -371,7 +373,7 @@ def checkpoint(trained, tmp_path) -> Path:
 def renew_manifest(checkpoint: Path) -> None:
     """A manifest that is right for whatever lies in the folder now."""
     names = json.loads((checkpoint / "manifest.json").read_text())
-    digests = {name: train_diffit.file_digest(checkpoint / name) for name in names}
+    digests = {name: file_digest(checkpoint / name) for name in names}
     (checkpoint / "manifest.json").write_text(json.dumps(digests))
 
 
@@ -410,7 +412,7 @@ def test_file_of_a_checkpoint_that_is_no_data_is_refused(name, text, checkpoint,
 def test_manifest_that_leads_outside_is_refused(manifest, checkpoint, train_args, tmp_path):
     outside = tmp_path / "outside"
     outside.write_text("x")
-    digest = json.dumps(train_diffit.file_digest(outside))
+    digest = json.dumps(file_digest(outside))
     (checkpoint / "manifest.json").write_text(manifest.format(outside=outside, digest=digest))
     message = refused_resume(checkpoint, train_args)
     assert f"--resume_from_checkpoint {checkpoint}" in message and "manifest.json" in message
@@ -592,7 +594,7 @@ def test_only_the_pipeline_folder_is_uploaded(hub, pushed):
     run_dir, _ = pushed
     uploaded = hub.uploaded()
     assert set(uploaded) == {
-        *train_diffit.PIPELINE_FILES,
+        *PIPELINE_FILES,
         *(f"unet/{name}" for name in ("config.json", "diffit_model.py", "diffusion_pytorch_model.safetensors")),
         "scheduler/scheduler_config.json",
     }
@@ -631,10 +633,10 @@ def test_public_repository_is_not_taken_for_a_private_one(exists_as, allowed, hu
     args = train_diffit.parse_args([*base_args, f"--output_dir={pushed[0]}", *PUSH])
     run_dir = OutputFolder(pushed[0], "train_diffit.py")
     if allowed:
-        train_diffit.push_to_hub(args, run_dir)
+        push_to_hub(args, run_dir)
     else:
         with pytest.raises(RuntimeError, match="--hub_private_repo: me/digits exists already and is public"):
-            train_diffit.push_to_hub(args, run_dir)
+            push_to_hub(args, run_dir)
     assert bool(hub.asked("/commit/main")) == allowed
 
 
@@ -648,7 +650,7 @@ def test_card_of_an_upload_names_the_repository_of_the_user(hub, base_args, tmp_
     card = (tmp_path / "digits" / "README.md").read_text()
     assert "\n# digits\n" in card and 'from_pretrained("digits"' in card
     run_dir = OutputFolder(tmp_path / "digits", "train_diffit.py")
-    train_diffit.push_to_hub(train_diffit.parse_args([*flags, "--push_to_hub", f"--hub_token={TOKEN}"]), run_dir)
+    push_to_hub(train_diffit.parse_args([*flags, "--push_to_hub", f"--hub_token={TOKEN}"]), run_dir)
     card = hub.uploaded()["README.md"].decode()
     assert "\n# me/digits\n" in card and 'from_pretrained("me/digits"' in card
 

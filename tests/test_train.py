@@ -26,12 +26,18 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import diffit_checkpoint
-import diffit_distributed
 import train_diffit
-from diffit.run_dir import OutputFolder
-from diffit_data import ImageDataset, PositionStream, load_image_table, normalize_pixels, split_table
-from diffit_loss import build_noise_levels
+from diffit.batches import batch_labels
+from diffit.checkpoint import checkpoint_problem, file_digest, save_checkpoint
+from diffit.config import build_parser
+from diffit.decode import normalize_pixels
+from diffit.formulations import build_noise_levels, compute_loss
+from diffit.networks import set_up_model
+from diffit.optimization import build_lr_scheduler
+from diffit.plan import build_tables, resolve_diffusion, resolve_duration
+from diffit.run_dir import OutputFolder, list_checkpoints
+from diffit.sources import load_image_table
+from diffit.stream import ImageDataset, PositionStream, split_table
 from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import DiffiTPipeline
 
@@ -169,7 +175,7 @@ def test_duration_becomes_steps(duration, steps):
     base = ["--model_config=a.json", "--train_data_dir=b"]
     args = train_diffit.parse_args(base + duration)
     args.global_batch_size = 4
-    train_diffit.resolve_duration(args, num_images=24)
+    resolve_duration(args, num_images=24)
     assert args.max_train_steps == steps
 
 
@@ -216,7 +222,7 @@ def test_validation_classes_are_matched_by_name(train_args, image_folder, tmp_pa
     """A split that lacks a class must not number its classes anew."""
     from datasets import Dataset
 
-    from diffit_data import load_image_table
+    from diffit.sources import load_image_table
 
     table = load_image_table(train_data_dir=str(image_folder))
     rows = [{"image": {"bytes": table.read(i)[1]}, "kind": table.class_names[table.label(i)]} for i in range(24)]
@@ -228,7 +234,7 @@ def test_validation_classes_are_matched_by_name(train_args, image_folder, tmp_pa
     arguments = [flag for flag in train_args if not flag.startswith("--train_data_dir")]
     arguments += [f"--dataset_name={tmp_path / 'data'}", "--image_column=image", "--label_column=kind"]
     args = train_diffit.parse_args([*arguments, "--validation_split=validation"])
-    table, validation = train_diffit.build_tables(args)
+    table, validation = build_tables(args)
     assert table.class_names == validation.class_names == ("blue", "green", "red")
     assert sorted(set(validation.labels)) == [1, 2]
 
@@ -240,7 +246,7 @@ def test_global_batch_that_does_not_divide_is_refused(train_args):
 
 def test_world_size_without_a_launcher_is_refused(train_args, monkeypatch):
     # accelerate would take one process for the only one: rank 0 of 1, twice.
-    monkeypatch.setattr(diffit_distributed, "PartialState", lambda **kwargs: PartialState(cpu=False))
+    monkeypatch.setattr("diffit.processes.PartialState", lambda **kwargs: PartialState(cpu=False))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes"):
         train(train_args)
@@ -287,7 +293,7 @@ def test_loss_equals_its_formula(prediction_type, snr_gamma):
     scheduler = DDPMScheduler(prediction_type=prediction_type)
     clean, noise, prediction = torch.randn(3, 4, 2, 8, 8, dtype=torch.float64).unbind()
     timesteps = torch.tensor([0, 10, 500, 999])
-    loss = train_diffit.compute_loss(prediction, scheduler, clean, noise, timesteps, snr_gamma)
+    loss = compute_loss(prediction, scheduler, clean, noise, timesteps, snr_gamma)
     for i, t in enumerate(timesteps):
         a = scheduler.alphas_cumprod[t].double()
         target = {
@@ -311,8 +317,8 @@ def test_timesteps_cover_the_range_evenly():
 
 def test_label_dropout_takes_the_null_class():
     batch = {"class_labels": torch.tensor([1, 2, 3]), "dropout_uniform": torch.tensor([0.05, 0.5, 0.09])}
-    assert train_diffit.batch_labels(batch, 0.1, null=7).tolist() == [7, 2, 7]
-    assert train_diffit.batch_labels(batch, 0.1, null=None) is None
+    assert batch_labels(batch, 0.1, null=7).tolist() == [7, 2, 7]
+    assert batch_labels(batch, 0.1, null=None) is None
 
 
 # --- a run equals a plain loop, and what it writes
@@ -561,7 +567,7 @@ def test_every_lr_schedule_steps_once_per_update(name):
     arguments = ["--model_config=a", "--train_data_dir=b", "--max_train_steps=10", f"--lr_scheduler={name}"]
     args = train_diffit.parse_args([*arguments, "--lr_warmup_steps=2", "--lr_step_rules=1:5,0.1"])
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = train_diffit.build_lr_scheduler(args, optimizer)
+    scheduler = build_lr_scheduler(args, optimizer)
     rates = []
     for _ in range(10):
         rates.append(scheduler.get_last_lr()[0])
@@ -598,7 +604,7 @@ def test_bad_validation_image_is_reported(train_args, image_folder, tmp_path, ca
         file.write_bytes(b"no image")
     arguments = [*train_args, f"--train_data_dir={tmp_path / 'data'}", "--on_bad_image=skip", "--num_channels=3"]
     train([*arguments, "--validation_fraction=0.8", "--max_train_steps=1"])
-    held_out = train_diffit.build_tables(train_diffit.parse_args([*arguments, "--validation_fraction=0.8"]))[1]
+    held_out = build_tables(train_diffit.parse_args([*arguments, "--validation_fraction=0.8"]))[1]
     bad = [held_out.read(i)[0] for i in range(len(held_out)) if held_out.read(i)[1] == b"no image"]
     assert bad and all(name in caplog.text for name in bad)
 
@@ -613,11 +619,11 @@ def test_finetuning_takes_over_what_the_weights_predict(train_args, tmp_path, ca
     for source in ("run", "run/unet", "run/checkpoint-1", "run/checkpoint-1/unet_ema"):
         path = f"--pretrained_model_name_or_path={tmp_path / source}"
         args = train_diffit.parse_args([*arguments, "--max_train_steps=1", path])
-        train_diffit.resolve_diffusion(args)
+        resolve_diffusion(args)
         resolved = (args.prediction_type, args.beta_schedule, args.num_train_timesteps)
         assert resolved == ("epsilon", "linear", 500) and args.snr_gamma is None
     args = train_diffit.parse_args([*arguments, "--max_train_steps=1", path, "--prediction_type=v_prediction"])
-    train_diffit.resolve_diffusion(args)
+    resolve_diffusion(args)
     assert args.prediction_type == "v_prediction" and "was trained with --prediction_type epsilon" in caplog.text
 
 
@@ -763,7 +769,7 @@ def test_latest_passes_over_a_damaged_checkpoint_and_says_so(damage, two_checkpo
     train([*arguments, "--max_train_steps=5"])
     assert "passing over" in caplog.text and file.name in caplog.text
     assert "resumed from" in caplog.text and "at step 2" in caplog.text
-    assert train_diffit.checkpoint_problem(run_dir / "checkpoint-5") is None
+    assert checkpoint_problem(run_dir / "checkpoint-5") is None
 
 
 def test_going_back_moves_later_checkpoints_aside(two_checkpoints, caplog):
@@ -771,7 +777,7 @@ def test_going_back_moves_later_checkpoints_aside(two_checkpoints, caplog):
     arguments, run_dir = two_checkpoints
     flags = ["--checkpoints_total_limit=1", "--max_train_steps=3"]
     train([*arguments, f"--resume_from_checkpoint={run_dir / 'checkpoint-2'}", *flags])
-    assert [path.name for path in train_diffit.list_checkpoints(run_dir)] == ["checkpoint-3"]
+    assert [path.name for path in list_checkpoints(run_dir)] == ["checkpoint-3"]
     assert len(list(run_dir.glob("superseded-*-checkpoint-4"))) == 1 and "checkpoint-4 is now" in caplog.text
 
 
@@ -779,8 +785,8 @@ def test_pruning_never_prefers_a_damaged_checkpoint_to_the_new_one(two_checkpoin
     arguments, run_dir = two_checkpoints
     (run_dir / "checkpoint-4/optimizer.pt").write_bytes(b"")
     train([*arguments, "--checkpoints_total_limit=1", "--max_train_steps=3"])
-    assert [path.name for path in train_diffit.list_checkpoints(run_dir)] == ["checkpoint-3", "checkpoint-4"]
-    assert train_diffit.checkpoint_problem(run_dir / "checkpoint-3") is None
+    assert [path.name for path in list_checkpoints(run_dir)] == ["checkpoint-3", "checkpoint-4"]
+    assert checkpoint_problem(run_dir / "checkpoint-3") is None
 
 
 def test_finished_run_writes_a_pipeline_that_was_cut_off(two_checkpoints):
@@ -817,7 +823,7 @@ def test_full_disk_keeps_the_checkpoint_before_and_says_so(train_args, tmp_path)
         with pytest.raises(RuntimeError, match=r"checkpoint-\d+ could not be written .* the last one there is check"):
             train([*train_args, f"--output_dir={disk}", "--checkpointing_steps=1", "--max_train_steps=20"])
         assert not list(disk.glob("tmp-*"))
-        assert all(train_diffit.checkpoint_problem(path) is None for path in train_diffit.list_checkpoints(disk))
+        assert all(checkpoint_problem(path) is None for path in list_checkpoints(disk))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -828,7 +834,7 @@ def test_lost_permission_keeps_the_checkpoint_before_and_says_so(train_args, tmp
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(disk)], check=False).returncode != 0:
         pytest.skip("a disk of its own cannot be mounted here (it needs root)")
-    original = train_diffit.save_checkpoint
+    original = save_checkpoint
 
     def save_once(*arguments):
         original(*arguments)
@@ -840,7 +846,7 @@ def test_lost_permission_keeps_the_checkpoint_before_and_says_so(train_args, tmp
         flags = [f"--output_dir={disk}", "--checkpointing_steps=1", "--report_to=none"]
         with pytest.raises(RuntimeError, match="checkpoint-2 could not be written .*ead-only.* there is checkpoint-1"):
             train([*train_args, *flags])
-        assert train_diffit.checkpoint_problem(disk / "checkpoint-1") is None
+        assert checkpoint_problem(disk / "checkpoint-1") is None
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -852,7 +858,7 @@ def test_checkpoint_that_cannot_be_pruned_is_no_reason_to_stop(train_args, tmp_p
     (tmp_path / "run/checkpoint-2").symlink_to(tmp_path / "elsewhere")
     train([*train_args, "--resume_from_checkpoint=latest", "--checkpoints_total_limit=1"])
     assert "cannot delete" in caplog.text and "checkpoint-2" in caplog.text
-    assert train_diffit.checkpoint_problem(tmp_path / "run/checkpoint-4") is None
+    assert checkpoint_problem(tmp_path / "run/checkpoint-4") is None
 
 
 def test_folders_that_cannot_be_synchronised_are_no_reason_to_stop(train_args, tmp_path, monkeypatch):
@@ -866,7 +872,7 @@ def test_folders_that_cannot_be_synchronised_are_no_reason_to_stop(train_args, t
 
     monkeypatch.setattr(os, "fsync", fsync)
     train([*train_args, "--max_train_steps=1"])
-    assert train_diffit.checkpoint_problem(tmp_path / "run/checkpoint-1") is None
+    assert checkpoint_problem(tmp_path / "run/checkpoint-1") is None
 
 
 def test_other_images_or_another_network_are_refused_at_a_resume(train_args, image_folder, tmp_path):
@@ -888,7 +894,7 @@ def test_checkpoint_from_before_a_flag_resumes_with_what_was_meant_then(train_ar
     flags = yaml.safe_load(file.read_text())
     del flags["optimizer"], flags["muon_lr_ratio"]
     file.write_text(yaml.safe_dump(flags))
-    digests = json.loads(manifest.read_text()) | {file.name: diffit_checkpoint.file_digest(file)}
+    digests = json.loads(manifest.read_text()) | {file.name: file_digest(file)}
     manifest.write_text(json.dumps(digests))
     arguments = [*train_args, "--resume_from_checkpoint=latest", "--max_train_steps=2"]
     with pytest.raises(ValueError, match="was trained with --optimizer adamw, not muon"):
@@ -900,7 +906,7 @@ def test_checkpoint_from_before_a_flag_resumes_with_what_was_meant_then(train_ar
 def test_manifest_that_names_too_little_is_damage(two_checkpoints):
     arguments, run_dir = two_checkpoints
     (run_dir / "checkpoint-4/manifest.json").write_text("{}")
-    assert "does not name optimizer.pt" in train_diffit.checkpoint_problem(run_dir / "checkpoint-4")
+    assert "does not name optimizer.pt" in checkpoint_problem(run_dir / "checkpoint-4")
 
 
 def test_tensorboard_steps_after_the_checkpoint_are_purged(train_args, tmp_path):
@@ -912,7 +918,7 @@ def test_tensorboard_steps_after_the_checkpoint_are_purged(train_args, tmp_path)
 
 
 def test_flex_where_it_cannot_train_is_refused():
-    args = train_diffit.build_parser().parse_args(["--attention_backend", "flex"])
+    args = build_parser().parse_args(["--attention_backend", "flex"])
     accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
     with pytest.raises(ValueError, match="--attention_backend flex cannot train on the device cpu.*use native"):
-        train_diffit.set_up_model(accelerator, args, torch.nn.Linear(1, 1))
+        set_up_model(accelerator, args, torch.nn.Linear(1, 1))

@@ -5,6 +5,7 @@ A checkpoint is written under another name, with a manifest of sizes and checksu
 disk and renamed; then old ones are deleted. What faults this survives: docs/reliability.md.
 """
 
+import argparse
 import contextlib
 import functools
 import hashlib
@@ -13,36 +14,39 @@ import os
 import pickle
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers import ModelMixin
-from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
-from torch.optim.lr_scheduler import LambdaLR
 
 from diffit.errors import RunError, UserError
+from diffit.formulations import NoiseScheduler
+from diffit.lock import OutputDirLock
+from diffit.logs import PROJECT
+from diffit.optimization import TrainingState, ema_weights
+from diffit.processes import is_restarted, raise_in_all
 from diffit.run_dir import (
     CHECKPOINT_MANIFEST,
+    RUN_OUTPUTS,
     OutputFolder,
     files_below,
     is_checkpoint,
+    is_code_folder,
+    is_within,
     list_checkpoints,
     manifest_files,
     remove_checkpoint,
     remove_empty_folders,
+    remove_whole_folder,
     step_of,
 )
-from diffit_distributed import OutputDirLock, raise_in_all
-from diffit_loss import NoiseScheduler
 from diffit_pipeline import part_name
 
-logger = get_logger("train_diffit", log_level="INFO")
+logger = get_logger(__name__, log_level="INFO")
 
 MANIFEST = CHECKPOINT_MANIFEST  # of a checkpoint: size and checksum of each file
 # What makes a run the run that it is. Duration, batch per process, precision, paths and logs may change at a resume.
@@ -58,55 +62,6 @@ SAME_AT_RESUME = (
 )
 # What checkpoints from before these flags were trained with.
 ADDED_LATER = {"optimizer": "adamw", "muon_lr_ratio": 3.0}
-
-
-@dataclass
-class TrainingState:
-    """All that changes while training, and so all that a checkpoint holds.
-
-    Attributes:
-        model: the network itself, not what accelerate wraps around it.
-        ema_models: its averaged weights by the end of their folder's name: `ema`, or `ema_2kimg` for a half-life.
-        optimizer: likewise unwrapped.
-        lr_scheduler: steps once per optimizer step.
-        num_images: in the training data, which fixes what a position means.
-        data_digest: of the training data, and of the VAE that encodes them.
-        global_step: successful optimizer steps.
-        position: first position of the stream that has not been trained on.
-        bad_steps: left out so far because the loss or the gradient was not finite; their positions are passed by.
-        bad_steps_in_a_row: of these, since the last successful step.
-    """
-
-    model: ModelMixin
-    ema_models: dict[str, EMAModel]
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: LambdaLR
-    num_images: int
-    data_digest: str
-    global_step: int = 0
-    position: int = 0
-    bad_steps: int = 0
-    bad_steps_in_a_row: int = 0
-
-
-@contextlib.contextmanager
-def ema_weights(ema_model: EMAModel | None, model: ModelMixin) -> Iterator[None]:
-    """Puts the EMA weights into the network for the duration of a `with` block; without EMA it does nothing.
-
-    Network and average swap their tensors, so nothing is copied. The average is not to be used meanwhile.
-    """
-    exchange_weights(ema_model, model)
-    try:
-        yield
-    finally:
-        exchange_weights(ema_model, model)
-
-
-def exchange_weights(ema_model: EMAModel | None, model: ModelMixin) -> None:
-    """Gives the network the tensors of the average, and the average those of the network."""
-    if ema_model is not None:
-        for parameter, average in zip(model.parameters(), ema_model.shadow_params, strict=True):
-            parameter.data, average.data = average.data, parameter.data
 
 
 def file_digest(file: Path) -> dict[str, int | str]:
@@ -384,3 +339,71 @@ def read_data(file: Path, reader: Callable[[Path], dict]) -> dict:
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of the safetensors files in a folder, one file or several shards."""
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def open_run_dir(args: argparse.Namespace) -> OutputFolder:
+    """The folder of the run, in which nothing of the user's would be lost. To be called before anything is written.
+
+    Raises:
+        UserError: if --output_dir is the folder of this code or holds a model that this run reads, if it holds files
+            of our names that are not ours, or a trained pipeline that no flag allows to replace.
+    """
+    folder = f"--output_dir {args.output_dir}"
+    if is_code_folder(args.output_dir):
+        raise UserError(f"{folder} is the folder of this code, which training would overwrite: choose another folder")
+    for flag in ("pretrained_model_name_or_path", "vae_model_name_or_path", "validation_guidance_model"):
+        model = getattr(args, flag)
+        if model is not None and Path(model).exists() and is_within(model, args.output_dir):
+            raise UserError(f"{folder} holds --{flag} {model}, which training would overwrite: choose another folder")
+    if args.dataset_name is not None and Path(args.dataset_name).is_dir():
+        if is_within(args.output_dir, args.dataset_name):
+            raise UserError(
+                f"{folder} lies in --dataset_name {args.dataset_name}, which would then hold this run's previews: "
+                "choose another folder, or give the images as --train_data_dir, which leaves them out"
+            )
+    run_dir = OutputFolder(args.output_dir, "train_diffit.py")
+    checkpoints = list_checkpoints(args.output_dir)
+    foreign = [path.name for path in checkpoints if not is_ours(path, run_dir)]
+    if foreign:
+        raise UserError(
+            f"{folder} holds {foreign[0]}, which this script did not write: move it, or choose another folder"
+        )
+    links = [path.name for path in checkpoints if path.is_symlink()]
+    if links and args.overwrite_output_dir:
+        raise UserError(f"{folder}: {links[0]} is a link, which --overwrite_output_dir does not delete: move it away")
+    run_dir.check_free([*RUN_OUTPUTS, f"{args.logging_dir}/{PROJECT}/hparams.yml"])
+    if Path(args.output_dir, "model_index.json").is_file() and not checkpoints and not is_restarted():
+        if not args.overwrite_output_dir and args.resume_from_checkpoint in (None, "latest"):
+            raise UserError(
+                f"{folder} holds a trained pipeline and no checkpoint to resume from: give --overwrite_output_dir to "
+                "replace it, or choose another folder"
+            )
+    return run_dir
+
+
+def prepare_output_dir(
+    accelerator: Accelerator, args: argparse.Namespace, run_dir: OutputFolder, global_step: int
+) -> None:
+    """Clears --output_dir: with --overwrite_output_dir of checkpoints, previews, metrics and logs of an earlier run.
+
+    Where a run goes back to an earlier checkpoint, the later ones are moved aside, or `latest` would mean them.
+    """
+    if accelerator.is_main_process:
+        output_dir = Path(args.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        # What a run that was killed while writing has left.
+        run_dir.remove([name for name in run_dir.files if name.startswith("tmp-")])
+        if args.overwrite_output_dir:
+            for old in list_checkpoints(output_dir):
+                remove_checkpoint(old)
+            earlier = ("previews/", "best/", "eval/", "checkpoint-", f"{args.logging_dir}/")
+            run_dir.remove([name for name in run_dir.files if name.startswith(earlier)])
+            for features in output_dir.glob("eval/features-*"):
+                remove_whole_folder(features)
+            for name in ("eval", args.logging_dir):
+                remove_empty_folders(output_dir / name)
+        for later in list_checkpoints(output_dir):
+            if step_of(later) > global_step and checkpoint_problem(later) is None:
+                logger.warning(f"resuming from step {global_step}, before {later.name}")
+                set_aside(later)
+    accelerator.wait_for_everyone()

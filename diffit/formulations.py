@@ -7,6 +7,7 @@ The noise scheduler says which one: a `DDPMScheduler` means DDPM (arXiv 2006.112
 Shapes: B batch, C channels, H/W height/width of images or latents, T number of training timesteps.
 """
 
+import argparse
 import functools
 import math
 
@@ -211,3 +212,18 @@ def spread_non_finite(loss: torch.Tensor) -> torch.Tensor:
     Shape (B) to shape (B).
     """
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+
+
+def build_noise_scheduler(args: argparse.Namespace) -> NoiseScheduler:
+    """The forward process, and what the saved folder samples with."""
+    if args.formulation == "edm":
+        # EDM, Table 1; latents are scaled to a standard deviation of 1.
+        sigma_data = 0.5 if args.vae_model_name_or_path is None else 1.0
+        return EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=sigma_data, rho=7.0)
+    return DDPMScheduler(
+        num_train_timesteps=args.num_train_timesteps,
+        beta_schedule=args.beta_schedule,
+        prediction_type=args.prediction_type,
+        timestep_spacing="trailing",  # few-step samplers must start at the last timestep (arXiv 2305.08891)
+        clip_sample=args.vae_model_name_or_path is None,  # latents have no range
+    )

@@ -1,0 +1,216 @@
+# Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Latents: the moments of a VAE's posterior, drawn from on the way or prepared before.
+
+Shapes: B batch, C channels, H/W height/width in pixels, c channels and h/w height/width of latents."""
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Array3D, ClassLabel, Features, Value
+from diffusers import AutoencoderKL
+
+from diffit.errors import BadImageError, UserError, load_model
+from diffit.sources import Table, _parse_json, _read_parquet
+from diffit.stream import PositionStream, StreamDataset
+
+LATENTS_METADATA = "latents.json"  # in the folder that `scripts/prepare_latents.py` writes
+LATENTS_METADATA_TYPES = {
+    **{"encoder_digest": str, "scaling_factor": float, "shift_factor": float, "resolution": list},
+    **{"latent_shape": list, "mirrored": bool, "num_images": int, "data_digest": str, "images_per_shard": int},
+}
+
+
+def load_vae(name_or_path: str) -> AutoencoderKL:
+    """The frozen VAE of a folder or a hub name, in float32.
+
+    Raises:
+        ValueError: names --vae_model_name_or_path, if there is no `AutoencoderKL` in safetensors.
+    """
+    what = f"--vae_model_name_or_path {name_or_path}: cannot read an AutoencoderKL in safetensors"
+    vae = load_model(what, AutoencoderKL.from_pretrained, name_or_path, use_safetensors=True)
+    return vae.eval().requires_grad_(False)
+
+
+def pixels_per_latent(vae: AutoencoderKL) -> int:
+    """Pixels in height and width that become one latent."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def vae_latent_shape(vae: AutoencoderKL, resolution: tuple[int, int]) -> tuple[int, int, int]:
+    """Shape (c, h, w) of the latents of images of `resolution` (H, W).
+
+    Raises:
+        ValueError: names --resolution, if the VAE cannot divide it.
+    """
+    factor = pixels_per_latent(vae)
+    height, width = resolution
+    if height % factor or width % factor:
+        raise UserError(f"--resolution {height}x{width}: the VAE needs multiples of {factor}")
+    return vae.config.latent_channels, height // factor, width // factor
+
+
+def vae_description(vae: AutoencoderKL) -> dict:
+    """What latents depend on: `encoder_digest`, `scaling_factor` and `shift_factor` (0 if the VAE has none).
+
+    Decoders may differ: the improved ones of Stable Diffusion read the latents of the first encoder.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        if name.startswith(("encoder.", "quant_conv.")):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.float().cpu().numpy().tobytes())
+    return {
+        "encoder_digest": digest.hexdigest()[:16],
+        "scaling_factor": float(vae.config.scaling_factor),
+        "shift_factor": float(vae.config.shift_factor or 0.0),
+    }
+
+
+def encode_moments(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """Mean and log-variance of the posterior of a VAE.
+
+    Args:
+        images: shape (B, C, H, W), float32 in [-1, 1].
+
+    Returns:
+        Shape (B, 2c, h, w), float32: c channels of means, then c of log-variances.
+    """
+    with torch.no_grad():
+        return vae.encode(images.to(vae.dtype)).latent_dist.parameters.float()
+
+
+def sample_latents(
+    moments: torch.Tensor, posterior_noise: torch.Tensor, scaling_factor: float, shift_factor: float = 0.0
+) -> torch.Tensor:
+    """Latents to train on, drawn from the posterior of a VAE: the reverse of what a pipeline does before it decodes.
+
+    Args:
+        moments: means, then log-variances (which are clamped to [-30, 20], as in diffusers); shape (B, 2c, h, w).
+        posterior_noise: standard normal; shape (B, c, h, w).
+        scaling_factor: of the VAE's config.
+        shift_factor: of the VAE's config.
+
+    Returns:
+        Shape (B, c, h, w).
+    """
+    mean, logvar = moments.chunk(2, dim=1)  # (B, c, h, w) each
+    latents = mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * posterior_noise
+    return (latents - shift_factor) * scaling_factor
+
+
+@dataclass(frozen=True)
+class LatentTable(Table):
+    """Moments of images and of their mirror images, written by `scripts/prepare_latents.py`.
+
+    `rows`, in the format of Arrow, has the columns `moments` and perhaps `mirrored_moments` (2c, h, w), and
+    `bad_image`: null, or why there are none.
+
+    Attributes:
+        metadata: of the folder: the VAE's `vae_description`, `resolution` [H, W], `latent_shape` [c, h, w],
+            `mirrored`, `data_digest` of the images, and more.
+    """
+
+    metadata: dict = field(kw_only=True)
+
+    def content(self, index: int) -> bytes:
+        # Of the images: latents differ in the last bit if they were made in other batches.
+        return f"{self.metadata['data_digest']} {int(self.indices[index])}".encode()
+
+    def read(self, index: int, mirrored: bool = False) -> torch.Tensor:
+        """Moments of an image or of its mirror image, shape (2c, h, w), float32.
+
+        Raises:
+            BadImageError: if the image could not be read when the latents were prepared.
+        """
+        row = self.rows[int(self.indices[index])]  # of Arrow: only the column that is asked for becomes an array
+        if (message := row["bad_image"][0].as_py()) is not None:
+            raise BadImageError(f"no latents in {self.source}: {message}")
+        column = row["mirrored_moments" if mirrored else "moments"]
+        return torch.tensor(column.chunk(0).to_numpy()[0])
+
+
+def latent_shard_names(num_images: int, images_per_shard: int) -> list[str]:
+    """Names of the parquet files in a folder of latents, as on the HuggingFace hub; the last may hold fewer images."""
+    num_shards = math.ceil(num_images / images_per_shard)
+    return [f"data/train-{shard:05d}-of-{num_shards:05d}.parquet" for shard in range(num_shards)]
+
+
+def latent_features(
+    latent_shape: tuple[int, int, int], mirrored: bool, class_names: tuple[str, ...] | None
+) -> Features:
+    """Columns of prepared latents, see `LatentTable`, and `label` if there are classes."""
+    channels, height, width = latent_shape
+    moments = Array3D((2 * channels, height, width), "float32")
+    features = {"moments": moments} | ({"mirrored_moments": moments} if mirrored else {})
+    features["bad_image"] = Value("string")
+    if class_names is not None:
+        features["label"] = ClassLabel(names=list(class_names))
+    return Features(features)
+
+
+def load_latent_table(latents_dir: str, cache_dir: str | None = None) -> LatentTable:
+    """Opens a folder that `scripts/prepare_latents.py` has written.
+
+    Args:
+        latents_dir: the folder.
+        cache_dir: of `load_dataset`.
+
+    Raises:
+        ValueError: if it is no such folder, not complete, or its shards are not what its metadata says.
+    """
+    root = Path(latents_dir)
+    if not (root / LATENTS_METADATA).is_file():
+        raise UserError(f"--latents_dir {root}: no {LATENTS_METADATA} there; scripts/prepare_latents.py writes one")
+    metadata = _parse_json((root / LATENTS_METADATA).read_bytes(), str(root / LATENTS_METADATA))
+    for name, kind in LATENTS_METADATA_TYPES.items():
+        if not isinstance(metadata.get(name), kind):
+            raise UserError(f"--latents_dir {root}: {LATENTS_METADATA} says {name} {metadata.get(name)!r}")
+    names = latent_shard_names(metadata["num_images"], metadata["images_per_shard"])
+    missing = [name for name in names if not (root / name).is_file()]
+    if missing:
+        raise UserError(
+            f"--latents_dir {root}: {len(missing)} of {len(names)} shards are missing, the first is {missing[0]}; "
+            "run the command of scripts/prepare_latents.py again, it goes on where it ended"
+        )
+    rows = _read_parquet([str(root / name) for name in names], cache_dir)
+    class_names = tuple(rows.features["label"].names) if "label" in rows.features else None
+    features = latent_features(metadata["latent_shape"], metadata["mirrored"], class_names)
+    if rows.features != features or len(rows) != metadata["num_images"]:
+        raise UserError(
+            f"--latents_dir {root}: the shards hold {len(rows)} rows of {rows.features}, {LATENTS_METADATA} says "
+            f"{metadata['num_images']} of {features}; prepare the latents anew, in another folder"
+        )
+    labels = None if class_names is None else np.array(rows["label"], np.int64)
+    columns = [name for name in rows.features if name != "label"]
+    table = rows.select_columns(columns).with_format("arrow")
+    return LatentTable(table, str(root), np.arange(len(rows)), labels, class_names, metadata=metadata)
+
+
+class LatentDataset(StreamDataset):
+    """Prepared latents to train on: `moments`, shape (2c, h, w), float32.
+
+    At the same seed, the order, the flips and all random numbers are those of an `ImageDataset` with `latent_shape`.
+
+    Args:
+        table: where the latents are.
+        stream: order of the images, for replacing bad ones.
+        random_flip: take the mirror image of half of the images.
+        on_bad_image: what to do about images that were bad when the latents were prepared, see `ImageDataset`.
+
+    Raises:
+        ValueError: names --random_flip, if there are no mirror images.
+    """
+
+    def __init__(
+        self, table: LatentTable, stream: PositionStream, random_flip: bool = False, on_bad_image: str = "error"
+    ):
+        if random_flip and not table.metadata["mirrored"]:
+            raise UserError(f"--random_flip: {table.source} was prepared without mirror images (--no-mirror)")
+        super().__init__(table, stream, random_flip, on_bad_image, tuple(table.metadata["latent_shape"]))
+
+    def _load(self, index: int, flip: bool, crop_position: tuple[float, float]) -> dict[str, torch.Tensor]:
+        return {"moments": self.table.read(index, mirrored=flip)}

@@ -1,0 +1,258 @@
+# Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Networks and VAEs: their configs checked, built, adapted from saved weights, placed on a device."""
+
+import argparse
+import contextlib
+import difflib
+import inspect
+import json
+import types
+import typing
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, UNet2DModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffit.errors import UserError, load_model, user_errors
+from diffit.formulations import build_noise_scheduler
+from diffit.latents import LatentTable, load_vae, vae_description
+from diffit.sources import Table
+from diffit_model import adapt_weights, choose_attention_backend, model_class, set_attention_backend
+from diffit_pipeline import FORWARD_PROCESS, load_network, null_label
+
+logger = get_logger(__name__, log_level="INFO")
+
+
+def read_model_config(args: argparse.Namespace) -> dict:
+    """The model config with --model_kwargs applied, checked against the constructor.
+
+    Raises:
+        ValueError: names the file or flag and the field.
+    """
+    flag = "--model_config" if args.model_config else "--pretrained_model_name_or_path"
+    path = args.model_config or args.pretrained_model_name_or_path
+    try:
+        if Path(path).suffix == ".json":
+            config = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+            if not isinstance(config, dict):
+                raise UserError(f"{flag} {path}: expected a JSON object, got {type(config).__name__}")
+        else:
+            config = UNet2DModel.load_config(path, subfolder=network_subfolder(path))  # of any model class
+            if not isinstance(config, dict):
+                raise UserError(f"{flag} {path}: its config.json must hold a JSON object")
+            config = dict(config)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{flag} {path} is not valid JSON: {error}") from error
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {path}: no such config here, nor on the hub: {error}") from error
+    with user_errors(f"{flag} {path}", Exception):
+        parameters = inspect.signature(model_class(config).__init__).parameters
+    pairs = [pair.split("=", 1) for pair in args.model_kwargs or []]
+    overrides = {key: config_value(text) for key, text in pairs}
+    for source, values in ((f"{flag} {path}", config), ("--model_kwargs", overrides)):
+        for key, value in values.items():
+            if key.startswith("_") or key == "auto_map":
+                continue
+            if key not in parameters:
+                similar = difflib.get_close_matches(key, parameters, n=1)
+                hint = f", did you mean {similar[0]!r}?" if similar else ""
+                raise UserError(f"{source}: {model_class(config).__name__} has no argument {key!r}{hint}")
+            annotation = parameters[key].annotation
+            if not fits(value, annotation):
+                raise UserError(f"{source}: {key} must be {annotation}, got {value!r}")
+    return config | overrides
+
+
+def config_value(text: str):
+    """A value of --model_kwargs: YAML, and numbers such as 1e-6, which PyYAML takes for strings."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--model_kwargs: {text!r} is no plain YAML value: {error}") from error
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def fits(value, annotation) -> bool:
+    """Whether a value from JSON or YAML is of an annotated type; a list does for a tuple, an int for a float."""
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return any(fits(value, option) for option in typing.get_args(annotation))
+    if typing.get_origin(annotation) is tuple:
+        item_type = typing.get_args(annotation)[0]
+        return isinstance(value, list | tuple) and all(fits(item, item_type) for item in value)
+    if annotation in (int, float) and isinstance(value, bool):
+        return False
+    if annotation is type(None):
+        return value is None
+    return isinstance(value, int | float if annotation is float else annotation)
+
+
+def network_subfolder(path: str) -> str | None:
+    """`"unet"` or `"transformer"` if a folder or hub repository is that of a pipeline, None if of a network."""
+    for part in ("unet", "transformer"):
+        if Path(path).is_dir():
+            if Path(path, part).is_dir():
+                return part
+            continue
+        with contextlib.suppress(OSError):
+            UNet2DModel.load_config(path, subfolder=part)
+            return part
+    return None
+
+
+def outline_vae(args: argparse.Namespace) -> AutoencoderKL | None:
+    """The VAE of --vae_model_name_or_path without weights (on the meta device), or None without one.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    path = args.vae_model_name_or_path
+    if path is None:
+        return None
+    try:
+        config = AutoencoderKL.load_config(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--vae_model_name_or_path {path}: no such config here, nor on the hub: {error}") from error
+    if config.get("_class_name") != "AutoencoderKL":
+        raise UserError(f"--vae_model_name_or_path {path}: is a {config.get('_class_name')}, not an AutoencoderKL")
+    with torch.device("meta"):
+        return AutoencoderKL.from_config(config)
+
+
+def build_vae(args: argparse.Namespace, table: Table, device: torch.device) -> AutoencoderKL | None:
+    """The frozen VAE in float32, or None without --vae_model_name_or_path.
+
+    Raises:
+        ValueError: if its weights cannot be read, or prepared latents are those of another one.
+    """
+    if args.vae_model_name_or_path is None:
+        return None
+    vae = load_vae(args.vae_model_name_or_path)
+    if isinstance(table, LatentTable):
+        for key, value in vae_description(vae).items():
+            if table.metadata[key] != value:
+                raise UserError(
+                    f"--latents_dir {table.source} was made by a VAE with {key} {table.metadata[key]}, that of "
+                    f"{args.vae_model_name_or_path} is {value}"
+                )
+    return vae.to(device)
+
+
+def build_model(config: dict, pretrained: str | None = None, reset_class_embeddings: bool = False) -> ModelMixin:
+    """A new network, or one that starts from saved weights.
+
+    For another resolution or number of classes the weights are adapted (see `adapt_weights`), and log lines say how.
+
+    Args:
+        config: complete `config.json`.
+        pretrained: folder or hub name of weights.
+        reset_class_embeddings: let class rows start anew even if there are as many as before.
+
+    Raises:
+        ValueError: if there are no weights in safetensors, or lists the weights that do not fit.
+    """
+    model = model_class(config).from_config(config)
+    if pretrained is None:
+        return model
+    subfolder = network_subfolder(pretrained)
+    source = load_model(
+        f"--pretrained_model_name_or_path {pretrained}: cannot read weights in safetensors (.bin, .pt are not read)",
+        *(model_class(config).from_pretrained, pretrained),
+        subfolder=subfolder,
+        use_safetensors=True,
+    )
+    with user_errors(f"--pretrained_model_name_or_path {pretrained}", ValueError):
+        weights, changes = adapt_weights(source, model, reset_class_embeddings)
+    for change in changes:
+        logger.warning(f"{pretrained}: {change}")
+    model.load_state_dict(weights)
+    return model
+
+
+def build_guidance_model(args: argparse.Namespace, model: ModelMixin, device: torch.device) -> ModelMixin | None:
+    """The weaker model of --validation_guidance_model, or None.
+
+    Raises:
+        ValueError: if it is not there or does not fit the model.
+    """
+    path = args.validation_guidance_model
+    if path is None:
+        return None
+    what = f"--validation_guidance_model {path}: cannot load a pipeline"
+    guidance_model = load_model(what, load_network, path, model_class).to(device)
+    with user_errors(what, Exception):
+        theirs = DDPMScheduler.load_config(path, subfolder="scheduler")
+    ours = build_noise_scheduler(args).config
+    for key in FORWARD_PROCESS:
+        if ours.get(key) != theirs.get(key):
+            raise UserError(
+                f"--validation_guidance_model {path} has {key} {theirs.get(key)}, this run {ours.get(key)}"
+            )
+    for what in ("sample_size", "in_channels", "out_channels"):
+        if model.config[what] != guidance_model.config[what]:
+            raise UserError(
+                f"--validation_guidance_model {path} has {what} {guidance_model.config[what]}, "
+                f"the model {model.config[what]}"
+            )
+    if null_label(model) != null_label(guidance_model):
+        raise UserError(
+            f"--validation_guidance_model {path} has {null_label(guidance_model)} classes, the model "
+            f"{null_label(model)}"
+        )
+    return guidance_model.requires_grad_(False).eval()
+
+
+def noise_shape(config: dict) -> tuple[int, int, int]:
+    """Channels, height and width of what the network of a complete config denoises."""
+    size = config["sample_size"]
+    return (config["in_channels"], *([size, size] if isinstance(size, int) else size))
+
+
+def training_flops_per_image(config: dict) -> int:
+    """FLOPs (multiplications and additions) of one image forward and backward, counted on the meta device.
+
+    The backward pass counts twice the forward pass.
+    """
+    with torch.device("meta"):
+        model = model_class(config).from_config(config).eval()
+        sample = torch.empty(1, *noise_shape(config))
+        timestep = torch.zeros(1)
+        # UNet2DModel must be given labels; ours takes None for the null class.
+        needs_labels = isinstance(model, UNet2DModel) and config["num_class_embeds"] is not None
+        labels = torch.zeros(1, dtype=torch.long) if needs_labels else None
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(sample, timestep, class_labels=labels)
+    return 3 * counter.get_total_flops()
+
+
+def set_up_model(accelerator: Accelerator, args: argparse.Namespace, model: ModelMixin) -> None:
+    """Attention backend, gradient checkpointing and compilation, as the flags say; places the model on its device."""
+    model.to(accelerator.device)
+    backend = args.attention_backend
+    if backend == "auto":
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+        backend, reason = choose_attention_backend(model, accelerator.device, dtype)
+        logger.info(f"attention backend: {backend} ({reason})")
+    elif backend == "xformers" and accelerator.device.type != "cuda":
+        raise UserError(f"--attention_backend xformers needs CUDA, the device is {accelerator.device.type}")
+    elif backend == "flex" and accelerator.device.type in ("cpu", "mps"):
+        raise UserError(
+            f"--attention_backend flex cannot train on the device {accelerator.device.type}: it has no backward pass "
+            "there; use native"
+        )
+    set_attention_backend(model, backend)
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if args.compile or backend == "flex":
+        # Resolutions x widths x training and validation: by default torch leaves what is beyond 8 of them uncompiled.
+        torch._dynamo.config.recompile_limit = 64
+    if args.compile:  # in place, so that the names of the weights stay
+        model.compile_repeated_blocks() if model._repeated_blocks else model.compile()

@@ -1,0 +1,250 @@
+# Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
+"""The endless stream of positions that training reads, and the tensors at each position.
+
+Randomness is a function of the position in the stream, not a state. Position p of a table of n images is image
+`permutation(seed, p // n)[p % n]`, and everything else drawn for it comes from a generator seeded by (seed, p).
+Data-loader workers therefore hold no state, and a run resumes from one integer.
+
+Shapes: B batch, C channels, H/W height/width in pixels, n images in the table."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler, default_collate
+
+from diffit.augment import draw_augmentation
+from diffit.decode import decode_pixels
+from diffit.errors import BadImageError, UserError
+from diffit.sources import ImageTable, Table, detect_num_channels
+
+# Independent streams of random numbers for one (seed, position).
+PERMUTATION, AUGMENTATION, DIFFUSION = range(3)
+
+
+def position_generator(seed: int, position: int, stream: int) -> np.random.Generator:
+    """Random numbers as a function of (seed, position): numpy's counter-based Philox, the same on every machine.
+
+    Args:
+        seed: any int from 0 to 2**64 - 1.
+        position: any int from 0 to 2**64 - 1.
+        stream: `PERMUTATION`, `AUGMENTATION` or `DIFFUSION`; different ones are independent.
+    """
+    return np.random.Generator(np.random.Philox(key=[seed, position], counter=[0, 0, 0, stream]))
+
+
+class PositionStream:
+    """Which image stands at which position: epoch after epoch, each in an order of its own.
+
+    Args:
+        num_images: images n in the table.
+        seed: of the permutations.
+    """
+
+    def __init__(self, num_images: int, seed: int):
+        self.num_images = num_images
+        self.seed = seed
+        self._epoch, self._permutation = None, None
+
+    def index(self, position: int) -> int:
+        """Index in [0, n) of the image at a position: `permutation(seed, position // n)[position % n]`."""
+        epoch, offset = divmod(position, self.num_images)
+        if epoch != self._epoch:
+            self._permutation = position_generator(self.seed, epoch, PERMUTATION).permutation(self.num_images)
+            self._epoch = epoch
+        return int(self._permutation[offset])
+
+
+class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Endless micro-batches of (position, index) for one process; does its own sharding.
+
+    Each micro-batch of all processes together covers the next `num_processes * batch_size` positions, so an optimizer
+    step covers the same positions however they are shared among processes and accumulation.
+
+    Args:
+        stream: order of the images.
+        batch_size: images per micro-batch and process B.
+        start_position: first position to read.
+        num_processes: number of processes.
+        process_index: of this process, in [0, num_processes).
+    """
+
+    def __init__(
+        self,
+        stream: PositionStream,
+        batch_size: int,
+        start_position: int = 0,
+        num_processes: int = 1,
+        process_index: int = 0,
+    ):
+        self.stream = stream
+        self.batch_size = batch_size
+        self.start_position = start_position
+        self.num_processes = num_processes
+        self.process_index = process_index
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        first = self.start_position + self.process_index * self.batch_size
+        while True:
+            yield [(p, self.stream.index(p)) for p in range(first, first + self.batch_size)]
+            first += self.num_processes * self.batch_size
+
+
+def split_table(table: Table, validation_fraction: float) -> tuple[Table, Table]:
+    """Splits off a validation set, the same for every seed, so that runs can be compared.
+
+    Args:
+        table: all images.
+        validation_fraction: share in (0, 1) that is held out, at least one image.
+
+    Returns:
+        Training and validation images.
+    """
+    order = PositionStream(len(table), seed=0)
+    num_validation = max(1, round(len(table) * validation_fraction))
+    if num_validation >= len(table):
+        raise UserError(f"--validation_fraction {validation_fraction} leaves none of {len(table)} images to train on")
+    held_out = {order.index(position) for position in range(num_validation)}
+    training = [index for index in range(len(table)) if index not in held_out]
+    return table.select(training), table.select(sorted(held_out))
+
+
+class StreamDataset(torch.utils.data.Dataset, ABC):
+    """What training needs at a position of the stream: an image, its label, and the random numbers drawn for it.
+
+    Args:
+        table: where the images are.
+        stream: order of the images, for replacing bad ones.
+        random_flip: mirror half of the images left and right.
+        on_bad_image: `"error"`, or `"skip"`: take the next readable image of the permutation and report the name.
+        latent_shape: shape (c, h, w) of the latents to train on; None: training in pixels.
+        augment: draw the numbers of `diffit.augment`.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        stream: PositionStream,
+        random_flip: bool,
+        on_bad_image: str,
+        latent_shape: tuple[int, int, int] | None,
+        augment: bool = False,
+    ):
+        self.table = table
+        self.stream = stream
+        self.random_flip = random_flip
+        self.on_bad_image = on_bad_image
+        self.latent_shape = latent_shape
+        self.augment = augment
+
+    def __getitem__(self, position_and_index: tuple[int, int]) -> dict:
+        """Everything for one position, a function of (seed, position) alone.
+
+        Returns:
+            A dictionary: `position`; the image, see the class; `class_labels`, int (absent without labels); `noise`,
+            standard normal, in the shape of what is trained on, float32; `time_uniform` and `dropout_uniform`, float32
+            in [0, 1), from which timestep and label dropout follow; `posterior_noise`, like `noise` (only for
+            latents), see `sample_latents`; `augmentation` (only if asked for), see `diffit.augment`; `bad_images`,
+            messages about images that were skipped.
+
+        Raises:
+            BadImageError: names the file, unless bad images are skipped.
+        """
+        position, index = position_and_index
+        rng = position_generator(self.stream.seed, position, AUGMENTATION)
+        flip, *crop_position = rng.random(3)
+        augmentation = {"augmentation": torch.from_numpy(draw_augmentation(rng))} if self.augment else {}
+        flip = self.random_flip and flip < 0.5
+        bad_images = []
+        while True:
+            try:
+                image = self._load(index, flip, tuple(crop_position))
+                break
+            except BadImageError as error:
+                if self.on_bad_image != "skip":
+                    raise
+                bad_images.append(str(error))
+                num_images = len(self.table)
+                if len(bad_images) == num_images:
+                    raise BadImageError(f"no readable image in {self.table.source}; the last: {error}") from error
+                epoch_start = position - position % num_images
+                index = self.stream.index(epoch_start + (position + len(bad_images)) % num_images)
+        rng = position_generator(self.stream.seed, position, DIFFUSION)
+        shape = self.latent_shape or tuple(image["pixel_values"].shape)
+        item = {
+            "position": position,
+            **image,
+            **augmentation,
+            "time_uniform": torch.tensor(rng.random(dtype=np.float32)),
+            "dropout_uniform": torch.tensor(rng.random(dtype=np.float32)),
+            "noise": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
+            "bad_images": bad_images,
+        }
+        if self.latent_shape is not None:
+            item["posterior_noise"] = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+        if self.table.class_names is not None:
+            item["class_labels"] = self.table.label(index)
+        return item
+
+    @abstractmethod
+    def _load(self, index: int, flip: bool, crop_position: tuple[float, float]) -> dict[str, torch.Tensor]:
+        """The image by its name in the item.
+
+        Raises:
+            BadImageError: if it cannot be read.
+        """
+
+
+class ImageDataset(StreamDataset):
+    """Images to train on, or to encode on the device: `pixel_values`, shape (C, H, W), see `normalize_pixels`.
+
+    Args:
+        table: where the images are.
+        stream: order of the images, for replacing bad ones.
+        resolution: height and width in pixels.
+        num_channels: channels C; None: what the images have, and colour among grayscale is an error.
+        center_crop: crop the centre rather than a random place.
+        random_flip: mirror half of the images left and right.
+        on_bad_image: `"error"`, or `"skip"`: take the next readable image of the permutation and report the name.
+        latent_shape: shape (c, h, w) of the latents to train on; None: training in pixels.
+        augment: draw the numbers of `diffit.augment`, which transforms images on the device.
+    """
+
+    def __init__(
+        self,
+        table: ImageTable,
+        stream: PositionStream,
+        resolution: tuple[int, int],
+        num_channels: int | None = None,
+        center_crop: bool = False,
+        random_flip: bool = False,
+        on_bad_image: str = "error",
+        latent_shape: tuple[int, int, int] | None = None,
+        augment: bool = False,
+    ):
+        super().__init__(table, stream, random_flip, on_bad_image, latent_shape, augment)
+        self.resolution = resolution
+        self.keep_colour = num_channels is None
+        self.num_channels = num_channels or detect_num_channels(table)
+        self.center_crop = center_crop
+
+    def _load(self, index: int, flip: bool, crop_position: tuple[float, float]) -> dict[str, torch.Tensor]:
+        pixel_values = decode_pixels(
+            *self.table.read(index),
+            self.resolution,
+            self.num_channels,
+            (0.5, 0.5) if self.center_crop else crop_position,
+            flip=flip,
+            keep_colour=self.keep_colour,
+        )
+        return {"pixel_values": pixel_values}
+
+
+def collate(items: list[dict]) -> dict:
+    """Stacks items of a `StreamDataset` to a batch: shapes gain B in front, `bad_images` becomes one list."""
+    bad_images = [message for item in items for message in item["bad_images"]]
+    if len({item["pixel_values"].dtype for item in items if "pixel_values" in item}) > 1:  # some are of 16 bits
+        items = [item | {"pixel_values": item["pixel_values"].float()} for item in items]
+    batch = default_collate([{key: value for key, value in item.items() if key != "bad_images"} for item in items])
+    return batch | {"bad_images": bad_images}
