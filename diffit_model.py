@@ -584,7 +584,7 @@ class DropTokens(torch.autograd.Function):
         return (grad * keep).mul_(ctx.scale), None
 
 
-class TokenDropout(nn.Dropout):
+class Dropout16(nn.Dropout):
     """Dropout on tokens."""
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -690,7 +690,7 @@ class DiffiTBlock(nn.Module):
         )
         self.norm2 = TokenNorm(hidden_size)
         self.mlp = DiffiTMLP(hidden_size, mlp_ratio)
-        self.dropout = TokenDropout(dropout)
+        self.dropout = Dropout16(dropout)
 
     def forward(self, hidden_states: torch.Tensor, time_token: torch.Tensor) -> torch.Tensor:
         """Maps tokens of shape (B * G, N, D) and time tokens of shape (B, T) to tokens of shape (B * G, N, D)."""

@@ -64,7 +64,7 @@ EDM_SCHEDULERS = {
 GUIDANCE_SCHEDULES = ("constant", "power_cosine")
 
 
-def viewable(pixels: np.ndarray) -> PIL.Image.Image:
+def to_displayable(pixels: np.ndarray) -> PIL.Image.Image:
     """A picture of uint8 of shape (H, W, C): of all channels if they are 1, 3 or 4, else of the first 1 or 3."""
     channels = pixels.shape[-1]
     shown = channels if channels in (1, 3, 4) else (3 if channels > 4 else 1)
@@ -94,7 +94,7 @@ def image_grid(images: list[PIL.Image.Image], columns: int | None = None, rows: 
     return make_image_grid(tiles + [blank] * (columns * rows - len(tiles)), rows, columns)
 
 
-def part_name(network: torch.nn.Module) -> str:
+def component_name(network: torch.nn.Module) -> str:
     """Folder of a network in pipelines and checkpoints: `"transformer"` for those of latents, else `"unet"`."""
     return "transformer" if "num_embeds_ada_norm" in network.config else "unet"
 
@@ -333,7 +333,7 @@ class DiffiTPipeline(DiffusionPipeline):
         heun = scheduler == "edm_heun"
         scheduler_class = (SCHEDULERS | EDM_SCHEDULERS)[scheduler]
         network = load_network(model_path, model_class, dtype) if network is None else network
-        if part_name(network) == "unet":
+        if component_name(network) == "unet":
             scheduler = scheduler_class.from_pretrained(model_path, subfolder="scheduler")
             return cls(network, scheduler, index.get("id2label"), heun=heun)
 

@@ -57,7 +57,7 @@ from diffit.metrics import (
     nearest,
     shuffled_parts,
 )
-from diffit.processes import join_processes, on_all_processes, on_main_process
+from diffit.processes import join_processes, on_all_processes, run_on_main_and_broadcast
 from diffit.run_dir import OutputFolder
 from diffit.sampling import check_sampling_flags
 from diffit.sources import ImageTable, detect_num_channels, listed_samples, load_image_table
@@ -70,7 +70,7 @@ from diffit_pipeline import (
     DiffiTPipeline,
     choose_scheduler,
     null_label,
-    viewable,
+    to_displayable,
 )
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -433,7 +433,7 @@ def load_checkpoint_pipeline(
     return pipeline
 
 
-def kimg_of(model_path: str) -> float | None:
+def checkpoint_kimg(model_path: str) -> float | None:
     """Thousands of images that a checkpoint has seen in training; None if it is no checkpoint."""
     file = Path(model_path, "state.json")
     with user_errors(f"--model_path {model_path}: {file.name} is damaged", ValueError, TypeError, KeyError):
@@ -619,7 +619,7 @@ def measure_model(
         extractors,
         images,
         name=model_path,
-        kimg=kimg_of(model_path),
+        kimg=checkpoint_kimg(model_path),
         scheduler=scheduler,
         evaluations=2 * evaluations - 1 if scheduler == "edm_heun" else evaluations,
     )
@@ -779,7 +779,7 @@ def plot_neighbours(
         neighbours = indices[sample].tolist() + in_pixels[row].tolist()
         pictures = [images[row], *[training.images.images[i] for i in neighbours]]
         for axes, picture in zip(panels[row], pictures, strict=True):
-            axes.imshow(viewable(picture.permute(1, 2, 0).numpy()), cmap="gray", vmin=0, vmax=255)
+            axes.imshow(to_displayable(picture.permute(1, 2, 0).numpy()), cmap="gray", vmin=0, vmax=255)
             axes.set(xticks=[], yticks=[])
         panels[row][0].set_ylabel(f"image {sample}", fontsize=8)
         panels[row][1].set_xlabel(f"distance {distances[sample, 0]:.3g}", fontsize=8)
@@ -981,7 +981,7 @@ def check_outputs(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> None:
     """All processes draw and take features together; then the main process alone computes, prints and writes."""
     state = join_processes()
-    on_main_process(state, check_outputs, args)
+    run_on_main_and_broadcast(state, check_outputs, args)
     source, training_source = open_sources(args, state)
     which = (args.feature_extractor, state.device, args.feature_model, args.inception_path)
     extractors = [on_all_processes(state, load_extractor, *which)]

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from diffit.command_line import Parser, path_type, positive_int, run_script
 from diffit.errors import UserError, load_model, user_errors
 from diffit.features import weights_digest
-from diffit.processes import join_processes, on_main_process
+from diffit.processes import join_processes, run_on_main_and_broadcast
 from diffit.run_dir import OutputFolder
 from diffit.sampling import check_sampling_flags
 from diffit.sources import listed_samples
@@ -44,7 +44,7 @@ from diffit_pipeline import (
     image_grid,
     load_network,
     null_label,
-    viewable,
+    to_displayable,
 )
 
 MOST_IN_GRID = 1024
@@ -357,7 +357,7 @@ def draw(
             if temporary.suffix == ".npy":
                 np.save(temporary, image)
             else:
-                viewable(image).save(temporary)
+                to_displayable(image).save(temporary)
             temporary.replace(output_dir / row["file"])  # an image is there whole or not at all
         progress.update(len(batch))
     progress.close()
@@ -381,7 +381,7 @@ def write_summary(args: argparse.Namespace, rows: list[dict], output_dir: Path) 
         np.savez(output_dir / "samples.npz", pixels, *labels)
     columns, grid_rows = args.grid or (args.num_images_per_class, None)
     shown = rows[: columns * grid_rows if args.grid else MOST_IN_GRID]
-    images = [viewable(read_pixels(output_dir / row["file"])) for row in shown]
+    images = [to_displayable(read_pixels(output_dir / row["file"])) for row in shown]
     image_grid(images, columns, grid_rows).save(output_dir / "grid.png")
 
 
@@ -409,7 +409,7 @@ def main(args: argparse.Namespace) -> None:
     settings = {key: getattr(args, key) for key in IMAGE_ARGUMENTS} | {
         f"{name}_sha256": None if model is None else weights_digest(model) for name, model in models.items()
     }
-    on_main_process(state, prepare_output_dir, args, settings, rows)
+    run_on_main_and_broadcast(state, prepare_output_dir, args, settings, rows)
     missing = [row for row in rows if not (output_dir / row["file"]).is_file()]
     state.wait_for_everyone()  # all processes must have looked before one writes
     draw(args, pipeline, guidance_model, missing[state.process_index :: state.num_processes], output_dir)

@@ -28,32 +28,32 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
-from diffit.batches import LEVEL_BINS, build_batches, diffuse, report_bad_images
+from diffit.batches import LEVEL_BINS, build_batches, prepare_batch, report_bad_images
 from diffit.checkpoint import find_checkpoint, load_checkpoint, open_run_dir, prepare_output_dir, save_checkpoint
 from diffit.command_line import run_script
-from diffit.config import parse_args, public_args
+from diffit.config import args_to_config, parse_args
 from diffit.errors import RunError
 from diffit.export import push_to_hub
-from diffit.formulations import build_noise_scheduler, compute_loss, spread_non_finite
+from diffit.formulations import build_noise_scheduler, compute_loss, nan_if_non_finite
 from diffit.latents import vae_description
 from diffit.launcher import EXIT_STOPPED
 from diffit.lock import OutputDirLock
 from diffit.logs import PROJECT, add_to_bins, is_due, log_metrics
-from diffit.networks import build_guidance_model, build_model, build_vae, outline_vae, read_model_config, set_up_model
+from diffit.networks import build_guidance_model, build_model, build_vae, read_model_config, set_up_model, vae_on_meta
 from diffit.optimization import (
-    StepGuard,
+    NonFiniteGuard,
     TrainingState,
     build_ema,
     build_lr_scheduler,
     build_optimizer,
-    complete_step,
+    finish_step,
     seed_dropout,
 )
 from diffit.plan import (
     build_accelerator,
     build_tables,
-    describe_launch,
     describe_run,
+    launch_fingerprint,
     print_dry_run,
     resolve_diffusion,
     resolve_duration,
@@ -65,10 +65,10 @@ from diffit.processes import (
     is_restarted,
     join_processes,
     on_all_processes,
-    on_main_process,
+    run_on_main_and_broadcast,
 )
 from diffit.run_dir import files_below
-from diffit.validation import build_evaluator, build_extractor, log_validation
+from diffit.validation import build_evaluator, build_extractor, validate_and_export
 from diffit_pipeline import null_label
 
 logger = get_logger("train_diffit", log_level="INFO")
@@ -87,11 +87,11 @@ def main(args: argparse.Namespace) -> None:
         join_processes()
         accelerator = build_accelerator(args)
         resolve_diffusion(args)
-        check_agreement(accelerator, describe_launch(args, config))
+        check_agreement(accelerator, launch_fingerprint(args, config))
         lock = OutputDirLock(args.output_dir)
         if not args.dry_run:
             resources.push(lock)  # first, because a signal may come while it is taken
-            token = on_main_process(accelerator, lock.__enter__)
+            token = run_on_main_and_broadcast(accelerator, lock.__enter__)
             on_all_processes(accelerator, lock.check_visible, token)
         train(accelerator, args, config, lock, stop)
 
@@ -114,11 +114,11 @@ def train(
         stop: not begun yet.
     """
     # 1. set up
-    run_dir = on_main_process(accelerator, open_run_dir, args)
+    run_dir = run_on_main_and_broadcast(accelerator, open_run_dir, args)
     resume_flags = (args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
-    checkpoint = on_main_process(accelerator, find_checkpoint, *resume_flags)
+    checkpoint = run_on_main_and_broadcast(accelerator, find_checkpoint, *resume_flags)
     table, validation_table = on_all_processes(accelerator, build_tables, args)
-    config = on_all_processes(accelerator, lambda: resolve_model_config(args, config_asked, table, outline_vae(args)))
+    config = on_all_processes(accelerator, lambda: resolve_model_config(args, config_asked, table, vae_on_meta(args)))
     resolve_duration(args, len(table))
     digest = table.digest()
     check_agreement(accelerator, {"the training data": digest, "the model config": config})
@@ -142,12 +142,12 @@ def train(
 
     # 2. resume
     if checkpoint is not None:
-        load_checkpoint(checkpoint, accelerator, public_args(args), state)
+        load_checkpoint(checkpoint, accelerator, args_to_config(args), state)
     prepare_output_dir(accelerator, args, run_dir, state.global_step)
     evaluator = build_evaluator(accelerator, args, extractor, compared_with)
     model, optimizer = accelerator.prepare(raw_model, raw_optimizer)
     batches = build_batches(accelerator, args, table, config, state.position)
-    arguments = public_args(args)
+    arguments = args_to_config(args)
     logs = Path(args.output_dir, args.logging_dir, PROJECT)
     earlier_logs = set(files_below(logs))
     accelerator.init_trackers(
@@ -161,7 +161,7 @@ def train(
     describe_run(accelerator, args, raw_model, table, validation_table)
     stop.begin()
     validate = functools.partial(
-        log_validation,
+        validate_and_export,
         *(
             accelerator,
             args,
@@ -186,7 +186,7 @@ def train(
     null = null_label(raw_model)
     bins = torch.zeros(2, LEVEL_BINS, device=accelerator.device)  # losses since the last log, by noise level
     bad_images: set[str] = set()
-    guard = StepGuard(raw_optimizer)
+    guard = NonFiniteGuard(raw_optimizer)
     validation_periods = [every for every in (args.validation_steps, args.eval_steps) if every is not None]
     periods = (args.logging_steps, args.checkpointing_steps, *validation_periods)
     progress = tqdm(total=args.max_train_steps, initial=state.global_step, disable=not accelerator.is_main_process)
@@ -196,17 +196,17 @@ def train(
         for _ in range(args.gradient_accumulation_steps):
             batch = next(batches)
             report_bad_images(batch["bad_images"], bad_images)
-            noisy = diffuse(batch, args, noise_scheduler, args.label_dropout, null, vae, accelerator.device)
+            noisy = prepare_batch(batch, args, noise_scheduler, args.label_dropout, null, vae, accelerator.device)
             seed_dropout(args.seed, int(batch["position"][0]))
             with accelerator.accumulate(model):
                 model_pred = model(*noisy.network_inputs, **noisy.conditions).sample
                 loss = compute_loss(
                     model_pred, noise_scheduler, noisy.clean_images, noisy.noise, noisy.levels, args.snr_gamma or None
                 )
-                accelerator.backward(spread_non_finite(loss).mean())
+                accelerator.backward(nan_if_non_finite(loss).mean())
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                    complete_step(args, state, guard)  # the step before, if the host did not wait for it
+                    finish_step(args, state, guard)  # the step before, if the host did not wait for it
                     guard.watch(grad_norm)
                     lr = lr_scheduler.get_last_lr()[0]
                 optimizer.step()
@@ -216,7 +216,7 @@ def train(
         stopping = stop.agreed()
         if not stopping and not any(is_due(state.global_step + 1, every, args.max_train_steps) for every in periods):
             continue
-        if not complete_step(args, state, guard):
+        if not finish_step(args, state, guard):
             continue
         if is_due(state.global_step, args.logging_steps, args.max_train_steps):
             images_per_second = (state.position - log_position) / (time.perf_counter() - log_time)

@@ -31,11 +31,11 @@ from torch.utils.data import default_collate
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import train_diffit  # noqa: E402
-from diffit.decode import decode_pixels, normalize_pixels  # noqa: E402
-from diffit.latents import LatentDataset, LatentTable, latent_features  # noqa: E402
-from diffit.sources import load_image_table  # noqa: E402
-from diffit.stream import (  # noqa: E402
+import train_diffit
+from diffit.decode import decode_pixels, normalize_pixels
+from diffit.latents import LatentDataset, LatentTable, latent_features
+from diffit.sources import load_image_table
+from diffit.stream import (
     DIFFUSION,
     ImageDataset,
     PositionStream,

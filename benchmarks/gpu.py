@@ -26,26 +26,26 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from diffit.batches import LEVEL_BINS, diffuse  # noqa: E402
-from diffit.config import build_parser  # noqa: E402
-from diffit.formulations import (  # noqa: E402
-    build_noise_scheduler,  # noqa: E402
+from diffit.batches import LEVEL_BINS, prepare_batch
+from diffit.config import build_parser
+from diffit.formulations import (
+    build_noise_scheduler,
     compute_loss,
-    spread_non_finite,
+    nan_if_non_finite,
 )
-from diffit.logs import add_to_bins, peak_memory  # noqa: E402
-from diffit.networks import noise_shape, set_up_model, training_flops_per_image  # noqa: E402
-from diffit.optimization import (  # noqa: E402
-    StepGuard,
-    TrainingState,  # noqa: E402
+from diffit.logs import add_to_bins, peak_memory
+from diffit.networks import sample_shape, set_up_model, training_flops_per_image
+from diffit.optimization import (
+    NonFiniteGuard,
+    TrainingState,
     build_ema,
     build_lr_scheduler,
     build_optimizer,
-    complete_step,
+    finish_step,
 )
-from diffit.plan import resolve_diffusion  # noqa: E402
-from diffit_model import model_class  # noqa: E402
-from gpu_checks import (  # noqa: E402
+from diffit.plan import resolve_diffusion
+from diffit_model import model_class
+from gpu_checks import (
     BACKENDS,
     GEOMETRIES,
     TINY_GEOMETRIES,
@@ -96,10 +96,10 @@ class Training:
         optimizer = build_optimizer(self.args, model)
         emas, scheduler = build_ema(self.args, model), build_lr_scheduler(self.args, optimizer)
         self.state = TrainingState(model, emas, optimizer, scheduler, num_images=batch_size, data_digest="")
-        self.guard = StepGuard(optimizer)
+        self.guard = NonFiniteGuard(optimizer)
         self.noise_scheduler = build_noise_scheduler(self.args)
         self.bins = torch.zeros(2, LEVEL_BINS, device=device)
-        images = (batch_size, *noise_shape(case.config))
+        images = (batch_size, *sample_shape(case.config))
         batch = {name: torch.randn(images) for name in ("pixel_values", "noise")}
         batch |= {name: torch.rand(batch_size) for name in ("time_uniform", "dropout_uniform")}
         batch["class_labels"] = torch.randint(0, model.null_label or 1, (batch_size,))
@@ -109,13 +109,13 @@ class Training:
         """One optimizer step, in the order of the script; the loss, shape ()."""
         args, state = self.args, self.state
         null = state.model.null_label
-        noisy = diffuse(self.batch, args, self.noise_scheduler, args.label_dropout, null, None, self.device)
+        noisy = prepare_batch(self.batch, args, self.noise_scheduler, args.label_dropout, null, None, self.device)
         with autocast(self.device, self.dtype):
             model_pred = state.model(*noisy.network_inputs, **noisy.conditions).sample
         loss = compute_loss(model_pred, self.noise_scheduler, noisy.clean_images, noisy.noise, noisy.levels)
-        spread_non_finite(loss).mean().backward()
+        nan_if_non_finite(loss).mean().backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.max_grad_norm)
-        complete_step(args, state, self.guard)
+        finish_step(args, state, self.guard)
         self.guard.watch(grad_norm)
         state.optimizer.step()
         state.optimizer.zero_grad()
@@ -223,7 +223,7 @@ def forbidden_synchronisation(device: torch.device) -> Iterator[None]:
 
 
 def check_synchronisation(report: Report, device: torch.device, cases: list[Case]) -> None:
-    """Some training steps, watched by StepGuard, while synchronisation is an error."""
+    """Some training steps, watched by NonFiniteGuard, while synchronisation is an error."""
     row = report.table(
         "Synchronisation",
         "Three steps with `torch.cuda.set_sync_debug_mode('error')`, with the guard against non-finite steps, whose "

@@ -15,10 +15,10 @@ from torch.utils._triton import has_triton
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from diffit.config import build_parser  # noqa: E402
-from diffit.networks import noise_shape  # noqa: E402
-from diffit.optimization import build_optimizer  # noqa: E402
-from diffit_model import (  # noqa: E402
+from diffit.config import build_parser
+from diffit.networks import sample_shape
+from diffit.optimization import build_optimizer
+from diffit_model import (
     MAX_WINDOWS,
     TimeDependentSelfAttention,
     choose_attention_backend,
@@ -269,7 +269,7 @@ class Graph:
 
 def graph_inputs(case: Case, device: torch.device, seed: int, batch_size: int = 2) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    sample = torch.randn(batch_size, *noise_shape(case.config), generator=generator)
+    sample = torch.randn(batch_size, *sample_shape(case.config), generator=generator)
     timesteps = torch.randint(0, 1000, (batch_size,), generator=generator).float()
     return {"sample": sample.to(device), "timesteps": timesteps.to(device)}
 

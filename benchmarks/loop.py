@@ -22,7 +22,7 @@ from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from diffit.networks import build_model, noise_shape, read_model_config, set_up_model
+from diffit.networks import build_model, read_model_config, sample_shape, set_up_model
 from diffit.optimization import build_optimizer
 from diffit.plan import build_accelerator, resolve_model_config
 from diffit.sources import load_image_table
@@ -115,7 +115,7 @@ def run_bare(connection: Connection, config: str, num_turns: int, folder: str) -
     model = build_model(resolved)
     set_up_model(accelerator, args, model)
     optimizer = build_optimizer(args, model)
-    images = torch.randn(BATCH_SIZE, *noise_shape(resolved))
+    images = torch.randn(BATCH_SIZE, *sample_shape(resolved))
     timesteps = torch.randint(0, 1000, (BATCH_SIZE,))
     labels = torch.randint(0, len(data.class_names), (BATCH_SIZE,))
     turns = Turns(connection)

@@ -17,8 +17,8 @@ from diffit_model import (
     DiffiTResBlock,
     DiffiTTransformer2DModel,
     DiffiTUNet2DModel,
+    Dropout16,
     TimeDependentSelfAttention,
-    TokenDropout,
     TokenNorm,
 )
 
@@ -86,7 +86,7 @@ class PlainTransformer(DiffiTTransformer2DModel):
 PLAIN = {
     DiffiTMLP: PlainMLP,
     TokenNorm: nn.LayerNorm,
-    TokenDropout: nn.Dropout,
+    Dropout16: nn.Dropout,
     DiffiTResBlock: PlainResBlock,
     DiffiTUNet2DModel: PlainUNet,
     DiffiTTransformer2DModel: PlainTransformer,

@@ -37,12 +37,12 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import eval_diffit  # noqa: E402
-from diffit.config import parse_args  # noqa: E402
-from diffit.networks import training_flops_per_image  # noqa: E402
-from diffit.optimization import HalfLifeEMA, build_optimizer  # noqa: E402
-from diffit_model import model_class  # noqa: E402
-from diffit_pipeline import EDM_SCHEDULERS  # noqa: E402
+import eval_diffit
+from diffit.config import parse_args
+from diffit.networks import training_flops_per_image
+from diffit.optimization import HalfLifeEMA, build_optimizer
+from diffit_model import model_class
+from diffit_pipeline import EDM_SCHEDULERS
 
 SEEDS = (0, 1, 2)
 BATCH_SIZE = 32

@@ -21,8 +21,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import train_diffit  # noqa: E402
-from diffit.stream import AUGMENTATION, DIFFUSION, position_generator  # noqa: E402
+import train_diffit
+from diffit.stream import AUGMENTATION, DIFFUSION, position_generator
 
 BATCH_SIZE, SHAPE = 64, (3, 32, 32)
 

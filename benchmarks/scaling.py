@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from diffit.networks import noise_shape, training_flops_per_image  # noqa: E402
-from diffit_model import model_class  # noqa: E402
+from diffit.networks import sample_shape, training_flops_per_image
+from diffit_model import model_class
 
 DOCUMENT = ROOT / "docs/scaling.md"
 GPUS = (8, 64, 512)
@@ -92,7 +92,7 @@ def read(name: str) -> dict:
     config = json.loads((ROOT / flags["model_config"]).read_text()) | of_data
     with torch.device("meta"):
         model = model_class(config).from_config(config)
-        inputs = torch.empty(1, *noise_shape(config)), torch.zeros(1)
+        inputs = torch.empty(1, *sample_shape(config)), torch.zeros(1)
     with CountKernels() as counter:
         model(*inputs).sample.sum().backward()
     again = 4 / 3 if flags.get("gradient_checkpointing") else 1  # the forward pass, once more

@@ -28,12 +28,12 @@ from torch.utils.benchmark import Timer
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from diffit.networks import noise_shape, training_flops_per_image  # noqa: E402
-from diffit.optimization import HalfLifeEMA  # noqa: E402
-from diffit_model import model_class  # noqa: E402
-from diffit_pipeline import DiffiTPipeline  # noqa: E402
-from loop import GIVE_BACK, KEEP  # noqa: E402
-from plain_models import by_the_letter  # noqa: E402
+from diffit.networks import sample_shape, training_flops_per_image
+from diffit.optimization import HalfLifeEMA
+from diffit_model import model_class
+from diffit_pipeline import DiffiTPipeline
+from loop import GIVE_BACK, KEEP
+from plain_models import by_the_letter
 
 MATRIX = 2048
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mkldnn_convolution", "convolution_backward")
@@ -80,7 +80,7 @@ def training_step(case: str, side: str) -> Callable[[], None]:
     name, of_data, batch_size, bias_per_window = CASES[case]
     config = read_config(name, of_data)
     model = build_model(config, side, bias_per_window)
-    sample = torch.randn(batch_size, *noise_shape(config))
+    sample = torch.randn(batch_size, *sample_shape(config))
     timesteps = torch.randint(0, 1000, (batch_size,))
     plain = side.startswith("plain")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=None if plain else True)

@@ -1,7 +1,21 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The library behind the scripts at the top of this repository.
+"""The library behind the scripts at the top of this repository. Where to look:
 
-A script imports something of it before diffusers, which imports xformers where that is installed.
+    config, plan                      what may be asked of a training, and what follows from it
+    sources, decode, stream, latents  images or prepared latents, to the tensors at a position of the stream
+    batches, augment                  a micro-batch on the device: encoded, augmented, noisy
+    formulations                      DDPM and EDM: noise levels, network inputs, loss, scheduler
+    networks                          build, adapt, load and place networks and VAEs
+    optimization                      AdamW, Muon, schedules, averages, skipped steps, the state of a training
+    checkpoint, run_dir, lock         what is saved, what in a folder is ours, and which run owns it
+    processes, launcher               several processes: start, agreement, stop signals, launchers that die
+    logs, validation, export          trackers; held-out loss, metrics, previews; the pipeline folder and the hub
+    sampling                          checks of sampling flags
+    metrics, features                 Frechet and kernel distance and others; feature extractors
+    command_line, errors              how flags are read, and how an error ends a script
+
+No module imports one that imports it. A script imports something of this package before diffusers, which imports
+xformers where that is installed.
 """
 
 import logging

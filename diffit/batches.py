@@ -15,7 +15,7 @@ from diffit.augment import augment
 from diffit.decode import normalize_pixels
 from diffit.formulations import NoiseScheduler, build_network_inputs, build_noise_levels
 from diffit.latents import LatentDataset, LatentTable, encode_moments, sample_latents
-from diffit.networks import noise_shape
+from diffit.networks import sample_shape
 from diffit.processes import ignore_stop_signals
 from diffit.sources import Table
 from diffit.stream import ImageDataset, PositionStream, StreamBatchSampler, StreamDataset, collate
@@ -38,7 +38,7 @@ def build_dataset(
     """Images or prepared latents by position, with the noise for the network of a complete config."""
     if isinstance(table, LatentTable):
         return LatentDataset(table, stream, random_flip, args.on_bad_image)
-    latent_shape = None if args.vae_model_name_or_path is None else noise_shape(config)
+    latent_shape = None if args.vae_model_name_or_path is None else sample_shape(config)
     return ImageDataset(
         table,
         stream,
@@ -79,7 +79,7 @@ def batch_labels(batch: dict, label_dropout: float, null: int | None) -> torch.T
     return torch.where(batch["dropout_uniform"] < label_dropout, null, batch["class_labels"])
 
 
-def clean_samples(batch: dict, vae: AutoencoderKL | None, device: torch.device) -> torch.Tensor:
+def encode_images(batch: dict, vae: AutoencoderKL | None, device: torch.device) -> torch.Tensor:
     """What is to be diffused, on the device: images, or with a VAE a sample of their latents; shape (B, C, H, W).
 
     Latents are drawn from the encoder's Gaussian with the noise of the batch, so they too are a function of the
@@ -118,7 +118,7 @@ class NoisyBatch:
     conditions: dict[str, torch.Tensor | None]
 
 
-def diffuse(
+def prepare_batch(
     batch: dict,
     args: argparse.Namespace,
     noise_scheduler: NoiseScheduler,
@@ -141,7 +141,7 @@ def diffuse(
     levels = build_noise_levels(batch["time_uniform"], noise_scheduler, args.sigma_mean, args.sigma_std)
     level_bins = (batch["time_uniform"] * LEVEL_BINS).long()
     labels = batch_labels(batch, label_dropout, null)
-    clean_images = clean_samples(batch, vae, device)
+    clean_images = encode_images(batch, vae, device)
     tensors = (batch["noise"], levels, level_bins)
     noise, levels, level_bins = (tensor.to(device, non_blocking=True) for tensor in tensors)
     conditions = {"class_labels": None if labels is None else labels.to(device, non_blocking=True)}

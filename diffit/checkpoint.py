@@ -33,6 +33,7 @@ from diffit.run_dir import (
     CHECKPOINT_MANIFEST,
     RUN_OUTPUTS,
     OutputFolder,
+    checkpoint_step,
     files_below,
     is_checkpoint,
     is_code_folder,
@@ -42,9 +43,8 @@ from diffit.run_dir import (
     remove_checkpoint,
     remove_empty_folders,
     remove_whole_folder,
-    step_of,
 )
-from diffit_pipeline import part_name
+from diffit_pipeline import component_name
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -70,7 +70,7 @@ def file_digest(file: Path) -> dict[str, int | str]:
         return {"size": file.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
 
 
-def checkpoint_problem(path: Path) -> str | None:
+def verify_checkpoint(path: Path) -> str | None:
     """What is wrong with a checkpoint, in words, by its manifest of sizes and checksums; None if it is complete."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
@@ -106,7 +106,7 @@ def write_checkpoint(
 ) -> None:
     """Writes all that a resumed run needs into a new folder; the manifest comes last."""
     shutil.rmtree(folder, ignore_errors=True)
-    part = part_name(state.model)
+    part = component_name(state.model)
     state.model.save_pretrained(folder / part)
     for name, ema_model in state.ema_models.items():
         with ema_weights(ema_model, state.model):
@@ -189,7 +189,7 @@ def save_checkpoint(
     if accelerator.is_main_process and total_limit is not None:
         # A damaged one that was passed over may have a later number: it is left, and does not count.
         ours = [path for path in list_checkpoints(lock.folder) if is_ours(path, run_dir) or path.is_symlink()]
-        kept = [path for path in ours if step_of(path) <= state.global_step]
+        kept = [path for path in ours if checkpoint_step(path) <= state.global_step]
         for old in kept[:-total_limit]:
             try:
                 remove_checkpoint(old)
@@ -251,11 +251,11 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None, overwri
         return None
     if resume_from_checkpoint != "latest":
         path = Path(resume_from_checkpoint)
-        if problem := checkpoint_problem(path):
+        if problem := verify_checkpoint(path):
             raise UserError(f"--resume_from_checkpoint {path}: {problem}")
         return path
     for path in reversed(existing):
-        problem = checkpoint_problem(path)
+        problem = verify_checkpoint(path)
         if problem is None:
             return path
         logger.warning(f"passing over {path}: {problem}")
@@ -293,7 +293,7 @@ def load_checkpoint(path: Path, accelerator: Accelerator, arguments: dict, state
         raise UserError(f"{path} was trained on {numbers['num_images']} images, the data has {state.num_images}")
     if numbers["data_digest"] != state.data_digest:
         raise UserError(f"{path} was trained on other images of the same number, other labels, or with another VAE")
-    part = part_name(state.model)
+    part = component_name(state.model)
     config = read_data(path / part / "config.json", lambda file: json.loads(file.read_text()))
     for key, value in json.loads(state.model.to_json_string()).items():
         if not key.startswith("_") and key != "auto_map" and config.get(key) != value:
@@ -403,7 +403,7 @@ def prepare_output_dir(
             for name in ("eval", args.logging_dir):
                 remove_empty_folders(output_dir / name)
         for later in list_checkpoints(output_dir):
-            if step_of(later) > global_step and checkpoint_problem(later) is None:
+            if checkpoint_step(later) > global_step and verify_checkpoint(later) is None:
                 logger.warning(f"resuming from step {global_step}, before {later.name}")
                 set_aside(later)
     accelerator.wait_for_everyone()

@@ -396,7 +396,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def public_args(args: argparse.Namespace) -> dict:
+def args_to_config(args: argparse.Namespace) -> dict:
     """The arguments as a config file holds them, fit to be given to --config again: without the token and what is
     derived from other flags, and only what is set."""
     private = {"hub_token", "config", "debug", "dry_run", "resume_from_checkpoint", "overwrite_output_dir"}

@@ -13,13 +13,13 @@ from accelerate.logging import get_logger
 from diffusers import AutoencoderKL, DDPMPipeline, ModelMixin, SchedulerMixin
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from diffit.config import public_args
+from diffit.config import args_to_config
 from diffit.errors import RunError, UserError
 from diffit.formulations import NoiseScheduler
 from diffit.optimization import TrainingState
 from diffit.run_dir import PIPELINE_FILES, PIPELINE_FOLDERS, OutputFolder
 from diffit.sources import Table
-from diffit_pipeline import DiffiTPipeline, part_name
+from diffit_pipeline import DiffiTPipeline, component_name
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -31,7 +31,9 @@ def build_pipeline(
     id2label: dict[str, str] | None = None,
 ) -> DiffiTPipeline:
     """What draws previews, and what all runs save but unconditional ones of DDPM in pixels."""
-    return DiffiTPipeline(scheduler=scheduler, id2label=id2label, vae=vae, **{"unet": None, part_name(model): model})
+    return DiffiTPipeline(
+        scheduler=scheduler, id2label=id2label, vae=vae, **{"unet": None, component_name(model): model}
+    )
 
 
 def save_pipeline(
@@ -60,13 +62,13 @@ def save_pipeline(
     folder = run_dir.folder / "tmp-pipeline"
     run_dir.remove(["tmp-pipeline/"])
     run_dir.announce(["tmp-pipeline/"])
-    if args.class_conditional or part_name(state.model) == "transformer" or args.formulation == "edm":
+    if args.class_conditional or component_name(state.model) == "transformer" or args.formulation == "edm":
         names = table.class_names if args.class_conditional else ()
         id2label = {str(number): name for number, name in enumerate(names)} or None
         build_pipeline(state.model, vae, noise_scheduler, id2label).save_pretrained(folder)
     else:
         DDPMPipeline(state.model, noise_scheduler).save_pretrained(folder)
-    (folder / "training_args.yaml").write_text(yaml.safe_dump(public_args(args)))
+    (folder / "training_args.yaml").write_text(yaml.safe_dump(args_to_config(args)))
     grid.save(folder / "sample_grid.png")
     model_card(args, state, table, average, validation).save(folder / "README.md")
     kept = run_dir.publish(folder, target, earlier=pipeline_files(run_dir, target))

@@ -206,7 +206,7 @@ def variance_bound(
     return nats.mean(dim=(1, 2, 3)) / math.log(2)
 
 
-def spread_non_finite(loss: torch.Tensor) -> torch.Tensor:
+def nan_if_non_finite(loss: torch.Tensor) -> torch.Tensor:
     """Makes the gradient of a loss that is not finite NaN, so that all processes learn of it; others stay as they are.
 
     Shape (B) to shape (B).

@@ -108,7 +108,7 @@ def network_subfolder(path: str) -> str | None:
     return None
 
 
-def outline_vae(args: argparse.Namespace) -> AutoencoderKL | None:
+def vae_on_meta(args: argparse.Namespace) -> AutoencoderKL | None:
     """The VAE of --vae_model_name_or_path without weights (on the meta device), or None without one.
 
     Raises:
@@ -210,7 +210,7 @@ def build_guidance_model(args: argparse.Namespace, model: ModelMixin, device: to
     return guidance_model.requires_grad_(False).eval()
 
 
-def noise_shape(config: dict) -> tuple[int, int, int]:
+def sample_shape(config: dict) -> tuple[int, int, int]:
     """Channels, height and width of what the network of a complete config denoises."""
     size = config["sample_size"]
     return (config["in_channels"], *([size, size] if isinstance(size, int) else size))
@@ -223,7 +223,7 @@ def training_flops_per_image(config: dict) -> int:
     """
     with torch.device("meta"):
         model = model_class(config).from_config(config).eval()
-        sample = torch.empty(1, *noise_shape(config))
+        sample = torch.empty(1, *sample_shape(config))
         timestep = torch.zeros(1)
         # UNet2DModel must be given labels; ours takes None for the null class.
         needs_labels = isinstance(model, UNet2DModel) and config["num_class_embeds"] is not None

@@ -28,7 +28,7 @@ ITERATIONS = 5
 MOMENTUM = 0.95
 
 
-def matrices_of_blocks(model: nn.Module) -> list[nn.Parameter]:
+def muon_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Weights of the linear layers within blocks: no embedding, no convolution, no bias table, no last layer."""
     modules = model.named_modules()
     return [module.weight for name, module in modules if isinstance(module, nn.Linear) and "block" in name]
@@ -148,7 +148,7 @@ def build_optimizer(args: argparse.Namespace, model: ModelMixin) -> torch.optim.
     }
     if args.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), fused=True, **settings)
-    matrices = matrices_of_blocks(model)
+    matrices = muon_parameters(model)
     are_matrices = set(map(id, matrices))
     others = [parameter for parameter in model.parameters() if id(parameter) not in are_matrices]
     return MuonAdamW(matrices, others, muon_lr_ratio=args.muon_lr_ratio, **settings)
@@ -267,7 +267,7 @@ def exchange_weights(ema_model: EMAModel | None, model: ModelMixin) -> None:
             parameter.data, average.data = average.data, parameter.data
 
 
-class StepGuard:
+class NonFiniteGuard:
     """Leaves out optimizer steps whose gradient is not finite, without waiting for the device.
 
     The device skips the update by itself. The host asks for the outcome when the gradient of the next step is on its
@@ -311,7 +311,7 @@ class StepGuard:
         return taken
 
 
-def complete_step(args: argparse.Namespace, state: TrainingState, guard: StepGuard) -> bool:
+def finish_step(args: argparse.Namespace, state: TrainingState, guard: NonFiniteGuard) -> bool:
     """What follows an optimizer step: learning rate schedule, EMA and count, or the count of bad steps.
 
     Returns:

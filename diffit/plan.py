@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin
 
 from diffit.augment import NUM_AUGMENT_LABELS
 from diffit.checkpoint import file_digest
-from diffit.config import DATA_SOURCES, public_args
+from diffit.config import DATA_SOURCES, args_to_config
 from diffit.errors import UserError, user_errors
 from diffit.latents import LatentTable, load_latent_table, pixels_per_latent
 from diffit.networks import training_flops_per_image
@@ -255,13 +255,13 @@ def resolve_duration(args: argparse.Namespace, num_images: int) -> None:
         )
 
 
-def describe_launch(args: argparse.Namespace, config: dict) -> dict:
+def launch_fingerprint(args: argparse.Namespace, config: dict) -> dict:
     """What must be the same in all processes before data is touched: arguments, model config, versions, code.
 
     Where the data lies may differ from machine to machine: the images themselves are compared later.
     """
     places = {"train_data_dir", "train_data_file", "latents_dir", "cache_dir"}
-    arguments = {f"--{key}": value for key, value in public_args(args).items() if key not in places}
+    arguments = {f"--{key}": value for key, value in args_to_config(args).items() if key not in places}
     files = sorted([*CODE_FOLDER.glob("*.py"), *CODE_FOLDER.glob("diffit/**/*.py")])
     code = {str(file.relative_to(CODE_FOLDER)): file_digest(file)["sha256"][:8] for file in files}
     return arguments | {"the model config": config, "torch": torch.__version__, "the code": code}
@@ -300,7 +300,7 @@ def print_dry_run(
     with torch.device("meta"):
         model = model_class(config).from_config(config)
     if accelerator.is_main_process:
-        print(yaml.safe_dump(public_args(args)), end="")
+        print(yaml.safe_dump(args_to_config(args)), end="")
         print(f"model_config_resolved: {json.dumps(config)}")
         print(f"parameters: {sum(parameter.numel() for parameter in model.parameters())}")
         print(f"training_flops_per_image: {training_flops_per_image(config)}")

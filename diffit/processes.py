@@ -143,7 +143,7 @@ def raise_in_all(kind: type[UserError] | type[RunError], message: str, cause: Ba
     raise error from cause
 
 
-def on_main_process(accelerator: Accelerator, function: Callable, *arguments):
+def run_on_main_and_broadcast(accelerator: Accelerator, function: Callable, *arguments):
     """Runs a function in the main process and returns its result in every process.
 
     Raises:

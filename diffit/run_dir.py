@@ -381,15 +381,15 @@ def manifest_files(checkpoint: Path) -> list[str]:
     return [name for name in manifest if not Path(name).is_absolute() and ".." not in Path(name).parts]
 
 
-def step_of(checkpoint: Path) -> int:
+def checkpoint_step(checkpoint: Path) -> int:
     """N of `checkpoint-N`."""
     return int(checkpoint.name.split("-")[1])
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Folders `checkpoint-N` of a run, oldest first; `checkpoint_problem` tells whether one is damaged."""
+    """Folders `checkpoint-N` of a run, oldest first; `verify_checkpoint` tells whether one is damaged."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=step_of)
+    return sorted(found, key=checkpoint_step)
 
 
 def is_checkpoint(path: Path) -> bool:

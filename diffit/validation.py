@@ -15,7 +15,7 @@ from accelerate.logging import get_logger
 from diffusers import AutoencoderKL, DDIMScheduler, EDMDPMSolverMultistepScheduler, EDMEulerScheduler, ModelMixin
 from torch.utils.data import DataLoader
 
-from diffit.batches import LEVEL_BINS, build_dataset, diffuse, report_bad_images
+from diffit.batches import LEVEL_BINS, build_dataset, prepare_batch, report_bad_images
 from diffit.errors import UserError
 from diffit.export import build_pipeline, save_pipeline
 from diffit.features import FeatureExtractor, TableImages, extract_features, load_extractor
@@ -27,7 +27,7 @@ from diffit.processes import StopRequest, ignore_stop_signals, on_all_processes
 from diffit.run_dir import OutputFolder
 from diffit.sources import Table, detect_num_channels
 from diffit.stream import PositionStream, collate
-from diffit_pipeline import image_grid, null_label, viewable
+from diffit_pipeline import image_grid, null_label, to_displayable
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -65,7 +65,7 @@ def validation_loss(
     ):
         report_bad_images(batch["bad_images"], bad_images)
         batch["time_uniform"] = (batch["position"] + 0.5) / num_positions
-        noisy = diffuse(batch, args, noise_scheduler, 0.0, null_label(model), vae, accelerator.device)
+        noisy = prepare_batch(batch, args, noise_scheduler, 0.0, null_label(model), vae, accelerator.device)
         model_pred = model(*noisy.network_inputs, **noisy.conditions).sample
         loss = compute_loss(
             model_pred, noise_scheduler, noisy.clean_images, noisy.noise, noisy.levels, args.snr_gamma or None
@@ -77,7 +77,7 @@ def validation_loss(
 
 
 @torch.no_grad()
-def draw_share(
+def sample_shard(
     accelerator: Accelerator,
     args: argparse.Namespace,
     model: ModelMixin,
@@ -175,7 +175,7 @@ def build_evaluator(
 def evaluate(
     accelerator: Accelerator, args: argparse.Namespace, evaluator: Evaluator, pixels: torch.Tensor
 ) -> dict[str, float]:
-    """Metrics of the samples that all processes have drawn (see `draw_share`); empty but in the main process."""
+    """Metrics of the samples that all processes have drawn (see `sample_shard`); empty but in the main process."""
     features = torch.cat([evaluator.extractor(batch) for batch in pixels.split(64)])  # (B, F)
     features = accelerator.gather(features)[: args.eval_num_images].cpu()
     if not accelerator.is_main_process:
@@ -184,7 +184,7 @@ def evaluate(
     return {f"eval/{name}": value for name, value in values.items()}
 
 
-def log_validation(
+def validate_and_export(
     accelerator: Accelerator,
     args: argparse.Namespace,
     state: TrainingState,
@@ -205,7 +205,7 @@ def log_validation(
         False if it was given up because a stop was asked for.
     """
     model = state.model.eval()
-    draw = functools.partial(draw_share, accelerator, args, model, vae, guidance_model, noise_scheduler)
+    draw = functools.partial(sample_shard, accelerator, args, model, vae, guidance_model, noise_scheduler)
     if evaluator is not None and not is_due(state.global_step, args.eval_steps, args.max_train_steps):
         evaluator = None
     results = {}  # by the name of the average: losses and metrics, and the preview
@@ -224,7 +224,7 @@ def log_validation(
             logger.info(f"gave up the validation of step {state.global_step}, because a stop was asked for")
             break
         pixels = accelerator.gather(pixels)[: args.num_validation_images].cpu().permute(0, 2, 3, 1).numpy()
-        results[name] = values, image_grid([viewable(image) for image in pixels])
+        results[name] = values, image_grid([to_displayable(image) for image in pixels])
     finished = len(results) == len(averages)
     if finished and accelerator.is_main_process:
         for name, (values, grid) in results.items():
@@ -237,7 +237,7 @@ def log_validation(
             for tracker in accelerator.trackers:
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({f"samples{suffix}": stacked}, step=state.global_step, **options)
-        best = min(results, key=lambda name: badness(args, results[name][0]))  # or the first
+        best = min(results, key=lambda name: selection_score(args, results[name][0]))  # or the first
         save = functools.partial(
             save_pipeline, args, state, vae, noise_scheduler, table, best, *results[best], run_dir
         )
@@ -255,7 +255,7 @@ def log_validation(
     return finished
 
 
-def badness(args: argparse.Namespace, values: dict[str, float]) -> float:
+def selection_score(args: argparse.Namespace, values: dict[str, float]) -> float:
     """What the best average has least of: by the first of --eval_metrics, else by the held-out loss."""
     metric = args.eval_metrics[0]
     sign = -1 if metric in ("precision", "recall") else 1
@@ -282,4 +282,4 @@ def is_best_so_far(args: argparse.Namespace, file: Path, record: dict) -> bool:
     comparable = earlier["measured_with"] == record["measured_with"]
     if not comparable or earlier["global_step"] >= record["global_step"]:
         return True
-    return badness(args, record["values"]) < badness(args, earlier["values"])
+    return selection_score(args, record["values"]) < selection_score(args, earlier["values"])

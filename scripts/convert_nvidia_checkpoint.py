@@ -25,10 +25,10 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from diffit.command_line import Parser, path_type, run_script  # noqa: E402
-from diffit.errors import UserError, load_model, user_errors  # noqa: E402
-from diffit.run_dir import OutputFolder  # noqa: E402
-from diffit_model import DiffiTTransformer2DModel, relative_position_index  # noqa: E402
+from diffit.command_line import Parser, path_type, run_script
+from diffit.errors import UserError, load_model, user_errors
+from diffit.run_dir import OutputFolder
+from diffit_model import DiffiTTransformer2DModel, relative_position_index
 
 # What NVIDIA's layout calls otherwise than `DiffiTTransformer2DModel`; the names inside the blocks are the same.
 OUR_NAMES = {

@@ -60,7 +60,7 @@ from diffit.latents import (
     vae_latent_shape,
 )
 from diffit.lock import OutputDirLock
-from diffit.processes import check_agreement, join_processes, on_all_processes, on_main_process
+from diffit.processes import check_agreement, join_processes, on_all_processes, run_on_main_and_broadcast
 from diffit.run_dir import OutputFolder
 from diffit.sources import ImageTable, detect_num_channels, load_image_table
 
@@ -207,7 +207,10 @@ def prepare(accelerator: Accelerator, args: argparse.Namespace) -> None:
     source = {name: getattr(args, name) for name in DATA_FLAGS}
     table = on_all_processes(accelerator, lambda: load_image_table(**source))
     num_channels = vae.config.in_channels
-    if on_main_process(accelerator, detect_num_channels, table) > num_channels and accelerator.is_main_process:
+    if (
+        run_on_main_and_broadcast(accelerator, detect_num_channels, table) > num_channels
+        and accelerator.is_main_process
+    ):
         logger.warning(f"{table.source} has more than the VAE's {num_channels} channels: colours are dropped")
     metadata = {
         "vae": args.vae_model_name_or_path,
@@ -222,9 +225,9 @@ def prepare(accelerator: Accelerator, args: argparse.Namespace) -> None:
     }
     check_agreement(accelerator, metadata)
     output_dir = Path(args.output_dir)
-    on_main_process(accelerator, check_metadata, output_dir, metadata)
+    run_on_main_and_broadcast(accelerator, check_metadata, output_dir, metadata)
     names = latent_shard_names(len(table), args.images_per_shard)
-    missing = on_main_process(accelerator, missing_shards, output_dir, names)
+    missing = run_on_main_and_broadcast(accelerator, missing_shards, output_dir, names)
     mine = missing[accelerator.process_index :: accelerator.num_processes]
 
     features = latent_features(latent_shape, args.mirror, table.class_names)
@@ -261,7 +264,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     lock = OutputDirLock(args.output_dir)
     with contextlib.ExitStack() as resources:
-        token = on_main_process(accelerator, resources.enter_context, lock)
+        token = run_on_main_and_broadcast(accelerator, resources.enter_context, lock)
         on_all_processes(accelerator, lock.check_visible, token)
         prepare(accelerator, args)
     accelerator.end_training()

@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import diffit_model  # noqa: E402
-import gpu  # noqa: E402
-import loop  # noqa: E402
-import quality  # noqa: E402
-import quality_report  # noqa: E402
-import same_numbers  # noqa: E402
-from diffit.networks import training_flops_per_image  # noqa: E402
+import diffit_model
+import gpu
+import loop
+import quality
+import quality_report
+import same_numbers
+from diffit.networks import training_flops_per_image
 
 
 def test_cost_to_reach_is_straight_in_logarithms():

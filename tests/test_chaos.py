@@ -18,8 +18,8 @@ import pytest
 from conftest import ROOT
 from test_train import STATES, assert_same_files
 
-from diffit.checkpoint import checkpoint_problem
-from diffit.run_dir import list_checkpoints, step_of
+from diffit.checkpoint import verify_checkpoint
+from diffit.run_dir import checkpoint_step, list_checkpoints
 
 KILLS = int(os.environ.get("KILLS", 50))
 STEPS = 40 * KILLS
@@ -106,8 +106,8 @@ def test_killed_run_ends_where_the_undisturbed_run_ends(base_args, tmp_path):
         disturbed = life.end(fate, chance, run_dir)
         assert disturbed, f"after {killed}, step {last_step}:\n{life.log.read_text()[-3000:]}"
         killed[fate] += 1
-        complete = [c for c in list_checkpoints(run_dir) if not checkpoint_problem(c)]
-        step = step_of(complete[-1]) if complete else 0
+        complete = [c for c in list_checkpoints(run_dir) if not verify_checkpoint(c)]
+        step = checkpoint_step(complete[-1]) if complete else 0
         assert step >= last_step, f"{fate}: back from {last_step} to {step}"
         last_step = step
     life = Life(arguments, tmp_path / "life.log")

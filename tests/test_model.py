@@ -28,10 +28,10 @@ from diffit_model import (
     DiffiTResBlock,
     DiffiTStage,
     DiffiTUNet2DModel,
+    Dropout16,
     LinearOfGELU,
     NormalizeTokens,
     TimeDependentSelfAttention,
-    TokenDropout,
     TokenNorm,
     align_bias_for_xformers,
     choose_attention_backend,
@@ -282,7 +282,7 @@ def test_resblock_that_is_no_plain_layers_takes_the_plain_way(kind):
 def test_dropout_drops_its_share_and_keeps_the_mean(probability):
     torch.manual_seed(0)
     tokens = torch.ones(7, 1429, 3, requires_grad=True)  # a number of them that no 4 divide
-    dropped = TokenDropout(probability)(tokens)
+    dropped = Dropout16(probability)(tokens)
     is_kept = dropped != 0
     deviation = (probability * (1 - probability) / tokens.numel()) ** 0.5
     assert abs(is_kept.float().mean().item() - (1 - probability)) < 4 * deviation
@@ -297,7 +297,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean(probability):
 
 
 def test_dropout_keeps_a_byte_for_each_number_and_obeys_the_seed():
-    dropout, tokens = TokenDropout(0.3), torch.randn(2, 5, 8, requires_grad=True)
+    dropout, tokens = Dropout16(0.3), torch.randn(2, 5, 8, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         torch.manual_seed(3)

@@ -8,7 +8,7 @@ import torch
 from conftest import TINY_CONFIG
 from torch import nn
 
-from diffit.optimization import ITERATIONS, A, B, C, MuonAdamW, matrices_of_blocks, orthogonalize
+from diffit.optimization import ITERATIONS, A, B, C, MuonAdamW, muon_parameters, orthogonalize
 from diffit_model import DiffiTUNet2DModel
 
 ADAMW = {"betas": (0.9, 0.99), "weight_decay": 0.1, "eps": 1e-8}
@@ -105,7 +105,7 @@ def test_state_goes_on_exactly():
 
 def test_matrices_are_the_linear_layers_of_the_blocks():
     unet = DiffiTUNet2DModel(**TINY_CONFIG)
-    chosen = set(map(id, matrices_of_blocks(unet)))
+    chosen = set(map(id, muon_parameters(unet)))
     names = {name for name, parameter in unet.named_parameters() if id(parameter) in chosen}
     ends = {name.split(".block.")[1] for name in names}
     assert ends == {f"{x}.weight" for x in ("attn.qkv", "attn.qkv_temb", "attn.proj", "mlp.fc1", "mlp.fc2")}

@@ -25,10 +25,10 @@ from test_train import STATES, assert_same_files
 from torch.distributed import TCPStore
 
 from diffit import launcher
-from diffit.checkpoint import checkpoint_problem
+from diffit.checkpoint import verify_checkpoint
 from diffit.launcher import EXIT_STOPPED
 from diffit.processes import STOP_SIGNALS, StopRequest, meet
-from diffit.run_dir import list_checkpoints, step_of
+from diffit.run_dir import checkpoint_step, list_checkpoints
 
 KILLS = int(os.environ.get("KILLS", 10))
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -148,8 +148,8 @@ def test_launcher_killed_while_training_leaves_a_checkpoint_and_a_free_folder(tr
     run.wait_for((tmp_path / "run/checkpoint-10").exists)
     assert run.kill() < 30
     last = list_checkpoints(tmp_path / "run")[-1]
-    assert f"stopped at step {step_of(last)};" in run.log.read_text()
-    last_step = step_of(last) + 1
+    assert f"stopped at step {checkpoint_step(last)};" in run.log.read_text()
+    last_step = checkpoint_step(last) + 1
     train([*train_args, f"--max_train_steps={last_step}", "--resume_from_checkpoint=latest"])
 
 
@@ -201,7 +201,7 @@ def test_end_of_the_shell_does_not_stop_a_training_without_a_launcher(train_args
     run.wait_for((tmp_path / "run/checkpoint-10").exists)
     run.process.kill()
     run.process.wait()
-    step = step_of(list_checkpoints(tmp_path / "run")[-1])
+    step = checkpoint_step(list_checkpoints(tmp_path / "run")[-1])
     deadline = time.monotonic() + 30
     while not (tmp_path / f"run/checkpoint-{step + 20}").exists():
         assert run.alive() and time.monotonic() < deadline, run.log.read_text()
@@ -420,8 +420,8 @@ def test_launcher_killed_alone_at_any_moment_leaves_no_process_and_the_same_weig
         since_start, processes = time.monotonic() - run.started, len(run.alive())
         seconds = run.kill()
         assert "another run works there" not in run.log.read_text()
-        complete = [c for c in list_checkpoints(run_dir) if not checkpoint_problem(c)]
-        step = step_of(complete[-1]) if complete else 0
+        complete = [c for c in list_checkpoints(run_dir) if not verify_checkpoint(c)]
+        step = checkpoint_step(complete[-1]) if complete else 0
         print(f"{kill:>4}  {moment:<34} {since_start:>13.2f} {processes:>9} {seconds:>13.2f} {step:>5}", flush=True)
     last = start(launch)
     assert last.process.wait() == 0, last.log.read_text()[-3000:]

@@ -15,9 +15,16 @@ from safetensors.torch import load_file
 from test_train import STATES, assert_same_files, losses
 
 import train_diffit
-from diffit.checkpoint import checkpoint_problem
+from diffit.checkpoint import verify_checkpoint
 from diffit.launcher import EXIT_STOPPED
-from diffit.optimization import StepGuard, TrainingState, build_ema, build_lr_scheduler, build_optimizer, complete_step
+from diffit.optimization import (
+    NonFiniteGuard,
+    TrainingState,
+    build_ema,
+    build_lr_scheduler,
+    build_optimizer,
+    finish_step,
+)
 from diffit.processes import StopRequest
 from diffit.run_dir import list_checkpoints
 from diffit_model import DiffiTUNet2DModel, TimeDependentSelfAttention
@@ -55,7 +62,7 @@ def test_signal_saves_and_the_run_goes_on_bitwise(name, long_args, whole_run, tm
     assert process.returncode == EXIT_STOPPED, output
     assert "go on with --resume_from_checkpoint latest" in output
     last = list_checkpoints(tmp_path / "run")[-1]
-    assert last.name != f"checkpoint-{STEPS}" and checkpoint_problem(last) is None
+    assert last.name != f"checkpoint-{STEPS}" and verify_checkpoint(last) is None
     train(arguments)
     assert_same_files(whole_run, tmp_path / "run" / f"checkpoint-{STEPS}", STATES)
 
@@ -69,7 +76,7 @@ def test_two_processes_stop_at_the_same_step_under_torchrun(long_args, tmp_path)
     output, _ = process.communicate(timeout=60)
     last = list_checkpoints(tmp_path / "run")[-1]
     assert f"stopped at step {last.name.split('-')[1]};" in output
-    assert checkpoint_problem(last) is None
+    assert verify_checkpoint(last) is None
 
 
 def test_time_limit_saves_and_exits_with_the_documented_code(long_args, tmp_path):
@@ -200,7 +207,7 @@ def test_too_many_bad_steps_end_the_run_and_keep_the_checkpoint(train_args, tmp_
     arguments = [*train_args, "--max_train_steps=9", "--checkpointing_steps=2", "--max_bad_steps=3"]
     with pytest.raises(RuntimeError, match=r"step 4 on the images at positions 28 to 31.*3 in a row.*checkpoint-2"):
         train(arguments)
-    assert checkpoint_problem(tmp_path / "run/checkpoint-2") is None
+    assert verify_checkpoint(tmp_path / "run/checkpoint-2") is None
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
     monkeypatch.undo()
     train([*arguments, "--resume_from_checkpoint=latest"])
@@ -239,7 +246,7 @@ def test_fp16_overflow_moves_neither_schedule_nor_ema(train_args, kind):
     averages, schedule = build_ema(args, model), build_lr_scheduler(args, optimizer)
     state = TrainingState(model, averages, optimizer, schedule, 24, "digest")
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
-    guard = StepGuard(optimizer)
+    guard = NonFiniteGuard(optimizer)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     outcomes = []
     for _ in range(2):
@@ -249,7 +256,7 @@ def test_fp16_overflow_moves_neither_schedule_nor_ema(train_args, kind):
         guard.watch(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         scaler.step(optimizer)
         scaler.update(2.0**10)
-        outcomes.append(complete_step(args, state, guard))
+        outcomes.append(finish_step(args, state, guard))
         counts = (state.global_step, state.lr_scheduler.last_epoch, state.ema_models["ema"].optimization_step)
         assert counts == (len(outcomes) - 1,) * 3
         if len(outcomes) == 1:
@@ -260,10 +267,10 @@ def test_fp16_overflow_moves_neither_schedule_nor_ema(train_args, kind):
 
 def test_optimizer_that_would_take_a_bad_step_is_refused():
     parameter = torch.nn.Parameter(torch.zeros(2))
-    StepGuard(torch.optim.AdamW([parameter], fused=True))
+    NonFiniteGuard(torch.optim.AdamW([parameter], fused=True))
     for optimizer in (torch.optim.AdamW([parameter], foreach=True), torch.optim.SGD([parameter])):
         with pytest.raises(TypeError, match=f"{type(optimizer).__name__} does not obey found_inf"):
-            StepGuard(optimizer)
+            NonFiniteGuard(optimizer)
 
 
 # --- the same numbers on any topology

@@ -14,8 +14,8 @@ import yaml
 from conftest import ROOT, run
 from test_train import STATES, assert_same_files
 
-from diffit.checkpoint import checkpoint_problem
-from diffit.run_dir import list_checkpoints, step_of
+from diffit.checkpoint import verify_checkpoint
+from diffit.run_dir import checkpoint_step, list_checkpoints
 
 pytestmark = [
     pytest.mark.slurm,
@@ -133,10 +133,10 @@ def test_job_near_its_time_limit_saves_queues_again_and_ends_with_the_same_weigh
     number = submit(log, *options, *arguments, f"--output_dir={tmp_path / 'run'}")
     wait_for(number, "Restarts", ("1",), log, timeout=240)
     saved = list_checkpoints(tmp_path / "run")
-    assert len(saved) == 1 and checkpoint_problem(saved[0]) is None, log.read_text()
-    assert f"stopped at step {step_of(saved[0])};" in log.read_text()
+    assert len(saved) == 1 and verify_checkpoint(saved[0]) is None, log.read_text()
+    assert f"stopped at step {checkpoint_step(saved[0])};" in log.read_text()
 
-    last_step = step_of(saved[0]) + 20
+    last_step = checkpoint_step(saved[0]) + 20
     config.write_text(yaml.safe_dump({**periods, "max_train_steps": last_step}))
     assert finished(number, log, timeout=300) == "COMPLETED", log.read_text()
     launch_locally([*arguments, f"--output_dir={tmp_path / 'whole'}"])

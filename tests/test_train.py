@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_diffit
 from diffit.batches import batch_labels
-from diffit.checkpoint import checkpoint_problem, file_digest, save_checkpoint
+from diffit.checkpoint import file_digest, save_checkpoint, verify_checkpoint
 from diffit.config import build_parser
 from diffit.decode import normalize_pixels
 from diffit.formulations import build_noise_levels, compute_loss
@@ -769,7 +769,7 @@ def test_latest_passes_over_a_damaged_checkpoint_and_says_so(damage, two_checkpo
     train([*arguments, "--max_train_steps=5"])
     assert "passing over" in caplog.text and file.name in caplog.text
     assert "resumed from" in caplog.text and "at step 2" in caplog.text
-    assert checkpoint_problem(run_dir / "checkpoint-5") is None
+    assert verify_checkpoint(run_dir / "checkpoint-5") is None
 
 
 def test_going_back_moves_later_checkpoints_aside(two_checkpoints, caplog):
@@ -786,7 +786,7 @@ def test_pruning_never_prefers_a_damaged_checkpoint_to_the_new_one(two_checkpoin
     (run_dir / "checkpoint-4/optimizer.pt").write_bytes(b"")
     train([*arguments, "--checkpoints_total_limit=1", "--max_train_steps=3"])
     assert [path.name for path in list_checkpoints(run_dir)] == ["checkpoint-3", "checkpoint-4"]
-    assert checkpoint_problem(run_dir / "checkpoint-3") is None
+    assert verify_checkpoint(run_dir / "checkpoint-3") is None
 
 
 def test_finished_run_writes_a_pipeline_that_was_cut_off(two_checkpoints):
@@ -823,7 +823,7 @@ def test_full_disk_keeps_the_checkpoint_before_and_says_so(train_args, tmp_path)
         with pytest.raises(RuntimeError, match=r"checkpoint-\d+ could not be written .* the last one there is check"):
             train([*train_args, f"--output_dir={disk}", "--checkpointing_steps=1", "--max_train_steps=20"])
         assert not list(disk.glob("tmp-*"))
-        assert all(checkpoint_problem(path) is None for path in list_checkpoints(disk))
+        assert all(verify_checkpoint(path) is None for path in list_checkpoints(disk))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -846,7 +846,7 @@ def test_lost_permission_keeps_the_checkpoint_before_and_says_so(train_args, tmp
         flags = [f"--output_dir={disk}", "--checkpointing_steps=1", "--report_to=none"]
         with pytest.raises(RuntimeError, match="checkpoint-2 could not be written .*ead-only.* there is checkpoint-1"):
             train([*train_args, *flags])
-        assert checkpoint_problem(disk / "checkpoint-1") is None
+        assert verify_checkpoint(disk / "checkpoint-1") is None
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -858,7 +858,7 @@ def test_checkpoint_that_cannot_be_pruned_is_no_reason_to_stop(train_args, tmp_p
     (tmp_path / "run/checkpoint-2").symlink_to(tmp_path / "elsewhere")
     train([*train_args, "--resume_from_checkpoint=latest", "--checkpoints_total_limit=1"])
     assert "cannot delete" in caplog.text and "checkpoint-2" in caplog.text
-    assert checkpoint_problem(tmp_path / "run/checkpoint-4") is None
+    assert verify_checkpoint(tmp_path / "run/checkpoint-4") is None
 
 
 def test_folders_that_cannot_be_synchronised_are_no_reason_to_stop(train_args, tmp_path, monkeypatch):
@@ -872,7 +872,7 @@ def test_folders_that_cannot_be_synchronised_are_no_reason_to_stop(train_args, t
 
     monkeypatch.setattr(os, "fsync", fsync)
     train([*train_args, "--max_train_steps=1"])
-    assert checkpoint_problem(tmp_path / "run/checkpoint-1") is None
+    assert verify_checkpoint(tmp_path / "run/checkpoint-1") is None
 
 
 def test_other_images_or_another_network_are_refused_at_a_resume(train_args, image_folder, tmp_path):
@@ -906,7 +906,7 @@ def test_checkpoint_from_before_a_flag_resumes_with_what_was_meant_then(train_ar
 def test_manifest_that_names_too_little_is_damage(two_checkpoints):
     arguments, run_dir = two_checkpoints
     (run_dir / "checkpoint-4/manifest.json").write_text("{}")
-    assert "does not name optimizer.pt" in checkpoint_problem(run_dir / "checkpoint-4")
+    assert "does not name optimizer.pt" in verify_checkpoint(run_dir / "checkpoint-4")
 
 
 def test_tensorboard_steps_after_the_checkpoint_are_purged(train_args, tmp_path):
