@@ -13,7 +13,7 @@ install: $(VENV)/installed
 install-dev: $(VENV)/installed-dev
 
 $(VENV)/installed: requirements.txt constraints.txt
-	@echo "Installing into $(VENV), once: minutes, and on most machines a download of about 3 GB (PyTorch with CUDA)."
+	@echo "Installing into $(VENV), once: a few minutes. With a CUDA build of PyTorch it takes 6 GB on the disk."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -r requirements.txt
 	touch $@
@@ -42,8 +42,8 @@ latent-quickstart: say-latent-quickstart install
 		--overwrite_output_dir --class_labels all --num_images_per_class 10 --guidance_scale 1.5 --batch_size 100
 
 say-latent-quickstart:
-	@echo "This trains a small VAE on 1,797 handwritten digits (2 minutes on two CPU cores), encodes them, trains a DiffiT"
-	@echo "in its latents (15 minutes), and draws ten of each digit: look at $(LATENT)/samples/grid.png."
+	@echo "This trains a small VAE on 1,797 handwritten digits, encodes them, trains a DiffiT in its latents, and draws ten"
+	@echo "of each digit: 7 to 17 minutes on a CPU. Look at $(LATENT)/samples/grid.png."
 
 test: install-dev
 	$(BIN)/python -m pytest
