@@ -138,7 +138,8 @@ def test_launcher_killed_while_its_processes_wait_for_each_other_leaves_none(tra
     run.wait_for(run.is_waiting)
     assert len(run.alive()) == 3
     assert run.kill() < 30
-    assert "stopped before the training began" in run.log.read_text()
+    # By the signal, or because they see first that the launcher's store is gone.
+    assert re.search("stopped before the training began|where the processes meet, is gone", run.log.read_text())
     assert not (tmp_path / "run").exists()
 
 
