@@ -31,6 +31,21 @@ ALTERNATIVES = (
 )
 
 
+def step_rules_type(text: str) -> str:
+    """An argparse type: rules of `piecewise_constant`, such as `1:1000,0.1:2000,0.01`."""
+    *rules, last = text.split(",")
+    try:
+        float(last)
+        for rule in rules:
+            multiple, steps = rule.split(":")
+            float(multiple), int(steps)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected MULTIPLE:STEPS pairs and a last MULTIPLE, such as 1:1000,0.1:2000,0.01, got {text!r}"
+        ) from None
+    return text
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All flags, in groups. Units: images, optimizer steps, pixels, thousands of images (kimg)."""
     parser = Parser(__doc__)
@@ -156,7 +171,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--lr_decay_kimg", type=not_negative, help="the same in thousands of images")
     group.add_argument("--lr_num_cycles", type=positive, default=1, help="of cosine_with_restarts")
     group.add_argument("--lr_power", type=not_negative, default=1.0, help="of polynomial")
-    group.add_argument("--lr_step_rules", help='of piecewise_constant, e.g. "1:1000,0.1:2000,0.01"')
+    group.add_argument(
+        "--lr_step_rules", type=step_rules_type, help="of piecewise_constant, e.g. 1:1000,0.1:2000,0.01"
+    )
     group.add_argument("--adam_beta1", type=number_type(float, 0, 1 - 1e-9), default=0.9)
     group.add_argument("--adam_beta2", type=number_type(float, 0, 1 - 1e-9), default=0.999)
     group.add_argument("--adam_weight_decay", type=not_negative, default=0.0)

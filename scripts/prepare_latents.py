@@ -47,7 +47,7 @@ from diffusers import AutoencoderKL
 from torch.utils.data import BatchSampler, DataLoader
 from tqdm.auto import tqdm
 
-from diffit.command_line import Parser, path_type, resolution_type, run_script
+from diffit.command_line import Parser, number_type, path_type, resolution_type, run_script
 from diffit.decode import decode_image
 from diffit.errors import BadImageError, UserError, user_errors
 from diffit.latents import (
@@ -87,7 +87,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16, help="images that a process encodes at once")
     parser.add_argument("--images_per_shard", type=int, default=1024)
     parser.add_argument("--on_bad_image", choices=("error", "skip"), default="error")
-    parser.add_argument("--dataloader_num_workers", type=int, default=0)
+    parser.add_argument("--dataloader_num_workers", type=number_type(int, 0), default=0)
 
     group = parser.add_argument_group("data: one of --dataset_name, --train_data_dir, --train_data_file")
     group.add_argument("--dataset_name", type=path_type, help="hub name, or local path for datasets.load_dataset")

@@ -30,7 +30,7 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffit.command_line import Parser, path_type, positive_int, run_script
+from diffit.command_line import Parser, number_type, path_type, positive_int, run_script
 from diffit.decode import normalize_pixels
 from diffit.run_dir import OutputFolder
 from diffit.sources import ImageTable, detect_num_channels, load_image_table
@@ -51,11 +51,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="each but the first halves the size",
     )
     parser.add_argument("--latent_channels", type=positive_int, default=4)
-    parser.add_argument("--kl_weight", type=float, default=1e-2, help="of the KL term per pixel and channel")
+    parser.add_argument(
+        "--kl_weight", type=number_type(float, 0), default=1e-2, help="of the KL term (per pixel, channel)"
+    )
     parser.add_argument("--max_train_steps", type=positive_int, default=300)
     parser.add_argument("--train_batch_size", type=positive_int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--learning_rate", type=number_type(float, 0), default=2e-3)
+    parser.add_argument("--seed", type=number_type(int, 0, 2**63 - 1), default=0)
     args = parser.parse_args(argv)
     if (args.train_data_dir is None) == (args.train_data_file is None):
         parser.error("give one of --train_data_dir and --train_data_file")
