@@ -32,7 +32,6 @@ from diffit.features import weights_digest
 from diffit.processes import join_processes, run_on_main_and_broadcast
 from diffit.run_dir import OutputFolder
 from diffit.sampling import check_sampling_flags
-from diffit.sources import listed_samples
 from diffit_model import choose_attention_backend, model_class, set_attention_backend
 from diffit_pipeline import (
     EDM_SCHEDULERS,
@@ -281,18 +280,11 @@ def prepare_output_dir(args: argparse.Namespace, settings: dict, rows: list[dict
     check_settings(folder.folder, settings)
     arguments = {key: value for key, value in vars(args).items() if key not in ("debug", "overwrite_output_dir")}
     folder.announce(names)
-    drawn = set(listed_samples(folder.folder)) - set(names)  # earlier, with the same settings
-    earlier = [
-        row for row in read_rows(folder.folder) if row["file"] in drawn and (folder.folder / row["file"]).is_file()
-    ]
+    file = folder.folder / "samples.json"
+    earlier = json.loads(file.read_text(encoding="utf-8"))["images"] if file.is_file() else []  # of the same settings
+    earlier = [row for row in earlier if row["file"] not in names and (folder.folder / row["file"]).is_file()]
     text = json.dumps({"arguments": arguments | settings, "images": earlier + rows}, indent=1) + "\n"
-    (folder.folder / "samples.json").write_text(text, encoding="utf-8")
-
-
-def read_rows(output_dir: Path) -> list[dict]:
-    """The images that an earlier sampling has listed in `samples.json`."""
-    file = output_dir / "samples.json"
-    return json.loads(file.read_text(encoding="utf-8"))["images"] if listed_samples(output_dir) else []
+    file.write_text(text, encoding="utf-8")
 
 
 def check_settings(output_dir: Path, settings: dict) -> None:

@@ -30,13 +30,12 @@ from diffit.logs import PROJECT
 from diffit.optimization import TrainingState, ema_weights
 from diffit.processes import is_restarted, raise_in_all
 from diffit.run_dir import (
-    CHECKPOINT_MANIFEST,
+    MANIFEST,
     RUN_OUTPUTS,
     OutputFolder,
     checkpoint_step,
     files_below,
     is_checkpoint,
-    is_code_folder,
     is_within,
     list_checkpoints,
     manifest_files,
@@ -48,7 +47,6 @@ from diffit_pipeline import component_name
 
 logger = get_logger(__name__, log_level="INFO")
 
-MANIFEST = CHECKPOINT_MANIFEST  # of a checkpoint: size and checksum of each file
 # What makes a run the run that it is. Duration, batch per process, precision, paths and logs may change at a resume.
 SAME_AT_RESUME = (
     *("seed", "global_batch_size", "class_conditional", "resolution", "center_crop", "random_flip"),
@@ -349,8 +347,8 @@ def open_run_dir(args: argparse.Namespace) -> OutputFolder:
             of our names that are not ours, or a trained pipeline that no flag allows to replace.
     """
     folder = f"--output_dir {args.output_dir}"
-    if is_code_folder(args.output_dir):
-        raise UserError(f"{folder} is the folder of this code, which training would overwrite: choose another folder")
+    run_dir = OutputFolder(args.output_dir, "train_diffit.py")
+    run_dir.refuse_code_folder()
     for flag in ("pretrained_model_name_or_path", "vae_model_name_or_path", "validation_guidance_model"):
         model = getattr(args, flag)
         if model is not None and Path(model).exists() and is_within(model, args.output_dir):
@@ -361,7 +359,6 @@ def open_run_dir(args: argparse.Namespace) -> OutputFolder:
                 f"{folder} lies in --dataset_name {args.dataset_name}, which would then hold this run's previews: "
                 "choose another folder, or give the images as --train_data_dir, which leaves them out"
             )
-    run_dir = OutputFolder(args.output_dir, "train_diffit.py")
     checkpoints = list_checkpoints(args.output_dir)
     foreign = [path.name for path in checkpoints if not is_ours(path, run_dir)]
     if foreign:

@@ -33,14 +33,12 @@ class RunError(RuntimeError):
 
 
 @contextlib.contextmanager
-def user_errors(what: str, *kinds: type[Exception], raised_in: str | None = None, advice: str = "") -> Iterator[None]:
+def user_errors(what: str, *kinds: type[Exception]) -> Iterator[None]:
     """Turns exceptions of a library, raised in the `with` block, into a `UserError`.
 
     Args:
         what: the flag and its value, which the message starts with.
         kinds: exceptions that what the user gave may cause there; a `UserError` passes through as it is.
-        raised_in: see `UserError`.
-        advice: ends the message.
 
     Raises:
         UserError: `what`, and the message of the library.
@@ -50,10 +48,7 @@ def user_errors(what: str, *kinds: type[Exception], raised_in: str | None = None
     except UserError:
         raise
     except kinds as error:
-        user_error = UserError(f"{what}: {message_of(error)}{advice}")
-        if raised_in is not None:
-            user_error.raised_in = raised_in
-        raise user_error from error
+        raise UserError(f"{what}: {message_of(error)}") from error
 
 
 def load_model(what: str, load: Callable, *arguments, **keywords):

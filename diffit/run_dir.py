@@ -21,7 +21,7 @@ from diffit.errors import UserError, user_errors
 
 MARK = ".diffit.json"
 CODE_FOLDER = Path(__file__).resolve().parents[1]
-CHECKPOINT_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"  # of a checkpoint: size and checksum of each file
 HASHED_BYTES = 16 * 2**20  # of larger files the size alone is the fingerprint
 SHOWN = 3  # names in a message
 
@@ -92,14 +92,22 @@ class OutputFolder:
             return False
         return recorded is None or recorded == fingerprint(file)
 
+    def refuse_code_folder(self) -> None:
+        """Refuses the folder of this code: what a script writes there would be mixed with it, or overwrite it.
+
+        Raises:
+            UserError: if it is that folder.
+        """
+        if self.folder.resolve() == CODE_FOLDER or is_within(self.folder, CODE_FOLDER / "diffit"):
+            raise UserError(f"{self.flag} {self.folder} is the folder of this code: choose another folder")
+
     def create(self) -> None:
         """Creates the folder.
 
         Raises:
             UserError: if that cannot be done, or the folder is that of this code.
         """
-        if is_code_folder(self.folder):
-            raise UserError(f"{self.flag} {self.folder} is the folder of this code: choose another folder")
+        self.refuse_code_folder()
         with user_errors(f"{self.flag} {self.folder}", OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -254,11 +262,6 @@ def remove_empty_folders(path: Path) -> None:
             os.rmdir(folder)
 
 
-def is_code_folder(path: str | Path) -> bool:
-    """Whether a path is the folder of this code."""
-    return Path(path).resolve() == CODE_FOLDER or is_within(path, CODE_FOLDER / "diffit")
-
-
 def is_within(path: str | Path, folder: str | Path) -> bool:
     """Whether a path is a folder or lies below it, with links resolved."""
     return Path(path).resolve().is_relative_to(Path(folder).resolve())
@@ -373,7 +376,7 @@ def _unmarked_run(folder: Path) -> Iterator[str]:
 def manifest_files(checkpoint: Path) -> list[str]:
     """Names of the files of a checkpoint of ours by its manifest; empty if it has none, or it is not ours."""
     try:
-        manifest = json.loads((checkpoint / CHECKPOINT_MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
     if not isinstance(manifest, dict) or not {"state.json", "training_args.yaml", "optimizer.pt"} <= set(manifest):
@@ -411,5 +414,5 @@ def remove_checkpoint(path: Path) -> None:
     for name in names:
         (path / name).unlink(missing_ok=True)
     if names:
-        (path / CHECKPOINT_MANIFEST).unlink(missing_ok=True)
+        (path / MANIFEST).unlink(missing_ok=True)
         remove_empty_folders(path)

@@ -373,9 +373,8 @@ def load_image_table(
 
 def _check_dataset_folder(root: Path) -> None:
     """Refuses a local folder for `datasets.load_dataset`, which lists it itself, if products of ours are in it."""
-    for folder, _, names in os.walk(root) if root.is_dir() else ():
-        files = our_files(Path(folder)) if {".diffit.json", "training_args.yaml", "samples.json"} & set(names) else {}
-        images = [name for name in files if PurePosixPath(name).suffix.lower() in IMAGE_EXTENSIONS]
+    for folder, _, _ in os.walk(root) if root.is_dir() else ():
+        images = [name for name in our_files(Path(folder)) if PurePosixPath(name).suffix.lower() in IMAGE_EXTENSIONS]
         if images:
             raise UserError(
                 f"--dataset_name {root} holds images that DiffiT has written, such as {Path(folder, images[0])}: move "

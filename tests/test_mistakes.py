@@ -21,7 +21,7 @@ import prepare_latents
 import sample_diffit
 import train_diffit
 import train_vae
-from diffit.command_line import path_type, run_script
+from diffit.command_line import Parser, path_type, run_script
 from diffit.errors import RunError, UserError, message_of
 from diffit_model import DiffiTUNet2DModel
 
@@ -226,19 +226,29 @@ def test_config_file_and_command_line_expand_the_home_folder(train_args, tmp_pat
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_path_flag_of_every_script_has_that_type(script, capsys):
-    parser = getattr(SCRIPTS[script], "build_parser", None)
-    names = r"dir path file folder model_name_or_path vae images reference output plots config guidance_model"
-    if parser is None:
-        source = Path(SCRIPTS[script].__file__).read_text()
-        assert source.count('_dir"') <= source.count("path_type") * 2
-        return
-    for action in parser()._actions:
-        ending = action.dest.split("_")[-1]
-        if action.type in (None, str) and action.nargs is None and action.choices is None and action.const is None:
-            assert ending not in names.split() and not action.dest.endswith(("name_or_path", "guidance_model")), (
-                f"--{action.dest} takes a path as plain text"
-            )
+def test_every_path_flag_of_every_script_has_that_type(script, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stop(parser, *arguments):
+        raise Stop(parser)
+
+    monkeypatch.setattr(Parser, "parse_args", stop)
+    with pytest.raises(Stop) as stopped:
+        SCRIPTS[script].parse_args([])
+    endings = "dir path file folder vae reference output plots config checkpoint".split()
+    paths = [
+        action
+        for action in stopped.value.args[0]._actions
+        if action.option_strings
+        and (
+            action.dest.split("_")[-1] in endings
+            or action.dest.endswith(("or_path", "guidance_model"))
+            or action.dest in ("images", "training_images")
+        )
+        and action.nargs != 0
+    ]
+    assert len(paths) >= 2 and [action.dest for action in paths if action.type is not path_type] == []
 
 
 # --- how it ends
