@@ -123,10 +123,10 @@ def follower(tmp_path) -> str:
 
 def held_back(arguments: list[str], tmp_path: Path) -> list[str]:
     """A launch whose second process never gets further than its model config, so that the first waits for it."""
-    (tmp_path / "config0").write_text(json.dumps(TINY_CONFIG))
-    if not (tmp_path / "config1").exists():
-        os.mkfifo(tmp_path / "config1")
-    command = f"exec {sys.executable} train_diffit.py {' '.join(arguments)} --model_config={tmp_path}/config$RANK"
+    (tmp_path / "config0.json").write_text(json.dumps(TINY_CONFIG))
+    if not (tmp_path / "config1.json").exists():
+        os.mkfifo(tmp_path / "config1.json")
+    command = f"exec {sys.executable} train_diffit.py {' '.join(arguments)} --model_config={tmp_path}/config$RANK.json"
     return [sys.executable, *TORCHRUN, "--no-python", "bash", "-c", command]
 
 
