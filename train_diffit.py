@@ -281,4 +281,4 @@ def explain_out_of_memory(error: Exception) -> str | None:
 
 
 if __name__ == "__main__":
-    run_script(parse_args, main)
+    run_script(main, parse_args())

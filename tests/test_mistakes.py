@@ -39,7 +39,7 @@ def mistake(script: str, arguments: list[str], capsys) -> str:
     """The one line that a script ends with, run in this process."""
     module = SCRIPTS[script]
     with pytest.raises(SystemExit) as end:
-        run_script(lambda: module.parse_args(arguments), module.main)
+        run_script(module.main, module.parse_args(arguments))
     printed = capsys.readouterr().err
     lines = [line for line in printed.split("\n") if "error: " in line]
     assert end.value.code == 2, printed
@@ -260,7 +260,7 @@ def test_traceback_is_shown_with_debug_and_for_bugs():
 
     for error, debug in ((UserError("mine"), True), (ValueError("a bug"), False), (RuntimeError("a bug"), False)):
         with pytest.raises(type(error), match=str(error)):
-            run_script(lambda debug=debug: argparse.Namespace(debug=debug), lambda args, error=error: fail(error))
+            run_script(lambda args, error=error: fail(error), argparse.Namespace(debug=debug))
 
 
 def test_run_error_is_one_line_with_another_exit_code(capsys):
@@ -268,7 +268,7 @@ def test_run_error_is_one_line_with_another_exit_code(capsys):
         raise RunError("the disk\nis full")
 
     with pytest.raises(SystemExit) as end:
-        run_script(lambda: argparse.Namespace(debug=False), fail)
+        run_script(fail, argparse.Namespace(debug=False))
     assert end.value.code == 1 and capsys.readouterr().err.endswith("error: the disk is full\n")
 
 
