@@ -123,6 +123,8 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type, title: str | 
     """
     group = parser if title is None else parser.add_argument_group(title)
     for field in dataclasses.fields(config_class):
+        if not field.metadata:  # `debug`, which every parser has
+            continue
         if "options" not in field.metadata:
             add_flags(group, field.type, prefix=prefix + field.metadata.get("prefix", ""))
             continue
@@ -149,7 +151,7 @@ def from_flags(config_class: type, values: dict[str, Any], prefix: str = "") -> 
     """
     arguments = {}
     for field in dataclasses.fields(config_class):
-        if "options" in field.metadata:
+        if "prefix" not in field.metadata:
             value = values[prefix + field.name]
             arguments[field.name] = tuple(value) if isinstance(value, list) else value
         else:
@@ -162,7 +164,7 @@ def to_flags(config: Any, prefix: str = "") -> dict[str, Any]:
     values = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if "options" in field.metadata:
+        if "prefix" not in field.metadata:
             values[prefix + field.name] = list(value) if isinstance(value, tuple) else value
         else:
             values |= to_flags(value, prefix + field.metadata.get("prefix", ""))
@@ -179,7 +181,7 @@ def flag_fields(config_class: type, prefix: str = "") -> Iterable[tuple[str, dat
     for field in dataclasses.fields(config_class):
         if "options" in field.metadata:
             yield prefix + field.name, field
-        else:
+        elif "prefix" in field.metadata:
             yield from flag_fields(field.type, prefix + field.metadata.get("prefix", ""))
 
 

@@ -240,6 +240,7 @@ class StopRequest:
     """
 
     PATIENCE = 5  # seconds that Python's handler gets before the training has begun
+    LEAVING_PATIENCE = 60  # and, once it has run, to give the folder back on a busy machine
     # After the launcher's death: for one step and a checkpoint. A larger checkpoint is lost, the one before is not.
     LAST_SECONDS = 600
 
@@ -288,7 +289,11 @@ class StopRequest:
                 continue
             if launcher_is_gone():
                 signal.alarm(self.LAST_SECONDS)  # by the kernel, which no C++ call can hold up
-            if not self.has_begun and not self.closed.wait(self.PATIENCE) and not self.has_begun:
+            if self.has_begun or self.closed.wait(self.PATIENCE):
+                continue
+            if self.is_leaving and self.closed.wait(self.LEAVING_PATIENCE):
+                continue
+            if not self.has_begun:
                 # By file descriptor: the stuck main thread may hold the locks of Python's streams.
                 os.write(2, b"stopped before the training began, while waiting for other processes\n")
                 os._exit(EXIT_STOPPED)

@@ -1,5 +1,6 @@
 """Runs lose nothing: signals, time limits, bad numbers, and other numbers of processes."""
 
+import contextlib
 import json
 import math
 import signal
@@ -17,6 +18,7 @@ from test_train import STATES, assert_same_files, losses
 import train_diffit
 from diffit.checkpoint import verify_checkpoint
 from diffit.launcher import EXIT_STOPPED
+from diffit.lock import OutputDirLock
 from diffit.optimization import (
     NonFiniteGuard,
     TrainingState,
@@ -110,6 +112,23 @@ def test_signal_before_the_training_leaves_at_once_and_gives_the_folder_back(nam
     output, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_STOPPED, output
     assert not (tmp_path / "run/.running").exists()
+
+
+@pytest.mark.parametrize("written", ["", '{"token"'])
+def test_signal_while_the_folder_is_taken_gives_it_back(written, tmp_path, monkeypatch):
+    """The signal handler raises SystemExit at whatever line is being run."""
+
+    def write_and_stop(lock):
+        lock.file.write_text(written)
+        raise SystemExit
+
+    lock = OutputDirLock(tmp_path / "run")
+    with pytest.raises(SystemExit), contextlib.ExitStack() as resources:
+        resources.push(lock)
+        with monkeypatch.context() as patched:
+            patched.setattr(OutputDirLock, "_create", write_and_stop)
+            lock.__enter__()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
