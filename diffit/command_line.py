@@ -147,7 +147,7 @@ def from_flags(config_class: type, values: dict[str, Any], prefix: str = "") -> 
         prefix: see `add_flags`.
 
     Raises:
-        UserError: from the rules of the config, naming the flag.
+        UserError: from the rules of the config, which name flags without the prefix; it is put before them here.
     """
     arguments = {}
     for field in dataclasses.fields(config_class):
@@ -156,7 +156,11 @@ def from_flags(config_class: type, values: dict[str, Any], prefix: str = "") -> 
             arguments[field.name] = tuple(value) if isinstance(value, list) else value
         else:
             arguments[field.name] = from_flags(field.type, values, prefix + field.metadata.get("prefix", ""))
-    return config_class(**arguments)
+    try:
+        return config_class(**arguments)
+    except UserError as error:
+        names = "|".join(name for name, _ in flag_fields(config_class))
+        raise UserError(re.sub(rf"--({names})\b", rf"--{prefix}\1", str(error))) from error
 
 
 def to_flags(config: Any, prefix: str = "") -> dict[str, Any]:
