@@ -167,6 +167,8 @@ def to_flags(config: Any, prefix: str = "") -> dict[str, Any]:
     """The opposite of `from_flags`: values by the names of the flags."""
     values = {}
     for field in dataclasses.fields(config):
+        if not field.metadata:
+            continue
         value = getattr(config, field.name)
         if "prefix" not in field.metadata:
             values[prefix + field.name] = list(value) if isinstance(value, tuple) else value
