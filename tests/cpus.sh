@@ -6,7 +6,7 @@
 #
 # A test that fails in some environments only compares numbers that depend on the CPU, such as the rounding of a
 # gradient whose true value is zero, which Adam amplifies. Do not widen its tolerance: compare in float64, or train a
-# network whose output layer does not start at zero (`TINY_TRAINED_CONFIG` in conftest.py).
+# network whose output layer does not start at zero (`TINY_TRAINED_CONFIG` in helpers.py).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}

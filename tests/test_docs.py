@@ -4,7 +4,8 @@ import re
 import sys
 
 import pytest
-from conftest import ROOT
+
+from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 

@@ -2,24 +2,33 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY_CONFIG, run, train
 from diffusers import EDMEulerScheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
-from test_train import STATES, assert_same_files, logged, refusal
 
-import eval_diffit
 from diffit.formulations import build_network_inputs, build_noise_levels, compute_loss
 from diffit.optimization import HalfLifeEMA, InPlaceEMA, ema_weights
 from diffit.sources import load_image_table
 from diffit.stream import ImageDataset, PositionStream
 from diffit_model import DiffiTUNet2DModel, model_class
 from diffit_pipeline import DiffiTPipeline
+from helpers import (
+    ROOT,
+    STATES,
+    TINY_CONFIG,
+    assert_same_files,
+    evaluate_folder,
+    logged,
+    mean_colours,
+    refusal,
+    run,
+    torchrun,
+    train,
+)
 
 
 @pytest.fixture
@@ -252,12 +261,7 @@ def test_augmentation_of_latents_is_refused(train_args, capsys):
 # --- metrics while training
 
 
-def mean_colours(images: torch.Tensor) -> torch.Tensor:
-    """Features for `--feature_extractor test_loss:mean_colours`; shape (B, 12)."""
-    return torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1)
-
-
-EVAL = ["--feature_extractor=test_loss:mean_colours", "--eval_steps=2", "--eval_num_images=18", "--max_train_steps=4"]
+EVAL = ["--feature_extractor=helpers:mean_colours", "--eval_steps=2", "--eval_num_images=18", "--max_train_steps=4"]
 
 
 def test_metrics_are_logged_and_the_best_is_kept(train_args, tmp_path):
@@ -320,19 +324,10 @@ def test_metric_equals_that_of_the_same_images_drawn_by_hand(train_args, tmp_pat
 def test_two_processes_measure_what_one_does(train_args, tmp_path):
     arguments = [*train_args, *EVAL, "--global_batch_size=8", "--max_train_steps=2"]
     train([*arguments, f"--output_dir={tmp_path / 'one'}"])
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launcher, "train_diffit.py", *arguments, f"--output_dir={tmp_path / 'two'}"]
+    command = [*torchrun(), "train_diffit.py", *arguments, f"--output_dir={tmp_path / 'two'}"]
     run(command, PYTHONPATH=str(ROOT / "tests"))
     one, two = (logged(tmp_path / n).Scalars("eval/frechet_distance")[-1].value for n in ("one", "two"))
     assert one == pytest.approx(two, rel=1e-2)
-
-
-def evaluate_folder(arguments: list[str], tmp_path: Path) -> dict:
-    """What `eval_diffit.py` says of the models of `--model_path`."""
-    flags = ["--feature_extractor=test_loss:mean_colours", "--num_images=24", "--num_inference_steps=2"]
-    flags += [f"--work_dir={tmp_path / 'work'}", f"--output={tmp_path / 'metrics.json'}"]
-    eval_diffit.main(eval_diffit.parse_args([*arguments, *flags, "--metrics", "frechet_distance"]))
-    return json.loads((tmp_path / "metrics.json").read_text())
 
 
 def test_edm_folder_and_its_checkpoints_are_evaluated_with_no_flag(train_args, image_folder, tmp_path):

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import ROOT, TINY_CONFIG, run, start
-from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file, save_file
 
 import convert_nvidia_checkpoint
@@ -24,6 +23,7 @@ import train_vae
 from diffit.command_line import Parser, path_type, run_script
 from diffit.errors import RunError, UserError, message_of
 from diffit_model import DiffiTUNet2DModel
+from helpers import ROOT, TINY_CONFIG, run, start, tiny_vae, torchrun
 
 SCRIPTS = {
     "train": train_diffit,
@@ -53,9 +53,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     """What people have lying about: models, images good and bad, files of the wrong kind."""
     root = tmp_path_factory.mktemp("mistakes")
     DDPMPipeline(DiffiTUNet2DModel(**TINY_CONFIG), DDPMScheduler()).save_pretrained(root / "model")
-    vae = AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-                        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4)  # fmt: skip
-    vae.save_pretrained(root / "vae")
+    tiny_vae().save_pretrained(root / "vae")
     (root / "bad").mkdir()
     for number in range(24):
         PIL.Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(root / "bad" / f"{number}.png")
@@ -298,7 +296,7 @@ def test_bad_image_in_a_worker_is_one_line(base_args, folders, tmp_path):
     ids=["flag", "image"],
 )
 def test_each_mistake_is_told_once_by_several_processes(flags, words, base_args, folders, tmp_path):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_diffit.py", *base_args]
+    command = [*torchrun(), "train_diffit.py", *base_args]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     process = subprocess.run(
         [sys.executable, *command, f"--output_dir={tmp_path}/r", "--train_batch_size=1", *fill_in(flags, folders)],

@@ -5,11 +5,11 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import TINY_CONFIG
 from torch import nn
 
 from diffit.optimization import ITERATIONS, A, B, C, MuonAdamW, muon_parameters, orthogonalize
 from diffit_model import DiffiTUNet2DModel
+from helpers import TINY_CONFIG
 
 ADAMW = {"betas": (0.9, 0.99), "weight_decay": 0.1, "eps": 1e-8}
 

@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import ROOT, TINY_CONFIG, plain_loop, relative_differences, run, start, train
 from safetensors.torch import load_file
-from test_train import STATES, assert_same_files, losses
 
 import train_diffit
 from diffit.checkpoint import verify_checkpoint
@@ -28,6 +26,20 @@ from diffit.optimization import (
 from diffit.processes import StopRequest
 from diffit.run_dir import list_checkpoints
 from diffit_model import DiffiTUNet2DModel, TimeDependentSelfAttention
+from helpers import (
+    ROOT,
+    STATES,
+    TINY_CONFIG,
+    assert_same_files,
+    losses,
+    plain_loop,
+    relative_differences,
+    run,
+    start,
+    torchrun,
+    train,
+    wait_for_file,
+)
 
 STEPS = 150
 
@@ -46,17 +58,11 @@ def whole_run(long_args, tmp_path_factory) -> Path:
     return run_dir / f"checkpoint-{STEPS}"
 
 
-def wait_for(path: Path, process) -> None:
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)
-
-
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_signal_saves_and_the_run_goes_on_bitwise(name, long_args, whole_run, tmp_path):
     arguments = [*long_args, f"--output_dir={tmp_path / 'run'}", "--resume_from_checkpoint=latest"]
     process = start(["train_diffit.py", *arguments, "--dataloader_num_workers=2"])
-    wait_for(tmp_path / "run/checkpoint-10", process)
+    wait_for_file(tmp_path / "run/checkpoint-10", process)
     process.send_signal(getattr(signal, name))
     output, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_STOPPED, output
@@ -68,10 +74,9 @@ def test_signal_saves_and_the_run_goes_on_bitwise(name, long_args, whole_run, tm
 
 
 def test_two_processes_stop_at_the_same_step_under_torchrun(long_args, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     arguments = [*long_args, f"--output_dir={tmp_path / 'run'}", "--max_train_steps=2000"]
-    process = start([*launcher, "train_diffit.py", *arguments])
-    wait_for(tmp_path / "run/checkpoint-10", process)
+    process = start([*torchrun(), "train_diffit.py", *arguments])
+    wait_for_file(tmp_path / "run/checkpoint-10", process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     last = list_checkpoints(tmp_path / "run")[-1]
@@ -105,7 +110,7 @@ def test_second_interrupt_leaves_at_once():
 def test_signal_before_the_training_leaves_at_once_and_gives_the_folder_back(name, long_args, tmp_path):
     """It comes when the folder has been taken; whether the training has begun by then makes no difference."""
     process = start(["train_diffit.py", *long_args, f"--output_dir={tmp_path / 'run'}"])
-    wait_for(tmp_path / "run/.running", process)
+    wait_for_file(tmp_path / "run/.running", process)
     process.send_signal(getattr(signal, name))
     output, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_STOPPED, output
@@ -137,7 +142,7 @@ def test_signal_during_a_validation_is_obeyed_at_once(long_args, whole_run, tmp_
     arguments = [*long_args, f"--output_dir={tmp_path / 'run'}", "--resume_from_checkpoint=latest"]
     slow = ["--validation_steps=10", "--num_validation_images=4000", "--validation_inference_steps=50"]
     process = start(["train_diffit.py", *arguments, *slow])
-    wait_for(tmp_path / "run/checkpoint-10", process)
+    wait_for_file(tmp_path / "run/checkpoint-10", process)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=20)
@@ -151,7 +156,7 @@ def test_last_validation_given_up_is_made_up_for(long_args, tmp_path):
     arguments = [*long_args, f"--output_dir={tmp_path / 'run'}", "--max_train_steps=10"]
     slow = ["--num_validation_images=4000", "--validation_inference_steps=50"]
     process = start(["train_diffit.py", *arguments, *slow])
-    wait_for(tmp_path / "run/checkpoint-10", process)
+    wait_for_file(tmp_path / "run/checkpoint-10", process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=20)
     assert process.returncode == EXIT_STOPPED, output
@@ -227,8 +232,7 @@ def test_bad_loss_in_one_process_is_a_bad_step_in_all(long_args, tmp_path):
         "train_diffit.compute_loss = spoilt\n"
         "train_diffit.main(train_diffit.parse_args())\n"
     )
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    output = run([*launcher, str(script), *long_args, f"--output_dir={tmp_path / 'run'}", "--max_train_steps=4"])
+    output = run([*torchrun(), str(script), *long_args, f"--output_dir={tmp_path / 'run'}", "--max_train_steps=4"])
     assert "step 2 on the images at positions 8 to 15" in output
     numbers = json.loads((tmp_path / "run/checkpoint-4/state.json").read_text())
     assert (numbers["position"], numbers["bad_steps"], numbers["global_step"]) == (40, 1, 4)
@@ -295,8 +299,7 @@ TOPOLOGY = ["--global_batch_size=16", "--random_flip", "--label_dropout=0.3", "-
 
 def launch(processes: int, arguments: list[str]) -> str:
     """Trains under torchrun to the end."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return run([*launcher, "train_diffit.py", *arguments])
+    return run([*torchrun(processes), "train_diffit.py", *arguments])
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import shutil
 import signal
 import stat
 import subprocess
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,11 +18,9 @@ import pytest
 import torch
 import yaml
 from accelerate import PartialState
-from conftest import ROOT, TINY_CONFIG, plain_loop, relative_differences, run, start, train
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.optimization import SchedulerType
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_diffit
@@ -40,41 +37,23 @@ from diffit.sources import load_image_table
 from diffit.stream import ImageDataset, PositionStream, split_table
 from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import DiffiTPipeline
+from helpers import (
+    ROOT,
+    STATES,
+    TINY_CONFIG,
+    assert_same_files,
+    logged,
+    losses,
+    plain_loop,
+    refusal,
+    relative_differences,
+    run,
+    start,
+    train,
+    wait_for_file,
+)
 
 QUICKSTART = ["--config", str(ROOT / "configs/train/quickstart.yaml")]
-
-
-def refusal(arguments: list[str], capsys) -> str:
-    """What the parser says about wrong arguments."""
-    with pytest.raises(SystemExit) as error:
-        train_diffit.parse_args(arguments)
-    assert error.value.code == 2
-    return capsys.readouterr().err
-
-
-def logged(run_dir: Path) -> EventAccumulator:
-    events = EventAccumulator(str(run_dir / "logs" / "train_diffit"), size_guidance={"scalars": 0})
-    return events.Reload()
-
-
-def losses(run_dir: Path) -> list[float]:
-    return [event.value for event in logged(run_dir).Scalars("train/loss")]
-
-
-def assert_same_files(first: Path, second: Path, names: list[str]) -> None:
-    """Bitwise equal tensors in files of two checkpoints."""
-    for name in names:
-        if name.endswith(".pt"):
-            a, b = (torch.load(path / name, weights_only=True) for path in (first, second))
-            a, b = ({(i, k): v for i, s in x["state"].items() for k, v in s.items()} for x in (a, b))
-        else:
-            a, b = load_file(first / name), load_file(second / name)
-        assert a.keys() == b.keys() and len(a) > 0
-        for key in a:
-            assert torch.equal(a[key], b[key]), f"{name}: {key}"
-
-
-STATES = [f"{folder}/diffusion_pytorch_model.safetensors" for folder in ("unet", "unet_ema")] + ["optimizer.pt"]
 
 
 # --- flags
@@ -722,9 +701,7 @@ def test_killed_and_resumed_run_is_bitwise_the_uninterrupted_one(accumulation, o
     # A long validation right after the checkpoint gives the time to kill it in the middle of the run.
     slow = [f"--validation_steps={saved}", "--validation_inference_steps=1000", "--dataloader_num_workers=2"]
     process = start(["train_diffit.py", *arguments, f"--output_dir={killed}", *slow])
-    while not (killed / f"checkpoint-{saved}").is_dir():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
+    wait_for_file(killed / f"checkpoint-{saved}", process)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not (killed / f"checkpoint-{steps}").exists()
