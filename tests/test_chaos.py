@@ -39,7 +39,6 @@ class Life:
     """One start of the training, its output in a file."""
 
     def __init__(self, arguments: list[str], log: Path):
-
         self.log = log
         with log.open("w") as output:
             self.launcher = subprocess.Popen(

@@ -12,8 +12,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-import train_diffit
-from diffit.checkpoint import save_checkpoint
 from diffit.launcher import EXIT_STOPPED
 from diffit.lock import OutputDirLock
 from helpers import ROOT, start, torchrun, train, wait_for_file
@@ -157,13 +155,13 @@ def test_only_one_of_many_takes_a_folder_that_a_dead_run_left(tmp_path):
 
 def test_run_that_lost_its_folder_writes_no_checkpoint(train_args, tmp_path, monkeypatch):
     """As after a long standstill, in which another run took over."""
-    original = save_checkpoint
+    original = OutputDirLock.check_owned
 
-    def steal(*arguments):
-        (tmp_path / "run/.running").write_text('{"token": "thief", "pid": 7, "host": "node7"}')
-        original(*arguments)
+    def steal_and_check(lock: OutputDirLock) -> None:
+        lock.file.write_text('{"token": "thief", "pid": 7, "host": "node7"}')
+        original(lock)
 
-    monkeypatch.setattr(train_diffit, "save_checkpoint", steal)
+    monkeypatch.setattr(OutputDirLock, "check_owned", steal_and_check)
     with pytest.raises(RuntimeError, match="another run .process 7 on node7. has taken over"):
         train(train_args)
     assert not list((tmp_path / "run").glob("*checkpoint*"))

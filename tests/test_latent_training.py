@@ -282,12 +282,13 @@ DRY_RUN = """
 import sys
 from pathlib import Path
 import train_diffit
+from diffit.config import parse_args
 
 def memory(kind):  # MiB
     return int(Path("/proc/self/status").read_text().split(f"{kind}:")[1].split()[0]) / 1024
 
 imported = memory("VmRSS")
-train_diffit.main(train_diffit.parse_args(sys.argv[1:]))
+train_diffit.main(parse_args(sys.argv[1:]))
 print("MiB above the imports:", memory("VmHWM") - imported)
 """
 

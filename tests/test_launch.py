@@ -11,8 +11,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from diffusers import DDPMPipeline, DDPMScheduler
 
 import sample_diffit
-import train_diffit
-from diffit.config import build_parser
+from diffit.config import build_parser, parse_args
 from diffit.networks import read_model_config
 from diffit_model import DiffiTModelMixin, DiffiTUNet2DModel, model_class
 from helpers import LAUNCH, ROOT, TINY_CONFIG, losses, readme_commands, run, start, torchrun, train
@@ -83,7 +82,7 @@ def test_misspelt_flag_ends_the_script_with_its_name():
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs/train").glob("*.yaml")), ids=lambda file: file.stem)
 def test_train_config_is_accepted_and_documented(file):
-    args = train_diffit.parse_args(["--config", str(file)])
+    args = parse_args(["--config", str(file)])
     config = read_model_config(args)
     assert issubclass(model_class(config), DiffiTModelMixin)
     header = file.read_text().split("\nmodel_config")[0]
@@ -106,7 +105,7 @@ def test_paper_size_config_has_the_papers_parameters(name):
 
 @pytest.mark.parametrize("arguments", readme_commands("train_diffit.py"), ids=" ".join)
 def test_train_command_of_the_readme_is_accepted(arguments):
-    train_diffit.parse_args(arguments)
+    parse_args(arguments)
 
 
 @pytest.mark.parametrize("arguments", readme_commands("sample_diffit.py"), ids=" ".join)

@@ -21,9 +21,10 @@ import sample_diffit
 import train_diffit
 import train_vae
 from diffit.command_line import Parser, path_type, run_script
+from diffit.config import parse_args
 from diffit.errors import RunError, UserError, message_of
 from diffit_model import DiffiTUNet2DModel
-from helpers import ROOT, TINY_CONFIG, run, start, tiny_vae, torchrun
+from helpers import ROOT, TINY_CONFIG, run, start, tiny_vae, torchrun, train
 
 SCRIPTS = {
     "train": train_diffit,
@@ -197,7 +198,7 @@ def test_mistakes_in_the_other_scripts(script, arguments, words, folders, tmp_pa
 
 
 def test_refused_resume_is_one_line(train_args, capsys):
-    train_diffit.main(train_diffit.parse_args([*train_args, "--max_train_steps=1"]))
+    train([*train_args, "--max_train_steps=1"])
     for flag, value in (("--learning_rate", "0.5"), ("--seed", "7")):
         arguments = [*train_args, "--max_train_steps=2", "--resume_from_checkpoint=latest", f"{flag}={value}"]
         assert flag in mistake("train", arguments, capsys)
@@ -219,8 +220,8 @@ def test_config_file_and_command_line_expand_the_home_folder(train_args, tmp_pat
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "c.yaml").write_text("output_dir: ~/runs/a\n")
     flags = [flag for flag in train_args if not flag.startswith("--output_dir")]
-    assert train_diffit.parse_args([*flags, "--config=~/c.yaml"]).output_dir == f"{tmp_path}/runs/a"
-    assert train_diffit.parse_args([*flags, "--output_dir=~/b"]).output_dir == f"{tmp_path}/b"
+    assert parse_args([*flags, "--config=~/c.yaml"]).output_dir == f"{tmp_path}/runs/a"
+    assert parse_args([*flags, "--output_dir=~/b"]).output_dir == f"{tmp_path}/b"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -12,8 +12,8 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 
-import train_diffit
 from diffit.checkpoint import verify_checkpoint
+from diffit.config import parse_args
 from diffit.launcher import EXIT_STOPPED
 from diffit.optimization import (
     NonFiniteGuard,
@@ -169,14 +169,16 @@ def test_last_validation_given_up_is_made_up_for(long_args, tmp_path):
 
 
 def spoil_losses(monkeypatch, calls: set[int], value: float = math.nan) -> None:
-    """Makes the loss of the second image of some calls (from 0) not finite."""
-    original, count = train_diffit.compute_loss, iter(range(10**6))
+    """Makes the network's prediction for the second image, and so its loss, not finite in some calls (from 0)."""
+    original, count = DiffiTUNet2DModel.forward, iter(range(10**6))
 
-    def spoilt(*arguments):
-        loss = original(*arguments)
-        return loss * torch.tensor([1, value, 1, 1]) if next(count) in calls else loss
+    def spoilt(model: DiffiTUNet2DModel, *arguments, **kwargs):
+        output = original(model, *arguments, **kwargs)
+        if model.training and next(count) in calls:
+            output.sample = output.sample * torch.tensor([1, value, 1, 1]).reshape(4, 1, 1, 1)
+        return output
 
-    monkeypatch.setattr(train_diffit, "compute_loss", spoilt)
+    monkeypatch.setattr(DiffiTUNet2DModel, "forward", spoilt)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -222,17 +224,21 @@ def test_bad_loss_in_one_process_is_a_bad_step_in_all(long_args, tmp_path):
     """The second of two processes has a NaN at positions 12 to 15."""
     script = tmp_path / "spoilt.py"
     script.write_text(
-        "import os, sys, torch\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import os\n"
         "import train_diffit\n"
-        "original, calls = train_diffit.compute_loss, iter(range(10**6))\n"
-        "def spoilt(*arguments):\n"
-        "    bad = os.environ['RANK'] == '1' and next(calls) == 1\n"
-        "    return original(*arguments) * (float('nan') if bad else 1)\n"
-        "train_diffit.compute_loss = spoilt\n"
-        "train_diffit.main(train_diffit.parse_args())\n"
+        "from diffit.config import parse_args\n"
+        "from diffit_model import DiffiTUNet2DModel\n"
+        "original, calls = DiffiTUNet2DModel.forward, iter(range(10**6))\n"
+        "def spoilt(model, *arguments, **kwargs):\n"
+        "    output = original(model, *arguments, **kwargs)\n"
+        "    if model.training and os.environ['RANK'] == '1' and next(calls) == 1:\n"
+        "        output.sample = output.sample * float('nan')\n"
+        "    return output\n"
+        "DiffiTUNet2DModel.forward = spoilt\n"
+        "train_diffit.main(parse_args())\n"
     )
-    output = run([*torchrun(), str(script), *long_args, f"--output_dir={tmp_path / 'run'}", "--max_train_steps=4"])
+    arguments = [*long_args, f"--output_dir={tmp_path / 'run'}", "--max_train_steps=4"]
+    output = run([*torchrun(), str(script), *arguments], PYTHONPATH=str(ROOT))
     assert "step 2 on the images at positions 8 to 15" in output
     numbers = json.loads((tmp_path / "run/checkpoint-4/state.json").read_text())
     assert (numbers["position"], numbers["bad_steps"], numbers["global_step"]) == (40, 1, 4)
@@ -243,7 +249,7 @@ def test_bad_loss_in_one_process_is_a_bad_step_in_all(long_args, tmp_path):
 def test_fp16_overflow_moves_neither_schedule_nor_ema(train_args, kind):
     """torch's gradient scaler on the CPU, with a scale under which the gradient overflows once."""
     PartialState(cpu=True)  # for the logs
-    args = train_diffit.parse_args([*train_args, f"--optimizer={kind}"])
+    args = parse_args([*train_args, f"--optimizer={kind}"])
     args.global_batch_size = 4
     model = DiffiTUNet2DModel(**TINY_CONFIG)
     optimizer = build_optimizer(args, model)

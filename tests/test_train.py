@@ -25,10 +25,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_diffit
 from diffit.batches import batch_labels
-from diffit.checkpoint import file_digest, save_checkpoint, verify_checkpoint
-from diffit.config import build_parser
+from diffit.checkpoint import file_digest, verify_checkpoint
+from diffit.config import build_parser, parse_args
 from diffit.decode import normalize_pixels
 from diffit.formulations import build_noise_levels, compute_loss
+from diffit.lock import OutputDirLock
 from diffit.networks import set_up_model
 from diffit.optimization import build_lr_scheduler
 from diffit.plan import build_tables, resolve_diffusion, resolve_duration
@@ -133,13 +134,13 @@ def test_order_is_defaults_config_command_line(tmp_path):
         "model_config: a.json\ntrain_data_dir: b\nmax_train_steps: 5\nlearning_rate: 1e-5\nuse_ema: false\n"
         "model_kwargs:\n  dropout: 0.1\n  block_out_channels: [8, 16]\n"
     )
-    args = train_diffit.parse_args(["--config", str(file), "--max_train_steps=7", "--model_kwargs", "dropout=0.2"])
+    args = parse_args(["--config", str(file), "--max_train_steps=7", "--model_kwargs", "dropout=0.2"])
     assert (args.max_train_steps, args.learning_rate, args.use_ema, args.adam_beta1) == (7, 1e-5, False, 0.9)
     assert args.model_kwargs == ["dropout=0.1", "block_out_channels=[8, 16]", "dropout=0.2"]
 
 
 def test_alternative_on_the_command_line_replaces_that_of_the_config(tmp_path):
-    args = train_diffit.parse_args(
+    args = parse_args(
         [*QUICKSTART, "--train_data_dir=mine", "--pretrained_model_name_or_path=a", "--global_batch_size=128"]
     )
     assert (args.train_data_dir, args.train_data_file) == ("mine", None)
@@ -152,7 +153,7 @@ def test_alternative_on_the_command_line_replaces_that_of_the_config(tmp_path):
 )
 def test_duration_becomes_steps(duration, steps):
     base = ["--model_config=a.json", "--train_data_dir=b"]
-    args = train_diffit.parse_args(base + duration)
+    args = parse_args(base + duration)
     args.global_batch_size = 4
     resolve_duration(args, num_images=24)
     assert args.max_train_steps == steps
@@ -212,7 +213,7 @@ def test_validation_classes_are_matched_by_name(train_args, image_folder, tmp_pa
         split.to_parquet(tmp_path / "data" / f"{name}-00000-of-00001.parquet")
     arguments = [flag for flag in train_args if not flag.startswith("--train_data_dir")]
     arguments += [f"--dataset_name={tmp_path / 'data'}", "--image_column=image", "--label_column=kind"]
-    args = train_diffit.parse_args([*arguments, "--validation_split=validation"])
+    args = parse_args([*arguments, "--validation_split=validation"])
     table, validation = build_tables(args)
     assert table.class_names == validation.class_names == ("blue", "green", "red")
     assert sorted(set(validation.labels)) == [1, 2]
@@ -544,7 +545,7 @@ def deterministic_off():
 @pytest.mark.parametrize("name", [kind.value for kind in SchedulerType])
 def test_every_lr_schedule_steps_once_per_update(name):
     arguments = ["--model_config=a", "--train_data_dir=b", "--max_train_steps=10", f"--lr_scheduler={name}"]
-    args = train_diffit.parse_args([*arguments, "--lr_warmup_steps=2", "--lr_step_rules=1:5,0.1"])
+    args = parse_args([*arguments, "--lr_warmup_steps=2", "--lr_step_rules=1:5,0.1"])
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = build_lr_scheduler(args, optimizer)
     rates = []
@@ -583,7 +584,7 @@ def test_bad_validation_image_is_reported(train_args, image_folder, tmp_path, ca
         file.write_bytes(b"no image")
     arguments = [*train_args, f"--train_data_dir={tmp_path / 'data'}", "--on_bad_image=skip", "--num_channels=3"]
     train([*arguments, "--validation_fraction=0.8", "--max_train_steps=1"])
-    held_out = build_tables(train_diffit.parse_args([*arguments, "--validation_fraction=0.8"]))[1]
+    held_out = build_tables(parse_args([*arguments, "--validation_fraction=0.8"]))[1]
     bad = [held_out.read(i)[0] for i in range(len(held_out)) if held_out.read(i)[1] == b"no image"]
     assert bad and all(name in caplog.text for name in bad)
 
@@ -597,11 +598,11 @@ def test_finetuning_takes_over_what_the_weights_predict(train_args, tmp_path, ca
     arguments = [flag for flag in train_args if not flag.startswith(("--model_config", "--max_train_steps"))]
     for source in ("run", "run/unet", "run/checkpoint-1", "run/checkpoint-1/unet_ema"):
         path = f"--pretrained_model_name_or_path={tmp_path / source}"
-        args = train_diffit.parse_args([*arguments, "--max_train_steps=1", path])
+        args = parse_args([*arguments, "--max_train_steps=1", path])
         resolve_diffusion(args)
         resolved = (args.prediction_type, args.beta_schedule, args.num_train_timesteps)
         assert resolved == ("epsilon", "linear", 500) and args.snr_gamma is None
-    args = train_diffit.parse_args([*arguments, "--max_train_steps=1", path, "--prediction_type=v_prediction"])
+    args = parse_args([*arguments, "--max_train_steps=1", path, "--prediction_type=v_prediction"])
     resolve_diffusion(args)
     assert args.prediction_type == "v_prediction" and "was trained with --prediction_type epsilon" in caplog.text
 
@@ -811,14 +812,14 @@ def test_lost_permission_keeps_the_checkpoint_before_and_says_so(train_args, tmp
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(disk)], check=False).returncode != 0:
         pytest.skip("a disk of its own cannot be mounted here (it needs root)")
-    original = save_checkpoint
+    original = OutputDirLock.check_owned
 
-    def save_once(*arguments):
-        original(*arguments)
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    def check_and_lose(lock: OutputDirLock) -> None:
+        original(lock)
+        if (disk / "checkpoint-1").exists():
+            subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
 
-    monkeypatch.setattr(train_diffit, "save_checkpoint", save_once)
-    monkeypatch.setattr(train_diffit, "log_metrics", lambda *arguments: None)  # TensorBoard holds a file open
+    monkeypatch.setattr(OutputDirLock, "check_owned", check_and_lose)
     try:
         flags = [f"--output_dir={disk}", "--checkpointing_steps=1", "--report_to=none"]
         with pytest.raises(RuntimeError, match="checkpoint-2 could not be written .*ead-only.* there is checkpoint-1"):
