@@ -8,14 +8,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 
 import sample_diffit
-from diffit_pipeline import (
-    EDM_SCHEDULERS,
-    DiffiTPipeline,
-    choose_scheduler,
-    edm_heun,
-    edm_preconditioning,
-    edm_time,
-)
+from diffit_pipeline import EDM_SCHEDULERS, DiffiTPipeline, choose_scheduler, edm_heun, edm_preconditioning, edm_time
 from helpers import count_batches, generators, open_pipeline, quiet, sample, tiny_unet
 
 MEAN = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64)

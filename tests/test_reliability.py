@@ -9,27 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
 from safetensors.torch import load_file
 
 from diffit.checkpoint import verify_checkpoint
-from diffit.config import parse_args
 from diffit.launcher import EXIT_STOPPED
-from diffit.optimization import (
-    NonFiniteGuard,
-    TrainingState,
-    build_ema,
-    build_lr_scheduler,
-    build_optimizer,
-    finish_step,
-)
 from diffit.processes import StopRequest
 from diffit.run_dir import list_checkpoints
 from diffit_model import DiffiTUNet2DModel, TimeDependentSelfAttention
 from helpers import (
     ROOT,
     STATES,
-    TINY_CONFIG,
     assert_same_files,
     losses,
     plain_loop,
@@ -243,44 +232,6 @@ def test_bad_loss_in_one_process_is_a_bad_step_in_all(long_args, tmp_path):
     numbers = json.loads((tmp_path / "run/checkpoint-4/state.json").read_text())
     assert (numbers["position"], numbers["bad_steps"], numbers["global_step"]) == (40, 1, 4)
     assert all(x.isfinite().all() for x in load_file(tmp_path / "run/checkpoint-4" / STATES[0]).values())
-
-
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_fp16_overflow_moves_neither_schedule_nor_ema(train_args, kind):
-    """torch's gradient scaler on the CPU, with a scale under which the gradient overflows once."""
-    PartialState(cpu=True)  # for the logs
-    args = parse_args([*train_args, f"--optimizer={kind}"])
-    args.global_batch_size = 4
-    model = DiffiTUNet2DModel(**TINY_CONFIG)
-    optimizer = build_optimizer(args, model)
-    averages, schedule = build_ema(args, model), build_lr_scheduler(args, optimizer)
-    state = TrainingState(model, averages, optimizer, schedule, 24, "digest")
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
-    guard = NonFiniteGuard(optimizer)
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    outcomes = []
-    for _ in range(2):
-        loss = model(torch.ones(1, 3, 8, 8), 5).sample.add(1e3).pow(2).mean()
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        guard.watch(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
-        scaler.step(optimizer)
-        scaler.update(2.0**10)
-        outcomes.append(finish_step(args, state, guard))
-        counts = (state.global_step, state.lr_scheduler.last_epoch, state.ema_models["ema"].optimization_step)
-        assert counts == (len(outcomes) - 1,) * 3
-        if len(outcomes) == 1:
-            assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
-        optimizer.zero_grad()
-    assert outcomes == [False, True]
-
-
-def test_optimizer_that_would_take_a_bad_step_is_refused():
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    NonFiniteGuard(torch.optim.AdamW([parameter], fused=True))
-    for optimizer in (torch.optim.AdamW([parameter], foreach=True), torch.optim.SGD([parameter])):
-        with pytest.raises(TypeError, match=f"{type(optimizer).__name__} does not obey found_inf"):
-            NonFiniteGuard(optimizer)
 
 
 # --- the same numbers on any topology
