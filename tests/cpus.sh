@@ -6,7 +6,7 @@
 #
 # A test that fails in only some environments compares numbers that depend on the CPU, such as the rounding error of a
 # gradient whose true value is zero, which Adam amplifies. Do not widen its tolerance. Compare in float64 instead, or
-# train a network whose output layer is not initialized to zero (`TINY_TRAINED_CONFIG` in conftest.py).
+# train a network whose output layer is not initialized to zero (`TINY_TRAINED_CONFIG` in helpers.py).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
-from test_sample import generators, quiet, tiny_dit, tiny_unet
 
 import diffit_pipeline
 from diffit.command_line import from_flags, to_flags
 from diffit.sampling_config import GUIDANCE_SCHEDULES, GuidanceConfig
 from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import SCHEDULERS, DiffiTPipeline, guidance_weight
+from helpers import count_batches, generators, quiet, tiny_dit, tiny_unet
 
 TIMESTEPS = range(950, -1, -50)  # of 20 steps of DDIM
 
@@ -39,13 +39,6 @@ def weak_unet(**kwargs) -> DiffiTUNet2DModel:
         for parameter in unet.parameters():
             parameter.mul_(0.8)
     return unet
-
-
-def count_batches(network: torch.nn.Module) -> list[int]:
-    """A list that gets the batch size of each forward pass of the network."""
-    batches = []
-    network.register_forward_pre_hook(lambda module, inputs: batches.append(inputs[0].shape[0]))
-    return batches
 
 
 # --- weights

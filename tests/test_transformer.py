@@ -14,7 +14,6 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from conftest import ROOT
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,6 +29,7 @@ from diffit_model import (
     set_attention_backend,
     sincos_position_embedding,
 )
+from helpers import ROOT
 
 EXACT = {"rtol": 0, "atol": 0}
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
