@@ -148,6 +148,7 @@ def main(config: TrainConfig) -> None:
         accelerator = build_accelerator(config.precision, asked)
         batch = plan_batch(config.batch, accelerator.num_processes)
         accelerator.gradient_accumulation_steps = batch.accumulation
+        vae = vae_on_meta(config.model.vae_model_name_or_path)
         pretrained = read_pretrained_scheduler(config.model.pretrained_model_name_or_path)
         formulation = plan_formulation(config.diffusion, config.model, config.validation, pretrained)
         check_agreement(accelerator, launch_fingerprint(args_to_config(config), network))
@@ -156,23 +157,19 @@ def main(config: TrainConfig) -> None:
         lock = OutputDirLock(asked.output_dir)
         if not asked.dry_run:
             resources.push(lock)  # first, because a signal may come while it is taken
-            token = run_on_main_and_broadcast(accelerator, lock.__enter__)
-            on_all_processes(accelerator, lock.check_visible, token)
+            take_folder(accelerator, lock)
         read = (config.model_folders(), config.data.dataset_name)
         folder = run_on_main_and_broadcast(accelerator, open_run_dir, asked, *read)
         checkpoint = run_on_main_and_broadcast(accelerator, find_checkpoint, asked)
 
         # 3. the data, and the plan
         table, held_out = on_all_processes(accelerator, open_tables, config.data, config.validation)
-        vae = vae_on_meta(config.model.vae_model_name_or_path)
         data = on_all_processes(accelerator, describe_data, table, vae, config.data.num_channels)
         plan = make_plan(config, network, batch, formulation, data, describe_vae(vae))
         run = Run(accelerator, stop, lock, folder, checkpoint, plan, args_to_config(config, plan.resolved_flags()))
-        check_agreement(accelerator, run.flags | {"the training data": data.digest, "the network": plan.model_config})
+        check_agreement(accelerator, plan.resolved_flags() | {"data": data.digest, "network": plan.model_config})
         if asked.dry_run:
-            if accelerator.is_main_process:
-                print_dry_run(run.flags, plan)
-            return
+            return print_dry_run(accelerator, run.flags, plan)
 
         # 4. the networks and the state of the training, new or resumed
         networks = build_networks(run, config.model, config.validation.guidance.model, table, config.batch.seed)
@@ -197,8 +194,8 @@ def main(config: TrainConfig) -> None:
         logger.info(describe_run(plan, state.model, table, 0 if held_out is None else len(held_out)))
         validated = train(run, state, batches, preparer, validation, config.optimizer, config.batch.seed)
         finish(run, state, validated)
-    if config.hub.push_to_hub and accelerator.is_main_process:  # the other processes are free: the group has ended
-        push_to_hub(config.hub, folder)
+        if config.hub.push_to_hub and accelerator.is_main_process:  # the others are free: the group has ended
+            push_to_hub(config.hub, folder)
 
 
 def set_up_logging() -> None:
@@ -214,6 +211,12 @@ def resume_after_restart(asked: RunConfig) -> RunConfig:
         print("restarted: resuming as with --resume_from_checkpoint latest", file=sys.stderr)
         return replace(asked, overwrite_output_dir=False, resume_from_checkpoint="latest")
     return asked
+
+
+def take_folder(accelerator: Accelerator, lock: OutputDirLock) -> None:
+    """Locks --output_dir for this run, and checks that all processes see the same folder."""
+    token = run_on_main_and_broadcast(accelerator, lock.__enter__)
+    on_all_processes(accelerator, lock.check_visible, token)
 
 
 def launch_fingerprint(flags: dict[str, Any], model_config: dict[str, Any]) -> dict[str, Any]:
@@ -298,19 +301,14 @@ def train(
     asked: OptimizerConfig,
     seed: int,
 ) -> bool:
-    """Trains until the last step or a stop.
+    """Trains until the last step or a stop, and says whether the last validation that was due was completed.
 
     Args:
-        run: of this training.
-        state: is trained.
+        run, state, validation: of this training.
         batches: of this process, from `state.position` on.
         prepare_batch: moves one to the device and adds the noise.
-        validation: what validations need.
         asked: clipping, and how many bad steps to bear.
         seed: of dropout.
-
-    Returns:
-        Whether the last validation that was due was completed.
     """
     accelerator, plan = run.accelerator, run.plan
     model, optimizer = accelerator.prepare(state.model, state.optimizer)
@@ -318,14 +316,7 @@ def train(
     meter, bad_images = Meter(accelerator.device, state.position), set()
     progress = tqdm(total=plan.max_train_steps, initial=state.global_step, disable=not accelerator.is_main_process)
     run.stop.begin()
-    validated = True
-    if state.global_step >= plan.max_train_steps:
-        logger.info(
-            f"nothing left to train: {run.checkpoint} is at step {state.global_step} of {plan.max_train_steps}"
-        )
-        due = plan.due_after(state.global_step)
-        validated = validate_and_export(accelerator, validation, due.metrics)  # it may have been cut off
-
+    validated = validate_again(run, state, validation)
     model.train()
     # A step takes the next `global_batch_size` positions of the stream, shared among processes and micro-batches.
     while state.global_step < plan.max_train_steps:
@@ -362,6 +353,15 @@ def train(
                 validated = validate_and_export(accelerator, validation, due.metrics)
     progress.close()
     return validated
+
+
+def validate_again(run: Run, state: TrainingState, validation: Validation) -> bool:
+    """If nothing is left to train, repeats the last validation, which may have been cut off; whether it succeeded."""
+    step, last = state.global_step, run.plan.max_train_steps
+    if step < last:
+        return True
+    logger.info(f"nothing left to train: {run.checkpoint} is at step {step} of {last}")
+    return validate_and_export(run.accelerator, validation, run.plan.due_after(step).metrics)
 
 
 def finish(run: Run, state: TrainingState, validated: bool) -> None:

@@ -334,6 +334,13 @@ def formulation_flags(formulation: Formulation) -> dict[str, Any]:
     return {"formulation": name} | {flag: getattr(formulation, flag) for flag in formulation.flag_names()}
 
 
+def differences(formulation: Formulation, pretrained: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """In which flags a formulation differs from that of a saved scheduler: by name, their value and ours."""
+    theirs = pretrained | ({"formulation": formulation_name(pretrained)} if pretrained else {})
+    ours = formulation_flags(formulation)
+    return {flag: (theirs[flag], ours[flag]) for flag in ours if theirs.get(flag, ours[flag]) != ours[flag]}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Where inputs, network and loss meet
 

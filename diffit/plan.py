@@ -11,16 +11,20 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.logging import get_logger
 from diffusers import AutoencoderKL, ModelMixin
 
 from diffit.augment import NUM_AUGMENT_LABELS
 from diffit.config import BatchConfig, DiffusionConfig, ModelConfig, ScheduleConfig, TrainConfig, ValidationConfig
 from diffit.errors import UserError, user_errors
-from diffit.formulations import Formulation, choose_formulation, formulation_flags
+from diffit.formulations import Formulation, choose_formulation, differences, formulation_flags
 from diffit.latents import LatentTable, pixels_per_latent
 from diffit.networks import model_class, training_flops_per_image
 from diffit.sources import Table, detect_num_channels
 from diffit_model import DiffiTModelMixin, DiffiTTransformer2DModel, DiffiTUNet2DModel
+
+logger = get_logger(__name__, log_level="INFO")
 
 WARMUP_STEPS = 500  # length of the warm-up unless it is given
 
@@ -175,6 +179,10 @@ def plan_formulation(
             timesteps.
     """
     formulation = choose_formulation(asked, pretrained, model.vae_model_name_or_path is not None)
+    name = model.pretrained_model_name_or_path
+    for flag, (theirs, ours) in differences(formulation, pretrained).items():
+        # Pretrained weights rarely transfer to another target or noise schedule.
+        logger.warning(f"{name} was trained with --{flag} {theirs}, this run has {ours}")
     preview_steps, most = validation.validation_inference_steps, formulation.max_sampling_steps
     if most is not None and preview_steps > most:
         raise UserError(f"--validation_inference_steps {preview_steps} are more than --num_train_timesteps {most}")
@@ -417,8 +425,10 @@ def describe_run(plan: Plan, model: ModelMixin, table: Table, num_held_out: int)
     return text
 
 
-def print_dry_run(flags: dict[str, Any], plan: Plan) -> None:
-    """Prints the flags of a run, its parameters and FLOPs. The network exists on the meta device only."""
+def print_dry_run(accelerator: Accelerator, flags: dict[str, Any], plan: Plan) -> None:
+    """Prints the flags of a run, its parameters and FLOPs, once. The network exists on the meta device only."""
+    if not accelerator.is_main_process:
+        return
     with torch.device("meta"):
         model = model_class(plan.model_config).from_config(plan.model_config)
     print(yaml.safe_dump(flags), end="")

@@ -107,13 +107,13 @@ def test_gpu_benchmark_without_cuda_is_refused(capsys, monkeypatch):
 def test_gpu_benchmark_halves_a_batch_that_does_not_fit(monkeypatch):
     class Training(gpu.Training):
         def __call__(self):
-            if self.args.global_batch_size > 1:
+            if self.batch_size > 1:
                 raise torch.OutOfMemoryError
             return super().__call__()
 
     monkeypatch.setattr(gpu, "Training", Training)
     case = gpu.read_cases(tiny=True)[1]
-    assert gpu.build_training(case, "native", False, torch.device("cpu")).args.global_batch_size == 1
+    assert gpu.build_training(case, "native", False, torch.device("cpu")).batch_size == 1
 
 
 def write_run(folder: Path, weight: float = 0.5, pixel: int = 7, **state) -> Path:

@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 import yaml
-from diffusers import DDPMScheduler, EDMEulerScheduler
 
-from diffit.formulations import build_network_inputs, build_noise_levels, compute_loss
+from diffit.config import DiffusionConfig
+from diffit.errors import UserError
+from diffit.formulations import DDPM, EDM, choose_formulation
 from diffit_model import DiffiTUNet2DModel, model_class
 from diffit_pipeline import DiffiTPipeline
 from helpers import STATES, TINY_CONFIG, assert_same_files, evaluate_folder, train
@@ -20,10 +21,11 @@ from helpers import STATES, TINY_CONFIG, assert_same_files, evaluate_folder, tra
 @pytest.mark.parametrize("snr_gamma", [None, 5.0])
 def test_loss_equals_its_formula(prediction_type, snr_gamma):
     torch.manual_seed(0)
-    scheduler = DDPMScheduler(prediction_type=prediction_type)
+    formulation = DDPM(prediction_type, "linear", snr_gamma=snr_gamma)
+    scheduler = formulation.scheduler
     clean, noise, prediction = torch.randn(3, 4, 2, 8, 8, dtype=torch.float64).unbind()
     timesteps = torch.tensor([0, 10, 500, 999])
-    loss = compute_loss(prediction, scheduler, clean, noise, timesteps, snr_gamma)
+    loss = formulation.losses(prediction, clean, noise, timesteps)
     for i, t in enumerate(timesteps):
         a = scheduler.alphas_cumprod[t].double()
         target = {
@@ -41,52 +43,79 @@ def test_loss_equals_its_formula(prediction_type, snr_gamma):
 
 def test_timesteps_cover_the_range_evenly():
     uniform = (torch.arange(4000) + 0.5) / 4000
-    timesteps = build_noise_levels(uniform, DDPMScheduler())
+    timesteps = DDPM().noise_levels(uniform)
     assert timesteps.bincount(minlength=1000).tolist() == [4] * 1000
+
+
+# --- which one
+
+
+def test_flags_come_before_the_pretrained_scheduler_and_that_before_the_defaults():
+    pretrained = {"_class_name": "DDIMScheduler", "prediction_type": "epsilon", "num_train_timesteps": 500}
+    assert choose_formulation(DiffusionConfig(), {}, False) == DDPM(snr_gamma=5.0)
+    asked = DiffusionConfig(beta_schedule="linear", num_train_timesteps=200)
+    assert choose_formulation(asked, pretrained, True) == DDPM("epsilon", "linear", 200, in_latents=True)
+    edm = pretrained | {"_class_name": "EDMEulerScheduler"}
+    assert choose_formulation(DiffusionConfig(sigma_std=2.0), edm, False) == EDM(-1.2, 2.0)
+    # What the scheduler of another formulation says has no meaning in this one.
+    assert choose_formulation(DiffusionConfig(formulation="ddpm"), edm, False) == DDPM(snr_gamma=5.0)
+
+
+def test_min_snr_weights_are_off_where_they_are_not_wanted():
+    assert choose_formulation(DiffusionConfig(snr_gamma=0.0), {}, False).snr_gamma == 0
+    assert choose_formulation(DiffusionConfig(prediction_type="epsilon"), {}, False).snr_gamma is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"sigma_std": 1.0}, "--sigma_std .* --formulation edm"),
+        ({"formulation": "edm", "prediction_type": "epsilon"}, "--prediction_type .* --formulation ddpm"),
+        ({"formulation": "edm", "snr_gamma": 5.0}, "--snr_gamma .* --formulation ddpm"),
+    ],
+)
+def test_flag_of_another_formulation_is_refused(flags, words):
+    with pytest.raises(UserError, match=words):
+        choose_formulation(DiffusionConfig(**flags), {}, False)
 
 
 # --- EDM
 
 
-@pytest.fixture
-def edm() -> EDMEulerScheduler:
-    return EDMEulerScheduler(sigma_data=0.5)
-
-
-def test_sigmas_are_log_normal(edm):
+def test_sigmas_are_log_normal():
     uniform = (torch.arange(100_000) + 0.5) / 100_000
-    logs = build_noise_levels(uniform, edm, -1.2, 1.2).double().log()
+    logs = EDM().noise_levels(uniform).double().log()
     assert logs.mean().item() == pytest.approx(-1.2, abs=1e-4) and logs.std().item() == pytest.approx(1.2, rel=1e-3)
-    assert build_noise_levels(torch.tensor([0.0, 1 - 2**-24]), edm).isfinite().all()
+    assert EDM().noise_levels(torch.tensor([0.0, 1 - 2**-24])).isfinite().all()
 
 
-def test_edm_inputs_and_loss_equal_hand_computed_values(edm):
+def test_edm_inputs_and_loss_equal_hand_computed_values():
     """One pixel: image 0.4, noise 2, sigma 0.5, F = 0.3."""
     clean, noise, sigma = torch.full((1, 1, 1, 1), 0.4), torch.full((1, 1, 1, 1), 2.0), torch.tensor([0.5])
-    noisy, time = build_network_inputs(clean, noise, sigma, edm)
+    noisy, time = EDM().network_inputs(clean, noise, sigma)
     assert noisy.item() == pytest.approx(1.4 / math.sqrt(0.5), rel=1e-6)  # c_in = 1 / sqrt(0.25 + 0.25)
     assert time.item() == pytest.approx(math.log(0.5) / 4, rel=1e-6)
-    loss = compute_loss(torch.full((1, 1, 1, 1), 0.3), edm, clean, noise, sigma)
+    loss = EDM().losses(torch.full((1, 1, 1, 1), 0.3), clean, noise, sigma)
     denoised = 0.5 * 1.4 + 0.25 / math.sqrt(0.5) * 0.3  # c_skip = 0.25 / 0.5, c_out = 0.25 / sqrt(0.5)
     assert loss.item() == pytest.approx(0.5 / 0.0625 * (denoised - 0.4) ** 2, rel=1e-5)
 
 
-def test_network_of_zero_output_denoises_by_the_skip_and_has_a_loss_of_one(edm):
+def test_network_of_zero_output_denoises_by_the_skip_and_has_a_loss_of_one():
     """c_skip * x is the best linear guess for images of standard deviation 0.5: its weighted error is 1."""
     torch.manual_seed(0)
     model = DiffiTUNet2DModel(**TINY_CONFIG)
     clean = 0.5 * torch.randn(4000, 3, 8, 8)
     noise, uniform = torch.randn_like(clean), torch.rand(4000)
-    sigma = build_noise_levels(uniform, edm)
-    noisy, time = build_network_inputs(clean, noise, sigma, edm)
+    sigma = EDM().noise_levels(uniform)
+    noisy, time = EDM().network_inputs(clean, noise, sigma)
     with torch.no_grad():
         model_pred = model(noisy[:8], time[:8]).sample
     assert model_pred.abs().max() == 0
     x = clean + sigma[:, None, None, None] * noise
     skip = 0.25 / (sigma**2 + 0.25)
-    denoised = edm.precondition_outputs(x[:8], model_pred, sigma[:8, None, None, None])
+    denoised = EDM().scheduler.precondition_outputs(x[:8], model_pred, sigma[:8, None, None, None])
     torch.testing.assert_close(denoised, skip[:8, None, None, None] * x[:8])
-    loss = compute_loss(torch.zeros_like(clean), edm, clean, noise, sigma)
+    loss = EDM().losses(torch.zeros_like(clean), clean, noise, sigma)
     assert loss.mean().item() == pytest.approx(1.0, rel=0.01)
 
 

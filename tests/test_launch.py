@@ -82,8 +82,7 @@ def test_misspelt_flag_ends_the_script_with_its_name():
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs/train").glob("*.yaml")), ids=lambda file: file.stem)
 def test_train_config_is_accepted_and_documented(file):
-    args = parse_args(["--config", str(file)])
-    config = read_model_config(args)
+    config = read_model_config(parse_args(["--config", str(file)]).model)
     assert issubclass(model_class(config), DiffiTModelMixin)
     header = file.read_text().split("\nmodel_config")[0]
     assert all(line.startswith("#") for line in header.splitlines())

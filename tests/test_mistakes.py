@@ -220,8 +220,8 @@ def test_config_file_and_command_line_expand_the_home_folder(train_args, tmp_pat
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "c.yaml").write_text("output_dir: ~/runs/a\n")
     flags = [flag for flag in train_args if not flag.startswith("--output_dir")]
-    assert parse_args([*flags, "--config=~/c.yaml"]).output_dir == f"{tmp_path}/runs/a"
-    assert parse_args([*flags, "--output_dir=~/b"]).output_dir == f"{tmp_path}/b"
+    assert parse_args([*flags, "--config=~/c.yaml"]).run.output_dir == f"{tmp_path}/runs/a"
+    assert parse_args([*flags, "--output_dir=~/b"]).run.output_dir == f"{tmp_path}/b"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

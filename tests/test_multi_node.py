@@ -10,8 +10,7 @@ import psutil
 import pytest
 
 from diffit.config import parse_args
-from diffit.plan import build_accelerator
-from diffit.processes import join_slurm_step
+from diffit.processes import build_accelerator, join_slurm_step
 from helpers import LAUNCH, STATES, assert_same_files, run, start, torchrun, wait_for_file
 
 STEPS = 400
@@ -135,7 +134,8 @@ def new_store(monkeypatch) -> None:
 def test_restarts_that_may_fail_are_warned_of(train_args, monkeypatch, caplog):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    build_accelerator(parse_args(train_args))
+    config = parse_args(train_args)
+    build_accelerator(config.precision, config.run)
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in caplog.text
 
 

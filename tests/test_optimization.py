@@ -12,7 +12,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch import nn
 
-from diffit.config import parse_args
+from diffit.config import EmaConfig, OptimizerConfig, ScheduleConfig
 from diffit.optimization import (
     ITERATIONS,
     A,
@@ -144,10 +144,9 @@ def test_network_without_matrices_is_refused():
 
 @pytest.mark.parametrize("name", [kind.value for kind in SchedulerType])
 def test_every_lr_schedule_steps_once_per_update(name):
-    arguments = ["--model_config=a", "--train_data_dir=b", "--max_train_steps=10", f"--lr_scheduler={name}"]
-    args = parse_args([*arguments, "--lr_warmup_steps=2", "--lr_step_rules=1:5,0.1"])
+    asked = ScheduleConfig(lr_scheduler=name, lr_step_rules="1:5,0.1")
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = build_lr_scheduler(args, optimizer)
+    scheduler = build_lr_scheduler(asked, optimizer, max_train_steps=10, warmup_steps=2)
     rates = []
     for _ in range(10):
         rates.append(scheduler.get_last_lr()[0])
@@ -256,7 +255,8 @@ def test_several_widths_are_saved_previewed_and_the_best_is_named(train_args, tm
     names = ("ema_0.004kimg", "ema_0.02kimg")
     scalars = {name: [e.value for e in logged(run_dir).Scalars(f"validation/loss_{name}")][-1] for name in names}
     best = min(names, key=scalars.get)
-    assert f"`{best}`" in (run_dir / "README.md").read_text()
+    half_life = best.removeprefix("ema_").removesuffix("kimg")
+    assert f"half-life of {half_life} kimg" in (run_dir / "README.md").read_text()
     file = "diffusion_pytorch_model.safetensors"
     weights = {name: load_file(run_dir / f"checkpoint-12/unet_{name}" / file) for name in names}
     saved = load_file(run_dir / "unet" / file)
@@ -275,14 +275,13 @@ def test_several_widths_are_saved_previewed_and_the_best_is_named(train_args, tm
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_fp16_overflow_moves_neither_schedule_nor_ema(train_args, kind):
+def test_fp16_overflow_moves_neither_schedule_nor_ema(kind):
     """torch's gradient scaler on the CPU, with a scale under which the gradient overflows once."""
     PartialState(cpu=True)  # for the logs
-    args = parse_args([*train_args, f"--optimizer={kind}"])
-    args.global_batch_size = 4
     model = DiffiTUNet2DModel(**TINY_CONFIG)
-    optimizer = build_optimizer(args, model)
-    averages, schedule = build_ema(args, model), build_lr_scheduler(args, optimizer)
+    optimizer = build_optimizer(OptimizerConfig(optimizer=kind, learning_rate=1e-3), model)
+    averages = build_ema(EmaConfig(), model, batch_size=4)
+    schedule = build_lr_scheduler(ScheduleConfig(), optimizer, max_train_steps=4, warmup_steps=0)
     state = TrainingState(model, averages, optimizer, schedule, 24, "digest")
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
     guard = NonFiniteGuard(optimizer)
@@ -295,7 +294,7 @@ def test_fp16_overflow_moves_neither_schedule_nor_ema(train_args, kind):
         guard.watch(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         scaler.step(optimizer)
         scaler.update(2.0**10)
-        outcomes.append(finish_step(args, state, guard))
+        outcomes.append(finish_step(state, guard))
         counts = (state.global_step, state.lr_scheduler.last_epoch, state.ema_models["ema"].optimization_step)
         assert counts == (len(outcomes) - 1,) * 3
         if len(outcomes) == 1:

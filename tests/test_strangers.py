@@ -27,7 +27,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 
 from diffit.checkpoint import file_digest
-from diffit.config import parse_args
+from diffit.config import HubConfig, parse_args
 from diffit.errors import BadImageError
 from diffit.export import push_to_hub
 from diffit.run_dir import PIPELINE_FILES, OutputFolder
@@ -492,7 +492,7 @@ def test_token_is_not_in_messages_of_the_parser(arguments, train_args, tmp_path,
 def test_token_of_a_config_file_is_used_and_not_shown_by_a_dry_run(train_args, tmp_path, capsys):
     (tmp_path / "a.yaml").write_text(f"hub_token: {TOKEN}\n")
     arguments = [*train_args, "--config", str(tmp_path / "a.yaml"), "--dry_run"]
-    assert parse_args(arguments).hub_token == TOKEN
+    assert parse_args(arguments).hub.hub_token == TOKEN
     train(arguments)
     output = "".join(capsys.readouterr())
     assert "learning_rate" in output and TOKEN not in output and "hub_token" not in output
@@ -628,13 +628,13 @@ def test_public_repository_is_not_taken_for_a_private_one(exists_as, allowed, hu
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "exists_as", exists_as)
     monkeypatch.setattr(hub, "requests", [])
-    args = parse_args([*base_args, f"--output_dir={pushed[0]}", *PUSH])
+    asked = parse_args([*base_args, f"--output_dir={pushed[0]}", *PUSH]).hub
     run_dir = OutputFolder(pushed[0], "train_diffit.py")
     if allowed:
-        push_to_hub(args, run_dir)
+        push_to_hub(asked, run_dir)
     else:
         with pytest.raises(RuntimeError, match="--hub_private_repo: me/digits exists already and is public"):
-            push_to_hub(args, run_dir)
+            push_to_hub(asked, run_dir)
     assert bool(hub.asked("/commit/main")) == allowed
 
 
@@ -648,7 +648,7 @@ def test_card_of_an_upload_names_the_repository_of_the_user(hub, base_args, tmp_
     card = (tmp_path / "digits" / "README.md").read_text()
     assert "\n# digits\n" in card and 'from_pretrained("digits"' in card
     run_dir = OutputFolder(tmp_path / "digits", "train_diffit.py")
-    push_to_hub(parse_args([*flags, "--push_to_hub", f"--hub_token={TOKEN}"]), run_dir)
+    push_to_hub(HubConfig(push_to_hub=True, hub_token=TOKEN), run_dir)
     card = hub.uploaded()["README.md"].decode()
     assert "\n# me/digits\n" in card and 'from_pretrained("me/digits"' in card
 

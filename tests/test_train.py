@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -17,157 +16,14 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_diffit
-from diffit.batches import batch_labels
-from diffit.config import build_parser, parse_args
-from diffit.networks import set_up_model
-from diffit.plan import build_tables, resolve_diffusion, resolve_duration
+from diffit.batches import batch_labels, open_tables
+from diffit.config import parse_args
 from diffit.sources import load_image_table
 from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import DiffiTPipeline
-from helpers import ROOT, TINY_CONFIG, logged, losses, plain_loop, refusal, relative_differences, run, start, train
+from helpers import TINY_CONFIG, logged, losses, plain_loop, relative_differences, run, train
 
-QUICKSTART = ["--config", str(ROOT / "configs/train/quickstart.yaml")]
-
-
-# --- flags
-
-
-def test_misspelt_flag_is_named(capsys):
-    assert "--learning_rat" in refusal([*QUICKSTART, "--learning_rat", "1"], capsys)
-
-
-def test_misspelt_flag_is_refused_before_data_or_models_are_touched(tmp_path):
-    absent = [f"--{name}={tmp_path}/absent" for name in ("model_config", "train_data_dir")]
-    flags = [*absent, "--max_train_steps=1", f"--output_dir={tmp_path}/run", "--learning_rat=1"]
-    process = start(["train_diffit.py", *flags])
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2 and "unrecognized arguments: --learning_rat=1" in output
-    assert not list(tmp_path.iterdir())
-
-
-def test_abbreviated_flag_is_refused(capsys):
-    assert "--learning" in refusal([*QUICKSTART, "--learning", "1"], capsys)
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("learning_rat: 1e-4", ["'learning_rat'", "did you mean 'learning_rate'"]),
-        ("learning_rate: fast", ["--learning_rate", "'fast'"]),
-        ("prediction_type: noise", ["--prediction_type", "noise"]),
-        ("center_crop: no", ["center_crop", "true or false"]),
-        ("train_batch_size: 0", ["--train_batch_size", "0"]),
-        ("train_batch_size: [1, 2]", ["train_batch_size", "one value"]),
-        ("model_kwargs: 3", ["model_kwargs", "mapping"]),
-        ("- a", ["flag: value"]),
-        ("seed: 1\nseed: 2", ["seed", "twice"]),
-        ("output_dir: null", ["output_dir", "one value"]),
-        ("model_kwargs: {dropout: [[1], [2]]}", ["model_kwargs", "dropout"]),
-        ("a: [", ["not valid YAML"]),
-    ],
-)
-def test_wrong_config_file_is_refused(line, words, tmp_path, capsys):
-    file = tmp_path / "wrong.yaml"
-    file.write_text(line + "\n")
-    message = refusal(["--config", str(file)], capsys)
-    assert all(word in message for word in words), message
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--max_train_steps=10", "--num_train_epochs=1"], ["--max_train_steps", "--num_train_epochs"]),
-        (["--num_train_epochs=1"], ["--max_train_steps", "--num_train_epochs"]),  # the file has the other one
-        (["--train_data_dir=a", "--dataset_name=b"], ["--train_data_dir", "--dataset_name"]),
-        (["--global_batch_size=8", "--gradient_accumulation_steps=2"], ["--global_batch_size"]),
-        (["--mixed_precision=fp16"], ["--mixed_precision fp16", "bf16"]),
-        (["--label_dropout=1.5"], ["--label_dropout", "1.5"]),
-        (["--resolution=0x8"], ["--resolution", "0x8"]),
-        (["--lr_scheduler=piecewise_constant"], ["--lr_step_rules"]),
-        (["--overwrite_output_dir", "--resume_from_checkpoint=latest"], ["--overwrite_output_dir"]),
-        (["--validation_split=test"], ["--validation_split", "--dataset_name"]),
-        (["--config", "missing.yaml"], ["missing.yaml"]),
-        (["--logging_dir=.."], ["--logging_dir"]),
-        (["--logging_dir=."], ["--logging_dir"]),
-        (["--logging_dir=/tmp"], ["--logging_dir"]),
-        (["--learning_rate=inf"], ["--learning_rate"]),
-        (["--learning_rate=nan"], ["--learning_rate"]),
-        (["--adam_beta1=1"], ["--adam_beta1"]),
-    ],
-)
-def test_wrong_command_line_is_refused(arguments, words, capsys):
-    message = refusal([*QUICKSTART, *arguments], capsys)
-    assert all(word in message for word in words), message
-
-
-def test_order_is_defaults_config_command_line(tmp_path):
-    file = tmp_path / "a.yaml"
-    file.write_text(
-        "model_config: a.json\ntrain_data_dir: b\nmax_train_steps: 5\nlearning_rate: 1e-5\nuse_ema: false\n"
-        "model_kwargs:\n  dropout: 0.1\n  block_out_channels: [8, 16]\n"
-    )
-    args = parse_args(["--config", str(file), "--max_train_steps=7", "--model_kwargs", "dropout=0.2"])
-    assert (args.max_train_steps, args.learning_rate, args.use_ema, args.adam_beta1) == (7, 1e-5, False, 0.9)
-    assert args.model_kwargs == ["dropout=0.1", "block_out_channels=[8, 16]", "dropout=0.2"]
-
-
-def test_alternative_on_the_command_line_replaces_that_of_the_config(tmp_path):
-    args = parse_args(
-        [*QUICKSTART, "--train_data_dir=mine", "--pretrained_model_name_or_path=a", "--global_batch_size=128"]
-    )
-    assert (args.train_data_dir, args.train_data_file) == ("mine", None)
-    assert (args.pretrained_model_name_or_path, args.model_config) == ("a", None)
-
-
-@pytest.mark.parametrize(
-    ("duration", "steps"),
-    [(["--num_train_epochs=2.5"], 15), (["--max_train_kimg=0.03"], 8), (["--max_train_steps=3"], 3)],
-)
-def test_duration_becomes_steps(duration, steps):
-    base = ["--model_config=a.json", "--train_data_dir=b"]
-    args = parse_args(base + duration)
-    args.global_batch_size = 4
-    resolve_duration(args, num_images=24)
-    assert args.max_train_steps == steps
-
-
-@pytest.mark.parametrize(
-    ("pair", "words"),
-    [
-        ("window=4", ["'window'", "did you mean"]),
-        ("window_size=0", ["window_size"]),
-        ("norm_num_groups=3", ["norm_num"]),
-        ("dropout=high", ["dropout", "'high'"]),
-        ("block_out_channels=8", ["block_out_channels", "8"]),
-        ("layers_per_block=1.5", ["layers_per_block", "1.5"]),
-        ("mlp_ratio=true", ["mlp_ratio", "True"]),
-    ],
-)
-def test_wrong_model_kwargs_are_refused(pair, words, train_args):
-    with pytest.raises(ValueError) as error:
-        train([*train_args, "--model_kwargs", pair])
-    assert all(word in str(error.value) for word in words)
-
-
-def test_scientific_numbers_of_model_kwargs_are_numbers(train_args, tmp_path):
-    train([*train_args, "--max_train_steps=1", "--model_kwargs", "norm_eps=1e-6", "time_embedding_dim=24"])
-    config = json.loads((tmp_path / "run/unet/config.json").read_text())
-    assert (config["norm_eps"], config["time_embedding_dim"]) == (1e-6, 24)
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--model_config=nowhere.json"], "--model_config nowhere.json"),
-        (["--model_config=no/where"], "--model_config no/where"),
-        (["--num_train_timesteps=20", "--validation_inference_steps=50"], "--validation_inference_steps 50"),
-        (["--lr_scheduler=polynomial", "--lr_warmup_steps=4"], "--lr_warmup_steps 4"),
-    ],
-)
-def test_settings_that_cannot_work_are_refused_before_training(flags, words, train_args, tmp_path):
-    with pytest.raises(ValueError, match=words):
-        train([*train_args, *flags])
-    assert not (tmp_path / "run").exists()
+# --- what is refused, and what is printed, before the training
 
 
 def test_validation_classes_are_matched_by_name(train_args, image_folder, tmp_path):
@@ -183,15 +39,10 @@ def test_validation_classes_are_matched_by_name(train_args, image_folder, tmp_pa
         split.to_parquet(tmp_path / "data" / f"{name}-00000-of-00001.parquet")
     arguments = [flag for flag in train_args if not flag.startswith("--train_data_dir")]
     arguments += [f"--dataset_name={tmp_path / 'data'}", "--image_column=image", "--label_column=kind"]
-    args = parse_args([*arguments, "--validation_split=validation"])
-    table, validation = build_tables(args)
+    config = parse_args([*arguments, "--validation_split=validation"])
+    table, validation = open_tables(config.data, config.validation)
     assert table.class_names == validation.class_names == ("blue", "green", "red")
     assert sorted(set(validation.labels)) == [1, 2]
-
-
-def test_global_batch_that_does_not_divide_is_refused(train_args):
-    with pytest.raises(ValueError, match="--global_batch_size 10"):
-        train([*train_args, "--global_batch_size=10"])
 
 
 def test_world_size_without_a_launcher_is_refused(train_args, monkeypatch):
@@ -200,16 +51,6 @@ def test_world_size_without_a_launcher_is_refused(train_args, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes"):
         train(train_args)
-
-
-def test_labels_that_are_missing_are_refused(train_args, image_folder):
-    with pytest.raises(ValueError, match="--class_conditional"):
-        train([*train_args, f"--train_data_dir={image_folder / 'red'}"])
-
-
-def test_channels_that_differ_from_the_config_are_refused(train_args):
-    with pytest.raises(ValueError, match="--num_channels 1"):
-        train([*train_args, "--model_kwargs", "in_channels=1"])
 
 
 def test_dry_run_prints_sizes_and_writes_nothing(train_args, capsys, tmp_path):
@@ -222,54 +63,15 @@ def test_dry_run_prints_sizes_and_writes_nothing(train_args, capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_resolution_that_the_network_cannot_divide_is_refused(train_args):
-    with pytest.raises(ValueError, match="--resolution 12x8: .* multiples of 8"):
-        train([*train_args, "--resolution=12x8"])
+def test_fp16_is_refused_on_a_cpu(train_args):
+    with pytest.raises(ValueError, match="--mixed_precision fp16 .* bf16"):
+        train([*train_args, "--mixed_precision=fp16"])
 
 
 def test_fp16_of_the_launcher_is_refused_on_a_cpu(train_args, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(ValueError, match="fp16"):
         train(train_args)
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--lr_scheduler=warmup_stable_decay"], "need each other"),
-        (["--lr_decay_steps=2"], "need each other"),
-        (["--lr_warmup_kimg=1"], "--lr_warmup_steps or --lr_warmup_kimg"),
-        (["--ema_half_life_kimg", "1", "1"], "names a width twice"),
-        (["--ema_half_life_kimg", "1", "--no-use_ema"], "--ema_half_life_kimg needs --use_ema"),
-        (["--eval_steps=1", "--on_bad_image=skip"], "--eval_steps needs images that can be read"),
-    ],
-)
-def test_flags_that_contradict_each_other_are_refused(flags, words, train_args, capsys):
-    assert words in refusal([*train_args, *flags], capsys)
-
-
-def test_augmentation_of_latents_is_refused(train_args, capsys):
-    flags = ["--augmentation_probability=0.1", "--vae_model_name_or_path=x"]
-    assert "--augmentation_probability is for training in pixels" in refusal([*train_args, *flags], capsys)
-
-
-def test_flag_of_the_other_formulation_is_refused(train_args):
-    with pytest.raises(ValueError, match="--sigma_std are of --formulation edm"):
-        train([*train_args, "--sigma_std=1"])
-    with pytest.raises(ValueError, match="--prediction_type is of --formulation ddpm"):
-        train([*train_args, "--formulation=edm", "--prediction_type=epsilon"])
-
-
-def test_schedule_longer_than_the_training_is_refused(train_args):
-    with pytest.raises(ValueError, match="are longer than the training"):
-        train([*train_args, "--lr_scheduler=warmup_stable_decay", "--lr_decay_steps=4"])
-
-
-def test_flex_where_it_cannot_train_is_refused():
-    args = build_parser().parse_args(["--attention_backend", "flex"])
-    accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
-    with pytest.raises(ValueError, match="--attention_backend flex cannot train on the device cpu.*use native"):
-        set_up_model(accelerator, args, torch.nn.Linear(1, 1))
 
 
 # --- batches
@@ -505,21 +307,6 @@ def test_overwriting_deletes_only_what_a_run_wrote(train_args, tmp_path):
 
 
 # --- fine-tuning
-
-
-def test_finetuning_takes_over_what_the_weights_predict(train_args, tmp_path, caplog):
-    flags = ["--prediction_type=epsilon", "--beta_schedule=linear", "--num_train_timesteps=500"]
-    train([*train_args, *flags, "--max_train_steps=1"])
-    arguments = [flag for flag in train_args if not flag.startswith(("--model_config", "--max_train_steps"))]
-    for source in ("run", "run/unet", "run/checkpoint-1", "run/checkpoint-1/unet_ema"):
-        path = f"--pretrained_model_name_or_path={tmp_path / source}"
-        args = parse_args([*arguments, "--max_train_steps=1", path])
-        resolve_diffusion(args)
-        resolved = (args.prediction_type, args.beta_schedule, args.num_train_timesteps)
-        assert resolved == ("epsilon", "linear", 500) and args.snr_gamma is None
-    args = parse_args([*arguments, "--max_train_steps=1", path, "--prediction_type=v_prediction"])
-    resolve_diffusion(args)
-    assert args.prediction_type == "v_prediction" and "was trained with --prediction_type epsilon" in caplog.text
 
 
 def test_finetuning_keeps_weights_and_renews_class_rows_only(finished_run, train_args, image_folder, tmp_path, caplog):

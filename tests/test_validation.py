@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from diffit.batches import open_tables
 from diffit.config import parse_args
 from diffit.decode import normalize_pixels
-from diffit.plan import build_tables
 from diffit.sources import load_image_table
 from diffit.stream import ImageDataset, PositionStream, split_table
 from diffit_model import model_class
@@ -53,7 +53,8 @@ def test_bad_validation_image_is_reported(train_args, image_folder, tmp_path, ca
         file.write_bytes(b"no image")
     arguments = [*train_args, f"--train_data_dir={tmp_path / 'data'}", "--on_bad_image=skip", "--num_channels=3"]
     train([*arguments, "--validation_fraction=0.8", "--max_train_steps=1"])
-    held_out = build_tables(parse_args([*arguments, "--validation_fraction=0.8"]))[1]
+    config = parse_args([*arguments, "--validation_fraction=0.8"])
+    held_out = open_tables(config.data, config.validation)[1]
     bad = [held_out.read(i)[0] for i in range(len(held_out)) if held_out.read(i)[1] == b"no image"]
     assert bad and all(name in caplog.text for name in bad)
 

@@ -1,0 +1,189 @@
+"""What follows from a config: refusals and numbers of a plan, without data, models or training."""
+
+import dataclasses
+
+import pytest
+
+from diffit.config import parse_args
+from diffit.errors import UserError
+from diffit.formulations import DDPM, EDM
+from diffit.networks import read_model_config, read_pretrained_scheduler
+from diffit.plan import DataFacts, Plan, VaeFacts, make_plan, plan_batch, plan_formulation, to_steps
+from helpers import train
+
+FACTS = DataFacts("the data", 24, "digest", ("blue", "green", "red"), 3)
+VAE = VaeFacts(pixels_per_latent=2, image_channels=3, latent_channels=4)
+
+
+@pytest.fixture
+def plan(base_args):
+    """Plans a training with these flags; further arguments replace facts of the data."""
+
+    def plan(*flags: str, num_processes: int = 1, vae: VaeFacts | None = None, **facts) -> Plan:
+        names = {flag.split("=")[0] for flag in flags}
+        replaced = {"--pretrained_model_name_or_path": "--model_config", "--latents_dir": "--train_data_dir"}
+        replaced |= {"--lr_warmup_kimg": "--lr_warmup_steps", "--lr_scheduler": "--lr_warmup_steps"}
+        replaced = [own for flag, own in replaced.items() if flag in names]
+        config = parse_args([*(flag for flag in base_args if flag.split("=")[0] not in replaced), *flags])
+        batch = plan_batch(config.batch, num_processes)
+        pretrained = read_pretrained_scheduler(config.model.pretrained_model_name_or_path)
+        formulation = plan_formulation(config.diffusion, config.model, config.validation, pretrained)
+        network = read_model_config(config.model)
+        return make_plan(config, network, batch, formulation, dataclasses.replace(FACTS, **facts), vae)
+
+    return plan
+
+
+# --- batch and duration
+
+
+def test_global_batch_sets_the_accumulation(plan):
+    batch = plan("--train_batch_size=4", "--global_batch_size=24", num_processes=3).batch
+    assert (batch.per_process, batch.num_processes, batch.accumulation, batch.total) == (4, 3, 2, 24)
+    batch = plan("--train_batch_size=4", "--gradient_accumulation_steps=5", num_processes=2).batch
+    assert batch.total == 40
+
+
+def test_global_batch_that_does_not_divide_is_refused(plan):
+    with pytest.raises(UserError, match="--global_batch_size 10 .* --train_batch_size 4 x 1 processes"):
+        plan("--train_batch_size=4", "--global_batch_size=10")
+
+
+@pytest.mark.parametrize(
+    ("duration", "steps"), [({"epochs": 2.5}, 15), ({"kimg": 0.03}, 8), ({"steps": 3}, 3), ({}, None)]
+)
+def test_duration_becomes_steps(duration, steps):
+    assert to_steps(batch_size=4, num_images=24, **duration) == steps
+
+
+def test_durations_of_a_plan_count_the_images_that_are_trained_on(plan):
+    config = ["--train_batch_size=4", "--lr_warmup_kimg=0.009", "--lr_scheduler=warmup_stable_decay"]
+    result = plan(*config, "--lr_decay_kimg=0.02", "--max_train_steps=8")
+    assert (result.max_train_steps, result.warmup_steps, result.decay_steps) == (8, 3, 5)
+    assert plan("--lr_scheduler=constant").warmup_steps == 500
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lr_scheduler=polynomial", "--lr_warmup_steps=4"], "--lr_warmup_steps 4 .* 4 optimizer steps"),
+        (
+            ["--lr_scheduler=warmup_stable_decay", "--lr_decay_steps=4", "--lr_warmup_steps=1"],
+            r"--lr_warmup_steps 1 .* --lr_decay_steps 4 .* \(4 steps\)",
+        ),
+    ],
+)
+def test_schedule_longer_than_the_training_is_refused(flags, words, plan):
+    with pytest.raises(UserError, match=words):
+        plan(*flags)
+
+
+# --- periodic work
+
+
+def test_work_is_due_every_so_many_steps_and_after_the_last(plan):
+    periods = ["--logging_steps=2", "--checkpointing_steps=3", "--validation_steps=4", "--eval_steps=6"]
+    due = [plan("--max_train_steps=7", *periods).due_after(step) for step in range(1, 8)]
+    names = ("log", "checkpoint", "validation", "metrics")
+    steps = {name: [step for step, work in enumerate(due, 1) if getattr(work, name)] for name in names}
+    assert steps == {"log": [2, 4, 6, 7], "checkpoint": [3, 6, 7], "validation": [4, 6, 7], "metrics": [6, 7]}
+    assert [bool(work) for work in due] == [False, True, True, True, False, True, True]
+    assert not any(work.stop for work in due)
+
+
+def test_stop_saves_a_checkpoint_and_after_the_last_step_means_nothing(plan):
+    result = plan("--max_train_steps=7", "--logging_steps=100")
+    due = result.due_after(2, stopping=True)
+    assert (due.checkpoint, due.stop, due.validation, due.log, bool(due)) == (True, True, False, False, True)
+    last = result.due_after(7, stopping=True)
+    assert last.checkpoint and last.validation and not last.stop
+    assert not result.due_after(7).metrics  # without --eval_steps
+
+
+# --- sizes, channels, classes
+
+
+def test_resolution_is_asked_or_that_of_the_model_config(plan):
+    assert plan().resolution == (8, 8)
+    result = plan("--resolution=16x8")
+    assert result.resolution == (16, 8) and result.model_config["sample_size"] == [16, 8]
+
+
+def test_resolution_that_the_network_cannot_divide_is_refused(plan):
+    with pytest.raises(UserError, match="--resolution 12x8: .* multiples of 8"):
+        plan("--resolution=12x8")
+
+
+def test_resolution_that_is_no_multiple_of_the_vaes_is_refused(plan):
+    with pytest.raises(UserError, match="--resolution 17x16: .* 2"):
+        plan("--resolution=17x16", "--vae_model_name_or_path=vae", vae=VAE)
+
+
+def test_latents_say_their_resolution(plan):
+    flags = ("--vae_model_name_or_path=vae", "--latents_dir=a")
+    facts = {"vae": VAE, "prepared_resolution": (16, 16), "num_channels": None}
+    result = plan(*flags, **facts)
+    assert result.resolution == (16, 16) and result.model_config["sample_size"] == 8
+    assert (result.num_channels, result.model_config["in_channels"]) == (3, 4)
+    with pytest.raises(UserError, match=r"--resolution \(32, 32\): .*\(16, 16\)"):
+        plan(*flags, "--resolution=32", **facts)
+
+
+@pytest.mark.parametrize(
+    ("flags", "facts", "words"),
+    [
+        (["--model_kwargs", "in_channels=1"], {}, "in_channels 1, .* --num_channels 1"),
+        (["--vae_model_name_or_path=vae", "--num_channels=1"], {"vae": VAE}, "--num_channels 1: .* 3"),
+        (["--model_kwargs", "num_class_embeds=5"], {}, "num_class_embeds 5, .* 3"),
+        (["--class_conditional"], {"class_names": None}, "--class_conditional: the data"),
+        (["--num_train_timesteps=20", "--validation_inference_steps=50"], {}, "--validation_inference_steps 50"),
+    ],
+)
+def test_settings_that_do_not_fit_the_data_are_refused(flags, facts, words, plan):
+    with pytest.raises(UserError, match=words):
+        plan(*flags, **facts)
+
+
+def test_channels_and_classes_are_those_of_the_data(plan):
+    result = plan(num_channels=4)
+    assert (result.model_config["in_channels"], result.model_config["out_channels"]) == (4, 4)
+    assert result.num_channels is None  # each image as it is
+    assert result.class_names == ("blue", "green", "red") and result.model_config["num_class_embeds"] == 3
+    assert plan("--no-class_conditional").model_config["num_class_embeds"] is None
+
+
+@pytest.mark.parametrize(
+    ("pair", "words"),
+    [("window_size=0", ["window_size"]), ("norm_num_groups=3", ["norm_num"]), ("mlp_ratio=0", ["mlp_ratio"])],
+)
+def test_values_that_the_network_refuses_name_the_flag(pair, words, plan):
+    with pytest.raises(UserError) as error:
+        plan("--model_kwargs", pair)
+    assert all(word in str(error.value) for word in ("--model_config", *words))
+
+
+# --- formulation
+
+
+def test_finetuning_takes_over_what_the_weights_predict(plan, train_args, tmp_path, caplog):
+    flags = ["--prediction_type=epsilon", "--beta_schedule=linear", "--num_train_timesteps=500"]
+    train([*train_args, *flags, "--max_train_steps=1"])
+    for source in ("run", "run/unet", "run/checkpoint-1", "run/checkpoint-1/unet_ema"):
+        path = f"--pretrained_model_name_or_path={tmp_path / source}"
+        assert plan(path).formulation == DDPM("epsilon", "linear", 500)
+    assert "was trained with" not in caplog.text
+    assert plan(path, "--prediction_type=v_prediction").formulation.prediction_type == "v_prediction"
+    assert "was trained with --prediction_type epsilon" in caplog.text
+
+
+def test_resolved_flags_are_those_that_were_not_given(plan):
+    flags = plan("--formulation=edm", "--resolution=16x8", "--lr_warmup_steps=2").resolved_flags()
+    assert flags == {
+        "formulation": "edm",
+        "sigma_mean": EDM.sigma_mean,
+        "sigma_std": EDM.sigma_std,
+        "resolution": [16, 8],
+        "num_channels": None,
+        "global_batch_size": 4,
+        "lr_warmup_steps": 2,
+    }
