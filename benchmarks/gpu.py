@@ -34,7 +34,7 @@ from diffit.formulations import (
     nan_if_non_finite,
 )
 from diffit.logs import add_to_bins, peak_memory
-from diffit.networks import sample_shape, set_up_model, training_flops_per_image
+from diffit.networks import model_class, sample_shape, set_up_model, training_flops_per_image
 from diffit.optimization import (
     NonFiniteGuard,
     TrainingState,
@@ -44,7 +44,6 @@ from diffit.optimization import (
     finish_step,
 )
 from diffit.plan import resolve_diffusion
-from diffit_model import model_class
 from gpu_checks import (
     BACKENDS,
     GEOMETRIES,

@@ -20,11 +20,11 @@ from diffit.checkpoint import file_digest
 from diffit.config import DATA_SOURCES, args_to_config
 from diffit.errors import UserError, user_errors
 from diffit.latents import LatentTable, load_latent_table, pixels_per_latent
-from diffit.networks import training_flops_per_image
+from diffit.networks import model_class, training_flops_per_image
 from diffit.run_dir import CODE_FOLDER
 from diffit.sources import Table, detect_num_channels, load_image_table
 from diffit.stream import split_table
-from diffit_model import DiffiTModelMixin, DiffiTTransformer2DModel, DiffiTUNet2DModel, model_class
+from diffit_model import DiffiTModelMixin, DiffiTTransformer2DModel, DiffiTUNet2DModel
 
 logger = get_logger(__name__, log_level="INFO")
 

@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import sample_diffit
 import train_diffit
 from diffit.config import build_parser
-from diffit.networks import read_model_config
-from diffit_model import DiffiTModelMixin, DiffiTUNet2DModel, model_class
+from diffit.networks import model_class, read_model_config
+from diffit_model import DiffiTModelMixin, DiffiTUNet2DModel
 
 ACCELERATE = sorted((ROOT / "configs/accelerate").glob("*.yaml"))
 LAUNCH = ["-m", "accelerate.commands.launch"]

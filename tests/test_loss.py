@@ -15,10 +15,11 @@ from test_train import STATES, assert_same_files, logged, refusal
 
 import eval_diffit
 from diffit.formulations import build_network_inputs, build_noise_levels, compute_loss
+from diffit.networks import model_class
 from diffit.optimization import HalfLifeEMA, InPlaceEMA, ema_weights
 from diffit.sources import load_image_table
 from diffit.stream import ImageDataset, PositionStream
-from diffit_model import DiffiTUNet2DModel, model_class
+from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import DiffiTPipeline
 
 

@@ -20,8 +20,9 @@ from diffusers import (
 )
 
 import sample_diffit
+from diffit.networks import MODEL_CLASSES, model_class
 from diffit.run_dir import MARK
-from diffit_model import MODEL_CLASSES, DiffiTUNet2DModel, model_class
+from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import SCHEDULERS, DiffiTPipeline, image_grid
 
 NAMES = {"0": "red", "1": "green", "2": "7"}

@@ -20,16 +20,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffit_model
-from diffit_model import (
-    DiffiTTransformer2DModel,
-    DiffiTUNet2DModel,
-    adapt_weights,
-    choose_attention_backend,
-    model_class,
-    resize_grid,
-    set_attention_backend,
-    sincos_position_embedding,
-)
+from diffit.networks import adapt_weights, choose_attention_backend, model_class, resize_grid, set_attention_backend
+from diffit_model import DiffiTTransformer2DModel, DiffiTUNet2DModel, sincos_position_embedding
 
 EXACT = {"rtol": 0, "atol": 0}
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
@@ -511,10 +503,10 @@ def build_unet(num_classes: int | None, **kwargs) -> DiffiTUNet2DModel:
     "old, new, reset, change",
     [
         (3, 3, False, None),
-        (3, 5, False, "5 class embeddings start anew, the null class is kept"),
-        (3, 3, True, "3 class embeddings start anew, the null class is kept"),
-        (None, 3, False, "3 class embeddings start anew, the null class is zero"),
-        (3, None, False, "class embeddings dropped, the null class became part of the time embedding"),
+        (3, 5, False, "5 class embeddings re-initialized, null class kept"),
+        (3, 3, True, "3 class embeddings re-initialized, null class kept"),
+        (None, 3, False, "3 class embeddings initialized, null class set to zero"),
+        (3, None, False, "class embeddings dropped, null class folded into the time embedding"),
         (None, None, True, None),
     ],
 )
@@ -531,11 +523,13 @@ def test_null_class_predicts_the_same_whatever_the_classes(build, old, new, rese
         torch.testing.assert_close(target.class_embedding.weight[:-1].detach(), own_rows, **EXACT)
 
 
-@pytest.mark.parametrize("old, new, change", [(9, None, "dropped"), (None, 9, "start at zero"), (9, 9, None)], ids=str)
+@pytest.mark.parametrize(
+    "old, new, change", [(9, None, "dropped"), (None, 9, "added with weights of zero"), (9, 9, None)], ids=str
+)
 def test_labels_of_augmentation_come_and_go_without_changing_predictions(old, new, change):
     source, target = (build_unet(3, num_augment_labels=number) for number in (old, new))
     weights, changes = adapt_weights(source, target)
-    assert changes == ([f"the labels of augmentation {change}"] if change else [])
+    assert changes == ([f"augmentation labels {change}"] if change else [])
     target.load_state_dict(weights)
     torch.testing.assert_close(predict(target), predict(source), **EXACT)
 
