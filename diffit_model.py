@@ -870,42 +870,49 @@ class DiffiTUNet2DModel(DiffiTModelMixin):
         if num_augment_labels is not None:  # without a bias, so that zero labels add nothing
             self.augment_embedding = nn.Linear(num_augment_labels, time_embed_dim, bias=False)
 
-        def build_stage(index: int, in_width: int) -> DiffiTStage:
-            width = block_out_channels[index]
-            return DiffiTStage(
-                in_width,
-                width,
-                layers[index],
-                time_embed_dim=time_embed_dim,
-                num_attention_heads=heads[index],
-                attention_head_dim=attention_head_dim or width // heads[index],
-                window=windows[index],
-                mlp_ratio=mlp_ratio,
-                dropout=dropout,
-                norm_num_groups=norm_num_groups,
-                norm_eps=norm_eps,
-            )
-
-        # encoder, bottleneck, decoder
-        self.down_blocks = nn.ModuleList()
-        self.downsamplers = nn.ModuleList()
-        for i in range(num_stages - 1):
-            width, next_width = block_out_channels[i : i + 2]
-            self.down_blocks.append(build_stage(i, width))
-            self.downsamplers.append(nn.Conv2d(width, next_width, kernel_size=3, stride=2, padding=1))
-        self.mid_block = build_stage(num_stages - 1, block_out_channels[-1])
-        self.upsamplers = nn.ModuleList()
-        self.up_blocks = nn.ModuleList()
-        for i in reversed(range(num_stages - 1)):
-            width, previous_width = block_out_channels[i : i + 2]
-            self.upsamplers.append(Upsample2D(previous_width, use_conv=True, out_channels=width))
-            self.up_blocks.append(build_stage(i, 2 * width if skip_merge == "concat" else width))
+        self._build_stages(layers, heads, windows, time_embed_dim)
 
         # head
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[0], eps=norm_eps)
         self.conv_out = nn.Conv2d(block_out_channels[0], out_channels, kernel_size=3, padding=1)
 
         self._initialize_weights()
+
+    def _build_stages(
+        self, layers: tuple[int, ...], heads: tuple[int, ...], windows: list[tuple[int, int]], time_embed_dim: int
+    ) -> None:
+        """Builds encoder, bottleneck and decoder; `layers`, `heads` and `windows` have one entry per resolution."""
+        config, widths = self.config, self.config.block_out_channels
+
+        def build_stage(index: int, in_width: int) -> DiffiTStage:
+            width = widths[index]
+            return DiffiTStage(
+                in_width,
+                width,
+                layers[index],
+                time_embed_dim=time_embed_dim,
+                num_attention_heads=heads[index],
+                attention_head_dim=config.attention_head_dim or width // heads[index],
+                window=windows[index],
+                mlp_ratio=config.mlp_ratio,
+                dropout=config.dropout,
+                norm_num_groups=config.norm_num_groups,
+                norm_eps=config.norm_eps,
+            )
+
+        self.down_blocks = nn.ModuleList()
+        self.downsamplers = nn.ModuleList()
+        for i in range(len(widths) - 1):
+            width, next_width = widths[i : i + 2]
+            self.down_blocks.append(build_stage(i, width))
+            self.downsamplers.append(nn.Conv2d(width, next_width, kernel_size=3, stride=2, padding=1))
+        self.mid_block = build_stage(len(widths) - 1, widths[-1])
+        self.upsamplers = nn.ModuleList()
+        self.up_blocks = nn.ModuleList()
+        for i in reversed(range(len(widths) - 1)):
+            width, previous_width = widths[i : i + 2]
+            self.upsamplers.append(Upsample2D(previous_width, use_conv=True, out_channels=width))
+            self.up_blocks.append(build_stage(i, 2 * width if config.skip_merge == "concat" else width))
 
     def _check_config(self) -> None:
         config = self.config
@@ -997,21 +1004,17 @@ class DiffiTUNet2DModel(DiffiTModelMixin):
 
         Args:
             sample: noisy images, about unit variance; shape (B, in_channels, H, W).
-            timestep: timestep in [0, number of training timesteps), integer or fractional, or ln(sigma) / 4 for an EDM
-                model; one for all or one per image; a number, or a tensor of shape () or (1,) or (B,).
-            class_labels: classes in [0, num_class_embeds], the last being the null class; integers of shape (B,).
-                None means the null class for all.
+            timestep: in [0, number of training timesteps), integer or fractional, or ln(sigma) / 4 for an EDM model; a
+                number, or a tensor of shape () or (1,) for all images, or (B,).
+            class_labels: integers in [0, num_class_embeds], shape (B,); None means the last class, the null class.
             return_dict: return a `UNet2DOutput` rather than a tuple.
-            augment_labels: describes the augmentation of each image, zero where there was none; floats of shape
-                (B, num_augment_labels). None means zeros, as in sampling.
+            augment_labels: floats that describe the augmentation, shape (B, num_augment_labels); None means zeros.
 
         Returns:
             `UNet2DOutput` whose `sample`, or a tuple whose first entry, has shape (B, out_channels, H, W).
 
         Raises:
-            ValueError: if the network cannot divide H x W (the message states the required multiple), if labels are
-                given to an unconditional network or are out of range, if the number of timesteps is neither 1 nor B,
-                or if `augment_labels` have another shape or the network takes none.
+            ValueError: if size, timesteps or labels do not suit the network; the message states what it requires.
         """
         self.check_size(*sample.shape[-2:])
         timesteps, class_labels = self._one_per_image(sample, timestep, class_labels)  # (B), (B)
@@ -1028,17 +1031,15 @@ class DiffiTUNet2DModel(DiffiTModelMixin):
         # 2. tokenizer
         hidden_states = self.choose_layout(self.conv_in(sample))  # (B, C, H, W)
 
-        # 3. encoder
+        # 3. encoder and bottleneck
         skips = []
         for stage, downsampler in zip(self.down_blocks, self.downsamplers, strict=True):
             hidden_states = stage(hidden_states, time_token)  # (B, C, H, W)
             skips.append(hidden_states)
             hidden_states = downsampler(hidden_states)  # (B, C', H/2, W/2)
-
-        # 4. bottleneck
         hidden_states = self.mid_block(hidden_states, time_token)  # (B, C, H, W)
 
-        # 5. decoder
+        # 4. decoder
         for upsampler, stage in zip(self.upsamplers, self.up_blocks, strict=True):
             hidden_states = upsampler(hidden_states)  # (B, C', 2H, 2W)
             skip = skips.pop().to(hidden_states.device)  # a `device_map` may put it on another device
@@ -1048,9 +1049,8 @@ class DiffiTUNet2DModel(DiffiTModelMixin):
                 hidden_states = hidden_states + skip  # (B, C, H, W)
             hidden_states = stage(hidden_states, time_token)  # (B, C, H, W)
 
-        # 6. head: GroupNorm and convolution, without an activation, as in the paper
+        # 5. head: GroupNorm and convolution, without an activation, as in the paper
         output = self.conv_out(self.conv_norm_out(hidden_states)).contiguous()  # (B, out_channels, H, W)
-
         return UNet2DOutput(sample=output) if return_dict else (output,)
 
 
@@ -1202,18 +1202,16 @@ class DiffiTTransformer2DModel(DiffiTModelMixin):
 
         Args:
             hidden_states: noisy latents, about unit variance; shape (B, in_channels, H, W).
-            timestep: timestep in [0, number of training timesteps), integer or fractional, one for all or one per
-                image; a number, or a tensor of shape () or (1,) or (B,).
-            class_labels: classes in [0, num_embeds_ada_norm], the last being the null class; integers of shape (B,).
-                None means the null class for all.
+            timestep: in [0, number of training timesteps), integer or fractional; a number, or a tensor of shape () or
+                (1,) for all images, or (B,).
+            class_labels: integers in [0, num_embeds_ada_norm], shape (B,); None means the last class, the null class.
             return_dict: return a `Transformer2DModelOutput` rather than a tuple.
 
         Returns:
             `Transformer2DModelOutput` whose `sample`, or a tuple whose first entry, has shape (B, out_channels, H, W).
 
         Raises:
-            ValueError: if H x W is not the network's `sample_size`, if labels are given to an unconditional network
-                or are out of range, or if the number of timesteps is neither 1 nor B.
+            ValueError: if size, timesteps or labels do not suit the network; the message states what it requires.
         """
         height, width = hidden_states.shape[-2:]
         self.check_size(height, width)

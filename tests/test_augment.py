@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffit.augment import NUM_AUGMENT_LABELS, NUM_AUGMENT_NUMBERS, augment, draw_augmentation
+from diffit.augment import NUM_AUGMENT_LABELS, NUM_AUGMENT_NUMBERS, augment, sample_augmentation
 
 # Numbers that, at a probability of 0.5, do nothing, and the entries that let each transform happen.
 NOTHING = [0.9] * 8 + [0.7, -0.8, 0.9, -0.6]
@@ -26,7 +26,7 @@ def numbers(*transforms: str, **values: float) -> torch.Tensor:
 
 def drawn(count: int, seed: int = 0) -> torch.Tensor:
     rng = np.random.default_rng(seed)
-    return torch.from_numpy(np.stack([draw_augmentation(rng) for _ in range(count)]))
+    return torch.from_numpy(np.stack([sample_augmentation(rng) for _ in range(count)]))
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -193,7 +193,7 @@ def test_probability_of_zero_changes_nothing():
 
 def test_numbers_are_as_many_whatever_they_are():
     rng = np.random.default_rng(0)
-    first, second = draw_augmentation(rng), draw_augmentation(rng)
+    first, second = sample_augmentation(rng), sample_augmentation(rng)
     assert first.shape == second.shape == (NUM_AUGMENT_NUMBERS,) and first.dtype == np.float32
     assert (first != second).all()
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The network: its attention against the equations, its backends, diffusers' hooks, and what it refuses."""
+"""The image-space network: attention against the equations, backends, integration with diffusers, and errors."""
 
 import copy
 import functools
@@ -52,7 +52,7 @@ TINY = {
     "norm_num_groups": 8,
     "zero_init_output": False,
 }
-NINE_TOKENS = {"window_size": 3, "sample_size": 6}  # 9 is no multiple of 8, which kernels like
+NINE_TOKENS = {"window_size": 3, "sample_size": 6}  # 9 is not a multiple of 8, which kernels require or prefer
 
 
 def build_unet(**overrides) -> DiffiTUNet2DModel:
@@ -199,11 +199,11 @@ def test_tmsa_with_misfitting_tokens_raises(num_windows, num_tokens, message):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Memory layout, and the cache of sampling
+# Memory layout, and the cache for sampling
 
 
 def test_frozen_tokenizer_trains_the_rest():
-    # The backward pass of torch 2.13's GroupNorm crashes on channels-last input that wants no gradient.
+    # The backward pass of torch 2.13's GroupNorm crashes on channels-last input that requires no gradient.
     unet = build_unet()
     _, expected = output_and_gradients(unet)
     unet.conv_in.requires_grad_(False)
@@ -334,7 +334,7 @@ def test_flex_attention_with_table_takes_windows_in_parts():
 def test_flex_attention_with_table_gradients_equal_plain_attention(dtype, tolerance, head_dim):
     qkv, table = flex_inputs((3, 4), head_dim, dtype)
     leaves = [qkv.requires_grad_(), table.requires_grad_()]
-    # torch refuses to train with flex on a CPU; its eager implementation, which a GPU does not use, can.
+    # torch refuses to train with flex on a CPU, although its eager implementation can.
     with mock.patch("torch.nn.attention.flex_attention._validate_device"):
         output, expected = flex_and_plain(*leaves, (3, 4))
         gradients = torch.autograd.grad(output.square().sum(), leaves)
@@ -344,7 +344,7 @@ def test_flex_attention_with_table_gradients_equal_plain_attention(dtype, tolera
         torch.testing.assert_close(actual, wanted, rtol=0, atol=tolerance * wanted.abs().max().item())
 
 
-@mock.patch("torch.nn.attention.flex_attention._validate_device", lambda *_: None)  # it refuses meta tensors
+@mock.patch("torch.nn.attention.flex_attention._validate_device", lambda *_: None)  # it rejects meta tensors
 def test_compiled_flex_serves_any_number_of_windows():
     counter = CompileCounterWithBackend("aot_eager")
     with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend=counter)):
@@ -360,7 +360,7 @@ def test_compiled_flex_serves_any_number_of_windows():
 
 
 def test_compiled_flex_trains_under_gradient_checkpointing():
-    """torch's eager implementation gives wrong gradients there, so what is compiled must never fall back to it."""
+    """torch's eager implementation gives wrong gradients there, so the compiled kernel must never fall back to it."""
     unet = build_unet(**NINE_TOKENS)
     unet.set_attention_backend("_native_math")
     expected = output_and_gradients(unet)
@@ -583,7 +583,7 @@ def test_choose_attention_backend_of_another_network_is_native():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# diffusers' hooks
+# Integration with diffusers
 
 
 @pytest.mark.parametrize(
@@ -705,7 +705,7 @@ def test_layerwise_casting_of_rounded_weights_changes_nothing():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In the place of UNet2DModel
+# Used in place of UNet2DModel
 
 
 def test_timestep_forms_agree():
@@ -792,7 +792,7 @@ def test_model_class_of_an_unknown_config_raises():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sizes, options, and what is refused
+# Sizes, options, and errors
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 7])
@@ -944,7 +944,7 @@ def test_augment_labels_change_their_own_image_only(label):
 
 
 def test_augment_labels_are_a_linear_map_in_the_time_token():
-    """What they add can be had from the bias of the time embedding instead."""
+    """Their contribution can be moved to the bias of the time embedding."""
     unet = build_unet(num_augment_labels=2)
     labels = torch.tensor([[0.3, -2.0], [0.3, -2.0]])
     expected = predict(unet, augment_labels=labels)
@@ -954,7 +954,7 @@ def test_augment_labels_are_a_linear_map_in_the_time_token():
 
 
 def test_augment_embedding_receives_a_gradient_of_zero_without_labels():
-    """Under DDP a parameter that takes no part is an error."""
+    """Under DDP an unused parameter is an error."""
     unet = build_unet(num_augment_labels=2)
     unet(noise_like_input(unet), 10).sample.sum().backward()
     torch.testing.assert_close(unet.augment_embedding.weight.grad, torch.zeros(64, 2), **EXACT)
@@ -990,7 +990,7 @@ def test_number_of_parameters_is_that_of_the_paper(widths, layers, window, low, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Shapes that docstrings state, and what training relies on
+# Shapes stated in docstrings, and properties that training relies on
 
 BLOCK = {"time_embed_dim": 6, "num_attention_heads": 2, "attention_head_dim": 4, "window": (2, 3), "mlp_ratio": 2.0}
 RESBLOCK = {**BLOCK, "dropout": 0.0, "norm_num_groups": 4, "norm_eps": 1e-5}
