@@ -1,8 +1,9 @@
-# The commands of the project. `make quickstart` and `make test` need nothing but Python and this folder.
+# Commands of this project. `make quickstart` and `make test` need only Python and this repository.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-# `constraints.txt` pins what was tested; `make install CONSTRAINTS=` takes the newest that requirements.txt allows.
+# `constraints.txt` pins the tested versions. `make install CONSTRAINTS=` installs the newest releases that
+# requirements.txt allows.
 CONSTRAINTS ?= -c constraints.txt
 QUICKSTART = outputs/quickstart
 LATENT = outputs/latent-digits
@@ -13,7 +14,7 @@ install: $(VENV)/installed
 install-dev: $(VENV)/installed-dev
 
 $(VENV)/installed: requirements.txt constraints.txt
-	@echo "Installing into $(VENV), once: a few minutes. With a CUDA build of PyTorch it takes 6 GB on the disk."
+	@echo "Installing into $(VENV). This takes a few minutes, once; a CUDA build of PyTorch needs 6 GB on disk."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -r requirements.txt
 	touch $@
@@ -28,10 +29,10 @@ quickstart: say-quickstart install
 		--overwrite_output_dir --class_labels all --num_images_per_class 10 --guidance_scale 1.5 --batch_size 100
 
 say-quickstart:
-	@echo "This trains a DiffiT of 1.4 M parameters on 1,797 handwritten digits, about 3 minutes on two CPU cores,"
-	@echo "and then draws ten of each digit: look at $(QUICKSTART)/samples/grid.png."
+	@echo "Training a DiffiT with 1.4 M parameters on 1,797 handwritten digits (about 3 minutes on two CPU cores) and then"
+	@echo "generating ten of each digit. Result: $(QUICKSTART)/samples/grid.png"
 
-# The same in latents: a small VAE, the digits' latents, DiffiT in them, ten digits of each class.
+# The same in latent space: train a small VAE, encode the digits, train a DiffiT on the latents, sample ten per class.
 latent-quickstart: say-latent-quickstart install
 	$(BIN)/python scripts/train_vae.py --train_data_file data/digits.parquet --output_dir $(LATENT)/vae
 	$(BIN)/python scripts/prepare_latents.py --train_data_file data/digits.parquet --resolution 32 --no-mirror \
@@ -42,8 +43,8 @@ latent-quickstart: say-latent-quickstart install
 		--overwrite_output_dir --class_labels all --num_images_per_class 10 --guidance_scale 1.5 --batch_size 100
 
 say-latent-quickstart:
-	@echo "This trains a small VAE on 1,797 handwritten digits, encodes them, trains a DiffiT in its latents, and draws ten"
-	@echo "of each digit: 7 to 17 minutes on a CPU. Look at $(LATENT)/samples/grid.png."
+	@echo "Training a small VAE on 1,797 handwritten digits, encoding them, training a DiffiT on the latents and"
+	@echo "generating ten of each digit (7 to 17 minutes on a CPU). Result: $(LATENT)/samples/grid.png"
 
 test: install-dev
 	$(BIN)/python -m pytest
@@ -54,7 +55,7 @@ test-slow: install-dev
 test-slurm: install-dev
 	$(BIN)/python -m pytest -m slurm
 
-# The tests under the instruction sets and thread counts of other CPUs: about half an hour on two cores.
+# Runs the tests with the instruction sets and thread counts of other CPUs; about half an hour on two cores.
 test-cpus: install-dev
 	PYTHON=$(BIN)/python tests/cpus.sh
 
@@ -62,7 +63,7 @@ KILLS = 50
 chaos: install-dev
 	KILLS=$(KILLS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -s tests/test_chaos.py
 
-# Kills the launcher alone; SEED=N chooses other moments.
+# Kills only the launcher; SEED=N chooses other moments.
 orphans: KILLS = 10
 orphans: install-dev
 	KILLS=$(KILLS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -s tests/test_orphans.py
@@ -81,11 +82,11 @@ benchmark: install-dev
 	$(BIN)/python benchmarks/loop.py
 	$(BIN)/python benchmarks/data_path.py
 
-# On a machine with a CUDA device: is it right there, and how fast? `python benchmarks/gpu.py --quick` is shorter.
+# Checks correctness and speed on a CUDA machine. `python benchmarks/gpu.py --quick` is shorter.
 benchmark-gpu: install-dev
 	$(BIN)/python benchmarks/gpu.py
 
-# Is DiffiT worth it? About two hours on two cores; the tuning, whose figures it reads, about two hours more.
+# Is DiffiT worth it? About two hours on two cores, plus two more for the tuning, whose results this one reads.
 benchmark-quality: install-dev
 	$(BIN)/python benchmarks/quality.py prove
 	$(BIN)/python benchmarks/quality_report.py
@@ -93,7 +94,8 @@ benchmark-quality: install-dev
 benchmark-quality-tuning: install-dev
 	$(BIN)/python benchmarks/quality.py tune
 
-# Does the working tree give bit for bit the numbers of a commit? Minutes. `--allow PATTERN` in ALLOW for what is meant.
+# Does the working tree reproduce the numbers of commit BASE bit for bit? Takes minutes. Set ALLOW="--allow PATTERN" for
+# intended differences.
 BASE ?= HEAD
 ALLOW ?=
 same-numbers: install-dev

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from diffusers import AutoencoderKL, DDPMScheduler, EDMEulerScheduler, UNet2DModel
+from diffusers import AutoencoderKL, UNet2DModel
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
@@ -46,7 +46,7 @@ from diffit.features import (
     settings_folder,
     weights_digest,
 )
-from diffit.formulations import build_network_inputs, compute_loss
+from diffit.formulations import FORMULATIONS, Formulation, NoisyBatch, denoising_losses, formulation_name
 from diffit.metrics import (
     FEWEST_IMAGES,
     INCEPTION_SPLITS,
@@ -806,13 +806,8 @@ def loss_by_level(
         Levels and losses: the mean squared error of what the network predicts, for EDM with its weight.
     """
     network, device = pipeline.network, pipeline.device
-    config = pipeline.scheduler.config
-    if is_edm(pipeline):
-        scheduler = EDMEulerScheduler.from_config(config)
-        levels = np.geomspace(config.sigma_min, config.sigma_max, LOSS_LEVELS).tolist()
-    else:
-        scheduler = DDPMScheduler.from_config(config)
-        levels = np.linspace(0, config.num_train_timesteps - 1, LOSS_LEVELS).round().astype(int).tolist()
+    formulation = formulation_of(pipeline)
+    levels = formulation.level_grid(LOSS_LEVELS)
     num_images = min(LOSS_IMAGES, len(images.images))
     null = null_label(network)
     labels = None if null is None else torch.full((num_images,), null)
@@ -827,12 +822,18 @@ def loss_by_level(
             part = slice(start, start + args.batch_size)
             x, e = clean[part].to(device), noise[part].to(device)
             of_images = torch.full((len(x),), level, device=device)
-            noisy, timestep = build_network_inputs(x, e, of_images, scheduler)
-            of_part = None if labels is None else labels[part].to(device)
-            prediction = network(noisy.to(network.dtype), timestep, class_labels=of_part).sample
-            parts.append(compute_loss(prediction, scheduler, x, e, of_images))
+            noisy, timestep = formulation.network_inputs(x, e, of_images)
+            conditions = {"class_labels": None if labels is None else labels[part].to(device)}
+            batch = NoisyBatch((noisy.to(network.dtype), timestep), x, e, of_images, conditions)
+            parts.append(denoising_losses(network, formulation, batch))
         losses.append(torch.cat(parts).mean().item())
     return levels, losses
+
+
+def formulation_of(pipeline: DiffiTPipeline) -> Formulation:
+    """The formulation that a pipeline was trained in."""
+    config = pipeline.scheduler.config | {"_class_name": type(pipeline.scheduler).__name__}
+    return FORMULATIONS[formulation_name(config)].from_scheduler_config(config)
 
 
 def plot_losses(
@@ -856,12 +857,7 @@ def plot_losses(
         axes.plot(levels, losses, marker="o", markersize=3, label=Path(model_path).name)
     if not axes.lines:
         return
-    if is_edm(first):
-        axes.set(xlabel="standard deviation of the noise", ylabel="weighted squared error of the image", xscale="log")
-    else:
-        what = {"epsilon": "noise", "sample": "image", "v_prediction": "velocity"}
-        predicted = what[first.scheduler.config.prediction_type]
-        axes.set(xlabel="timestep (0 = image, last = noise)", ylabel=f"mean squared error of the {predicted}")
+    axes.set(**formulation_of(first).axes())
     axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -1044,4 +1040,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_script(parse_args, main)
+    run_script(main, parse_args())

@@ -9,37 +9,63 @@ A config file is a list of flags: defaults < --config < command line. `--dry_run
 Randomness is a function of the position in the data stream (see `diffit/stream.py`), so a run resumes exactly.
 """
 
+from diffit.config import parse_args
 from diffit.launcher import follow_launcher
 
 if __name__ == "__main__":
-    follow_launcher()  # before the slow imports: the launcher may die meanwhile
+    # Before the slow imports: the launcher may die meanwhile, and a refused flag is answered at once.
+    follow_launcher()
+    CONFIG = parse_args(description=__doc__)
 
-import argparse
 import contextlib
-import functools
 import logging
 import sys
-import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from diffusers import AutoencoderKL, ModelMixin
 from tqdm.auto import tqdm
 
-from diffit.batches import LEVEL_BINS, build_batches, prepare_batch, report_bad_images
-from diffit.checkpoint import find_checkpoint, load_checkpoint, open_run_dir, prepare_output_dir, save_checkpoint
+from diffit.batches import BatchPreparer, build_batches, open_tables, report_bad_images
+from diffit.checkpoint import (
+    file_digest,
+    find_checkpoint,
+    load_checkpoint,
+    open_run_dir,
+    prepare_output_dir,
+    save_checkpoint,
+)
 from diffit.command_line import run_script
-from diffit.config import args_to_config, parse_args
+from diffit.config import (
+    EmaConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+    args_to_config,
+)
 from diffit.errors import RunError
-from diffit.export import push_to_hub
-from diffit.formulations import build_noise_scheduler, compute_loss, nan_if_non_finite
+from diffit.export import RunFacts, pipeline_name, push_to_hub
+from diffit.formulations import denoising_losses, nan_if_non_finite
 from diffit.latents import vae_description
 from diffit.launcher import EXIT_STOPPED
 from diffit.lock import OutputDirLock
-from diffit.logs import PROJECT, add_to_bins, is_due, log_metrics
-from diffit.networks import build_guidance_model, build_model, build_vae, read_model_config, set_up_model, vae_on_meta
+from diffit.logs import PROJECT, Meter, log_training
+from diffit.networks import (
+    build_guidance_model,
+    build_model,
+    build_vae,
+    read_model_config,
+    read_pretrained_scheduler,
+    set_up_model,
+    vae_on_meta,
+)
 from diffit.optimization import (
     NonFiniteGuard,
     TrainingState,
@@ -50,206 +76,312 @@ from diffit.optimization import (
     seed_dropout,
 )
 from diffit.plan import (
-    build_accelerator,
-    build_tables,
+    DataFacts,
+    Plan,
+    describe_data,
     describe_run,
-    launch_fingerprint,
+    describe_vae,
+    make_plan,
+    plan_batch,
+    plan_formulation,
     print_dry_run,
-    resolve_diffusion,
-    resolve_duration,
-    resolve_model_config,
 )
 from diffit.processes import (
     StopRequest,
+    build_accelerator,
     check_agreement,
     is_restarted,
     join_processes,
     on_all_processes,
     run_on_main_and_broadcast,
 )
-from diffit.run_dir import files_below
-from diffit.validation import build_evaluator, build_extractor, validate_and_export
+from diffit.run_dir import CODE_FOLDER, OutputFolder, files_below
+from diffit.sources import Table
+from diffit.validation import Validation, build_evaluator, build_extractor, validate_and_export
 from diffit_pipeline import null_label
 
 logger = get_logger("train_diffit", log_level="INFO")
 
 
-def main(args: argparse.Namespace) -> None:
-    """Takes possession of --output_dir and trains."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
-    for name in ("httpx", "httpx2"):  # of older and newer versions of huggingface_hub
-        logging.getLogger(name).setLevel(logging.WARNING)
+@dataclass(frozen=True)
+class Run:
+    """What the stages of a training share.
+
+    Attributes:
+        accelerator: the processes.
+        stop: whether they are to stop.
+        lock: proves that the folder is this run's.
+        folder: --output_dir, with the mark that lists which of its files are ours.
+        checkpoint: to resume from, or None.
+        plan: what follows from the config, the data and the processes.
+        flags: of the run, as a config file holds them.
+    """
+
+    accelerator: Accelerator
+    stop: StopRequest
+    lock: OutputDirLock
+    folder: OutputFolder
+    checkpoint: Path | None
+    plan: Plan
+    flags: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks of a training, on the device: the one that is trained, and frozen ones or None."""
+
+    model: ModelMixin
+    vae: AutoencoderKL | None
+    guidance_model: ModelMixin | None
+
+
+def main(config: TrainConfig) -> None:
+    """Trains, from the launch to the upload."""
+    set_up_logging()
     with contextlib.ExitStack() as resources, out_of_memory_errors():
-        stop = StopRequest(args.max_train_time)
+        # 1. the processes, and what follows from the flags alone
+        stop = StopRequest(config.batch.max_train_time)
         resources.callback(stop.close)
-        resume_after_restart(args)
-        config = read_model_config(args)
+        asked = resume_after_restart(config.run)
+        network = read_model_config(config.model)
         join_processes()
-        accelerator = build_accelerator(args)
-        resolve_diffusion(args)
-        check_agreement(accelerator, launch_fingerprint(args, config))
-        lock = OutputDirLock(args.output_dir)
-        if not args.dry_run:
+        accelerator = build_accelerator(config.precision, asked)
+        batch = plan_batch(config.batch, accelerator.num_processes)
+        accelerator.gradient_accumulation_steps = batch.accumulation
+        pretrained = read_pretrained_scheduler(config.model.pretrained_model_name_or_path)
+        formulation = plan_formulation(config.diffusion, config.model, config.validation, pretrained)
+        check_agreement(accelerator, launch_fingerprint(args_to_config(config), network))
+
+        # 2. the folder
+        lock = OutputDirLock(asked.output_dir)
+        if not asked.dry_run:
             resources.push(lock)  # first, because a signal may come while it is taken
             token = run_on_main_and_broadcast(accelerator, lock.__enter__)
             on_all_processes(accelerator, lock.check_visible, token)
-        train(accelerator, args, config, lock, stop)
+        read = (config.model_folders(), config.data.dataset_name)
+        folder = run_on_main_and_broadcast(accelerator, open_run_dir, asked, *read)
+        checkpoint = run_on_main_and_broadcast(accelerator, find_checkpoint, asked)
+
+        # 3. the data, and the plan
+        table, held_out = on_all_processes(accelerator, open_tables, config.data, config.validation)
+        vae = vae_on_meta(config.model.vae_model_name_or_path)
+        data = on_all_processes(accelerator, describe_data, table, vae, config.data.num_channels)
+        plan = make_plan(config, network, batch, formulation, data, describe_vae(vae))
+        run = Run(accelerator, stop, lock, folder, checkpoint, plan, args_to_config(config, plan.resolved_flags()))
+        check_agreement(accelerator, run.flags | {"the training data": data.digest, "the network": plan.model_config})
+        if asked.dry_run:
+            if accelerator.is_main_process:
+                print_dry_run(run.flags, plan)
+            return
+
+        # 4. the networks and the state of the training, new or resumed
+        networks = build_networks(run, config.model, config.validation.guidance.model, table, config.batch.seed)
+        compared = table if held_out is None else held_out
+        extractor = build_extractor(accelerator, config.metrics, compared)
+        state = build_state(run, networks, config.optimizer, config.schedule, config.ema, data)
+        prepare_output_dir(accelerator, asked, folder, state.global_step)
+        evaluator = build_evaluator(accelerator, extractor, compared, plan, config.data, asked.output_dir)
+        name = pipeline_name(config.hub.hub_model_id, asked.output_dir)
+        source = (config.data.dataset_name, table.source)
+        facts = RunFacts(name, *source, run.flags, plan, config.ema, config.metrics, networks.vae)
+        requests = (config.validation, config.metrics, config.data)
+        frozen = (networks.vae, networks.guidance_model)
+        validation = Validation(plan, *requests, state, *frozen, held_out, evaluator, facts, folder, stop)
+
+        # 5. train and finish
+        batches = build_batches(table, plan, config.data, config.batch.seed, state.position, accelerator)
+        probabilities = (config.diffusion.label_dropout, config.data.augmentation_probability)
+        null = null_label(networks.model)
+        preparer = BatchPreparer(formulation, accelerator.device, networks.vae, null, *probabilities)
+        start_trackers(run, asked, state.global_step)
+        logger.info(describe_run(plan, state.model, table, 0 if held_out is None else len(held_out)))
+        validated = train(run, state, batches, preparer, validation, config.optimizer, config.batch.seed)
+        finish(run, state, validated)
+    if config.hub.push_to_hub and accelerator.is_main_process:  # the other processes are free: the group has ended
+        push_to_hub(config.hub, folder)
 
 
-def resume_after_restart(args: argparse.Namespace) -> None:
-    """Where torchrun or SLURM starts the same command again, it is to go on, not to begin anew."""
-    if is_restarted() and (args.overwrite_output_dir or args.resume_from_checkpoint != "latest"):
-        args.overwrite_output_dir, args.resume_from_checkpoint = False, "latest"
-        print("restarted: going on as with --resume_from_checkpoint latest", file=sys.stderr)
+def set_up_logging() -> None:
+    """Logs with time and level, and without each request to the hub."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    for name in ("httpx", "httpx2"):  # used by older and newer versions of huggingface_hub
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def train(
-    accelerator: Accelerator, args: argparse.Namespace, config_asked: dict, lock: OutputDirLock, stop: StopRequest
-) -> None:
-    """Sets up, resumes, trains and saves.
+def resume_after_restart(asked: RunConfig) -> RunConfig:
+    """Where torchrun or SLURM starts the same command again, the run is resumed instead of started from scratch."""
+    if is_restarted() and (asked.overwrite_output_dir or asked.resume_from_checkpoint != "latest"):
+        print("restarted: resuming as with --resume_from_checkpoint latest", file=sys.stderr)
+        return replace(asked, overwrite_output_dir=False, resume_from_checkpoint="latest")
+    return asked
+
+
+def launch_fingerprint(flags: dict[str, Any], model_config: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same in all processes before data is touched: flags, model config, versions, code.
+
+    Where the data lies may differ from machine to machine: the images themselves are compared later.
+    """
+    places = {"train_data_dir", "train_data_file", "latents_dir", "cache_dir"}
+    flags = {f"--{name}": value for name, value in flags.items() if name not in places}
+    files = sorted([*CODE_FOLDER.glob("*.py"), *CODE_FOLDER.glob("diffit/**/*.py")])
+    code = {str(file.relative_to(CODE_FOLDER)): file_digest(file)["sha256"][:8] for file in files}
+    return flags | {"the model config": model_config, "torch": torch.__version__, "the code": code}
+
+
+def build_networks(run: Run, asked: ModelConfig, guidance_path: str | None, table: Table, seed: int) -> Networks:
+    """Builds or loads the networks and moves them to the device.
 
     Args:
-        config_asked: of the model, see `read_model_config`.
-        lock: proves that --output_dir is ours.
-        stop: not begun yet.
+        run: of this training.
+        asked: the network, and how it runs.
+        guidance_path: of --validation_guidance_model, or None.
+        table: prepared latents say which VAE made them.
+        seed: of new weights.
     """
-    # 1. set up
-    run_dir = run_on_main_and_broadcast(accelerator, open_run_dir, args)
-    resume_flags = (args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
-    checkpoint = run_on_main_and_broadcast(accelerator, find_checkpoint, *resume_flags)
-    table, validation_table = on_all_processes(accelerator, build_tables, args)
-    config = on_all_processes(accelerator, lambda: resolve_model_config(args, config_asked, table, vae_on_meta(args)))
-    resolve_duration(args, len(table))
-    digest = table.digest()
-    check_agreement(accelerator, {"the training data": digest, "the model config": config})
-    if args.dry_run:
-        print_dry_run(accelerator, args, config, table, validation_table)
-        return
-    torch.manual_seed(args.seed)
-    model_source = (args.pretrained_model_name_or_path, args.reset_class_embeddings)
-    raw_model = on_all_processes(accelerator, build_model, config, *model_source)
-    set_up_model(accelerator, args, raw_model)
-    vae = on_all_processes(accelerator, build_vae, args, table, accelerator.device)
-    guidance_model = on_all_processes(accelerator, build_guidance_model, args, raw_model, accelerator.device)
-    if vae is not None:  # by which the same images are other data
-        digest += f" {vae_description(vae)}"
-    compared_with = table if validation_table is None else validation_table
-    extractor = build_extractor(accelerator, args, compared_with)
-    noise_scheduler = build_noise_scheduler(args)
-    raw_optimizer = build_optimizer(args, raw_model)
-    lr_scheduler = build_lr_scheduler(args, raw_optimizer)
-    state = TrainingState(raw_model, build_ema(args, raw_model), raw_optimizer, lr_scheduler, len(table), digest)
+    accelerator, device = run.accelerator, run.accelerator.device
+    torch.manual_seed(seed)
+    pretrained = (asked.pretrained_model_name_or_path, asked.reset_class_embeddings)
+    model = on_all_processes(accelerator, build_model, run.plan.model_config, *pretrained)
+    set_up_model(model, asked, device, accelerator.mixed_precision)
+    vae = on_all_processes(accelerator, build_vae, asked.vae_model_name_or_path, table, device)
+    process = run.plan.formulation.scheduler.config
+    guidance_model = on_all_processes(accelerator, build_guidance_model, guidance_path, model, process, device)
+    return Networks(model, vae, guidance_model)
 
-    # 2. resume
-    if checkpoint is not None:
-        load_checkpoint(checkpoint, accelerator, args_to_config(args), state)
-    prepare_output_dir(accelerator, args, run_dir, state.global_step)
-    evaluator = build_evaluator(accelerator, args, extractor, compared_with)
-    model, optimizer = accelerator.prepare(raw_model, raw_optimizer)
-    batches = build_batches(accelerator, args, table, config, state.position)
-    arguments = args_to_config(args)
-    logs = Path(args.output_dir, args.logging_dir, PROJECT)
+
+def build_state(
+    run: Run,
+    networks: Networks,
+    optimizer: OptimizerConfig,
+    schedule: ScheduleConfig,
+    ema: EmaConfig,
+    data: DataFacts,
+) -> TrainingState:
+    """Everything that changes while training, from the run's checkpoint if there is one."""
+    plan, model = run.plan, networks.model
+    raw_optimizer = build_optimizer(optimizer, model)
+    lr_scheduler = build_lr_scheduler(
+        schedule, raw_optimizer, plan.max_train_steps, plan.warmup_steps, plan.decay_steps
+    )
+    averages = build_ema(ema, model, plan.batch.total)
+    digest = data.digest
+    if networks.vae is not None:  # with another one, the same images are other data
+        digest += f" {vae_description(networks.vae)}"
+    state = TrainingState(model, averages, raw_optimizer, lr_scheduler, data.num_images, digest)
+    if run.checkpoint is not None:
+        load_checkpoint(run.checkpoint, run.accelerator, run.flags, state)
+    return state
+
+
+def start_trackers(run: Run, asked: RunConfig, global_step: int) -> None:
+    """Starts TensorBoard and others; logs of steps that a resumed run repeats are purged."""
+    accelerator, flags = run.accelerator, run.flags
+    logs = Path(asked.output_dir, asked.logging_dir, PROJECT)
     earlier_logs = set(files_below(logs))
+    flags = {name: value if isinstance(value, int | float) else str(value) for name, value in flags.items()}
     accelerator.init_trackers(
         PROJECT,
-        config=None if checkpoint else {k: v if isinstance(v, int | float) else str(v) for k, v in arguments.items()},
-        init_kwargs={"tensorboard": {"purge_step": state.global_step + 1}},
+        config=None if run.checkpoint else flags,
+        init_kwargs={"tensorboard": {"purge_step": global_step + 1}},
     )
     if accelerator.is_main_process:
         new_logs = set(files_below(logs)) - earlier_logs
-        run_dir.announce(log.relative_to(args.output_dir).as_posix() for log in new_logs)
-    describe_run(accelerator, args, raw_model, table, validation_table)
-    stop.begin()
-    validate = functools.partial(
-        validate_and_export,
-        *(
-            accelerator,
-            args,
-            state,
-            vae,
-            guidance_model,
-            noise_scheduler,
-            table,
-            validation_table,
-            evaluator,
-            run_dir,
-            stop,
-        ),
-    )
-    validated = True
-    if state.global_step >= args.max_train_steps:
-        logger.info(f"nothing left to train: {checkpoint} is at step {state.global_step} of {args.max_train_steps}")
-        # It may have been cut off.
-        validated = validate()
+        run.folder.announce(log.relative_to(asked.output_dir).as_posix() for log in new_logs)
 
-    # 3. train
-    null = null_label(raw_model)
-    bins = torch.zeros(2, LEVEL_BINS, device=accelerator.device)  # losses since the last log, by noise level
-    bad_images: set[str] = set()
-    guard = NonFiniteGuard(raw_optimizer)
-    validation_periods = [every for every in (args.validation_steps, args.eval_steps) if every is not None]
-    periods = (args.logging_steps, args.checkpointing_steps, *validation_periods)
-    progress = tqdm(total=args.max_train_steps, initial=state.global_step, disable=not accelerator.is_main_process)
-    log_position, log_time = state.position, time.perf_counter()
+
+def train(
+    run: Run,
+    state: TrainingState,
+    batches: Iterator[dict],
+    prepare_batch: BatchPreparer,
+    validation: Validation,
+    asked: OptimizerConfig,
+    seed: int,
+) -> bool:
+    """Trains until the last step or a stop.
+
+    Args:
+        run: of this training.
+        state: is trained.
+        batches: of this process, from `state.position` on.
+        prepare_batch: moves one to the device and adds the noise.
+        validation: what validations need.
+        asked: clipping, and how many bad steps to bear.
+        seed: of dropout.
+
+    Returns:
+        Whether the last validation that was due was completed.
+    """
+    accelerator, plan = run.accelerator, run.plan
+    model, optimizer = accelerator.prepare(state.model, state.optimizer)
+    guard = NonFiniteGuard(state.optimizer, asked.max_bad_steps, plan.batch.total, run.folder.folder)
+    meter, bad_images = Meter(accelerator.device, state.position), set()
+    progress = tqdm(total=plan.max_train_steps, initial=state.global_step, disable=not accelerator.is_main_process)
+    run.stop.begin()
+    validated = True
+    if state.global_step >= plan.max_train_steps:
+        logger.info(
+            f"nothing left to train: {run.checkpoint} is at step {state.global_step} of {plan.max_train_steps}"
+        )
+        due = plan.due_after(state.global_step)
+        validated = validate_and_export(accelerator, validation, due.metrics)  # it may have been cut off
+
     model.train()
-    while state.global_step < args.max_train_steps:
-        for _ in range(args.gradient_accumulation_steps):
+    # A step takes the next `global_batch_size` positions of the stream, shared among processes and micro-batches.
+    while state.global_step < plan.max_train_steps:
+        for _ in range(plan.batch.accumulation):
             batch = next(batches)
             report_bad_images(batch["bad_images"], bad_images)
-            noisy = prepare_batch(batch, args, noise_scheduler, args.label_dropout, null, vae, accelerator.device)
-            seed_dropout(args.seed, int(batch["position"][0]))
-            with accelerator.accumulate(model):
-                model_pred = model(*noisy.network_inputs, **noisy.conditions).sample
-                loss = compute_loss(
-                    model_pred, noise_scheduler, noisy.clean_images, noisy.noise, noisy.levels, args.snr_gamma or None
-                )
-                accelerator.backward(nan_if_non_finite(loss).mean())
+            noisy = prepare_batch(batch)  # VAE, augmentation, label dropout, noise
+            seed_dropout(seed, noisy.first_position)  # so that dropout, too, is a function of the position
+            with accelerator.accumulate(model):  # gradients are summed over processes in the last micro-batch only
+                losses = denoising_losses(model, plan.formulation, noisy)  # (B)
+                accelerator.backward(nan_if_non_finite(losses).mean())
                 if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                    finish_step(args, state, guard)  # the step before, if the host did not wait for it
-                    guard.watch(grad_norm)
-                    lr = lr_scheduler.get_last_lr()[0]
+                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), asked.max_grad_norm)
+                    finish_step(state, guard)  # schedule, EMA and count of the step before, known by now
+                    guard.watch(grad_norm)  # the device skips the coming update if the norm is non-finite
+                    lr = state.lr_scheduler.get_last_lr()[0]
                 optimizer.step()
                 optimizer.zero_grad()
-            add_to_bins(bins, loss, noisy.level_bins)
-        state.position += args.global_batch_size
-        stopping = stop.agreed()
-        if not stopping and not any(is_due(state.global_step + 1, every, args.max_train_steps) for every in periods):
-            continue
-        if not finish_step(args, state, guard):
-            continue
-        if is_due(state.global_step, args.logging_steps, args.max_train_steps):
-            images_per_second = (state.position - log_position) / (time.perf_counter() - log_time)
-            log_metrics(accelerator, progress, state, bins, grad_norm, lr, images_per_second, len(bad_images))
-            bins.zero_()
-            log_position, log_time = state.position, time.perf_counter()
-        paused = time.perf_counter()
-        finished = state.global_step == args.max_train_steps
-        if stopping or is_due(state.global_step, args.checkpointing_steps, args.max_train_steps):
-            save_checkpoint(
-                accelerator, lock, run_dir, arguments, state, noise_scheduler, args.checkpoints_total_limit
-            )
-        if stopping and not finished:
-            break
-        if any(is_due(state.global_step, every, args.max_train_steps) for every in validation_periods):
-            validated = validate()
-        log_time += time.perf_counter() - paused  # images/s is of training alone
+            meter.losses.add(losses, noisy.level_bins)  # stays on the device
+        state.position += plan.batch.total  # also over skipped steps
 
-    # 4. finish
+        # Unless something is due, the host runs one step ahead of the device and never waits for it.
+        due = plan.due_after(state.global_step + 1, stopping=run.stop.agreed())
+        if not due or not finish_step(state, guard):  # which waits for the device; after a skipped step nothing is due
+            continue
+        if due.log:
+            log_training(accelerator, progress, state, meter, grad_norm, lr, len(bad_images))
+        with meter.paused():  # images/s is for training alone
+            if due.checkpoint:
+                save_checkpoint(accelerator, run.lock, run.folder, run.flags, state, plan.formulation.scheduler)
+            if due.stop:
+                break
+            if due.validation:
+                validated = validate_and_export(accelerator, validation, due.metrics)
     progress.close()
+    return validated
+
+
+def finish(run: Run, state: TrainingState, validated: bool) -> None:
+    """Ends the trackers and the process group.
+
+    Raises:
+        SystemExit: with `EXIT_STOPPED`, if something is left to do.
+    """
+    accelerator = run.accelerator
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.wait_for_everyone()  # a launcher may end the main process when the first of the others has ended
-    stop.close()
-    if state.global_step < args.max_train_steps or not validated:
-        logger.info(f"stopped at step {state.global_step}; go on with --resume_from_checkpoint latest")
+    run.stop.close()
+    if state.global_step < run.plan.max_train_steps or not validated:
+        logger.info(f"stopped at step {state.global_step}; to continue, give --resume_from_checkpoint latest")
         accelerator.end_training()
         sys.exit(EXIT_STOPPED)
     if accelerator.is_main_process:
-        logger.info(f"the trained pipeline is {args.output_dir}")
+        logger.info(f"the trained pipeline is {run.folder.folder}")
     accelerator.end_training()
-    if args.push_to_hub and accelerator.is_main_process:  # the other processes are free: the group has ended
-        push_to_hub(args, run_dir)
 
 
 @contextlib.contextmanager
@@ -281,4 +413,4 @@ def explain_out_of_memory(error: Exception) -> str | None:
 
 
 if __name__ == "__main__":
-    run_script(parse_args, main)
+    run_script(main, CONFIG)

@@ -19,21 +19,16 @@ import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from diffit.batches import LEVEL_BINS, prepare_batch
-from diffit.config import build_parser
-from diffit.formulations import (
-    build_noise_scheduler,
-    compute_loss,
-    nan_if_non_finite,
-)
-from diffit.logs import add_to_bins, peak_memory
+from diffit.batches import BatchPreparer
+from diffit.config import DiffusionConfig, EmaConfig, ModelConfig, OptimizerConfig, ScheduleConfig
+from diffit.formulations import choose_formulation, denoising_losses, nan_if_non_finite
+from diffit.logs import LossBins, peak_memory
 from diffit.networks import model_class, sample_shape, set_up_model, training_flops_per_image
 from diffit.optimization import (
     NonFiniteGuard,
@@ -43,7 +38,6 @@ from diffit.optimization import (
     build_optimizer,
     finish_step,
 )
-from diffit.plan import resolve_diffusion
 from gpu_checks import (
     BACKENDS,
     GEOMETRIES,
@@ -83,44 +77,45 @@ class Training:
     """A network and what `train_diffit.py` builds around it; a call is its step on one process, on random images."""
 
     def __init__(self, case: Case, backend: str, compiled: bool, batch_size: int, device: torch.device):
-        argv = ["--formulation", case.formulation, "--attention_backend", backend]
-        argv += ["--prediction_type", "epsilon"] if case.formulation == "ddpm" else []
-        self.args = build_parser().parse_args(argv + ["--compile"] * compiled)
-        self.args.global_batch_size, self.args.lr_warmup_steps, self.args.max_train_steps = batch_size, 1, 10**6
-        resolve_diffusion(self.args)
-        self.device, self.dtype = device, torch.bfloat16
+        prediction_type = "epsilon" if case.formulation == "ddpm" else None
+        asked = DiffusionConfig(formulation=case.formulation, prediction_type=prediction_type)
+        self.formulation = choose_formulation(asked, pretrained={}, in_latents=False)
+        self.device, self.dtype, self.batch_size = device, torch.bfloat16, batch_size
         torch.manual_seed(0)
         model = model_class(case.config).from_config(case.config).train()
-        set_up_model(SimpleNamespace(device=device, mixed_precision="bf16"), self.args, model)
-        optimizer = build_optimizer(self.args, model)
-        emas, scheduler = build_ema(self.args, model), build_lr_scheduler(self.args, optimizer)
+        asked = ModelConfig(model_config=case.name, attention_backend=backend, compile=compiled)
+        set_up_model(model, asked, device, mixed_precision="bf16")
+        optimizer = build_optimizer(OptimizerConfig(), model)
+        emas = build_ema(EmaConfig(), model, batch_size)
+        scheduler = build_lr_scheduler(ScheduleConfig(), optimizer, max_train_steps=10**6, warmup_steps=1)
         self.state = TrainingState(model, emas, optimizer, scheduler, num_images=batch_size, data_digest="")
         self.guard = NonFiniteGuard(optimizer)
-        self.noise_scheduler = build_noise_scheduler(self.args)
-        self.bins = torch.zeros(2, LEVEL_BINS, device=device)
+        self.losses = LossBins(device)
+        self.prepare_batch = BatchPreparer(
+            self.formulation, device, null=model.null_label, label_dropout=DiffusionConfig.label_dropout
+        )
         images = (batch_size, *sample_shape(case.config))
         batch = {name: torch.randn(images) for name in ("pixel_values", "noise")}
         batch |= {name: torch.rand(batch_size) for name in ("time_uniform", "dropout_uniform")}
+        batch["position"] = torch.arange(batch_size)
         batch["class_labels"] = torch.randint(0, model.null_label or 1, (batch_size,))
         self.batch = {name: x.pin_memory() if device.type == "cuda" else x for name, x in batch.items()}
 
     def __call__(self) -> torch.Tensor:
         """One optimizer step, in the order of the script; the loss, shape ()."""
-        args, state = self.args, self.state
-        null = state.model.null_label
-        noisy = prepare_batch(self.batch, args, self.noise_scheduler, args.label_dropout, null, None, self.device)
+        state = self.state
+        noisy = self.prepare_batch(self.batch)
         with autocast(self.device, self.dtype):
-            model_pred = state.model(*noisy.network_inputs, **noisy.conditions).sample
-        loss = compute_loss(model_pred, self.noise_scheduler, noisy.clean_images, noisy.noise, noisy.levels)
-        nan_if_non_finite(loss).mean().backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.max_grad_norm)
-        finish_step(args, state, self.guard)
+            losses = denoising_losses(state.model, self.formulation, noisy)
+        nan_if_non_finite(losses).mean().backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), OptimizerConfig.max_grad_norm)
+        finish_step(state, self.guard)
         self.guard.watch(grad_norm)
         state.optimizer.step()
         state.optimizer.zero_grad()
-        add_to_bins(self.bins, loss, noisy.level_bins)
-        state.position += args.global_batch_size
-        return loss.detach().mean()
+        self.losses.add(losses, noisy.level_bins)
+        state.position += self.batch_size
+        return losses.detach().mean()
 
 
 def synchronize(device: torch.device) -> None:
@@ -197,10 +192,10 @@ def measure_training(report: Report, device: torch.device, cases: list[Case], mo
                     row(*names, "", "", "", "", f"{verdict}: {reason(error)}")
                     continue
                 finite = report.verdict(math.isfinite(training().item()), f"loss of {', '.join(names)}")
-                images = training.args.global_batch_size / seconds
+                images = training.batch_size / seconds
                 share = f"{images * flops / reached:.0%}" + (f" ({images * flops / sheet:.0%})" if sheet else "")
                 memory = peak_memory(device) / 2**30
-                row(*names, training.args.global_batch_size, f"{images:.1f}", f"{memory:.2f}", share, finite)
+                row(*names, training.batch_size, f"{images:.1f}", f"{memory:.2f}", share, finite)
                 training = None
 
 

@@ -15,7 +15,7 @@ from torch.utils._triton import has_triton
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from diffit.config import build_parser
+from diffit.config import OptimizerConfig
 from diffit.networks import choose_attention_backend, model_class, sample_shape, set_attention_backend
 from diffit.optimization import build_optimizer
 from diffit_model import MAX_WINDOWS, TimeDependentSelfAttention
@@ -345,11 +345,11 @@ def check_overflow(report: Report, device: torch.device, case: Case) -> None:
         f"{case.name} with torch's GradScaler, as accelerate uses it; the loss of the second step is made infinite.",
         ["step", "scale before", "scale after", "weights", "verdict"],
     )
-    args = build_parser().parse_args([])
+    asked = OptimizerConfig()
     torch.manual_seed(0)
     model = model_class(case.config).from_config(case.config).train().to(device)
     set_attention_backend(model, "native")
-    optimizer = build_optimizer(args, model)
+    optimizer = build_optimizer(asked, model)
     scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
     for step, factor in enumerate((1.0, math.inf, 1.0), start=1):
         inputs, scale = graph_inputs(case, device, seed=step), scaler.get_scale()
@@ -359,7 +359,7 @@ def check_overflow(report: Report, device: torch.device, case: Case) -> None:
         loss = (model_pred.float() - 1).square().mean() * factor
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), asked.max_grad_norm)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()

@@ -22,11 +22,6 @@ from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from diffit.networks import build_model, read_model_config, sample_shape, set_up_model
-from diffit.optimization import build_optimizer
-from diffit.plan import build_accelerator, resolve_model_config
-from diffit.sources import load_image_table
-
 # What is heavy is imported by the sides: the memory of a process counts from that of the one that started it.
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "data/noto_emoji_32.parquet"
@@ -90,13 +85,13 @@ def run_script(connection: Connection, config: str, num_turns: int, folder: str)
     import train_diffit
 
     turns = Turns(connection)
-    log_metrics = train_diffit.log_metrics
+    log_training = train_diffit.log_training
 
     def log_and_wait(*arguments) -> None:
-        log_metrics(*arguments)
+        log_training(*arguments)
         turns.end()
 
-    train_diffit.log_metrics = log_and_wait
+    train_diffit.log_training = log_and_wait
     train_diffit.main(train_diffit.parse_args(script_flags(config, num_turns, folder)))
 
 
@@ -106,18 +101,22 @@ def run_bare(connection: Connection, config: str, num_turns: int, folder: str) -
     import torch
     from torch.nn import functional as F
 
-    import train_diffit
+    from diffit.config import parse_args
+    from diffit.networks import build_model, read_model_config, sample_shape, set_up_model
+    from diffit.optimization import build_optimizer
+    from diffit.processes import build_accelerator
+    from diffit.sources import load_image_table
 
-    args = train_diffit.parse_args(script_flags(config, num_turns, folder))
-    accelerator = build_accelerator(args)
-    data = load_image_table(train_data_file=args.train_data_file)
-    resolved = resolve_model_config(args, read_model_config(args), data)
-    model = build_model(resolved)
-    set_up_model(accelerator, args, model)
-    optimizer = build_optimizer(args, model)
-    images = torch.randn(BATCH_SIZE, *sample_shape(resolved))
+    asked = parse_args(script_flags(config, num_turns, folder))
+    accelerator = build_accelerator(asked.precision, asked.run)
+    classes = load_image_table(train_data_file=asked.data.train_data_file).class_names
+    model_config = read_model_config(asked.model) | {"num_class_embeds": len(classes)}
+    model = build_model(model_config | {"in_channels": 3, "out_channels": 3})
+    set_up_model(model, asked.model, accelerator.device, accelerator.mixed_precision)
+    optimizer = build_optimizer(asked.optimizer, model)
+    images = torch.randn(BATCH_SIZE, *sample_shape(model.config))
     timesteps = torch.randint(0, 1000, (BATCH_SIZE,))
-    labels = torch.randint(0, len(data.class_names), (BATCH_SIZE,))
+    labels = torch.randint(0, len(classes), (BATCH_SIZE,))
     turns = Turns(connection)
     for _ in range(num_turns):
         for _ in range(TURN):

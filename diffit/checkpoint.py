@@ -1,11 +1,10 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoints: complete or not there, checked when they are read, and of data alone.
+"""Atomic, checksummed, pickle-free checkpoints.
 
-A checkpoint is written under another name, with a manifest of sizes and checksums that comes last, brought to the
-disk and renamed; then old ones are deleted. What faults this survives: docs/reliability.md.
+A checkpoint is written under another name, with a manifest of sizes and checksums that comes last, synced to the disk
+and renamed; only then are old ones deleted. docs/reliability.md lists the faults that this survives.
 """
 
-import argparse
 import contextlib
 import functools
 import hashlib
@@ -21,10 +20,11 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from diffusers import SchedulerMixin
 from safetensors.torch import load_file
 
+from diffit.config import FIXED, RunConfig
 from diffit.errors import RunError, UserError
-from diffit.formulations import NoiseScheduler
 from diffit.lock import OutputDirLock
 from diffit.logs import PROJECT
 from diffit.optimization import TrainingState, ema_weights
@@ -47,20 +47,6 @@ from diffit_pipeline import component_name
 
 logger = get_logger(__name__, log_level="INFO")
 
-# What makes a run the run that it is. Duration, batch per process, precision, paths and logs may change at a resume.
-SAME_AT_RESUME = (
-    *("seed", "global_batch_size", "class_conditional", "resolution", "center_crop", "random_flip"),
-    *("formulation", "sigma_mean", "sigma_std", "augmentation_probability", "prediction_type"),
-    *("beta_schedule", "num_train_timesteps", "snr_gamma", "label_dropout"),
-    *("learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps", "lr_num_cycles", "lr_power"),
-    *("lr_warmup_kimg", "lr_decay_kimg"),
-    *("lr_step_rules", "optimizer", "muon_lr_ratio"),
-    *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm"),
-    *("use_ema", "ema_max_decay", "ema_inv_gamma", "ema_power", "ema_half_life_kimg", "ema_ramp_up"),
-)
-# What checkpoints from before these flags were trained with.
-ADDED_LATER = {"optimizer": "adamw", "muon_lr_ratio": 3.0}
-
 
 def file_digest(file: Path) -> dict[str, int | str]:
     """Size in bytes and SHA-256 of a file."""
@@ -69,7 +55,7 @@ def file_digest(file: Path) -> dict[str, int | str]:
 
 
 def verify_checkpoint(path: Path) -> str | None:
-    """What is wrong with a checkpoint, in words, by its manifest of sizes and checksums; None if it is complete."""
+    """What is wrong with a checkpoint by its manifest of sizes and checksums, in words; None if it is complete."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         if absent := sorted({"state.json", "training_args.yaml", "optimizer.pt"} - set(manifest)):
@@ -100,9 +86,9 @@ def sync_to_disk(path: Path) -> None:
 
 
 def write_checkpoint(
-    folder: Path, accelerator: Accelerator, arguments: dict, state: TrainingState, noise_scheduler: NoiseScheduler
+    folder: Path, accelerator: Accelerator, flags: dict, state: TrainingState, noise_scheduler: SchedulerMixin
 ) -> None:
-    """Writes all that a resumed run needs into a new folder; the manifest comes last."""
+    """Writes everything that a resumed run needs into a new folder; the manifest comes last."""
     shutil.rmtree(folder, ignore_errors=True)
     part = component_name(state.model)
     state.model.save_pretrained(folder / part)
@@ -123,7 +109,7 @@ def write_checkpoint(
         "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
     }
     (folder / "state.json").write_text(json.dumps(numbers, indent=2) + "\n")
-    (folder / "training_args.yaml").write_text(yaml.safe_dump(arguments))
+    (folder / "training_args.yaml").write_text(yaml.safe_dump(flags))
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {file.relative_to(folder).as_posix(): file_digest(file) for file in files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -135,10 +121,9 @@ def save_checkpoint(
     accelerator: Accelerator,
     lock: OutputDirLock,
     run_dir: OutputFolder,
-    arguments: dict,
+    flags: dict,
     state: TrainingState,
-    noise_scheduler: NoiseScheduler,
-    total_limit: int | None,
+    noise_scheduler: SchedulerMixin,
 ) -> None:
     """Writes `checkpoint-N`, then deletes old ones. To be called by all processes.
 
@@ -147,11 +132,11 @@ def save_checkpoint(
 
     Args:
         lock: of the folder of the run.
-        run_dir: that folder, with the mark of what in it is ours.
-        arguments: as a config file holds them; saved beside the state, and compared at a resume.
-        state: what is saved.
-        noise_scheduler: saved too, so that one can sample and fine-tune from a checkpoint.
-        total_limit: checkpoints that are kept, or None for all.
+        run_dir: the same folder, with the mark that lists which of its files are ours.
+        flags: of the run as a config file holds them; saved with the state, and compared when resuming. Among them,
+            `checkpoints_total_limit` is the number of checkpoints to keep, all if it is missing.
+        state: is saved.
+        noise_scheduler: is saved, too, so that one can sample and fine-tune from a checkpoint.
 
     Raises:
         RunError: in all processes, if it could not be written; earlier checkpoints stay.
@@ -165,7 +150,7 @@ def save_checkpoint(
         try:
             lock.check_owned()
             run_dir.announce([f"{temporary.name}/"])
-            write_checkpoint(temporary, accelerator, arguments, state, noise_scheduler)
+            write_checkpoint(temporary, accelerator, flags, state, noise_scheduler)
             if target.exists() and is_ours(target, run_dir):  # a damaged one of the same step
                 set_aside(target)
             put_in_place(temporary, target)
@@ -184,16 +169,21 @@ def save_checkpoint(
             f"the last one there is {left[-1].name if left else 'none'}",
         )
     logger.info(f"saved checkpoint-{state.global_step}")
-    if accelerator.is_main_process and total_limit is not None:
-        # A damaged one that was passed over may have a later number: it is left, and does not count.
-        ours = [path for path in list_checkpoints(lock.folder) if is_ours(path, run_dir) or path.is_symlink()]
-        kept = [path for path in ours if checkpoint_step(path) <= state.global_step]
-        for old in kept[:-total_limit]:
-            try:
-                remove_checkpoint(old)
-                run_dir.forget(name for name in run_dir.files if name.startswith(f"{old.name}/"))
-            except OSError as error:
-                logger.warning(f"cannot delete {old}, as --checkpoints_total_limit asks: {error}")
+    if accelerator.is_main_process and "checkpoints_total_limit" in flags:
+        prune_checkpoints(run_dir, state.global_step, flags["checkpoints_total_limit"])
+
+
+def prune_checkpoints(run_dir: OutputFolder, global_step: int, total_limit: int) -> None:
+    """Deletes the oldest checkpoints of a run so that `total_limit` are left."""
+    # A damaged one that was skipped may have a later number: it is left alone, and does not count.
+    ours = [path for path in list_checkpoints(run_dir.folder) if is_ours(path, run_dir) or path.is_symlink()]
+    kept = [path for path in ours if checkpoint_step(path) <= global_step]
+    for old in kept[:-total_limit]:
+        try:
+            remove_checkpoint(old)
+            run_dir.forget(name for name in run_dir.files if name.startswith(f"{old.name}/"))
+        except OSError as error:
+            logger.warning(f"cannot delete {old}, as --checkpoints_total_limit asks: {error}")
 
 
 def is_ours(checkpoint: Path, run_dir: OutputFolder) -> bool:
@@ -230,25 +220,25 @@ def set_aside(checkpoint: Path) -> Path:
     return aside
 
 
-def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None, overwrite: bool) -> Path | None:
-    """The checkpoint that --resume_from_checkpoint means; None starts afresh.
+def find_checkpoint(run: RunConfig) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint means; None starts from scratch.
 
-    `latest` is the newest complete one. Damaged ones are named, passed over and left where they are.
+    `latest` is the newest complete one. Damaged ones are reported, skipped and left where they are.
 
     Raises:
-        ValueError: if it does not exist or is damaged, if there are only damaged ones, or if --output_dir already
+        UserError: if it does not exist or is damaged, if there are only damaged ones, or if --output_dir already
             holds checkpoints and no flag says what to do.
     """
-    existing = list_checkpoints(output_dir)
-    if resume_from_checkpoint is None:
-        if existing and not overwrite:
+    existing = list_checkpoints(run.output_dir)
+    if run.resume_from_checkpoint is None:
+        if existing and not run.overwrite_output_dir:
             raise UserError(
-                f"--output_dir {output_dir} already holds checkpoints up to {existing[-1].name}: give "
-                "--resume_from_checkpoint latest to go on, or --overwrite_output_dir to delete them"
+                f"--output_dir {run.output_dir} already holds checkpoints up to {existing[-1].name}: give "
+                "--resume_from_checkpoint latest to resume, or --overwrite_output_dir to delete them"
             )
         return None
-    if resume_from_checkpoint != "latest":
-        path = Path(resume_from_checkpoint)
+    if run.resume_from_checkpoint != "latest":
+        path = Path(run.resume_from_checkpoint)
         if problem := verify_checkpoint(path):
             raise UserError(f"--resume_from_checkpoint {path}: {problem}")
         return path
@@ -256,41 +246,80 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None, overwri
         problem = verify_checkpoint(path)
         if problem is None:
             return path
-        logger.warning(f"passing over {path}: {problem}")
+        logger.warning(f"skipping {path}: {problem}")
     if existing:
-        raise UserError(f"--resume_from_checkpoint latest: all checkpoints in {output_dir} are damaged")
-    logger.info(f"no checkpoint in {output_dir}: starting afresh")
+        raise UserError(f"--resume_from_checkpoint latest: all checkpoints in {run.output_dir} are damaged")
+    logger.info(f"no checkpoint in {run.output_dir}: starting from scratch")
     return None
 
 
-def load_checkpoint(path: Path, accelerator: Accelerator, arguments: dict, state: TrainingState) -> None:
+def check_same_run(path: Path, earlier: dict, flags: dict) -> None:
+    """Refuses to resume under other settings, so far as their fields say that they are fixed.
+
+    Args:
+        path: of the checkpoint, for messages.
+        earlier: flags of the run that wrote it; one that is missing did not exist yet, which equals its default.
+        flags: of the run that resumes it.
+
+    Raises:
+        UserError: names the first flag that differs, with both values.
+    """
+    for name, field in FIXED.items():
+        then, now = (values.get(name, field.default) for values in (earlier, flags))
+        if field.metadata["fixed_if"] is not None:
+            condition, value = field.metadata["fixed_if"]
+            if value not in (values.get(condition, FIXED[condition].default) for values in (earlier, flags)):
+                continue
+        if then != now:
+            raise UserError(
+                f"{path} was trained with --{name} {then}, not {now}: a resumed run keeps its settings; to train with "
+                "other ones, start from its weights with --pretrained_model_name_or_path"
+            )
+
+
+def load_checkpoint(path: Path, accelerator: Accelerator, flags: dict, state: TrainingState) -> None:
     """Restores what `save_checkpoint` wrote, in every process.
 
     Args:
         path: of the checkpoint.
-        arguments: of the run that goes on.
-        state: of a new run; it becomes that of the checkpoint.
+        accelerator: its gradient scaler is restored, too.
+        flags: of the run that resumes.
+        state: of a new run; becomes that of the checkpoint.
 
     Raises:
-        ValueError: names what the checkpoint was trained with where the arguments say otherwise, or a file in it that
-            is damaged or holds more than data.
+        UserError: names a setting, the data or the network if the checkpoint was trained with another, or a file in
+            it that is damaged or holds more than data.
     """
     numbers = read_data(path / "state.json", lambda file: json.loads(file.read_text()))
-    earlier = ADDED_LATER | read_data(path / "training_args.yaml", lambda file: yaml.safe_load(file.read_text()))
+    earlier = read_data(path / "training_args.yaml", lambda file: yaml.safe_load(file.read_text()))
     read_tensors = functools.partial(torch.load, map_location="cpu", weights_only=True)
     optimizer_state = read_data(path / "optimizer.pt", read_tensors)
-    for key in SAME_AT_RESUME:
-        if key == "muon_lr_ratio" and "muon" not in (earlier["optimizer"], arguments["optimizer"]):
-            continue  # nothing depends on it
-        if earlier.get(key) != arguments.get(key):
-            raise UserError(
-                f"{path} was trained with --{key} {earlier.get(key)}, not {arguments.get(key)}: a resumed run is the "
-                "same run; to train on under other settings start from it with --pretrained_model_name_or_path"
-            )
+    check_same_run(path, earlier, flags)
     if numbers["num_images"] != state.num_images:
         raise UserError(f"{path} was trained on {numbers['num_images']} images, the data has {state.num_images}")
     if numbers["data_digest"] != state.data_digest:
         raise UserError(f"{path} was trained on other images of the same number, other labels, or with another VAE")
+    load_network_weights(path, state, numbers["ema_steps"])
+    state.optimizer.load_state_dict(optimizer_state)
+    state.lr_scheduler.load_state_dict(numbers["lr_scheduler"])
+    if numbers["scaler"] is not None and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(numbers["scaler"])
+    for name in ("global_step", "position", "bad_steps", "bad_steps_in_a_row"):
+        setattr(state, name, numbers[name])
+    logger.info(f"resumed from {path} at step {state.global_step}")
+
+
+def load_network_weights(path: Path, state: TrainingState, ema_steps: dict[str, int]) -> None:
+    """Restores the network and its averages.
+
+    Args:
+        path: of the checkpoint.
+        state: gets the weights.
+        ema_steps: optimizer steps that each average has seen.
+
+    Raises:
+        UserError: if they are of another network.
+    """
     part = component_name(state.model)
     config = read_data(path / part / "config.json", lambda file: json.loads(file.read_text()))
     for key, value in json.loads(state.model.to_json_string()).items():
@@ -305,14 +334,7 @@ def load_checkpoint(path: Path, accelerator: Accelerator, arguments: dict, state
         with torch.no_grad():
             for (name, _), shadow in zip(state.model.named_parameters(), ema_model.shadow_params, strict=True):
                 shadow.copy_(weights[name])
-        ema_model.optimization_step = numbers["ema_steps"][ema_name]
-    state.optimizer.load_state_dict(optimizer_state)
-    state.lr_scheduler.load_state_dict(numbers["lr_scheduler"])
-    if numbers["scaler"] is not None and accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(numbers["scaler"])
-    for name in ("global_step", "position", "bad_steps", "bad_steps_in_a_row"):
-        setattr(state, name, numbers[name])
-    logger.info(f"resumed from {path} at step {state.global_step}")
+        ema_model.optimization_step = ema_steps[ema_name]
 
 
 def read_data(file: Path, reader: Callable[[Path], dict]) -> dict:
@@ -339,38 +361,41 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-def open_run_dir(args: argparse.Namespace) -> OutputFolder:
-    """The folder of the run, in which nothing of the user's would be lost. To be called before anything is written.
+def open_run_dir(run: RunConfig, models: dict[str, str | None], dataset_name: str | None) -> OutputFolder:
+    """The folder of the run, in which no file of the user's will be lost. To be called before anything is written.
+
+    Args:
+        run: says which folder.
+        models: folders of models that the run reads, by their flags.
+        dataset_name: folder or hub name of a data set, which is read with whatever lies in it.
 
     Raises:
-        UserError: if --output_dir is the folder of this code or holds a model that this run reads, if it holds files
-            of our names that are not ours, or a trained pipeline that no flag allows to replace.
+        UserError: if --output_dir is the folder of this code, or holds a model that this run reads, files of the
+            user's whose names we use, or a trained pipeline that no flag allows us to replace.
     """
-    folder = f"--output_dir {args.output_dir}"
-    run_dir = OutputFolder(args.output_dir, "train_diffit.py")
+    folder = f"--output_dir {run.output_dir}"
+    run_dir = OutputFolder(run.output_dir, "train_diffit.py")
     run_dir.refuse_code_folder()
-    for flag in ("pretrained_model_name_or_path", "vae_model_name_or_path", "validation_guidance_model"):
-        model = getattr(args, flag)
-        if model is not None and Path(model).exists() and is_within(model, args.output_dir):
-            raise UserError(f"{folder} holds --{flag} {model}, which training would overwrite: choose another folder")
-    if args.dataset_name is not None and Path(args.dataset_name).is_dir():
-        if is_within(args.output_dir, args.dataset_name):
-            raise UserError(
-                f"{folder} lies in --dataset_name {args.dataset_name}, which would then hold this run's previews: "
-                "choose another folder, or give the images as --train_data_dir, which leaves them out"
-            )
-    checkpoints = list_checkpoints(args.output_dir)
+    for flag, model in models.items():
+        if model is not None and Path(model).exists() and is_within(model, run.output_dir):
+            raise UserError(f"{folder} holds {flag} {model}, which training would overwrite: choose another folder")
+    if dataset_name is not None and Path(dataset_name).is_dir() and is_within(run.output_dir, dataset_name):
+        raise UserError(
+            f"{folder} lies in --dataset_name {dataset_name}, which would then hold this run's previews: choose "
+            "another folder, or give the images as --train_data_dir, which leaves them out"
+        )
+    checkpoints = list_checkpoints(run.output_dir)
     foreign = [path.name for path in checkpoints if not is_ours(path, run_dir)]
     if foreign:
         raise UserError(
             f"{folder} holds {foreign[0]}, which this script did not write: move it, or choose another folder"
         )
     links = [path.name for path in checkpoints if path.is_symlink()]
-    if links and args.overwrite_output_dir:
+    if links and run.overwrite_output_dir:
         raise UserError(f"{folder}: {links[0]} is a link, which --overwrite_output_dir does not delete: move it away")
-    run_dir.check_free([*RUN_OUTPUTS, f"{args.logging_dir}/{PROJECT}/hparams.yml"])
-    if Path(args.output_dir, "model_index.json").is_file() and not checkpoints and not is_restarted():
-        if not args.overwrite_output_dir and args.resume_from_checkpoint in (None, "latest"):
+    run_dir.check_free([*RUN_OUTPUTS, f"{run.logging_dir}/{PROJECT}/hparams.yml"])
+    if Path(run.output_dir, "model_index.json").is_file() and not checkpoints and not is_restarted():
+        if not run.overwrite_output_dir and run.resume_from_checkpoint in (None, "latest"):
             raise UserError(
                 f"{folder} holds a trained pipeline and no checkpoint to resume from: give --overwrite_output_dir to "
                 "replace it, or choose another folder"
@@ -378,26 +403,24 @@ def open_run_dir(args: argparse.Namespace) -> OutputFolder:
     return run_dir
 
 
-def prepare_output_dir(
-    accelerator: Accelerator, args: argparse.Namespace, run_dir: OutputFolder, global_step: int
-) -> None:
-    """Clears --output_dir: with --overwrite_output_dir of checkpoints, previews, metrics and logs of an earlier run.
+def prepare_output_dir(accelerator: Accelerator, run: RunConfig, run_dir: OutputFolder, global_step: int) -> None:
+    """Clears --output_dir, with --overwrite_output_dir of all checkpoints, previews, metrics and logs of earlier runs.
 
-    Where a run goes back to an earlier checkpoint, the later ones are moved aside, or `latest` would mean them.
+    Where a run goes back to an earlier checkpoint, the later ones are moved aside, since `latest` would mean them.
     """
     if accelerator.is_main_process:
-        output_dir = Path(args.output_dir)
+        output_dir = Path(run.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
-        # What a run that was killed while writing has left.
+        # Left by a run that was killed while writing.
         run_dir.remove([name for name in run_dir.files if name.startswith("tmp-")])
-        if args.overwrite_output_dir:
+        if run.overwrite_output_dir:
             for old in list_checkpoints(output_dir):
                 remove_checkpoint(old)
-            earlier = ("previews/", "best/", "eval/", "checkpoint-", f"{args.logging_dir}/")
+            earlier = ("previews/", "best/", "eval/", "checkpoint-", f"{run.logging_dir}/")
             run_dir.remove([name for name in run_dir.files if name.startswith(earlier)])
             for features in output_dir.glob("eval/features-*"):
                 remove_whole_folder(features)
-            for name in ("eval", args.logging_dir):
+            for name in ("eval", run.logging_dir):
                 remove_empty_folders(output_dir / name)
         for later in list_checkpoints(output_dir):
             if checkpoint_step(later) > global_step and verify_checkpoint(later) is None:

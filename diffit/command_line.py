@@ -3,15 +3,16 @@
 
 import argparse
 import atexit
+import dataclasses
 import math
 import multiprocessing
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -93,15 +94,120 @@ def number_type(kind: type, minimum: float, maximum: float = math.inf, open_ends
     return parse
 
 
-def run_script(parse_args: Callable[[], argparse.Namespace], main: Callable[[argparse.Namespace], None]) -> None:
-    """Runs a script to its end. An error made for people is printed as one line, once; a bug shows its traceback."""
-    args = parse_args()
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags as fields of frozen dataclasses
+
+
+def flag(default: Any, help: str, *, fixed: bool = False, fixed_if: tuple[str, str] | None = None, **options) -> Any:
+    """A field of a config dataclass that is a command-line flag of the same name.
+
+    Args:
+        default: value without the flag; None where the help says what happens then. `--help` shows every other one.
+        help: what the flag does, with its unit.
+        fixed: whether a resumed training must have the same value (see `diffit.checkpoint.check_same_run`).
+        fixed_if: another flag and its value, without which this flag has no effect and may differ.
+        options: of `ArgumentParser.add_argument`, such as `type`, `choices` or `nargs`. A bool needs none.
+    """
+    metadata = {"help": help, "fixed": fixed, "fixed_if": fixed_if, "options": options}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def add_flags(parser: argparse.ArgumentParser, config_class: type, title: str | None = None, prefix: str = "") -> None:
+    """Adds a flag for each field of a config dataclass, those of nested configs included.
+
+    Args:
+        parser: gets the flags.
+        config_class: its fields are made by `flag`, or are config dataclasses with a `prefix` in their metadata.
+        title: of a group of their own in `--help`.
+        prefix: in front of each name, such as `validation_`.
+    """
+    group = parser if title is None else parser.add_argument_group(title)
+    for field in dataclasses.fields(config_class):
+        if not field.metadata:  # `debug`, which every parser has
+            continue
+        if "options" not in field.metadata:
+            add_flags(group, field.type, prefix=prefix + field.metadata.get("prefix", ""))
+            continue
+        options, text = dict(field.metadata["options"]), field.metadata["help"]
+        if isinstance(field.default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+            text += f" (default: {'on' if field.default else 'off'})"
+        elif field.default is not None:
+            shown = field.default if isinstance(field.default, tuple) else (field.default,)
+            text += f" (default: {' '.join(map(str, shown))})"
+        group.add_argument(f"--{prefix}{field.name}", default=field.default, help=text.replace("%", "%%"), **options)
+
+
+def from_flags(config_class: type, values: dict[str, Any], prefix: str = "") -> Any:
+    """Builds a config dataclass from parsed flags.
+
+    Args:
+        config_class: see `add_flags`.
+        values: by the names of the flags; others are left alone.
+        prefix: see `add_flags`.
+
+    Raises:
+        UserError: from the rules of the config, which name flags without the prefix; it is put before them here.
+    """
+    arguments = {}
+    for field in dataclasses.fields(config_class):
+        if "prefix" not in field.metadata:
+            value = values[prefix + field.name]
+            arguments[field.name] = tuple(value) if isinstance(value, list) else value
+        else:
+            arguments[field.name] = from_flags(field.type, values, prefix + field.metadata.get("prefix", ""))
+    try:
+        return config_class(**arguments)
+    except UserError as error:
+        names = "|".join(name for name, _ in flag_fields(config_class))
+        raise UserError(re.sub(rf"--({names})\b", rf"--{prefix}\1", str(error))) from error
+
+
+def to_flags(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The opposite of `from_flags`: values by the names of the flags."""
+    values = {}
+    for field in dataclasses.fields(config):
+        if not field.metadata:
+            continue
+        value = getattr(config, field.name)
+        if "prefix" not in field.metadata:
+            values[prefix + field.name] = list(value) if isinstance(value, tuple) else value
+        else:
+            values |= to_flags(value, prefix + field.metadata.get("prefix", ""))
+    return values
+
+
+def nested(config_class: type, prefix: str = "") -> Any:
+    """A field of a config dataclass that is one itself, whose flags have `prefix` before their names."""
+    return dataclasses.field(default_factory=config_class, metadata={"prefix": prefix})
+
+
+def flag_fields(config_class: type, prefix: str = "") -> Iterable[tuple[str, dataclasses.Field]]:
+    """All flags of a config dataclass and its nested ones, with the fields that describe them."""
+    for field in dataclasses.fields(config_class):
+        if "options" in field.metadata:
+            yield prefix + field.name, field
+        elif "prefix" in field.metadata:
+            yield from flag_fields(field.type, prefix + field.metadata.get("prefix", ""))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the first line to the last
+
+
+def run_script(main: Callable[[Any], None], config: Any) -> None:
+    """Runs a script to its end. An error made for people is printed as one line, once; a bug shows its traceback.
+
+    Args:
+        main: the script.
+        config: its argument, the parsed command line, with `debug`.
+    """
     atexit.register(_end_workers)
     try:
-        main(args)
+        main(config)
         return
     except (UserError, RunError) as error:
-        if args.debug:
+        if config.debug:
             raise
         message, speaks = f"error: {message_of(error)}", speaks_for(error)
         exit_code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_RUN_ERROR
@@ -109,7 +215,7 @@ def run_script(parse_args: Callable[[], argparse.Namespace], main: Callable[[arg
         import torch.distributed
 
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if args.debug or not several or not LOST_PEER.search(str(error)):
+        if config.debug or not several or not LOST_PEER.search(str(error)):
             raise
         message, speaks, exit_code = "stopped, because another process of the run has ended", True, EXIT_RUN_ERROR
     for progress in list(getattr(tqdm, "_instances", ())):

@@ -1,26 +1,49 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What may be asked of a training: its flags, their YAML files, and the rules that need neither data nor models."""
+"""What may be asked of a training: one frozen dataclass per concern, whose fields are the flags of `train_diffit.py`.
+
+Each class holds the rules within its concern; rules across concerns that need neither data nor models are those of
+`TrainConfig`; all others are in `diffit.plan`. Nothing slow is imported here, so that a refused flag is answered at
+once. Units: images, optimizer steps, pixels, thousands of images (kimg).
+"""
 
 import argparse
+import dataclasses
 import difflib
+import importlib.util
 import math
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 import yaml
-from accelerate.utils import is_wandb_available
-from diffusers.optimization import SchedulerType
 
-from diffit.command_line import Parser, number_type, path_type, resolution_type
+from diffit.command_line import (
+    Parser,
+    add_flags,
+    flag,
+    flag_fields,
+    from_flags,
+    nested,
+    number_type,
+    path_type,
+    resolution_type,
+    to_flags,
+)
+from diffit.errors import UserError, message_of
 from diffit.launcher import EXIT_STOPPED
-from diffit_pipeline import GUIDANCE_SCHEDULES
+from diffit.sampling_config import GuidanceConfig
 
-SCHEDULES = (*(schedule.value for schedule in SchedulerType), "warmup_stable_decay")
+# diffusers' `SchedulerType`, and transformers' `get_wsd_schedule`.
+SCHEDULES = (
+    *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
+    *("piecewise_constant", "warmup_stable_decay"),
+)
+FORMULATIONS = ("ddpm", "edm")  # classes of `diffit.formulations`
 DURATIONS = ("max_train_steps", "num_train_epochs", "max_train_kimg")
 DATA_SOURCES = ("dataset_name", "train_data_dir", "train_data_file", "latents_dir")
-# One flag of such a group on the command line takes the place of another in the config file.
+# A flag of such a group on the command line replaces the others of its group in the config file.
 ALTERNATIVES = (
     DATA_SOURCES,
     ("model_config", "pretrained_model_name_or_path"),
@@ -29,6 +52,21 @@ ALTERNATIVES = (
     ("lr_decay_steps", "lr_decay_kimg"),
     ("validation_split", "validation_fraction"),
 )
+# Titles in --help, where the name of the field does not say enough.
+TITLES = {
+    "data": "data: one of the first four is needed",
+    "batch": "batch and duration",
+    "schedule": "learning-rate schedule",
+    "ema": "weight averages",
+    "metrics": "metrics during training",
+    "run": "output, checkpoints and logs",
+}
+# Flags that say how a run is started, not what it is: they are not saved with it.
+OF_THIS_START = ("hub_token", "dry_run", "resume_from_checkpoint", "overwrite_output_dir")
+
+at_least_one, at_least_zero = number_type(int, 1), number_type(int, 0)
+positive_float, non_negative_float = number_type(float, 0, open_ends=True), number_type(float, 0)
+fraction, beta = number_type(float, 0, 1), number_type(float, 0, 1 - 1e-9)
 
 
 def step_rules_type(text: str) -> str:
@@ -46,225 +84,491 @@ def step_rules_type(text: str) -> str:
     return text
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All flags, in groups. Units: images, optimizer steps, pixels, thousands of images (kimg)."""
-    parser = Parser(__doc__)
-    flag = argparse.BooleanOptionalAction
-    positive, natural = number_type(int, 1), number_type(int, 0)
-    not_negative, share = number_type(float, 0), number_type(float, 0, 1)
-    finite = number_type(float, -math.inf, open_ends=True)
-    parser.add_argument("--config", type=path_type, help="YAML list of flags, e.g. configs/train/quickstart.yaml")
-    parser.add_argument("--dry_run", action=flag, default=False, help="check everything, print sizes and stop")
+def given(config: Any, names: tuple[str, ...]) -> list[str]:
+    """Which of these fields are set."""
+    return [name for name in names if getattr(config, name) is not None]
 
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model_config", type=path_type, help="JSON of configs/model/, or a folder saved by save_pretrained"
+
+def require_one(config: Any, names: tuple[str, ...]) -> None:
+    """Refuses a config unless exactly one of these fields is set."""
+    if len(found := given(config, names)) != 1:
+        got = " and ".join(f"--{name} {getattr(config, name)}" for name in found) or "none"
+        raise UserError(f"give exactly one of {', '.join('--' + name for name in names)}; got {got}")
+
+
+def refuse_both(config: Any, first: str, second: str) -> None:
+    """Refuses a config in which both fields are set."""
+    if len(given(config, (first, second))) == 2:
+        raise UserError(f"give --{first} or --{second}, not both")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The concerns
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network, the VAE, and how they run."""
+
+    model_config: str | None = flag(
+        None, "JSON file of configs/model/, or a folder written by save_pretrained", type=path_type
     )
-    group.add_argument(
-        "--model_kwargs", nargs="+", action="extend", metavar="KEY=VALUE", help="override fields of the model config"
+    model_kwargs: tuple[str, ...] | None = flag(
+        None, "override fields of the model config", nargs="+", action="extend", metavar="KEY=VALUE"
     )
-    group.add_argument(
-        "--pretrained_model_name_or_path", type=path_type, help="start from the weights of a saved folder or hub model"
+    pretrained_model_name_or_path: str | None = flag(
+        None, "start from the weights of a saved folder or of a model on the hub", type=path_type
     )
-    group.add_argument(
-        "--reset_class_embeddings", action=flag, default=False, help="of the pretrained model: new rows, same number"
+    reset_class_embeddings: bool = flag(
+        False, "re-initialize the pretrained class embeddings even if the number of classes is unchanged"
     )
-    group.add_argument(
-        "--vae_model_name_or_path",
+    vae_model_name_or_path: str | None = flag(
+        None, "train in the latent space of this diffusers AutoencoderKL (folder or hub name)", type=path_type
+    )
+    attention_backend: str = flag(
+        "auto",
+        "attention kernel; auto takes the fastest that the device supports",
+        choices=("auto", "native", "_native_math", "xformers", "flex"),
+    )
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
+    compile: bool = flag(False, "torch.compile the network, block by block where possible")
+
+    def __post_init__(self):
+        if not given(self, ("model_config", "pretrained_model_name_or_path")):
+            raise UserError("give --model_config or --pretrained_model_name_or_path")
+        if len(given(self, ("model_config", "pretrained_model_name_or_path"))) == 2:
+            raise UserError(
+                "--pretrained_model_name_or_path brings its own architecture: do not give --model_config as well"
+            )
+        if self.reset_class_embeddings and self.pretrained_model_name_or_path is None:
+            raise UserError("--reset_class_embeddings needs --pretrained_model_name_or_path")
+        for pair in self.model_kwargs or ():
+            if "=" not in pair:
+                raise UserError(f"--model_kwargs: expected KEY=VALUE, got {pair!r}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The training images, and what is done to them before they become tensors."""
+
+    dataset_name: str | None = flag(None, "hub name, or local path for datasets.load_dataset", type=path_type)
+    train_data_dir: str | None = flag(
+        None,
+        "folder or zip of images; dataset.json, metadata.jsonl and parquet files are read, too",
         type=path_type,
-        help="train in the latents of this AutoencoderKL of diffusers (folder or hub name)",
     )
-    group.add_argument(
-        "--attention_backend", choices=("auto", "native", "_native_math", "xformers", "flex"), default="auto"
+    train_data_file: str | None = flag(None, "a parquet file", type=path_type)
+    latents_dir: str | None = flag(
+        None, "latents written by prepare_latents.py; needs --vae_model_name_or_path", type=path_type
     )
-    group.add_argument("--gradient_checkpointing", action=flag, default=False, help="less memory, more time")
-    group.add_argument("--compile", action=flag, default=False, help="torch.compile, block by block where it can")
+    dataset_config_name: str | None = flag(None, "configuration of --dataset_name (default: its only one)")
+    dataset_split: str = flag("train", "split to train on")
+    image_column: str | None = flag(None, "column of the images (default: the only one of type Image)")
+    label_column: str | None = flag(
+        None, "column of the labels; implies --class_conditional (default: the only one of type ClassLabel)"
+    )
+    class_conditional: bool = flag(False, "train on the class labels", fixed=True)
+    cache_dir: str | None = flag(
+        None, "cache of datasets.load_dataset (default: that of the datasets library)", type=path_type
+    )
+    resolution: tuple[int, int] | None = flag(
+        None,
+        "side N in pixels, or HxW (default: the model config's sample_size)",
+        type=resolution_type,
+        fixed=True,
+    )
+    center_crop: bool = flag(False, "crop the center instead of a random position", fixed=True)
+    random_flip: bool = flag(False, "mirror each image horizontally with probability 0.5", fixed=True)
+    augmentation_probability: float = flag(
+        0.0,
+        "probability of each non-leaking augmentation of pixels (arXiv 2206.00364): flips, scaling, rotation, "
+        "translation, which the network is told; 0.12 to 0.15 in EDM",
+        type=fraction,
+        fixed=True,
+    )
+    num_channels: int | None = flag(
+        None, "channels of the images (default: as the images have them)", type=at_least_one
+    )
+    on_bad_image: str = flag(
+        "error", "stop at an image that cannot be read, or skip and report it", choices=("error", "skip")
+    )
+    dataloader_num_workers: int = flag(
+        0, "worker processes that read images, per training process; 0 reads in the process itself", type=at_least_zero
+    )
 
-    group = parser.add_argument_group("data: one of the first four")
-    group.add_argument("--dataset_name", type=path_type, help="hub name, or local path for datasets.load_dataset")
-    group.add_argument(
-        "--train_data_dir", type=path_type, help="folder or zip of images; dataset.json, metadata.jsonl, parquet too"
-    )
-    group.add_argument("--train_data_file", type=path_type, help="a parquet file")
-    group.add_argument(
-        "--latents_dir", type=path_type, help="what scripts/prepare_latents.py wrote; needs --vae_model_name_or_path"
-    )
-    group.add_argument("--dataset_config_name")
-    group.add_argument("--dataset_split", default="train")
-    group.add_argument("--image_column", help="default: the only one of type Image")
-    group.add_argument("--label_column", help="default: the only one of type ClassLabel; implies --class_conditional")
-    group.add_argument("--class_conditional", action=flag, default=False, help="train on the labels")
-    group.add_argument("--cache_dir", type=path_type, help="of datasets.load_dataset")
-    group.add_argument("--resolution", type=resolution_type, help="N or HxW; default: the model config's sample_size")
-    group.add_argument("--center_crop", action=flag, default=False, help="crop the centre, not a random place")
-    group.add_argument("--random_flip", action=flag, default=False, help="mirror half of the images left and right")
-    group.add_argument(
-        "--augmentation_probability",
-        type=share,
-        default=0.0,
-        help="non-leaking augmentation of pixels (arXiv 2206.00364): flips, scaling, rotation, translation, which the "
-        "network is told; 0.12 to 0.15 in EDM",
-    )
-    group.add_argument("--num_channels", type=positive, help="default: what the images are")
-    group.add_argument("--on_bad_image", choices=("error", "skip"), default="error")
-    group.add_argument("--dataloader_num_workers", type=natural, default=0)
+    def __post_init__(self):
+        require_one(self, DATA_SOURCES)
 
-    group = parser.add_argument_group("diffusion")
-    group.add_argument(
-        "--formulation",
-        choices=("ddpm", "edm"),
-        help="discrete timesteps, or noise levels with preconditioning (arXiv 2206.00364); default: that of "
-        "--pretrained_model_name_or_path, or ddpm",
+    def image_source(self) -> dict[str, str | None]:
+        """Arguments of `load_image_table`, without the split."""
+        names = ("dataset_name", "train_data_dir", "train_data_file", "dataset_config_name", "cache_dir")
+        return {name: getattr(self, name) for name in (*names, "image_column", "label_column")}
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The training formulation. Defaults follow --pretrained_model_name_or_path, if it has a scheduler."""
+
+    formulation: str | None = flag(
+        None,
+        "ddpm: discrete timesteps; edm: continuous noise levels with preconditioning, arXiv 2206.00364 (default: that "
+        "of --pretrained_model_name_or_path, otherwise ddpm)",
+        choices=FORMULATIONS,
+        fixed=True,
     )
-    group.add_argument("--sigma_mean", type=finite, help="of edm: mean of ln sigma; default -1.2")
-    group.add_argument("--sigma_std", type=number_type(float, 0, open_ends=True), help="of ln sigma; default 1.2")
-    group.add_argument(
-        "--prediction_type",
+    sigma_mean: float | None = flag(
+        None,
+        "EDM only: mean of ln sigma (default: -1.2)",
+        type=number_type(float, -math.inf, open_ends=True),
+        fixed=True,
+    )
+    sigma_std: float | None = flag(
+        None, "EDM only: standard deviation of ln sigma (default: 1.2)", type=positive_float, fixed=True
+    )
+    prediction_type: str | None = flag(
+        None,
+        "DDPM only: prediction target (default: that of --pretrained_model_name_or_path, otherwise v_prediction)",
         choices=("epsilon", "sample", "v_prediction"),
-        help="of ddpm; default: that of --pretrained_model_name_or_path, or v_prediction; the next two likewise",
+        fixed=True,
     )
-    group.add_argument(
-        "--beta_schedule",
+    beta_schedule: str | None = flag(
+        None,
+        "DDPM only: noise schedule (default: that of --pretrained_model_name_or_path, otherwise squaredcos_cap_v2)",
         choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
-        help="default squaredcos_cap_v2",
+        fixed=True,
     )
-    group.add_argument("--num_train_timesteps", type=positive, help="default 1000")
-    group.add_argument(
-        "--snr_gamma",
-        type=not_negative,
-        help="min-SNR loss weights (arXiv 2303.09556), 0 for none; default: 5 for v_prediction, else none",
+    num_train_timesteps: int | None = flag(
+        None,
+        "DDPM only: number of timesteps (default: that of --pretrained_model_name_or_path, otherwise 1000)",
+        type=at_least_one,
+        fixed=True,
     )
-    group.add_argument("--label_dropout", type=share, default=0.1, help="share of labels replaced by the null class")
+    snr_gamma: float | None = flag(
+        None,
+        "DDPM only: cap of the min-SNR loss weights (arXiv 2303.09556), 0 for none (default: 5 for "
+        "v_prediction, otherwise none)",
+        type=non_negative_float,
+        fixed=True,
+    )
+    label_dropout: float = flag(
+        0.1,
+        "fraction of the labels replaced by the null class, for classifier-free guidance",
+        type=fraction,
+        fixed=True,
+    )
 
-    group = parser.add_argument_group("batch and duration")
-    group.add_argument("--train_batch_size", type=positive, default=16, help="images per process and micro-batch")
-    group.add_argument("--gradient_accumulation_steps", type=positive, help="default 1")
-    group.add_argument("--global_batch_size", type=positive, help="images per optimizer step; sets the accumulation")
-    group.add_argument("--max_train_steps", type=positive, help="optimizer steps")
-    group.add_argument("--num_train_epochs", type=number_type(float, 0, open_ends=True))
-    group.add_argument("--max_train_kimg", type=number_type(float, 0, open_ends=True), help="thousands of images")
-    group.add_argument(
-        "--max_train_time",
-        type=number_type(float, 0, open_ends=True),
-        help=f"minutes; then a checkpoint is saved and the exit code is {EXIT_STOPPED}, as after SIGTERM",
-    )
-    group.add_argument("--seed", type=number_type(int, 0, 2**64 - 1), default=0)
 
-    group = parser.add_argument_group("optimizer")
-    group.add_argument(
-        "--optimizer",
+@dataclass(frozen=True)
+class BatchConfig:
+    """Images per step, the length of the training, and the seed of all randomness."""
+
+    train_batch_size: int = flag(16, "images per process and micro-batch", type=at_least_one)
+    gradient_accumulation_steps: int | None = flag(
+        None, "micro-batches per optimizer step (default: 1)", type=at_least_one
+    )
+    global_batch_size: int | None = flag(
+        None,
+        "images per optimizer step, over all processes; sets --gradient_accumulation_steps (default: "
+        "--train_batch_size x processes x --gradient_accumulation_steps)",
+        type=at_least_one,
+        fixed=True,
+    )
+    max_train_steps: int | None = flag(None, "length of the training in optimizer steps", type=at_least_one)
+    num_train_epochs: float | None = flag(None, "length of the training in epochs", type=positive_float)
+    max_train_kimg: float | None = flag(None, "length of the training in thousands of images", type=positive_float)
+    max_train_time: float | None = flag(
+        None,
+        "minutes after which a checkpoint is saved and the script ends as after SIGTERM, with exit code "
+        f"{EXIT_STOPPED} (default: no limit)",
+        type=positive_float,
+    )
+    seed: int = flag(
+        0, "seed of weights, data order, noise and dropout", type=number_type(int, 0, 2**64 - 1), fixed=True
+    )
+
+    def __post_init__(self):
+        require_one(self, DURATIONS)
+        if len(given(self, ("global_batch_size", "gradient_accumulation_steps"))) == 2:
+            raise UserError("--global_batch_size sets --gradient_accumulation_steps: give only one of them")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The update of the weights."""
+
+    optimizer: str = flag(
+        "adamw",
+        "muon: Muon for the matrices of the blocks, AdamW for all other parameters",
         choices=("adamw", "muon"),
-        default="adamw",
-        help="muon: for the matrices of the blocks, with AdamW for the rest",
+        fixed=True,
     )
-    group.add_argument("--learning_rate", type=not_negative, default=1e-4)
-    group.add_argument(
-        "--muon_lr_ratio",
-        type=number_type(float, 0, open_ends=True),
-        default=3.0,
-        help="learning rate of muon as a multiple of --learning_rate; at 1 its updates are as large as AdamW's",
+    learning_rate: float = flag(1e-4, "peak learning rate", type=non_negative_float, fixed=True)
+    muon_lr_ratio: float = flag(
+        3.0,
+        "learning rate of Muon as a multiple of --learning_rate; at 1 its updates are as large as AdamW's",
+        type=positive_float,
+        fixed=True,
+        fixed_if=("optimizer", "muon"),
     )
-    group.add_argument("--lr_scheduler", choices=SCHEDULES, default="constant_with_warmup")
-    group.add_argument("--lr_warmup_steps", type=natural, help="default 500")
-    group.add_argument("--lr_warmup_kimg", type=not_negative, help="the same in thousands of images")
-    group.add_argument("--lr_decay_steps", type=natural, help="of warmup_stable_decay: the last so many steps")
-    group.add_argument("--lr_decay_kimg", type=not_negative, help="the same in thousands of images")
-    group.add_argument("--lr_num_cycles", type=positive, default=1, help="of cosine_with_restarts")
-    group.add_argument("--lr_power", type=not_negative, default=1.0, help="of polynomial")
-    group.add_argument(
-        "--lr_step_rules", type=step_rules_type, help="of piecewise_constant, e.g. 1:1000,0.1:2000,0.01"
+    adam_beta1: float = flag(0.9, "decay of AdamW's first moment", type=beta, fixed=True)
+    adam_beta2: float = flag(0.999, "decay of AdamW's second moment", type=beta, fixed=True)
+    adam_weight_decay: float = flag(
+        0.0, "decoupled weight decay of all parameters", type=non_negative_float, fixed=True
     )
-    group.add_argument("--adam_beta1", type=number_type(float, 0, 1 - 1e-9), default=0.9)
-    group.add_argument("--adam_beta2", type=number_type(float, 0, 1 - 1e-9), default=0.999)
-    group.add_argument("--adam_weight_decay", type=not_negative, default=0.0)
-    group.add_argument("--adam_epsilon", type=number_type(float, 0, open_ends=True), default=1e-8)
-    group.add_argument("--max_grad_norm", type=number_type(float, 0, open_ends=True), default=1.0)
-    group.add_argument(
-        "--max_bad_steps",
-        type=positive,
-        default=20,
-        help="steps in a row that may be left out because the loss or the gradient is not finite; then training ends",
+    adam_epsilon: float = flag(1e-8, "added to AdamW's denominator", type=positive_float, fixed=True)
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this global norm", type=positive_float, fixed=True)
+    max_bad_steps: int = flag(
+        20,
+        "consecutive steps that may be skipped because the loss or the gradient is non-finite; then training ends",
+        type=at_least_one,
     )
-    group.add_argument("--use_ema", action=flag, default=True)
-    group.add_argument("--ema_max_decay", type=share, default=0.9999)
-    group.add_argument("--ema_inv_gamma", type=number_type(float, 0, open_ends=True), default=1.0)
-    group.add_argument("--ema_power", type=not_negative, default=0.75)
-    group.add_argument(
-        "--ema_half_life_kimg",
-        type=number_type(float, 0, open_ends=True),
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over optimizer steps."""
+
+    lr_scheduler: str = flag("constant_with_warmup", "learning-rate schedule", choices=SCHEDULES, fixed=True)
+    lr_warmup_steps: int | None = flag(
+        None, "length of the linear warm-up in optimizer steps (default: 500)", type=at_least_zero, fixed=True
+    )
+    lr_warmup_kimg: float | None = flag(
+        None, "length of the linear warm-up in thousands of images", type=non_negative_float, fixed=True
+    )
+    lr_decay_steps: int | None = flag(
+        None,
+        "warmup_stable_decay only: length of the final decay in optimizer steps",
+        type=at_least_zero,
+        fixed=True,
+    )
+    lr_decay_kimg: float | None = flag(
+        None,
+        "warmup_stable_decay only: length of the final decay in thousands of images",
+        type=non_negative_float,
+        fixed=True,
+    )
+    lr_num_cycles: int = flag(1, "cosine_with_restarts only: number of cycles", type=at_least_one, fixed=True)
+    lr_power: float = flag(1.0, "polynomial only: exponent of the decay", type=non_negative_float, fixed=True)
+    lr_step_rules: str | None = flag(
+        None,
+        "piecewise_constant only: multiples of --learning_rate and the steps up to which they hold, e.g. "
+        "1:1000,0.1:2000,0.01",
+        type=step_rules_type,
+        fixed=True,
+    )
+
+    def __post_init__(self):
+        refuse_both(self, "lr_warmup_steps", "lr_warmup_kimg")
+        refuse_both(self, "lr_decay_steps", "lr_decay_kimg")
+        decay = given(self, ("lr_decay_steps", "lr_decay_kimg"))
+        if (self.lr_scheduler == "warmup_stable_decay") != bool(decay):
+            raise UserError(
+                "--lr_scheduler warmup_stable_decay and --lr_decay_steps (or --lr_decay_kimg) need each other"
+            )
+        if self.lr_scheduler == "piecewise_constant" and self.lr_step_rules is None:
+            raise UserError("--lr_scheduler piecewise_constant needs --lr_step_rules")
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    """Averages of the weights."""
+
+    use_ema: bool = flag(True, "keep an exponential moving average (EMA) of the weights", fixed=True)
+    ema_max_decay: float = flag(0.9999, "upper limit of the EMA's decay per step", type=fraction, fixed=True)
+    ema_inv_gamma: float = flag(
+        1.0, "warm-up of the decay: 1 - (1 + step / inv_gamma) ** -power", type=positive_float, fixed=True
+    )
+    ema_power: float = flag(
+        0.75, "exponent of the warm-up of the decay, see --ema_inv_gamma", type=non_negative_float, fixed=True
+    )
+    ema_half_life_kimg: tuple[float, ...] | None = flag(
+        None,
+        "half-life of the EMA in thousands of images, as in EDM, instead of --ema_max_decay, --ema_inv_gamma and "
+        "--ema_power; several values keep several averages",
+        type=positive_float,
         nargs="+",
         metavar="KIMG",
-        help="EMA by images seen, as in EDM, in place of the three flags before; several widths are kept side by side",
+        fixed=True,
     )
-    group.add_argument(
-        "--ema_ramp_up",
+    ema_ramp_up: float = flag(
+        0.05,
+        "upper limit of --ema_half_life_kimg as a fraction of the images seen so far",
         type=number_type(float, 1e-6, 1),
-        default=0.05,
-        help="half-lives are at most this share of the images seen so far",
+        fixed=True,
     )
 
-    group = parser.add_argument_group("precision")
-    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's own config")
-    group.add_argument("--allow_tf32", action=flag, default=False)
-    group.add_argument("--deterministic", action=flag, default=False, help="deterministic algorithms only")
+    def __post_init__(self):
+        if self.ema_half_life_kimg is None:
+            return
+        if not self.use_ema:
+            raise UserError("--ema_half_life_kimg needs --use_ema")
+        if len({f"{kimg:g}" for kimg in self.ema_half_life_kimg}) < len(self.ema_half_life_kimg):
+            raise UserError(f"--ema_half_life_kimg: {list(self.ema_half_life_kimg)} holds a value twice")
 
-    group = parser.add_argument_group("validation, checkpoints, logs")
-    group.add_argument("--output_dir", type=path_type, default="outputs/diffit")
-    group.add_argument(
-        "--overwrite_output_dir", action=flag, default=False, help="delete its checkpoints, previews, metrics and logs"
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Number formats and algorithms."""
+
+    mixed_precision: str | None = flag(
+        None, "precision of the forward pass (default: that of accelerate's config)", choices=("no", "fp16", "bf16")
     )
-    group.add_argument("--checkpointing_steps", type=positive, default=500)
-    group.add_argument("--checkpoints_total_limit", type=positive, help="keep so many, delete the oldest")
-    group.add_argument("--resume_from_checkpoint", type=path_type, help="latest, or the path of a checkpoint")
-    group.add_argument("--validation_split", help="split of --dataset_name that is held out")
-    group.add_argument("--validation_fraction", type=number_type(float, 0, 1, open_ends=True), help="held-out share")
-    group.add_argument("--validation_steps", type=positive, default=1000, help="preview, loss, pipeline folder")
-    group.add_argument("--validation_loss_images", type=positive, default=1024, help="most for the held-out loss")
-    group.add_argument("--num_validation_images", type=positive, default=64, help="images in the preview grid")
-    group.add_argument(
-        "--validation_inference_steps",
-        type=positive,
-        default=50,
-        help="of the preview, by DDIM, or by DPM-Solver++ for edm",
+    allow_tf32: bool = flag(False, "allow TensorFloat-32 matrix products and convolutions on NVIDIA GPUs")
+    deterministic: bool = flag(False, "use deterministic algorithms only")
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Held-out images, previews and the exported pipeline."""
+
+    validation_split: str | None = flag(None, "split of --dataset_name that is held out")
+    validation_fraction: float | None = flag(
+        None, "fraction of the images that is held out", type=number_type(float, 0, 1, open_ends=True)
     )
-    group.add_argument("--validation_guidance_scale", type=not_negative, default=1.0)
-    group.add_argument("--validation_guidance_schedule", choices=GUIDANCE_SCHEDULES, default="constant")
-    group.add_argument("--validation_guidance_power", type=number_type(float, 0, open_ends=True), default=4.0)
-    group.add_argument(
-        "--validation_guidance_interval",
-        type=share,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        default=[0.0, 1.0],
-        help="timesteps that are guided, as shares of all",
+    validation_steps: int = flag(
+        1000,
+        "optimizer steps between validations: held-out loss, preview grid and pipeline folder",
+        type=at_least_one,
     )
-    group.add_argument("--validation_guidance_channels", type=positive, help="guide the first so many; default: all")
-    group.add_argument(
-        "--validation_guidance_model", type=path_type, help="folder of a weaker model: autoguidance of the preview"
+    validation_loss_images: int = flag(1024, "maximum number of images used for the held-out loss", type=at_least_one)
+    num_validation_images: int = flag(64, "images in the preview grid", type=at_least_one)
+    validation_inference_steps: int = flag(
+        50, "denoising steps of the previews, by DDIM, or by DPM-Solver++ for EDM", type=at_least_one
     )
-    group.add_argument("--eval_steps", type=positive, help="metrics of each average, and the best one kept in best/")
-    group.add_argument("--eval_num_images", type=number_type(int, 8), default=1000, help="samples for the metrics")
-    group.add_argument(
-        "--eval_metrics",
+    guidance: GuidanceConfig = nested(GuidanceConfig, "validation_guidance_")
+
+    def __post_init__(self):
+        refuse_both(self, "validation_split", "validation_fraction")
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """Metrics during training."""
+
+    eval_steps: int | None = flag(
+        None,
+        "optimizer steps between metrics of each average; the best one is kept in best/ (default: no metrics)",
+        type=at_least_one,
+    )
+    eval_num_images: int = flag(1000, "samples for the metrics", type=number_type(int, 8))
+    eval_metrics: tuple[str, ...] = flag(
+        ("frechet_distance", "kernel_distance"),
+        "metrics to compute; the first one selects the best average",
         nargs="+",
         choices=("frechet_distance", "kernel_distance", "precision", "recall"),
-        default=["frechet_distance", "kernel_distance"],
-        help="the first decides what is best",
     )
-    group.add_argument("--feature_extractor", default="inception", help="of eval_diffit.py; so are the next two")
-    group.add_argument("--feature_model", type=path_type, help="folder or hub name, for dinov2 and clip")
-    group.add_argument("--inception_path", type=path_type, help="TorchScript file; default: it is downloaded")
-    group.add_argument("--logging_dir", type=path_type, default="logs", help="in --output_dir")
-    group.add_argument("--logging_steps", type=positive, default=10)
-    group.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, all or none")
+    feature_extractor: str = flag("inception", "feature extractor for --eval_metrics (see eval_diffit.py)")
+    feature_model: str | None = flag(
+        None, "folder or hub name of the weights of the feature extractors dinov2 and clip", type=path_type
+    )
+    inception_path: str | None = flag(
+        None, "TorchScript file of the feature extractor inception (default: it is downloaded)", type=path_type
+    )
 
-    group = parser.add_argument_group("hub")
-    group.add_argument("--push_to_hub", action=flag, default=False, help="upload the pipeline folder at the end")
-    group.add_argument("--hub_model_id")
-    group.add_argument(
-        "--hub_token", help="better: `hf auth login`, since launchers may print the command line of a run that fails"
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The folder of the run: checkpoints and logs."""
+
+    output_dir: str = flag("outputs/diffit", "folder of the run", type=path_type)
+    overwrite_output_dir: bool = flag(
+        False, "delete the checkpoints, previews, metrics and logs of an earlier run in --output_dir"
     )
-    group.add_argument("--hub_private_repo", action=flag, default=False)
+    checkpointing_steps: int = flag(500, "optimizer steps between checkpoints", type=at_least_one)
+    checkpoints_total_limit: int | None = flag(
+        None, "number of checkpoints to keep; older ones are deleted (default: all)", type=at_least_one
+    )
+    resume_from_checkpoint: str | None = flag(
+        None, "`latest`, or the path of a checkpoint (default: start from scratch)", type=path_type
+    )
+    logging_dir: str = flag("logs", "folder of the logs inside --output_dir", type=path_type)
+    logging_steps: int = flag(10, "optimizer steps between log entries", type=at_least_one)
+    report_to: str = flag("tensorboard", "trackers: tensorboard, wandb, all or none")
+    dry_run: bool = flag(False, "check everything, print the resolved flags and sizes, and stop")
+
+    def __post_init__(self):
+        if self.overwrite_output_dir and self.resume_from_checkpoint:
+            raise UserError(
+                "--overwrite_output_dir would delete what --resume_from_checkpoint needs: give one of them"
+            )
+        if self.report_to not in ("tensorboard", "wandb", "all", "none"):
+            raise UserError(f"--report_to: expected tensorboard, wandb, all or none, got {self.report_to!r}")
+        if self.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
+            raise UserError("--report_to wandb: wandb is not installed")
+        logs = Path(self.logging_dir)
+        if logs.is_absolute() or ".." in logs.parts or logs == Path():
+            raise UserError(f"--logging_dir must be a folder inside --output_dir, got {self.logging_dir!r}")
+
+
+@dataclass(frozen=True)
+class HubConfig:
+    """The upload to the hub."""
+
+    push_to_hub: bool = flag(False, "upload the pipeline folder at the end")
+    hub_model_id: str | None = flag(None, "name of the repository (default: that of --output_dir)")
+    hub_token: str | None = flag(
+        None, "access token; better: `hf auth login`, since launchers may print the command line of a run that fails"
+    )
+    hub_private_repo: bool = flag(False, "create a private repository")
+
+    def __post_init__(self):
+        if self.hub_token is not None and not re.fullmatch(r"[!-~]+", self.hub_token):
+            raise UserError("--hub_token must be printable ASCII without blanks")  # an HTTP error would show it
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All that is asked of a training."""
+
+    model: ModelConfig = nested(ModelConfig)
+    data: DataConfig = nested(DataConfig)
+    diffusion: DiffusionConfig = nested(DiffusionConfig)
+    batch: BatchConfig = nested(BatchConfig)
+    optimizer: OptimizerConfig = nested(OptimizerConfig)
+    schedule: ScheduleConfig = nested(ScheduleConfig)
+    ema: EmaConfig = nested(EmaConfig)
+    precision: PrecisionConfig = nested(PrecisionConfig)
+    validation: ValidationConfig = nested(ValidationConfig)
+    metrics: MetricsConfig = nested(MetricsConfig)
+    run: RunConfig = nested(RunConfig)
+    hub: HubConfig = nested(HubConfig)
+    debug: bool = False
+
+    def model_folders(self) -> dict[str, str | None]:
+        """Folders or hub names of the models that the run reads, by their flags."""
+        return {
+            "--pretrained_model_name_or_path": self.model.pretrained_model_name_or_path,
+            "--vae_model_name_or_path": self.model.vae_model_name_or_path,
+            "--validation_guidance_model": self.validation.guidance.model,
+        }
+
+    def __post_init__(self):
+        in_latents = self.model.vae_model_name_or_path is not None
+        if self.validation.validation_split is not None and self.data.dataset_name is None:
+            raise UserError("--validation_split needs --dataset_name; use --validation_fraction")
+        if self.data.augmentation_probability > 0 and in_latents:
+            raise UserError("--augmentation_probability is for pixel-space training, not for latent-space training")
+        if self.data.latents_dir is not None and not in_latents:
+            raise UserError(
+                "--latents_dir needs --vae_model_name_or_path, to decode the previews and for the saved folder"
+            )
+        if self.metrics.eval_steps is not None and self.data.latents_dir is not None:
+            raise UserError("--eval_steps compares with images, and --latents_dir holds none")
+        if self.metrics.eval_steps is not None and self.data.on_bad_image == "skip":
+            raise UserError("--eval_steps needs images that can be read: give --on_bad_image error")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the command line and YAML, and back
+
+
+def build_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """All flags, in one group per concern."""
+    parser = Parser(description)
+    parser.add_argument("--config", type=path_type, help="YAML list of flags, e.g. configs/train/quickstart.yaml")
+    for field in dataclasses.fields(TrainConfig):
+        if field.metadata:
+            add_flags(parser, field.type, title=TITLES.get(field.name, field.name))
     return parser
 
 
@@ -276,19 +580,7 @@ def config_file_argv(parser: argparse.ArgumentParser, path: str, skip: set[str])
         path: the YAML file: a mapping of long flag names without dashes to values.
         skip: keys to leave out.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = yaml.load(text, Loader=yaml.BaseLoader)  # every scalar stays the string that is written there
-        keys = [key.value for key, _ in yaml.compose(text).value] if isinstance(values, dict) else []
-    except OSError as error:
-        parser.error(f"--config: cannot read {path}: {error.strerror}")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        parser.error(f"--config: {path} is not valid YAML: {error}")
-    if not isinstance(values, dict):
-        parser.error(f"--config: {path} must be a list of `flag: value`")
-    for key in keys:
-        if keys.count(key) > 1:
-            parser.error(f"{path}: {key} is given twice")
+    values = read_config_file(parser, path)
     actions = {action.dest: action for action in parser._actions}
     argv = []
     for key, value in values.items():
@@ -301,18 +593,10 @@ def config_file_argv(parser: argparse.ArgumentParser, path: str, skip: set[str])
             if value not in ("true", "false"):
                 parser.error(f"{path}: {key} must be true or false, got {value!r}")
             argv.append(f"--{key}" if value == "true" else f"--no-{key}")
-        elif isinstance(value, list) and actions[key].nargs in (2, "+") and key != "model_kwargs":
-            argv += [f"--{key}", *map(str, value)]
         elif key == "model_kwargs":
-            if not isinstance(value, dict):
-                parser.error(f"{path}: {key} must be a mapping, got {value!r}")
-            for name, item in value.items():
-                if not isinstance(item, str) and not (
-                    isinstance(item, list) and all(isinstance(v, str) for v in item)
-                ):
-                    parser.error(f"{path}: {key}: {name} must be a value or a list of values, got {item!r}")
-                value[name] = item if isinstance(item, str) else f"[{', '.join(item)}]"
-            argv += [f"--{key}", *(f"{name}={item}" for name, item in value.items())]
+            argv += [f"--{key}", *model_kwargs_argv(parser, f"{path}: {key}", value)]
+        elif isinstance(value, list) and actions[key].nargs in (2, "+"):
+            argv += [f"--{key}", *map(str, value)]
         elif not isinstance(value, str) or value in ("", "null", "~"):
             parser.error(f"{path}: {key} must be one value, got {value!r}")
         else:
@@ -320,16 +604,48 @@ def config_file_argv(parser: argparse.ArgumentParser, path: str, skip: set[str])
     return argv
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads --config and the command line, and checks what can be checked without touching data or models.
+def read_config_file(parser: argparse.ArgumentParser, path: str) -> dict:
+    """The mapping of a YAML config file, in which every scalar stays the string that is written there."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = yaml.load(text, Loader=yaml.BaseLoader)
+        keys = [key.value for key, _ in yaml.compose(text).value] if isinstance(values, dict) else []
+    except OSError as error:
+        parser.error(f"--config: cannot read {path}: {error.strerror}")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        parser.error(f"--config: {path} is not valid YAML: {error}")
+    if not isinstance(values, dict):
+        parser.error(f"--config: {path} must be a list of `flag: value`")
+    for key in keys:
+        if keys.count(key) > 1:
+            parser.error(f"{path}: {key} is given twice")
+    return values
 
-    A flag of `ALTERNATIVES` on the command line takes the place of its alternatives in the config file.
+
+def model_kwargs_argv(parser: argparse.ArgumentParser, where: str, value: Any) -> list[str]:
+    """KEY=VALUE pairs of a mapping of strings, or of lists of strings."""
+    if not isinstance(value, dict):
+        parser.error(f"{where} must be a mapping, got {value!r}")
+    pairs = []
+    for name, item in value.items():
+        if isinstance(item, list) and all(isinstance(v, str) for v in item):
+            item = f"[{', '.join(item)}]"
+        if not isinstance(item, str):
+            parser.error(f"{where}: {name} must be a value or a list of values, got {item!r}")
+        pairs.append(f"{name}={item}")
+    return pairs
+
+
+def parse_args(argv: list[str] | None = None, description: str | None = None) -> TrainConfig:
+    """Reads --config and the command line.
+
+    A flag of `ALTERNATIVES` on the command line replaces its alternatives in the config file.
 
     Raises:
         SystemExit: with a message that names the flag.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = build_parser()
+    parser = build_parser(description)
     first = argparse.ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
     first.error = parser.error
     first.add_argument("--config", type=path_type)
@@ -337,94 +653,37 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if config is not None:
         flags = {argument.split("=")[0].removeprefix("--") for argument in argv if argument.startswith("--")}
         skip = {name for group in ALTERNATIVES if flags & set(group) for name in group}
-        if "lr_scheduler" in flags:  # the decay of the file's own schedule
+        if "lr_scheduler" in flags:  # the decay belongs to the file's own schedule
             skip |= {"lr_decay_steps", "lr_decay_kimg"}
         argv = config_file_argv(parser, config, skip) + argv
-    args = parser.parse_args(argv)
-
-    given = [name for name in DURATIONS if getattr(args, name) is not None]
-    if len(given) != 1:
-        got = " and ".join(f"--{name} {getattr(args, name)}" for name in given) or "none"
-        parser.error(f"give exactly one of {', '.join('--' + name for name in DURATIONS)}; got {got}")
-    sources = [name for name in DATA_SOURCES if getattr(args, name) is not None]
-    if len(sources) != 1:
-        got = " and ".join(f"--{name}" for name in sources) or "none"
-        parser.error(f"give exactly one of {', '.join('--' + name for name in DATA_SOURCES)}; got {got}")
-    if args.global_batch_size is not None and args.gradient_accumulation_steps is not None:
-        parser.error("--global_batch_size sets --gradient_accumulation_steps: give only one of them")
-    if args.model_config is None and args.pretrained_model_name_or_path is None:
-        parser.error("give --model_config or --pretrained_model_name_or_path")
-    if args.model_config is not None and args.pretrained_model_name_or_path is not None:
-        parser.error("--pretrained_model_name_or_path brings its own architecture: do not give --model_config as well")
-    if args.validation_split is not None and args.dataset_name is None:
-        parser.error("--validation_split needs --dataset_name; use --validation_fraction")
-    if args.validation_split is not None and args.validation_fraction is not None:
-        parser.error("give --validation_split or --validation_fraction, not both")
-    if args.augmentation_probability > 0 and args.vae_model_name_or_path is not None:
-        parser.error("--augmentation_probability is for training in pixels, not in latents")
-    if args.latents_dir is not None and args.vae_model_name_or_path is None:
-        parser.error("--latents_dir needs --vae_model_name_or_path, to decode the previews and for the saved folder")
-    if args.eval_steps is not None and args.latents_dir is not None:
-        parser.error("--eval_steps compares with images, and --latents_dir holds none")
-    if args.eval_steps is not None and args.on_bad_image == "skip":
-        parser.error("--eval_steps needs images that can be read: give --on_bad_image error")
-    if args.reset_class_embeddings and args.pretrained_model_name_or_path is None:
-        parser.error("--reset_class_embeddings needs --pretrained_model_name_or_path")
-    for name in ("lr_warmup", "lr_decay"):
-        if getattr(args, f"{name}_steps") is not None and getattr(args, f"{name}_kimg") is not None:
-            parser.error(f"give --{name}_steps or --{name}_kimg, not both")
-    decay = [name for name in ("lr_decay_steps", "lr_decay_kimg") if getattr(args, name) is not None]
-    if (args.lr_scheduler == "warmup_stable_decay") != bool(decay):
-        parser.error("--lr_scheduler warmup_stable_decay and --lr_decay_steps (or --lr_decay_kimg) need each other")
-    if args.ema_half_life_kimg is not None:
-        if not args.use_ema:
-            parser.error("--ema_half_life_kimg needs --use_ema")
-        if len({f"{kimg:g}" for kimg in args.ema_half_life_kimg}) < len(args.ema_half_life_kimg):
-            parser.error(f"--ema_half_life_kimg: {args.ema_half_life_kimg} names a width twice")
-    if args.validation_guidance_scale == 1:
-        for name in ("validation_guidance_channels", "validation_guidance_model"):
-            if getattr(args, name) is not None:
-                parser.error(f"--{name} needs a --validation_guidance_scale other than 1, which is off")
-    low, high = args.validation_guidance_interval
-    if low >= high:
-        parser.error(f"--validation_guidance_interval must be LOW < HIGH, got {low} {high}")
-    if args.lr_scheduler == "piecewise_constant" and args.lr_step_rules is None:
-        parser.error("--lr_scheduler piecewise_constant needs --lr_step_rules")
-    if args.overwrite_output_dir and args.resume_from_checkpoint:
-        parser.error("--overwrite_output_dir would delete what --resume_from_checkpoint needs: give one of them")
-    if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
-        parser.error("--mixed_precision fp16 does not exist on a CPU (accelerate would train in fp32): use bf16 or no")
-    if args.report_to not in ("tensorboard", "wandb", "all", "none"):
-        parser.error(f"--report_to: expected tensorboard, wandb, all or none, got {args.report_to!r}")
-    if args.report_to == "wandb" and not is_wandb_available():
-        parser.error("--report_to wandb: wandb is not installed")
-    if (
-        Path(args.logging_dir).is_absolute()
-        or ".." in Path(args.logging_dir).parts
-        or Path(args.logging_dir) == Path()
-    ):
-        parser.error(f"--logging_dir must be a folder inside --output_dir, got {args.logging_dir!r}")
-    if args.hub_token is not None and not re.fullmatch(r"[!-~]+", args.hub_token):
-        parser.error("--hub_token must be printable ASCII without blanks")  # an HTTP error would show it
-    for pair in args.model_kwargs or []:
-        if "=" not in pair:
-            parser.error(f"--model_kwargs: expected KEY=VALUE, got {pair!r}")
-    args.class_conditional = args.class_conditional or args.label_column is not None
-    return args
+    values = vars(parser.parse_args(argv))
+    values["class_conditional"] = values["class_conditional"] or values["label_column"] is not None
+    try:
+        return from_flags(TrainConfig, values)
+    except UserError as error:
+        parser.error(message_of(error))
 
 
-def args_to_config(args: argparse.Namespace) -> dict:
-    """The arguments as a config file holds them, fit to be given to --config again: without the token and what is
-    derived from other flags, and only what is set."""
-    private = {"hub_token", "config", "debug", "dry_run", "resume_from_checkpoint", "overwrite_output_dir"}
-    derived = {"gradient_accumulation_steps"}  # from the global batch size
-    if args.num_train_epochs is not None or args.max_train_kimg is not None:
-        derived.add("max_train_steps")
-    derived |= {f"{name}_steps" for name in ("lr_warmup", "lr_decay") if getattr(args, f"{name}_kimg") is not None}
-    values = {key: value for key, value in vars(args).items() if key not in private | derived and value is not None}
-    if args.resolution is not None:
-        values["resolution"] = "x".join(map(str, args.resolution))
-    if args.model_kwargs is not None:
-        pairs = [pair.split("=", 1) for pair in args.model_kwargs]
+def args_to_config(config: TrainConfig, resolved: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The flags of a run as a config file holds them, fit to be given to --config: only those that are set.
+
+    Args:
+        config: as asked.
+        resolved: values that follow from it (see `Plan.resolved_flags`), for flags that were not given.
+    """
+    flags = to_flags(config)
+    flags |= {name: value for name, value in (resolved or {}).items() if flags[name] is None}
+    if flags["lr_warmup_kimg"] is not None:
+        del flags["lr_warmup_steps"]
+    values = {name: value for name, value in flags.items() if name not in OF_THIS_START and value is not None}
+    if "global_batch_size" in values:  # from which the accumulation follows
+        values.pop("gradient_accumulation_steps", None)
+    if "resolution" in values:
+        values["resolution"] = "x".join(map(str, values["resolution"]))
+    if "model_kwargs" in values:
+        pairs = [pair.split("=", 1) for pair in values["model_kwargs"]]
         values["model_kwargs"] = {key: yaml.safe_load(value) for key, value in pairs}
     return values
+
+
+FIXED = {name: field for name, field in flag_fields(TrainConfig) if field.metadata["fixed"]}

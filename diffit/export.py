@@ -1,24 +1,25 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The pipeline folder: its weights, model card and upload."""
+"""The pipeline folder: weights, model card and upload."""
 
-import argparse
 import glob
 import json
 import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import yaml
 from accelerate.logging import get_logger
-from diffusers import AutoencoderKL, DDPMPipeline, ModelMixin, SchedulerMixin
+from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, ModelMixin, SchedulerMixin
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from diffit.config import args_to_config
+from diffit.config import EmaConfig, HubConfig, MetricsConfig
 from diffit.errors import RunError, UserError
-from diffit.formulations import NoiseScheduler
 from diffit.optimization import TrainingState
+from diffit.plan import Plan
 from diffit.run_dir import PIPELINE_FILES, PIPELINE_FOLDERS, OutputFolder
-from diffit.sources import Table
 from diffit_pipeline import DiffiTPipeline, component_name
 
 logger = get_logger(__name__, log_level="INFO")
@@ -30,47 +31,75 @@ def build_pipeline(
     scheduler: SchedulerMixin,
     id2label: dict[str, str] | None = None,
 ) -> DiffiTPipeline:
-    """What draws previews, and what all runs save but unconditional ones of DDPM in pixels."""
+    """Builds the `DiffiTPipeline` used for previews and for export.
+
+    Unconditional pixel-space DDPM runs export a plain `DDPMPipeline` instead.
+    """
     return DiffiTPipeline(
         scheduler=scheduler, id2label=id2label, vae=vae, **{"unet": None, component_name(model): model}
     )
 
 
+@dataclass(frozen=True)
+class RunFacts:
+    """What a pipeline folder tells about its run, besides the weights.
+
+    Attributes:
+        name: of the model in its card: that on the hub, or that of its folder.
+        dataset_name: --dataset_name, or None for images from files.
+        data_source: name of the training data in words.
+        flags: of the run, as a config file holds them.
+        plan: of the run.
+        ema: which averages there are.
+        metrics: how samples are evaluated.
+        vae: of a latent-space model, or None.
+    """
+
+    name: str
+    dataset_name: str | None
+    data_source: str
+    flags: dict[str, Any]
+    plan: Plan
+    ema: EmaConfig
+    metrics: MetricsConfig
+    vae: AutoencoderKL | None
+
+
 def save_pipeline(
-    args: argparse.Namespace,
+    facts: RunFacts,
+    run_dir: OutputFolder,
     state: TrainingState,
-    vae: AutoencoderKL | None,
-    noise_scheduler: NoiseScheduler,
-    table: Table,
     average: str,
     validation: dict[str, float],
     grid: PIL.Image.Image,
-    run_dir: OutputFolder,
     target: str = "",
 ) -> None:
-    """Writes a pipeline folder: weights as they are now, scheduler, arguments, model card.
+    """Writes a pipeline folder: weights as they are now, scheduler, flags, model card.
 
-    It replaces the one that was there; a file that someone has changed since, such as the model card, stays.
+    It replaces the earlier one; a file that someone has changed since, such as the model card, stays.
 
     Args:
-        average: name of the average whose weights they are, or "".
-        validation: its held-out losses and metrics, as far as there are any.
-        grid: its preview.
+        facts: of the run.
         run_dir: the folder of the run.
-        target: folder in it, or "" for itself.
+        state: holds the network.
+        average: name of the average whose weights the network holds now, or "".
+        validation: its held-out losses and metrics, so far as there are any.
+        grid: its preview.
+        target: folder inside that of the run, or "" for that folder itself.
     """
     folder = run_dir.folder / "tmp-pipeline"
     run_dir.remove(["tmp-pipeline/"])
     run_dir.announce(["tmp-pipeline/"])
-    if args.class_conditional or component_name(state.model) == "transformer" or args.formulation == "edm":
-        names = table.class_names if args.class_conditional else ()
-        id2label = {str(number): name for number, name in enumerate(names)} or None
-        build_pipeline(state.model, vae, noise_scheduler, id2label).save_pretrained(folder)
+    plan, scheduler = facts.plan, facts.plan.formulation.scheduler
+    is_plain = plan.class_names is None and component_name(state.model) == "unet"
+    if is_plain and isinstance(scheduler, DDPMScheduler):
+        DDPMPipeline(state.model, scheduler).save_pretrained(folder)
     else:
-        DDPMPipeline(state.model, noise_scheduler).save_pretrained(folder)
-    (folder / "training_args.yaml").write_text(yaml.safe_dump(args_to_config(args)))
+        id2label = {str(number): name for number, name in enumerate(plan.class_names or ())} or None
+        build_pipeline(state.model, facts.vae, scheduler, id2label).save_pretrained(folder)
+    (folder / "training_args.yaml").write_text(yaml.safe_dump(facts.flags))
     grid.save(folder / "sample_grid.png")
-    model_card(args, state, table, average, validation).save(folder / "README.md")
+    model_card(facts, state, average, validation).save(folder / "README.md")
     kept = run_dir.publish(folder, target, earlier=pipeline_files(run_dir, target))
     if kept:
         logger.warning(f"changed since they were written, so left as they are: {', '.join(kept)} in {run_dir.folder}")
@@ -83,107 +112,127 @@ def pipeline_files(run_dir: OutputFolder, target: str = "") -> list[str]:
     return [name for name, part in inner.items() if part in PIPELINE_FILES or part.split("/")[0] in PIPELINE_FOLDERS]
 
 
-def model_card(
-    args: argparse.Namespace, state: TrainingState, table: Table, average: str, validation: dict[str, float]
-) -> ModelCard:
-    """What was trained on what, and how to load it."""
-    model_name = pipeline_name(args)
-    # A path of the machine that trained is of no use to others, so only its last part is told.
-    source = args.dataset_name or Path(table.source).name
-    data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
-        tags=["diffusers", "diffit", "class-conditional" if args.class_conditional else "unconditional"],
-        datasets=[args.dataset_name] if args.dataset_name and not Path(args.dataset_name).exists() else None,
-    )
-    num_parameters = sum(parameter.numel() for parameter in state.model.parameters())
-    objective = f"{args.prediction_type}, {args.beta_schedule} betas, {args.num_train_timesteps} timesteps"
-    if args.formulation == "edm":
-        objective = f"EDM, ln sigma of mean {args.sigma_mean} and standard deviation {args.sigma_std}"
-    weights = f"EMA, decay up to {args.ema_max_decay}" if args.use_ema else "as trained, no EMA"
-    if args.ema_half_life_kimg is not None:
-        widths = ", ".join(f"{kimg:g}" for kimg in args.ema_half_life_kimg)
-        criterion = next((key.removeprefix("eval/") for key in validation if key.startswith("eval/")), "held-out loss")
-        chosen = f"the best by {criterion.replace('_', ' ')}" if validation else "the first"
-        weights = f"`{average}`: EMA over a half-life counted in images (kimg), {chosen} of {widths}"
-    classes = ""
-    steps = 18 if args.formulation == "edm" else args.num_train_timesteps
-    call = f"pipeline(batch_size=4, num_inference_steps={steps}).images"
-    if args.class_conditional:
-        classes = f"\nClasses: {', '.join(table.class_names[:50])}{', ...' if len(table.class_names) > 50 else ''}.\n"
-        call = f"pipeline(class_labels=[{table.class_names[0]!r}] * 4, num_inference_steps={min(50, steps)}).images"
-    rows = {
-        "network": f"`{type(state.model).__name__}`, {num_parameters / 1e6:.1f} M parameters",
-        "data": f"{source}, {len(table):,} images, {'x'.join(map(str, args.resolution))} pixels",
-        "optimizer steps": f"{state.global_step:,} of {args.max_train_steps:,}, {args.global_batch_size} images each",
-        "images seen": f"{state.position:,}",
-        "objective": objective,
-        "weights": weights,
-    }
-    if "validation/loss" in validation:
-        rows["held-out loss"] = f"{validation['validation/loss']:.4f}"
-    for key, value in validation.items():
-        if key.startswith("eval/"):
-            rows[key.removeprefix("eval/").replace("_", " ")] = (
-                f"{value:.4g} ({args.feature_extractor}, {args.eval_num_images:,} images)"
-            )
-    table_text = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    return ModelCard(f"""---
-{data.to_yaml()}
+CARD = """---
+{data}
 ---
 
-# {model_name}
+# {name}
 
 A diffusion model in the form of DiffiT ([arXiv 2312.02139](https://arxiv.org/abs/2312.02139)), trained with DiffiT
 for diffusers. All arguments: `training_args.yaml`.
 
 | | |
 |---|---|
-{table_text}
+{rows}
 {classes}
 ![Samples of the seeds 0, 1, 2, ...](sample_grid.png)
 
 ```python
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained({json.dumps(model_name)}, trust_remote_code=True)
+pipeline = DiffusionPipeline.from_pretrained({quoted_name}, trust_remote_code=True)
 images = {call}
 ```
-""")
+"""
 
 
-def pipeline_name(args: argparse.Namespace) -> str:
+def model_card(facts: RunFacts, state: TrainingState, average: str, validation: dict[str, float]) -> ModelCard:
+    """What was trained on what, and how to load it. For the arguments see `save_pipeline`."""
+    plan = facts.plan
+    names, steps = plan.class_names, plan.formulation.num_sampling_steps
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=["diffusers", "diffit", "unconditional" if names is None else "class-conditional"],
+        datasets=[facts.dataset_name] if facts.dataset_name and not Path(facts.dataset_name).exists() else None,
+    )
+    classes = ""
+    call = f"pipeline(batch_size=4, num_inference_steps={steps}).images"
+    if names is not None:
+        classes = f"\nClasses: {', '.join(names[:50])}{', ...' if len(names) > 50 else ''}.\n"
+        call = f"pipeline(class_labels=[{names[0]!r}] * 4, num_inference_steps={min(50, steps)}).images"
+    return ModelCard(
+        CARD.format(
+            data=data.to_yaml(),
+            name=facts.name,
+            quoted_name=json.dumps(facts.name),
+            rows="\n".join(f"| {key} | {value} |" for key, value in card_rows(facts, state, average, validation)),
+            classes=classes,
+            call=call,
+        )
+    )
+
+
+def card_rows(
+    facts: RunFacts, state: TrainingState, average: str, validation: dict[str, float]
+) -> Iterator[tuple[str, str]]:
+    """The table of a model card."""
+    plan = facts.plan
+    num_parameters = sum(parameter.numel() for parameter in state.model.parameters())
+    # A path of the training machine is of no use to others, so only its last part is told.
+    source = facts.dataset_name or Path(facts.data_source).name
+    yield "network", f"`{type(state.model).__name__}`, {num_parameters / 1e6:.1f} M parameters"
+    yield "data", f"{source}, {plan.num_images:,} images, {'x'.join(map(str, plan.resolution))} pixels"
+    yield "optimizer steps", f"{state.global_step:,} of {plan.max_train_steps:,}, {plan.batch.total} images each"
+    yield "images seen", f"{state.position:,}"
+    yield "objective", plan.formulation.describe()
+    yield "weights", describe_average(facts.ema, average, validation)
+    if "validation/loss" in validation:
+        yield "held-out loss", f"{validation['validation/loss']:.4f}"
+    measured_with = f"({facts.metrics.feature_extractor}, {facts.metrics.eval_num_images:,} images)"
+    for key, value in validation.items():
+        if key.startswith("eval/"):
+            yield key.removeprefix("eval/").replace("_", " "), f"{value:.4g} {measured_with}"
+
+
+def describe_average(ema: EmaConfig, average: str, validation: dict[str, float]) -> str:
+    """The weights of a pipeline folder in words: which average they are, and how it was selected."""
+    if not ema.use_ema:
+        return "as trained, no EMA"
+    if ema.ema_half_life_kimg is None:
+        return f"EMA, decay up to {ema.ema_max_decay}"
+    half_life = average.removeprefix("ema_").removesuffix("kimg")
+    text = f"EMA with a half-life of {half_life} kimg (thousand images)"
+    widths = ", ".join(f"{kimg:g}" for kimg in ema.ema_half_life_kimg)
+    if len(ema.ema_half_life_kimg) == 1:
+        return text
+    if not validation:
+        return f"{text}, the first of {widths}"
+    criterion = next((key.removeprefix("eval/") for key in validation if key.startswith("eval/")), "held-out loss")
+    return f"{text}, selected by {criterion.replace('_', ' ')} among {widths}"
+
+
+def pipeline_name(hub_model_id: str | None, output_dir: str) -> str:
     """What the model card calls the model: its name on the hub, or that of its folder."""
-    return args.hub_model_id or Path(args.output_dir).resolve().name
+    return hub_model_id or Path(output_dir).resolve().name
 
 
-def push_to_hub(args: argparse.Namespace, run_dir: OutputFolder) -> None:
+def push_to_hub(hub: HubConfig, run_dir: OutputFolder) -> None:
     """Uploads the files of the pipeline, and nothing else of --output_dir.
 
     Raises:
         RunError: says how to upload by hand, if it failed, or if the repository exists and is public although
             --hub_private_repo is given.
     """
-    api = HfApi(token=args.hub_token)
-    name = repo_id = pipeline_name(args)
+    api = HfApi(token=hub.hub_token)
+    folder = str(run_dir.folder)
+    name = repo_id = pipeline_name(hub.hub_model_id, folder)
     patterns = [*PIPELINE_FILES, "unet/*", "transformer/*", "vae/*", "scheduler/*"]
     try:
-        repo_id = api.create_repo(repo_id, private=args.hub_private_repo, exist_ok=True).repo_id
-        if args.hub_private_repo and not api.model_info(repo_id).private:
+        repo_id = api.create_repo(repo_id, private=hub.hub_private_repo, exist_ok=True).repo_id
+        if hub.hub_private_repo and not api.model_info(repo_id).private:
             raise UserError(f"--hub_private_repo: {repo_id} exists already and is public")
         if repo_id != name and run_dir.is_unchanged("README.md"):  # the user's own name comes before that of the model
-            card = Path(args.output_dir, "README.md").read_text(encoding="utf-8")
+            card = Path(folder, "README.md").read_text(encoding="utf-8")
             card = card.replace(f"\n# {name}\n", f"\n# {repo_id}\n")
             card = card.replace(f'from_pretrained("{name}"', f'from_pretrained("{repo_id}"')
             run_dir.write("README.md", lambda file: file.write_text(card, encoding="utf-8"))
         files = [glob.escape(file) for file in pipeline_files(run_dir)]
-        api.upload_folder(
-            repo_id=repo_id, folder_path=args.output_dir, allow_patterns=files, commit_message="Upload DiffiT"
-        )
+        api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=files, commit_message="Upload DiffiT")
     except Exception as error:  # of the network, of the hub, of files: the training is over and must not look lost
-        private = " --private" if args.hub_private_repo else ""
+        private = " --private" if hub.hub_private_repo else ""
         included = " ".join(f"--include '{pattern}'" for pattern in patterns)
         raise RunError(
-            f"the trained pipeline is safe in {args.output_dir}, but could not be uploaded to {repo_id}: {error}. "
-            f"To upload it by hand: hf upload{private} {repo_id} {shlex.quote(args.output_dir)} . {included}"
+            f"the trained pipeline is safe in {folder}, but could not be uploaded to {repo_id}: {error}. "
+            f"To upload it by hand: hf upload{private} {repo_id} {shlex.quote(folder)} . {included}"
         ) from None

@@ -47,6 +47,7 @@ class OutputDirLock:
         self.heartbeat, self.patience = heartbeat, patience
         self.token = uuid.uuid4().hex
         self._released = threading.Event()
+        self._is_writing = False
 
     def __enter__(self) -> str:
         """Takes the folder and returns the token that proves it.
@@ -80,7 +81,7 @@ class OutputDirLock:
     def __exit__(self, *exception) -> None:
         """Gives the folder back if it was taken, and removes it if nothing was written there."""
         self._released.set()
-        if self._owner().get("token") == self.token:
+        if self._owner().get("token") == self.token or self._was_cut_off():
             with contextlib.suppress(OSError):
                 self.file.unlink()
                 self.folder.rmdir()
@@ -133,8 +134,24 @@ class OutputDirLock:
         return True  # gone meanwhile
 
     def _write_owner(self) -> None:
+        self._is_writing = True  # until it is whole: a signal may end the script at any line
+        try:
+            self._create()
+        except FileExistsError:
+            self._is_writing = False
+            raise
+        self._is_writing = False
+
+    def _create(self) -> None:
         with self.file.open("x") as file:  # fails if it exists
             file.write(self._owner_text)
+
+    def _was_cut_off(self) -> bool:
+        """Whether the file is the beginning of ours, because a signal came while it was written."""
+        try:
+            return self._is_writing and self._owner_text.startswith(self.file.read_text())
+        except OSError:
+            return False
 
     def _owner(self) -> dict:
         with contextlib.suppress(OSError, ValueError):  # gone, or not yet written

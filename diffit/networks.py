@@ -1,7 +1,6 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
 """Networks and VAEs: their configs checked, built, adapted from saved weights, placed on a device."""
 
-import argparse
 import contextlib
 import difflib
 import inspect
@@ -10,19 +9,19 @@ import math
 import types
 import typing
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import yaml
-from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, UNet2DModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffit.config import ModelConfig
 from diffit.cpu_kernels import kernelize
 from diffit.errors import UserError, load_model, user_errors
-from diffit.formulations import build_noise_scheduler
 from diffit.latents import LatentTable, load_vae, vae_description
 from diffit.sources import Table
 from diffit_model import (
@@ -37,33 +36,18 @@ from diffit_pipeline import FORWARD_PROCESS, load_network, null_label
 logger = get_logger(__name__, log_level="INFO")
 
 
-def read_model_config(args: argparse.Namespace) -> dict:
-    """The model config with --model_kwargs applied, checked against the constructor.
+def read_model_config(asked: ModelConfig) -> dict[str, Any]:
+    """The model config with --model_kwargs applied, checked against the network's constructor.
 
     Raises:
         ValueError: names the file or flag and the field.
     """
-    flag = "--model_config" if args.model_config else "--pretrained_model_name_or_path"
-    path = args.model_config or args.pretrained_model_name_or_path
-    try:
-        if Path(path).suffix == ".json":
-            config = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-            if not isinstance(config, dict):
-                raise UserError(f"{flag} {path}: expected a JSON object, got {type(config).__name__}")
-        else:
-            config = UNet2DModel.load_config(path, subfolder=network_subfolder(path))  # of any model class
-            if not isinstance(config, dict):
-                raise UserError(f"{flag} {path}: its config.json must hold a JSON object")
-            config = dict(config)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{flag} {path} is not valid JSON: {error}") from error
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {path}: no such config here, nor on the hub: {error}") from error
+    flag = "--model_config" if asked.model_config else "--pretrained_model_name_or_path"
+    path = asked.model_config or asked.pretrained_model_name_or_path
+    config = read_config_json(flag, path)
     with user_errors(f"{flag} {path}", Exception):
         parameters = inspect.signature(model_class(config).__init__).parameters
-    pairs = [pair.split("=", 1) for pair in args.model_kwargs or []]
+    pairs = [pair.split("=", 1) for pair in asked.model_kwargs or ()]
     overrides = {key: config_value(text) for key, text in pairs}
     for source, values in ((f"{flag} {path}", config), ("--model_kwargs", overrides)):
         for key, value in values.items():
@@ -77,6 +61,31 @@ def read_model_config(args: argparse.Namespace) -> dict:
             if not fits(value, annotation):
                 raise UserError(f"{source}: {key} must be {annotation}, got {value!r}")
     return config | overrides
+
+
+def read_config_json(flag: str, path: str) -> dict[str, Any]:
+    """The config of a network: a JSON file, or that of a saved folder or of a model on the hub.
+
+    Args:
+        flag: that names the path, for messages.
+        path: of the file or folder, or the hub name.
+    """
+    try:
+        if Path(path).suffix == ".json":
+            config = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+            if not isinstance(config, dict):
+                raise UserError(f"{flag} {path}: expected a JSON object, got {type(config).__name__}")
+        else:
+            config = UNet2DModel.load_config(path, subfolder=network_subfolder(path))  # of any model class
+            if not isinstance(config, dict):
+                raise UserError(f"{flag} {path}: its config.json must hold a JSON object")
+        return dict(config)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{flag} {path} is not valid JSON: {error}") from error
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {path}: no such config here, nor on the hub: {error}") from error
 
 
 def config_value(text: str):
@@ -118,13 +127,24 @@ def network_subfolder(path: str) -> str | None:
     return None
 
 
-def vae_on_meta(args: argparse.Namespace) -> AutoencoderKL | None:
+def read_pretrained_scheduler(path: str | None) -> dict[str, Any]:
+    """Config of the scheduler that the pretrained weights were trained with; empty without a path or a scheduler."""
+    if path is None:
+        return {}
+    # A path may be the folder of a network inside a pipeline's.
+    inside = Path(path).name.startswith(("unet", "transformer")) and Path(path).is_dir()
+    with contextlib.suppress(OSError):
+        return dict(DDPMScheduler.load_config(str(Path(path).parent) if inside else path, subfolder="scheduler"))
+    logger.warning(f"{path} has no scheduler, so what its weights predict is taken from the flags")
+    return {}
+
+
+def vae_on_meta(path: str | None) -> AutoencoderKL | None:
     """The VAE of --vae_model_name_or_path without weights (on the meta device), or None without one.
 
     Raises:
-        ValueError: if there is none.
+        UserError: if there is no such VAE.
     """
-    path = args.vae_model_name_or_path
     if path is None:
         return None
     try:
@@ -137,21 +157,21 @@ def vae_on_meta(args: argparse.Namespace) -> AutoencoderKL | None:
         return AutoencoderKL.from_config(config)
 
 
-def build_vae(args: argparse.Namespace, table: Table, device: torch.device) -> AutoencoderKL | None:
-    """The frozen VAE in float32, or None without --vae_model_name_or_path.
+def build_vae(path: str | None, table: Table, device: torch.device) -> AutoencoderKL | None:
+    """The frozen VAE of --vae_model_name_or_path in float32, or None without one.
 
     Raises:
-        ValueError: if its weights cannot be read, or prepared latents are those of another one.
+        UserError: if its weights cannot be read, or prepared latents were made by another one.
     """
-    if args.vae_model_name_or_path is None:
+    if path is None:
         return None
-    vae = load_vae(args.vae_model_name_or_path)
+    vae = load_vae(path)
     if isinstance(table, LatentTable):
         for key, value in vae_description(vae).items():
             if table.metadata[key] != value:
                 raise UserError(
                     f"--latents_dir {table.source} was made by a VAE with {key} {table.metadata[key]}, that of "
-                    f"{args.vae_model_name_or_path} is {value}"
+                    f"{path} is {value}"
                 )
     return vae.to(device)
 
@@ -164,10 +184,10 @@ def build_model(config: dict, pretrained: str | None = None, reset_class_embeddi
     Args:
         config: complete `config.json`.
         pretrained: folder or hub name of weights.
-        reset_class_embeddings: let class rows start anew even if there are as many as before.
+        reset_class_embeddings: re-initialize the class embeddings even if the number of classes is unchanged.
 
     Raises:
-        ValueError: if there are no weights in safetensors, or lists the weights that do not fit.
+        UserError: if there are no weights in safetensors, or lists the weights that do not fit.
     """
     model = model_class(config).from_config(config)
     if pretrained is None:
@@ -187,24 +207,30 @@ def build_model(config: dict, pretrained: str | None = None, reset_class_embeddi
     return model
 
 
-def build_guidance_model(args: argparse.Namespace, model: ModelMixin, device: torch.device) -> ModelMixin | None:
-    """The weaker model of --validation_guidance_model, or None.
+def build_guidance_model(
+    path: str | None, model: ModelMixin, scheduler_config: dict[str, Any], device: torch.device
+) -> ModelMixin | None:
+    """The weaker model of --validation_guidance_model, or None without one.
+
+    Args:
+        path: folder or hub name of the weaker model's pipeline.
+        model: the network that it guides.
+        scheduler_config: of the network.
+        device: to load it to.
 
     Raises:
-        ValueError: if it is not there or does not fit the model.
+        UserError: if it does not exist or does not fit the model.
     """
-    path = args.validation_guidance_model
     if path is None:
         return None
     what = f"--validation_guidance_model {path}: cannot load a pipeline"
     guidance_model = load_model(what, load_network, path, model_class).to(device)
     with user_errors(what, Exception):
         theirs = DDPMScheduler.load_config(path, subfolder="scheduler")
-    ours = build_noise_scheduler(args).config
     for key in FORWARD_PROCESS:
-        if ours.get(key) != theirs.get(key):
+        if scheduler_config.get(key) != theirs.get(key):
             raise UserError(
-                f"--validation_guidance_model {path} has {key} {theirs.get(key)}, this run {ours.get(key)}"
+                f"--validation_guidance_model {path} has {key} {theirs.get(key)}, this run {scheduler_config.get(key)}"
             )
     for what in ("sample_size", "in_channels", "out_channels"):
         if model.config[what] != guidance_model.config[what]:
@@ -243,28 +269,38 @@ def training_flops_per_image(config: dict) -> int:
     return 3 * counter.get_total_flops()
 
 
-def set_up_model(accelerator: Accelerator, args: argparse.Namespace, model: ModelMixin) -> None:
-    """Attention backend, gradient checkpointing, compilation and CPU kernels; places the model on its device."""
-    model.to(accelerator.device)
-    backend = args.attention_backend
+def set_up_model(model: ModelMixin, asked: ModelConfig, device: torch.device, mixed_precision: str = "no") -> None:
+    """Moves a network to its device and sets attention backend, checkpointing, compilation and CPU kernels.
+
+    Args:
+        model: the network.
+        asked: the flags.
+        device: to train on.
+        mixed_precision: `"no"`, `"fp16"` or `"bf16"`.
+
+    Raises:
+        UserError: if the attention backend cannot train on the device.
+    """
+    model.to(device)
+    backend = asked.attention_backend
     if backend == "auto":
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-        backend, reason = choose_attention_backend(model, accelerator.device, dtype)
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
+        backend, reason = choose_attention_backend(model, device, dtype)
         logger.info(f"attention backend: {backend} ({reason})")
-    elif backend == "xformers" and accelerator.device.type != "cuda":
-        raise UserError(f"--attention_backend xformers needs CUDA, the device is {accelerator.device.type}")
-    elif backend == "flex" and accelerator.device.type in ("cpu", "mps"):
+    elif backend == "xformers" and device.type != "cuda":
+        raise UserError(f"--attention_backend xformers needs CUDA, the device is {device.type}")
+    elif backend == "flex" and device.type in ("cpu", "mps"):
         raise UserError(
-            f"--attention_backend flex cannot train on the device {accelerator.device.type}: it has no backward pass "
-            "there; use native"
+            f"--attention_backend flex cannot train on the device {device.type}: it has no backward pass there; use "
+            "native"
         )
     set_attention_backend(model, backend)
-    if args.gradient_checkpointing:
+    if asked.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    if args.compile or backend == "flex":
+    if asked.compile or backend == "flex":
         # Resolutions x widths x training and validation: by default torch leaves what is beyond 8 of them uncompiled.
         torch._dynamo.config.recompile_limit = 64
-    if args.compile:  # in place, so that the names of the weights stay
+    if asked.compile:  # in place, so that the names of the weights stay
         model.compile_repeated_blocks() if model._repeated_blocks else model.compile()
     kernelize(model)
 

@@ -1,7 +1,6 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
 """Optimizers, learning-rate schedules, averages of the weights, and steps that go wrong."""
 
-import argparse
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import get_wsd_schedule
 
+from diffit.config import EmaConfig, OptimizerConfig, ScheduleConfig
 from diffit.errors import RunError
 from diffit.processes import raise_in_all
 from diffit.run_dir import list_checkpoints
@@ -138,36 +138,46 @@ class MuonAdamW(torch.optim.Optimizer):
 DROPOUT = 3  # stream of `position_generator` that seeds dropout inside the network
 
 
-def build_optimizer(args: argparse.Namespace, model: ModelMixin) -> torch.optim.Optimizer:
-    """AdamW over all parameters, or Muon for some; both can leave a step out without asking the host."""
+def build_optimizer(asked: OptimizerConfig, model: ModelMixin) -> torch.optim.Optimizer:
+    """AdamW for all parameters, or Muon for some of them; both can skip a step without asking the host."""
     settings = {
-        "lr": args.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "weight_decay": args.adam_weight_decay,
-        "eps": args.adam_epsilon,
+        "lr": asked.learning_rate,
+        "betas": (asked.adam_beta1, asked.adam_beta2),
+        "weight_decay": asked.adam_weight_decay,
+        "eps": asked.adam_epsilon,
     }
-    if args.optimizer == "adamw":
+    if asked.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), fused=True, **settings)
     matrices = muon_parameters(model)
     are_matrices = set(map(id, matrices))
     others = [parameter for parameter in model.parameters() if id(parameter) not in are_matrices]
-    return MuonAdamW(matrices, others, muon_lr_ratio=args.muon_lr_ratio, **settings)
+    return MuonAdamW(matrices, others, muon_lr_ratio=asked.muon_lr_ratio, **settings)
 
 
-def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> LambdaLR:
-    """The learning rate over optimizer steps. It stays unprepared: accelerate would step it once per process."""
-    if args.lr_scheduler == "warmup_stable_decay":
-        return get_wsd_schedule(
-            optimizer, args.lr_warmup_steps, args.lr_decay_steps, args.max_train_steps, decay_type="linear"
-        )
+def build_lr_scheduler(
+    asked: ScheduleConfig,
+    optimizer: torch.optim.Optimizer,
+    max_train_steps: int,
+    warmup_steps: int,
+    decay_steps: int | None = None,
+) -> LambdaLR:
+    """The learning rate over optimizer steps. It stays unprepared: accelerate would step it once per process.
+
+    Args:
+        asked: which schedule.
+        optimizer: gets the learning rate.
+        max_train_steps, warmup_steps, decay_steps: see `Plan`.
+    """
+    if asked.lr_scheduler == "warmup_stable_decay":
+        return get_wsd_schedule(optimizer, warmup_steps, decay_steps, max_train_steps, decay_type="linear")
     return get_scheduler(
-        args.lr_scheduler,
+        asked.lr_scheduler,
         optimizer,
-        step_rules=args.lr_step_rules,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
+        step_rules=asked.lr_step_rules,
+        num_warmup_steps=warmup_steps,
+        num_training_steps=max_train_steps,
+        num_cycles=asked.lr_num_cycles,
+        power=asked.lr_power,
     )
 
 
@@ -203,19 +213,24 @@ class HalfLifeEMA(InPlaceEMA):
         return 0.5 ** (self.batch_size / half_life) if half_life > 0 else 0.0
 
 
-def build_ema(args: argparse.Namespace, model: ModelMixin) -> dict[str, InPlaceEMA]:
-    """Averages of the float32 parameters, by the end of their folder's name.
+def build_ema(asked: EmaConfig, model: ModelMixin, batch_size: int) -> dict[str, InPlaceEMA]:
+    """Averages of the float32 parameters, by the suffix of their folder's name.
 
-    One whose decay warms up as 1 - (1 + step / inv_gamma) ** -power; or with --ema_half_life_kimg one for each width.
+    Either one average, whose decay warms up as 1 - (1 + step / inv_gamma) ** -power, or one for each half-life.
+
+    Args:
+        asked: which averages.
+        model: the network.
+        batch_size: images per optimizer step.
     """
-    if not args.use_ema:
+    if not asked.use_ema:
         return {}
-    if args.ema_half_life_kimg is not None:
-        widths = {f"ema_{kimg:g}kimg": 1000 * kimg for kimg in args.ema_half_life_kimg}
-        options = (args.ema_ramp_up, args.global_batch_size)
-        return {name: HalfLifeEMA(model.parameters(), width, *options) for name, width in widths.items()}
-    warm_up = {"use_ema_warmup": True, "inv_gamma": args.ema_inv_gamma, "power": args.ema_power}
-    return {"ema": InPlaceEMA(model.parameters(), decay=args.ema_max_decay, **warm_up)}
+    if asked.ema_half_life_kimg is not None:
+        half_lives = {f"ema_{kimg:g}kimg": 1000 * kimg for kimg in asked.ema_half_life_kimg}
+        options = (asked.ema_ramp_up, batch_size)
+        return {name: HalfLifeEMA(model.parameters(), half_life, *options) for name, half_life in half_lives.items()}
+    warm_up = {"use_ema_warmup": True, "inv_gamma": asked.ema_inv_gamma, "power": asked.ema_power}
+    return {"ema": InPlaceEMA(model.parameters(), decay=asked.ema_max_decay, **warm_up)}
 
 
 @dataclass
@@ -268,20 +283,25 @@ def exchange_weights(ema_model: EMAModel | None, model: ModelMixin) -> None:
 
 
 class NonFiniteGuard:
-    """Leaves out optimizer steps whose gradient is not finite, without waiting for the device.
+    """Skips optimizer steps whose gradient is non-finite, without waiting for the device.
 
-    The device skips the update by itself. The host asks for the outcome when the gradient of the next step is on its
-    way, so the device always has work.
+    The device skips the update by itself. The host asks for the outcome once the gradient of the next step is being
+    computed, so the device always has work.
 
     Args:
         optimizer: one that obeys `found_inf`, as torch's fused ones and `MuonAdamW` do; under fp16 the gradient
             scaler sets that itself.
+        max_bad_steps: consecutive steps that may be skipped before training ends.
+        batch_size: images per optimizer step, for messages.
+        output_dir: folder of the run, for messages.
 
     Raises:
         TypeError: if the optimizer does not say that it obeys, since it would take the step.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer):
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, max_bad_steps: int = 20, batch_size: int = 1, output_dir: str = "."
+    ):
         # Set by torch's fused optimizers; the same attribute tells torch's GradScaler.
         if not getattr(optimizer, "_step_supports_amp_scaling", False):
             raise TypeError(
@@ -289,6 +309,7 @@ class NonFiniteGuard:
                 "finite: use a fused optimizer"
             )
         self.optimizer = optimizer
+        self.max_bad_steps, self.batch_size, self.output_dir = max_bad_steps, batch_size, output_dir
         self.is_bad, self.arrived = None, None
 
     def watch(self, grad_norm: torch.Tensor) -> None:
@@ -311,14 +332,14 @@ class NonFiniteGuard:
         return taken
 
 
-def finish_step(args: argparse.Namespace, state: TrainingState, guard: NonFiniteGuard) -> bool:
-    """What follows an optimizer step: learning rate schedule, EMA and count, or the count of bad steps.
+def finish_step(state: TrainingState, guard: NonFiniteGuard) -> bool:
+    """Advances the learning-rate schedule, the averages and the step count, or counts a skipped step.
 
     Returns:
-        Whether there was a step to complete and it was taken.
+        Whether there was an unfinished step and it was taken.
 
     Raises:
-        RunError: after --max_bad_steps bad steps in a row; weights and checkpoints stay as they were before.
+        RunError: after --max_bad_steps skipped steps in a row; weights and checkpoints stay as they were before.
     """
     taken = guard.outcome()
     if taken is None:
@@ -332,18 +353,18 @@ def finish_step(args: argparse.Namespace, state: TrainingState, guard: NonFinite
         return True
     state.bad_steps += 1
     state.bad_steps_in_a_row += 1
-    first = state.position - args.global_batch_size
+    first = state.position - guard.batch_size
     message = (
-        f"loss or gradient not finite in step {state.global_step + 1} on the images at positions {first} to "
-        f"{state.position - 1} of the stream"
+        f"skipped step {state.global_step + 1}: non-finite loss or gradient (stream positions {first}-"
+        f"{state.position - 1}; {state.bad_steps} skipped so far)"
     )
-    if state.bad_steps_in_a_row < args.max_bad_steps:
-        logger.warning(f"{message}: passed by ({state.bad_steps} so far)")
+    if state.bad_steps_in_a_row < guard.max_bad_steps:
+        logger.warning(message)
         return False
-    checkpoints = list_checkpoints(args.output_dir)
+    checkpoints = list_checkpoints(guard.output_dir)
     raise_in_all(
         RunError,
-        f"{message}, {state.bad_steps_in_a_row} in a row (--max_bad_steps). The last checkpoint is "
+        f"{message}: {state.bad_steps_in_a_row} in a row (--max_bad_steps). The last checkpoint is "
         f"{checkpoints[-1] if checkpoints else 'none'}: resume from it with --mixed_precision bf16 or no, or "
         "fine-tune from it (--pretrained_model_name_or_path) with a lower --learning_rate",
     )

@@ -1,307 +1,427 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What follows from the flags, the data and the processes: batch arithmetic, sizes, channels, classes, durations."""
+"""What follows from a training's config, its data and its processes: computed once, by pure functions, and frozen.
 
-import argparse
-import contextlib
+All refusals across concerns are made here, before anything slow happens.
+"""
+
 import json
 import math
-import os
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration
-from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin
+from diffusers import AutoencoderKL, ModelMixin
 
 from diffit.augment import NUM_AUGMENT_LABELS
-from diffit.checkpoint import file_digest
-from diffit.config import DATA_SOURCES, args_to_config
+from diffit.config import BatchConfig, DiffusionConfig, ModelConfig, ScheduleConfig, TrainConfig, ValidationConfig
 from diffit.errors import UserError, user_errors
-from diffit.latents import LatentTable, load_latent_table, pixels_per_latent
+from diffit.formulations import Formulation, choose_formulation, formulation_flags
+from diffit.latents import LatentTable, pixels_per_latent
 from diffit.networks import model_class, training_flops_per_image
-from diffit.run_dir import CODE_FOLDER
-from diffit.sources import Table, detect_num_channels, load_image_table
-from diffit.stream import split_table
+from diffit.sources import Table, detect_num_channels
 from diffit_model import DiffiTModelMixin, DiffiTTransformer2DModel, DiffiTUNet2DModel
 
-logger = get_logger(__name__, log_level="INFO")
+WARMUP_STEPS = 500  # length of the warm-up unless it is given
 
 
-def build_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Sets up the processes and resolves the batch arithmetic into `args`.
+@dataclass(frozen=True)
+class DataFacts:
+    """What a plan needs to know of the training data.
+
+    Attributes:
+        source: where the data comes from, for messages.
+        num_images: without those that are held out.
+        digest: of the images and labels.
+        class_names: of the labels, or None if the data has none.
+        num_channels: of the images, or None for prepared latents.
+        prepared_resolution: height and width of the images that prepared latents were made from, otherwise None.
+    """
+
+    source: str
+    num_images: int
+    digest: str
+    class_names: tuple[str, ...] | None
+    num_channels: int | None
+    prepared_resolution: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class VaeFacts:
+    """What a plan needs to know of a VAE.
+
+    Attributes:
+        pixels_per_latent: along a side.
+        image_channels, latent_channels: of its images, and of its latents.
+    """
+
+    pixels_per_latent: int
+    image_channels: int
+    latent_channels: int
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the images of an optimizer step are spread: `total` = `per_process` x `num_processes` x `accumulation`."""
+
+    per_process: int
+    num_processes: int
+    accumulation: int
+
+    @property
+    def total(self) -> int:
+        return self.per_process * self.num_processes * self.accumulation
+
+
+def is_due(step: int, every: int, last_step: int) -> bool:
+    """Whether periodic work is due after an optimizer step: every `every` steps, and after the last one."""
+    return step % every == 0 or step == last_step
+
+
+@dataclass(frozen=True)
+class Due:
+    """The periodic work that follows an optimizer step."""
+
+    log: bool
+    checkpoint: bool
+    validation: bool
+    metrics: bool
+    stop: bool
+
+    def __bool__(self) -> bool:
+        return self.log or self.checkpoint or self.validation or self.stop
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a training that follows from what was asked.
+
+    Attributes:
+        batch: images per optimizer step.
+        formulation: noise levels, network inputs and loss.
+        resolution: height and width of the images in pixels.
+        num_channels: of the images, or None to take each image as it is.
+        model_config: complete config of the network.
+        class_names: of the labels that are trained on, or None.
+        max_train_steps, warmup_steps, decay_steps: in optimizer steps; the last is None without a final decay.
+        periods: optimizer steps between two logs, checkpoints, validations and metrics; None for no metrics.
+        num_images: in the training data.
+    """
+
+    batch: BatchPlan
+    formulation: Formulation
+    resolution: tuple[int, int]
+    num_channels: int | None
+    model_config: dict[str, Any]
+    class_names: tuple[str, ...] | None
+    max_train_steps: int
+    warmup_steps: int
+    decay_steps: int | None
+    periods: dict[str, int | None]
+    num_images: int
+
+    def due_after(self, step: int, stopping: bool = False) -> Due:
+        """The periodic work that is due after an optimizer step, counted from 1; all of it is after the last one.
+
+        Args:
+            step: of the training.
+            stopping: whether the processes have agreed to stop, which saves a checkpoint.
+        """
+        due = {
+            name: every is not None and is_due(step, every, self.max_train_steps)
+            for name, every in self.periods.items()
+        }
+        due["checkpoint"] |= stopping
+        due["validation"] |= due["metrics"]
+        return Due(**due, stop=stopping and step != self.max_train_steps)
+
+    def resolved_flags(self) -> dict[str, Any]:
+        """Values of flags for when they were not given, as they are saved with a run."""
+        sizes = {"resolution": list(self.resolution), "num_channels": self.num_channels}
+        steps = {"global_batch_size": self.batch.total, "lr_warmup_steps": self.warmup_steps}
+        return formulation_flags(self.formulation) | sizes | steps
+
+
+def plan_batch(asked: BatchConfig, num_processes: int) -> BatchPlan:
+    """How the images of an optimizer step are spread over processes and micro-batches.
 
     Raises:
-        ValueError: if the launcher's processes do not see each other, or --global_batch_size cannot be shared out.
+        UserError: if --global_batch_size cannot be divided that way.
     """
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
-    report_to = None if args.report_to == "none" else args.report_to
-    logging_dir = Path(args.output_dir, args.logging_dir)
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # as `join_processes` has said already
-        mixed_precision=args.mixed_precision,
-        log_with=report_to,
-        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(logging_dir)),
+    images = asked.train_batch_size * num_processes
+    if asked.global_batch_size is None:
+        return BatchPlan(asked.train_batch_size, num_processes, asked.gradient_accumulation_steps or 1)
+    if asked.global_batch_size % images != 0:
+        raise UserError(
+            f"--global_batch_size {asked.global_batch_size} is not a multiple of --train_batch_size "
+            f"{asked.train_batch_size} x {num_processes} processes"
+        )
+    return BatchPlan(asked.train_batch_size, num_processes, asked.global_batch_size // images)
+
+
+def plan_formulation(
+    asked: DiffusionConfig, model: ModelConfig, validation: ValidationConfig, pretrained: dict[str, Any]
+) -> Formulation:
+    """The formulation of the training.
+
+    Args:
+        asked: the flags.
+        model: says whether the network denoises latents.
+        validation: takes some denoising steps for its previews.
+        pretrained: config of the pretrained pipeline's scheduler (see `read_pretrained_scheduler`), or empty.
+
+    Raises:
+        UserError: if flags of one formulation are given with another, or the previews take more steps than there are
+            timesteps.
+    """
+    formulation = choose_formulation(asked, pretrained, model.vae_model_name_or_path is not None)
+    preview_steps, most = validation.validation_inference_steps, formulation.max_sampling_steps
+    if most is not None and preview_steps > most:
+        raise UserError(f"--validation_inference_steps {preview_steps} are more than --num_train_timesteps {most}")
+    return formulation
+
+
+def to_steps(
+    batch_size: int,
+    num_images: int,
+    steps: int | None = None,
+    epochs: float | None = None,
+    kimg: float | None = None,
+) -> int | None:
+    """A duration in optimizer steps, rounded up; None if it is given in no unit.
+
+    Args:
+        batch_size: images per optimizer step.
+        num_images: per epoch.
+        steps, epochs, kimg: the duration in one of these units; a kimg is a thousand images.
+    """
+    if epochs is not None:
+        return math.ceil(epochs * num_images / batch_size)
+    if kimg is not None:
+        return math.ceil(kimg * 1000 / batch_size)
+    return steps
+
+
+def plan_schedule(asked: ScheduleConfig, max_train_steps: int, batch: BatchPlan) -> tuple[int, int | None]:
+    """Lengths of the warm-up and of the final decay in optimizer steps.
+
+    Raises:
+        UserError: if they are longer than the training.
+    """
+    warmup = to_steps(batch.total, 0, asked.lr_warmup_steps, kimg=asked.lr_warmup_kimg)
+    warmup = WARMUP_STEPS if warmup is None else warmup
+    decay = to_steps(batch.total, 0, asked.lr_decay_steps, kimg=asked.lr_decay_kimg)
+    if decay is not None and warmup + decay > max_train_steps:
+        raise UserError(
+            f"--lr_warmup_steps {warmup} and --lr_decay_steps {decay} are longer than the training "
+            f"({max_train_steps} steps)"
+        )
+    if asked.lr_scheduler == "polynomial" and warmup >= max_train_steps:
+        raise UserError(
+            f"--lr_warmup_steps {warmup} must be less than the {max_train_steps} optimizer steps with --lr_scheduler "
+            "polynomial"
+        )
+    return warmup, decay
+
+
+def make_plan(
+    config: TrainConfig,
+    model_config: dict[str, Any],
+    batch: BatchPlan,
+    formulation: Formulation,
+    data: DataFacts,
+    vae: VaeFacts | None = None,
+) -> Plan:
+    """Everything that follows from a config and its data.
+
+    Args:
+        config: as asked.
+        model_config: of the network, as asked (see `read_model_config`).
+        batch: see `plan_batch`.
+        formulation: see `plan_formulation`.
+        data: the training images, or their latents.
+        vae: of a latent-space model.
+
+    Raises:
+        UserError: names the flags or fields that do not go together, or do not fit the data.
+    """
+    if config.data.class_conditional and data.class_names is None:
+        raise UserError(f"--class_conditional: {data.source} has no labels")
+    factor = 1 if vae is None else vae.pixels_per_latent
+    resolution = plan_resolution(config.data.resolution, model_config.get("sample_size"), data, factor)
+    class_names = data.class_names if config.data.class_conditional else None
+    length = config.batch
+    max_train_steps = to_steps(
+        *(batch.total, data.num_images), length.max_train_steps, length.num_train_epochs, length.max_train_kimg
     )
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != world_size:
-        raise UserError(
-            f"the launcher started {world_size} processes (WORLD_SIZE), but this one sees "
-            f"{accelerator.num_processes}; see the launch commands in README.md"
-        )
-    # Where more than one process was asked for, `accelerate launch --cpu` sets the address and starts one.
-    alone = accelerator.num_processes == 1 and os.environ.get("ACCELERATE_USE_CPU") == "True"
-    if alone and "MASTER_ADDR" in os.environ:
-        raise UserError(
-            "accelerate launch --cpu starts one process only, whatever --num_processes is: use "
-            "--config_file configs/accelerate/cpu_multi_process.yaml"
-        )
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    if restarts > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # pytorch/pytorch issue 135712
-        logger.warning("--max_restarts of torchrun may fail unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is exported")
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # from accelerate's own config
-        raise UserError("mixed precision fp16 does not exist on a CPU: give --mixed_precision bf16 or no")
-    images = args.train_batch_size * accelerator.num_processes
-    if args.global_batch_size is not None:
-        if args.global_batch_size % images != 0:
-            raise UserError(
-                f"--global_batch_size {args.global_batch_size} is no multiple of --train_batch_size "
-                f"{args.train_batch_size} x {accelerator.num_processes} processes"
-            )
-        args.gradient_accumulation_steps = args.global_batch_size // images
-    args.gradient_accumulation_steps = args.gradient_accumulation_steps or 1
-    args.global_batch_size = images * args.gradient_accumulation_steps
-    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
-    return accelerator
-
-
-def build_tables(args: argparse.Namespace) -> tuple[Table, Table | None]:
-    """Training images (or their latents) and, if asked for, held-out ones."""
-    if args.latents_dir is not None:
-        table = load_latent_table(args.latents_dir, args.cache_dir)
-        if args.class_conditional and table.class_names is None:
-            raise UserError(f"--class_conditional: {table.source} has no labels")
-        return (table, None) if args.validation_fraction is None else split_table(table, args.validation_fraction)
-    source = {name: getattr(args, name) for name in (*DATA_SOURCES[:3], "dataset_config_name", "cache_dir")}
-    source |= {name: getattr(args, name) for name in ("image_column", "label_column")}
-    table = load_image_table(**source, dataset_split=args.dataset_split)
-    if args.class_conditional and table.class_names is None:
-        raise UserError(f"--class_conditional: {table.source} has no labels")
-    validation = None
-    if args.validation_split is not None:
-        validation = load_image_table(**source, dataset_split=args.validation_split)
-        if args.class_conditional:
-            validation = validation.with_class_names(table.class_names)
-    elif args.validation_fraction is not None:
-        table, validation = split_table(table, args.validation_fraction)
-    return table, validation
-
-
-def resolve_model_config(
-    args: argparse.Namespace, config: dict, table: Table, vae: AutoencoderKL | None = None
-) -> dict:
-    """Fills in what follows from data and flags: `sample_size`, channels, classes.
-
-    Sets `args.resolution`, in pixels, and with a VAE `args.num_channels`, of the images.
-
-    Raises:
-        ValueError: if the config says otherwise or the network cannot divide the resolution, naming the flag.
-    """
-    config = dict(config)
-    is_transformer = issubclass(model_class(config), DiffiTTransformer2DModel)
-
-    # 1. size
-    factor = 1 if vae is None else pixels_per_latent(vae)
-    if isinstance(table, LatentTable):
-        prepared = tuple(table.metadata["resolution"])
-        if args.resolution not in (None, prepared):
-            raise UserError(f"--resolution {args.resolution}: {table.source} was made from images of {prepared}")
-        args.resolution = prepared
-    if args.resolution is None:
-        if config.get("sample_size") is None:
-            raise UserError("give --resolution: the model config has no sample_size")
-        size = config["sample_size"]
-        args.resolution = tuple(factor * side for side in ([size, size] if isinstance(size, int) else size))
-    size_in_words = f"--resolution {'x'.join(map(str, args.resolution))}"
-    if any(side % factor for side in args.resolution):
-        raise UserError(f"{size_in_words}: must be multiples of {factor}, the pixels of a latent")
-    height, width = (side // factor for side in args.resolution)
-    config["sample_size"] = height if height == width else [height, width]
-
-    # 2. channels
-    if vae is None and is_transformer:
-        raise UserError("a transformer trains in latents: give --vae_model_name_or_path")
-    if vae is None:
-        channels = args.num_channels or detect_num_channels(table)
-        reason = f"the images of {table.source} have {channels}; give --num_channels {config.get('in_channels')}"
-    else:
-        if args.num_channels not in (None, vae.config.in_channels):
-            raise UserError(f"--num_channels {args.num_channels}: the VAE takes {vae.config.in_channels}")
-        args.num_channels, channels = vae.config.in_channels, vae.config.latent_channels
-        reason = f"the latents of {args.vae_model_name_or_path} have {channels}; give another VAE"
-    allowed = {"in_channels": [channels], "out_channels": [channels, 2 * channels] if is_transformer else [channels]}
-    for key, values in allowed.items():
-        config[key] = channels if config.get(key) is None else config[key]
-        if config[key] not in values:
-            raise UserError(f"the model config says {key} {config[key]}, {reason} or another model config")
-
-    if config["out_channels"] > channels and (args.formulation, args.prediction_type) != ("ddpm", "epsilon"):
-        raise UserError(
-            f"the model config says out_channels {config['out_channels']}, a learned variance: that needs "
-            "--formulation ddpm --prediction_type epsilon; --model_kwargs out_channels=... leaves it out"
-        )
-
-    # 3. classes
-    key = "num_embeds_ada_norm" if is_transformer else "num_class_embeds"
-    num_classes = len(table.class_names) if args.class_conditional else None
-    extra_row = 1 if num_classes and config.get("_class_name") == "UNet2DModel" else 0  # see `null_label`
-    num_class_embeds = num_classes + extra_row if num_classes else None
-    if config.get(key) not in (None, num_class_embeds) and args.pretrained_model_name_or_path is None:
-        raise UserError(
-            f"the model config says {key} {config[key]}, but the data gives {num_class_embeds} "
-            f"(--class_conditional is {args.class_conditional})"
-        )
-    config[key] = num_class_embeds
-
-    # 4. augmentation
-    if args.augmentation_probability > 0:
-        if not issubclass(model_class(config), DiffiTUNet2DModel):
+    warmup_steps, decay_steps = plan_schedule(config.schedule, max_train_steps, batch)
+    height, width = (side // factor for side in resolution)
+    complete = model_config | {"sample_size": height if height == width else [height, width]}
+    complete |= plan_channels(complete, config.data.num_channels, data, vae, config.model)
+    if complete["out_channels"] > complete["in_channels"]:
+        check_learned_variance(complete["out_channels"], formulation)
+    complete |= plan_classes(complete, class_names, config.model.pretrained_model_name_or_path is not None)
+    if config.data.augmentation_probability > 0:
+        if not issubclass(model_class(complete), DiffiTUNet2DModel):
             raise UserError("--augmentation_probability needs a DiffiTUNet2DModel, which is told the transforms")
-        config["num_augment_labels"] = NUM_AUGMENT_LABELS
-
-    described_by = "--model_config" if args.model_config else "--pretrained_model_name_or_path"
-    with torch.device("meta"), user_errors(f"{described_by} with --model_kwargs", ValueError):
-        model = model_class(config).from_config(config)
-    if isinstance(model, DiffiTModelMixin):
-        with user_errors(size_in_words, ValueError):
-            model.check_size(height, width)
-    return config
-
-
-def resolve_diffusion(args: argparse.Namespace) -> None:
-    """Sets the flags of the forward process that were not given: from the pretrained pipeline, else the defaults.
-
-    A pretrained model is of little use for another target or schedule, so a difference is logged.
-
-    Raises:
-        ValueError: if flags of one formulation are given with the other, or if the preview wants more steps than
-            there are timesteps.
-    """
-    path = args.pretrained_model_name_or_path
-    source = {}
-    if path is not None:
-        # The folder of a network in a pipeline.
-        inside = Path(path).name.startswith(("unet", "transformer")) and Path(path).is_dir()
-        with contextlib.suppress(OSError):
-            source = dict(DDPMScheduler.load_config(str(Path(path).parent) if inside else path, subfolder="scheduler"))
-        if not source:
-            logger.warning(f"{path} has no scheduler: what its weights predict is taken from the flags")
-    if source:
-        source["formulation"] = "edm" if source.get("_class_name", "").startswith("EDM") else "ddpm"
-    args.formulation = args.formulation or source.get("formulation", "ddpm")
-
-    # Of what benchmarks/results/quality.md tried, the best on emoji, and on digits second to EDM alone.
-    defaults = {"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000}
-    if args.formulation == "edm":
-        for name in (*defaults, "snr_gamma"):
-            if getattr(args, name) is not None:
-                raise UserError(f"--{name} is of --formulation ddpm, not edm")
-        defaults = {}
-        args.sigma_mean = -1.2 if args.sigma_mean is None else args.sigma_mean
-        args.sigma_std = 1.2 if args.sigma_std is None else args.sigma_std
-    elif args.sigma_mean is not None or args.sigma_std is not None:
-        raise UserError("--sigma_mean and --sigma_std are of --formulation edm, not ddpm")
-    for name, default in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, source.get(name, default))
-    if args.snr_gamma is None and args.prediction_type == "v_prediction":
-        args.snr_gamma = 5.0
-    for name in ("formulation", *defaults):
-        if source.get(name, getattr(args, name)) != getattr(args, name):
-            logger.warning(f"{path} was trained with --{name} {source[name]}, this run has {getattr(args, name)}")
-    if args.formulation == "ddpm" and args.validation_inference_steps > args.num_train_timesteps:
-        raise UserError(
-            f"--validation_inference_steps {args.validation_inference_steps} are more than --num_train_timesteps "
-            f"{args.num_train_timesteps}"
-        )
-
-
-def resolve_duration(args: argparse.Namespace, num_images: int) -> None:
-    """Turns durations in epochs and kimg into optimizer steps, rounded up, of the training and of its schedule."""
-    if args.num_train_epochs is not None:
-        args.max_train_steps = math.ceil(args.num_train_epochs * num_images / args.global_batch_size)
-    elif args.max_train_kimg is not None:
-        args.max_train_steps = math.ceil(args.max_train_kimg * 1000 / args.global_batch_size)
-    for name in ("lr_warmup", "lr_decay"):
-        if (kimg := getattr(args, f"{name}_kimg")) is not None:
-            setattr(args, f"{name}_steps", math.ceil(kimg * 1000 / args.global_batch_size))
-    args.lr_warmup_steps = 500 if args.lr_warmup_steps is None else args.lr_warmup_steps
-    if args.lr_decay_steps is not None and args.lr_warmup_steps + args.lr_decay_steps > args.max_train_steps:
-        raise UserError(
-            f"--lr_warmup_steps {args.lr_warmup_steps} and --lr_decay_steps {args.lr_decay_steps} are longer than the "
-            f"training ({args.max_train_steps} steps)"
-        )
-    if args.lr_scheduler == "polynomial" and args.lr_warmup_steps >= args.max_train_steps:
-        raise UserError(
-            f"--lr_warmup_steps {args.lr_warmup_steps} must be less than the {args.max_train_steps} optimizer steps "
-            "with --lr_scheduler polynomial"
-        )
-
-
-def launch_fingerprint(args: argparse.Namespace, config: dict) -> dict:
-    """What must be the same in all processes before data is touched: arguments, model config, versions, code.
-
-    Where the data lies may differ from machine to machine: the images themselves are compared later.
-    """
-    places = {"train_data_dir", "train_data_file", "latents_dir", "cache_dir"}
-    arguments = {f"--{key}": value for key, value in args_to_config(args).items() if key not in places}
-    files = sorted([*CODE_FOLDER.glob("*.py"), *CODE_FOLDER.glob("diffit/**/*.py")])
-    code = {str(file.relative_to(CODE_FOLDER)): file_digest(file)["sha256"][:8] for file in files}
-    return arguments | {"the model config": config, "torch": torch.__version__, "the code": code}
-
-
-def describe_run(
-    accelerator: Accelerator,
-    args: argparse.Namespace,
-    model: ModelMixin,
-    table: Table,
-    validation_table: Table | None,
-) -> None:
-    """Logs the sizes of the run."""
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    epochs = args.max_train_steps * args.global_batch_size / len(table)
-    held_out = "" if validation_table is None else f", {len(validation_table):,} held out"
-    logger.info(
-        f"{type(model).__name__} with {num_parameters:,} parameters; {len(table):,} images of "
-        f"{'x'.join(map(str, args.resolution))} pixels, {model.config.in_channels} channels{held_out}; "
-        f"{args.max_train_steps:,} steps of {args.global_batch_size} images ({args.train_batch_size} x "
-        f"{accelerator.num_processes} processes x {args.gradient_accumulation_steps} accumulation), "
-        f"{epochs:.1f} epochs"
+        complete["num_augment_labels"] = NUM_AUGMENT_LABELS
+    check_network(complete, config.model, resolution, (height, width))
+    return Plan(
+        batch=batch,
+        formulation=formulation,
+        resolution=resolution,
+        num_channels=config.data.num_channels if vae is None else vae.image_channels,
+        model_config=complete,
+        class_names=class_names,
+        max_train_steps=max_train_steps,
+        warmup_steps=warmup_steps,
+        decay_steps=decay_steps,
+        periods={
+            "log": config.run.logging_steps,
+            "checkpoint": config.run.checkpointing_steps,
+            "validation": config.validation.validation_steps,
+            "metrics": config.metrics.eval_steps,
+        },
+        num_images=data.num_images,
     )
-    if table.class_names is not None and not args.class_conditional:
-        logger.info(f"{table.source} has {len(table.class_names)} classes; --class_conditional would train on them")
 
 
-def print_dry_run(
-    accelerator: Accelerator,
-    args: argparse.Namespace,
-    config: dict,
-    table: Table,
-    validation_table: Table | None,
+def plan_resolution(
+    asked: tuple[int, int] | None, sample_size: int | list[int] | None, data: DataFacts, factor: int
+) -> tuple[int, int]:
+    """Height and width of the images in pixels: as asked, of the prepared latents, or as the model config says.
+
+    Args:
+        asked: --resolution.
+        sample_size: of the model config, in latents if there is a VAE.
+        data: the training data.
+        factor: pixels per latent along a side, 1 without a VAE.
+    """
+    if data.prepared_resolution is not None and asked not in (None, data.prepared_resolution):
+        raise UserError(f"--resolution {asked}: {data.source} was made from images of {data.prepared_resolution}")
+    resolution = asked or data.prepared_resolution
+    if resolution is None:
+        if sample_size is None:
+            raise UserError("give --resolution: the model config has no sample_size")
+        sides = [sample_size, sample_size] if isinstance(sample_size, int) else sample_size
+        resolution = tuple(factor * side for side in sides)
+    if any(side % factor for side in resolution):
+        raise UserError(f"{_resolution_flag(resolution)}: must be multiples of {factor}, the pixels per latent")
+    return resolution
+
+
+def _resolution_flag(resolution: tuple[int, int]) -> str:
+    return f"--resolution {'x'.join(map(str, resolution))}"
+
+
+def plan_channels(
+    model_config: dict[str, Any], asked: int | None, data: DataFacts, vae: VaeFacts | None, model: ModelConfig
+) -> dict[str, int]:
+    """`in_channels` and `out_channels` of the network, which must be those of the images or latents."""
+    is_transformer = issubclass(model_class(model_config), DiffiTTransformer2DModel)
+    if vae is None:
+        if is_transformer:
+            raise UserError("a transformer trains in latent space: give --vae_model_name_or_path")
+        channels = asked or data.num_channels
+        reason = f"the images of {data.source} have {channels}; give --num_channels {model_config.get('in_channels')}"
+    else:
+        if asked not in (None, vae.image_channels):
+            raise UserError(f"--num_channels {asked}: the VAE takes {vae.image_channels}")
+        channels = vae.latent_channels
+        reason = f"the latents of {model.vae_model_name_or_path} have {channels}; give another VAE"
+    allowed = {"in_channels": [channels], "out_channels": [channels, 2 * channels] if is_transformer else [channels]}
+    chosen = {}
+    for key, values in allowed.items():
+        chosen[key] = channels if model_config.get(key) is None else model_config[key]
+        if chosen[key] not in values:
+            raise UserError(f"the model config says {key} {chosen[key]}, {reason} or another model config")
+    return chosen
+
+
+def check_learned_variance(out_channels: int, formulation: Formulation) -> None:
+    """Refuses a network that learns the variance unless the formulation has one to learn."""
+    if not formulation.can_learn_variance:
+        raise UserError(
+            f"the model config says out_channels {out_channels}, a learned variance: that needs --formulation ddpm "
+            "--prediction_type epsilon; --model_kwargs out_channels=... leaves it out"
+        )
+
+
+def plan_classes(
+    model_config: dict[str, Any], class_names: tuple[str, ...] | None, is_pretrained: bool
+) -> dict[str, int | None]:
+    """The network's number of classes, which must be that of the data unless pretrained weights are adapted."""
+    is_transformer = issubclass(model_class(model_config), DiffiTTransformer2DModel)
+    key = "num_embeds_ada_norm" if is_transformer else "num_class_embeds"
+    extra_row = 1 if class_names and model_config.get("_class_name") == "UNet2DModel" else 0  # see `null_label`
+    number = len(class_names) + extra_row if class_names else None
+    if model_config.get(key) not in (None, number) and not is_pretrained:
+        raise UserError(
+            f"the model config says {key} {model_config[key]}, but the data gives {number} "
+            f"(--class_conditional is {class_names is not None})"
+        )
+    return {key: number}
+
+
+def check_network(
+    model_config: dict[str, Any], model: ModelConfig, resolution: tuple[int, int], size: tuple[int, int]
 ) -> None:
-    """Prints the resolved arguments, parameters and FLOPs. The network exists on the meta device only."""
+    """Refuses a config that the network's constructor refuses, or a size that the network cannot divide."""
+    described_by = "--model_config" if model.model_config else "--pretrained_model_name_or_path"
+    with torch.device("meta"), user_errors(f"{described_by} with --model_kwargs", ValueError):
+        network = model_class(model_config).from_config(model_config)
+    if isinstance(network, DiffiTModelMixin):
+        with user_errors(_resolution_flag(resolution), ValueError):
+            network.check_size(*size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Facts, and the plan in words
+
+
+def describe_data(table: Table, vae: AutoencoderKL | None, num_channels: int | None) -> DataFacts:
+    """The facts of training data; looks at some images for their channels unless those are known.
+
+    Args:
+        table: the training images or their latents.
+        vae: of a latent-space model, which says how many channels are taken.
+        num_channels: how many channels are asked for, or None.
+    """
+    names = None if table.class_names is None else tuple(table.class_names)
+    if isinstance(table, LatentTable):
+        return DataFacts(table.source, len(table), table.digest(), names, None, tuple(table.metadata["resolution"]))
+    num_channels = num_channels if vae is None else vae.config.in_channels
+    return DataFacts(table.source, len(table), table.digest(), names, num_channels or detect_num_channels(table))
+
+
+def describe_vae(vae: AutoencoderKL | None) -> VaeFacts | None:
+    """The facts of a VAE, which may be on the meta device; None without one."""
+    if vae is None:
+        return None
+    return VaeFacts(pixels_per_latent(vae), vae.config.in_channels, vae.config.latent_channels)
+
+
+def describe_run(plan: Plan, model: ModelMixin, table: Table, num_held_out: int) -> str:
+    """The sizes of a run in words, for the log."""
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    epochs = plan.max_train_steps * plan.batch.total / plan.num_images
+    held_out = f", {num_held_out:,} held out" if num_held_out else ""
+    text = (
+        f"{type(model).__name__} with {num_parameters:,} parameters; {plan.num_images:,} images of "
+        f"{'x'.join(map(str, plan.resolution))} pixels, {model.config.in_channels} channels{held_out}; "
+        f"{plan.max_train_steps:,} steps of {plan.batch.total} images ({plan.batch.per_process} x "
+        f"{plan.batch.num_processes} processes x {plan.batch.accumulation} accumulation), {epochs:.1f} epochs"
+    )
+    if table.class_names is not None and plan.class_names is None:
+        text += f"; {table.source} has {len(table.class_names)} classes: --class_conditional would train on them"
+    return text
+
+
+def print_dry_run(flags: dict[str, Any], plan: Plan) -> None:
+    """Prints the flags of a run, its parameters and FLOPs. The network exists on the meta device only."""
     with torch.device("meta"):
-        model = model_class(config).from_config(config)
-    if accelerator.is_main_process:
-        print(yaml.safe_dump(args_to_config(args)), end="")
-        print(f"model_config_resolved: {json.dumps(config)}")
-        print(f"parameters: {sum(parameter.numel() for parameter in model.parameters())}")
-        print(f"training_flops_per_image: {training_flops_per_image(config)}")
-    describe_run(accelerator, args, model, table, validation_table)
+        model = model_class(plan.model_config).from_config(plan.model_config)
+    print(yaml.safe_dump(flags), end="")
+    print(f"model_config_resolved: {json.dumps(plan.model_config)}")
+    print(f"parameters: {sum(parameter.numel() for parameter in model.parameters())}")
+    print(f"training_flops_per_image: {training_flops_per_image(plan.model_config)}")

@@ -14,13 +14,15 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, parse_flag_from_env
 from torch.distributed import PrefixStore, TCPStore
 
+from diffit.config import PrecisionConfig, RunConfig
 from diffit.errors import RunError, UserError, message_of
 from diffit.launcher import EXIT_STOPPED, launcher_is_gone
 
@@ -78,6 +80,60 @@ def join_processes(timeout: timedelta = TIMEOUT) -> PartialState:
     state = PartialState(cpu=cpu, timeout=timeout)
     del store
     return state
+
+
+def build_accelerator(precision: PrecisionConfig, run: RunConfig) -> Accelerator:
+    """Sets up precision, trackers and this process's part of the launch, which `join_processes` has joined.
+
+    Raises:
+        UserError: if the launcher's processes do not see each other, or fp16 is asked for on a CPU.
+    """
+    if precision.mixed_precision == "fp16" and not torch.accelerator.is_available():
+        raise UserError(
+            "--mixed_precision fp16 does not exist on a CPU (accelerate would train in fp32): use bf16 or no"
+        )
+    if precision.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    if precision.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    logging_dir = str(Path(run.output_dir, run.logging_dir))
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # as `join_processes` has said already
+        mixed_precision=precision.mixed_precision,
+        log_with=None if run.report_to == "none" else run.report_to,
+        project_config=ProjectConfiguration(project_dir=run.output_dir, logging_dir=logging_dir),
+    )
+    check_launch(accelerator)
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # from accelerate's own config
+        raise UserError("mixed precision fp16 does not exist on a CPU: give --mixed_precision bf16 or no")
+    return accelerator
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """Refuses a launch whose processes do not see each other.
+
+    Raises:
+        UserError: says what the launcher was asked for and what there is.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != world_size:
+        raise UserError(
+            f"the launcher started {world_size} processes (WORLD_SIZE), but this one sees "
+            f"{accelerator.num_processes}; see the launch commands in README.md"
+        )
+    # Where more than one process was asked for, `accelerate launch --cpu` sets the address and starts one.
+    alone = accelerator.num_processes == 1 and os.environ.get("ACCELERATE_USE_CPU") == "True"
+    if alone and "MASTER_ADDR" in os.environ:
+        raise UserError(
+            "accelerate launch --cpu starts one process only, whatever --num_processes is: use "
+            "--config_file configs/accelerate/cpu_multi_process.yaml"
+        )
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # pytorch/pytorch issue 135712
+        logger.warning("--max_restarts of torchrun may fail unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is exported")
 
 
 def _did_not_meet(message: str) -> RunError:
@@ -240,6 +296,7 @@ class StopRequest:
     """
 
     PATIENCE = 5  # seconds that Python's handler gets before the training has begun
+    LEAVING_PATIENCE = 60  # and, once it has run, to give the folder back on a busy machine
     # After the launcher's death: for one step and a checkpoint. A larger checkpoint is lost, the one before is not.
     LAST_SECONDS = 600
 
@@ -288,7 +345,11 @@ class StopRequest:
                 continue
             if launcher_is_gone():
                 signal.alarm(self.LAST_SECONDS)  # by the kernel, which no C++ call can hold up
-            if not self.has_begun and not self.closed.wait(self.PATIENCE) and not self.has_begun:
+            if self.has_begun or self.closed.wait(self.PATIENCE):
+                continue
+            if self.is_leaving and self.closed.wait(self.LEAVING_PATIENCE):
+                continue
+            if not self.has_begun:
                 # By file descriptor: the stuck main thread may hold the locks of Python's streams.
                 os.write(2, b"stopped before the training began, while waiting for other processes\n")
                 os._exit(EXIT_STOPPED)

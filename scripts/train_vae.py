@@ -149,4 +149,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_script(parse_args, main)
+    run_script(main, parse_args())

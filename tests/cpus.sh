@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Runs the everyday tests under the instruction sets and thread counts of other CPUs; prints one line per environment.
+# Runs the tests with the instruction sets and thread counts of other CPUs and prints one line per environment.
 #
-#   tests/cpus.sh                      or `make test-cpus`; about half an hour on two cores
-#   tests/cpus.sh -m slow -k topology  selects other tests: all arguments go to pytest
+#   tests/cpus.sh                      same as `make test-cpus`; about half an hour on two cores
+#   tests/cpus.sh -m slow -k topology  runs other tests: all arguments are passed to pytest
 #
-# A test that fails in some environments only compares numbers that depend on the CPU, such as the rounding of a
-# gradient whose true value is zero, which Adam amplifies. Do not widen its tolerance: compare in float64, or train a
-# network whose output layer does not start at zero (`TINY_TRAINED_CONFIG` in conftest.py).
+# A test that fails in only some environments compares numbers that depend on the CPU, such as the rounding error of a
+# gradient whose true value is zero, which Adam amplifies. Do not widen its tolerance. Compare in float64 instead, or
+# train a network whose output layer is not initialized to zero (`TINY_TRAINED_CONFIG` in helpers.py).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 
-# Instruction sets of torch's own kernels, of oneDNN (convolutions) and of MKL (matrix products), and threads. Together
-# they cover each value and the usual pairs; what is not set is what the CPU has.
+# Instruction sets of torch's own kernels, of oneDNN (convolutions) and of MKL (matrix products), and thread counts.
+# Together they cover every value and the usual pairs. Unset variables mean the CPU's own capabilities.
 environments=(
     "ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1"
     "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 OMP_NUM_THREADS=1"
@@ -20,7 +20,7 @@ environments=(
     "ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE OMP_NUM_THREADS=1"
     "OMP_NUM_THREADS=2"
 )
-# Everything is run except the files without arithmetic on tensors, so a new test is included by default.
+# All tests except the files without tensor arithmetic, so that new tests are included by default.
 tests=(tests --ignore=tests/test_{data,distributed,multi_node,strangers}.py)
 if (($# > 0)); then tests=("$@"); fi
 
@@ -33,7 +33,7 @@ log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 failed=0
 for environment in "${environments[@]}"; do
-    # Asked for more than the CPU has, torch dies of an illegal instruction.
+    # torch crashes with an illegal instruction if the CPU lacks the requested capability.
     if [[ $environment =~ ATEN_CPU_CAPABILITY=([a-z0-9]+) && " ${capabilities[*]} " != *" ${BASH_REMATCH[1]} "* ]]; then
         echo "$environment: skipped, this CPU has ${capabilities[*]}"
         continue

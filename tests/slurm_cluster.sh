@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A real SLURM of two nodes, 127.0.0.1 and 127.0.0.2, on this one machine: slurmctld, two slurmd and munged, all in one
-# folder and on free ports. Needs root and Debian or Ubuntu, whose packages it installs where they are missing.
+# Runs a real SLURM cluster on this machine: slurmctld, munged and two slurmd as nodes 127.0.0.1 and 127.0.0.2, with all
+# files in one folder and on free ports. Needs root on Debian or Ubuntu and installs their packages if they are missing.
 #
-#   tests/slurm_cluster.sh start DIR      then: export SLURM_CONF=DIR/slurm.conf
-#   tests/slurm_cluster.sh stop DIR       ends its jobs too
+#   tests/slurm_cluster.sh start DIR      then run: export SLURM_CONF=DIR/slurm.conf
+#   tests/slurm_cluster.sh stop DIR       also cancels its jobs
 #
-# Each node claims two GPUs, so that the number of processes a node can be tried; there is nothing behind them.
+# Each node claims to have two GPUs, so that tests can check the number of processes per node; the GPUs do not exist.
 set -euo pipefail
 
 action=${1:?start or stop}
@@ -17,7 +17,7 @@ free_port() {
     python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
 }
 
-wait_until() { # a command succeeds, 30 s at most
+wait_until() { # until a command succeeds, at most 30 s
     for _ in $(seq 300); do
         if "$@" >/dev/null 2>&1; then return; fi
         sleep 0.1

@@ -1,12 +1,18 @@
 """Non-leaking augmentation: what each transform does, its labels, and how often."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from diffit.augment import NUM_AUGMENT_LABELS, NUM_AUGMENT_NUMBERS, augment, sample_augmentation
+from diffit.networks import model_class
+from diffit.sources import load_image_table
+from diffit.stream import ImageDataset, PositionStream
+from helpers import STATES, assert_same_files, train
 
 # Numbers that, at a probability of 0.5, do nothing, and the entries that let each transform happen.
 NOTHING = [0.9] * 8 + [0.7, -0.8, 0.9, -0.6]
@@ -223,3 +229,34 @@ def test_any_channels_and_size_keep_shape_and_dtype(shape):
 def test_arguments_out_of_range_are_refused(count, probability, words):
     with pytest.raises(ValueError, match=words):
         augment(noise(2, 3, 8, 8), drawn(count), probability)
+
+
+# --- in a training
+
+
+def test_augmentation_leaves_all_other_numbers_of_a_position_as_they_are(image_folder):
+    table = load_image_table(train_data_dir=str(image_folder))
+    stream = PositionStream(len(table), seed=0)
+    plain, augmented = (
+        ImageDataset(table, stream, (8, 8), 3, random_flip=True, augment=augment)[(5, stream.index(5))]
+        for augment in (False, True)
+    )
+    assert augmented.pop("augmentation").shape == (12,)
+    torch.testing.assert_close(augmented, plain, rtol=0, atol=0)
+
+
+def test_augmented_run_tells_the_network_and_resumes_bitwise(train_args, tmp_path):
+    flags = ["--augmentation_probability=0.5", "--max_train_steps=4", "--checkpointing_steps=2", "--formulation=edm"]
+    train([*train_args, *flags])
+    other = [*train_args, *flags, f"--output_dir={tmp_path / 'other'}"]
+    train([*other, "--max_train_steps=2"])
+    train([*other, "--resume_from_checkpoint=latest", "--dataloader_num_workers=1"])
+    assert_same_files(tmp_path / "run/checkpoint-4", tmp_path / "other/checkpoint-4", STATES)
+    weights = load_file(tmp_path / "run/checkpoint-4" / STATES[0])
+    torch.manual_seed(0)
+    config = json.loads((tmp_path / "run/unet/config.json").read_text())
+    untrained = model_class(config).from_config(config).augment_embedding.weight
+    assert config["num_augment_labels"] == 9 and not torch.equal(weights["augment_embedding.weight"], untrained)
+    train([*train_args, f"--output_dir={tmp_path / 'plain'}", "--max_train_steps=4", "--formulation=edm"])
+    plain = load_file(tmp_path / "plain/checkpoint-4" / STATES[0])
+    assert not torch.equal(plain["conv_in.weight"], weights["conv_in.weight"])

@@ -1,7 +1,6 @@
 """What the benchmarks compute from their figures."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +8,6 @@ import PIL.Image
 import pytest
 import torch
 from safetensors.torch import save_file
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import diffit_model
 import gpu

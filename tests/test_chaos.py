@@ -15,11 +15,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT
-from test_train import STATES, assert_same_files
 
 from diffit.checkpoint import verify_checkpoint
 from diffit.run_dir import checkpoint_step, list_checkpoints
+from helpers import ROOT, STATES, assert_same_files, torchrun
 
 KILLS = int(os.environ.get("KILLS", 50))
 STEPS = 40 * KILLS
@@ -40,11 +39,10 @@ class Life:
     """One start of the training, its output in a file."""
 
     def __init__(self, arguments: list[str], log: Path):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         self.log = log
         with log.open("w") as output:
             self.launcher = subprocess.Popen(
-                [sys.executable, *launcher, "train_diffit.py", *arguments],
+                [sys.executable, *torchrun(), "train_diffit.py", *arguments],
                 cwd=ROOT,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -8,7 +8,6 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, run
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from safetensors.torch import load_file, save_file
 
@@ -16,15 +15,11 @@ from convert_nvidia_checkpoint import main, nvidia_names, parse_args
 from diffit.networks import adapt_weights, model_class
 from diffit_model import DiffiTTransformer2DModel
 from diffit_pipeline import DiffiTPipeline
+from helpers import NVIDIA_SIZES, ROOT, nvidia_tensors, run, tiny_vae
 
 EXACT = {"rtol": 0, "atol": 0}
 TOLERANCES = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float64: {"rtol": 1e-10, "atol": 1e-10}}
 
-# side: of the token grid
-SMALL = {
-    **{"depth": 2, "width": 24, "heads": 2, "side": 4, "patch": 2, "mlp": 96},
-    **{"in_channels": 4, "out_channels": 8, "classes": 1000},
-}
 CASES = {
     "28_blocks": {"depth": 28, "width": 32, "heads": 4, "mlp": 128},
     "fewer_classes": {"classes": 10, "in_channels": 3, "out_channels": 3},
@@ -32,47 +27,6 @@ CASES = {
     "large_patches": {"patch": 4, "side": 3, "mlp": 60},
     "one_block_narrow_heads": {"depth": 1, "width": 16, "heads": 16, "side": 1, "mlp": 64},
 }
-
-
-def nvidia_tensors(dtype: torch.dtype = torch.float32, **overrides) -> dict[str, torch.Tensor]:
-    """Random weights in NVIDIA's layout, written from the table of shapes; nothing in them is zero."""
-    c = SMALL | overrides
-    width, side, patch = c["width"], c["side"], c["patch"]
-    num_tokens = side**2
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
-
-    tensors = {
-        "pos_embed": random(1, num_tokens, width),
-        "y_embedder.embedding_table.weight": random(c["classes"] + 1, width),
-    }
-
-    def add_linear(name: str, outputs: int, *inputs: int) -> None:
-        tensors[f"{name}.weight"] = random(outputs, *inputs, scale=math.prod(inputs) ** -0.5)
-        tensors[f"{name}.bias"] = random(outputs, scale=0.2)
-
-    add_linear("x_embedder.proj", width, c["in_channels"], patch, patch)
-    add_linear("t_embedder.mlp.0", width, 256)
-    add_linear("t_embedder.mlp.2", width, width)
-    add_linear("final_layer.linear", patch**2 * c["out_channels"], width)
-    for i in range(c["depth"]):
-        attention = f"blocks.{i}.attn"
-        tensors[f"{attention}.relative_position_bias_table"] = random((2 * side - 1) ** 2, c["heads"])
-        tensors[f"{attention}.relative_position_index"] = torch.tensor(
-            [
-                [(i // side - j // side + side - 1) * (2 * side - 1) + i % side - j % side + side - 1]
-                for i in range(num_tokens)
-                for j in range(num_tokens)
-            ]
-        ).reshape(num_tokens, num_tokens)
-        add_linear(f"{attention}.qkv", 3 * width, width)
-        add_linear(f"{attention}.qkv_temb", 3 * width, width)
-        add_linear(f"{attention}.proj", width, width)
-        add_linear(f"blocks.{i}.mlp.fc1", c["mlp"], width)
-        add_linear(f"blocks.{i}.mlp.fc2", width, c["mlp"])
-    return tensors
 
 
 def reference(
@@ -157,18 +111,6 @@ def load_transformer(folder, dtype: torch.dtype = torch.float32) -> DiffiTTransf
     return DiffiTTransformer2DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=dtype).eval()
 
 
-def tiny_vae(latent_channels: int = 4) -> AutoencoderKL:
-    torch.manual_seed(2)
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=latent_channels,
-        layers_per_block=1,
-        norm_num_groups=4,
-    ).eval()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The network
 
@@ -201,7 +143,7 @@ def test_28_blocks_have_the_346_keys_of_the_released_files():
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_size_is_read_off_the_shapes(tmp_path, case):
-    c = SMALL | CASES[case]
+    c = NVIDIA_SIZES | CASES[case]
     config = json.loads((convert(nvidia_tensors(**CASES[case]), tmp_path) / "transformer/config.json").read_text())
     expected = {
         "num_attention_heads": c["heads"],

@@ -9,18 +9,16 @@ from unittest import mock
 import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import eval_diffit
 import sample_diffit
 from diffit import cpu_kernels
-from diffit.config import build_parser
+from diffit.config import ModelConfig
 from diffit.cpu_kernels import Dropout16, GELULinear, GroupNormSiLUConv, NormalizeTokens, kernelize
-from diffit.formulations import build_noise_scheduler
 from diffit.networks import build_guidance_model, set_up_model
-from diffit.plan import resolve_diffusion
 from diffit_model import (
     DiffiTBlock,
     DiffiTMLP,
@@ -376,12 +374,10 @@ def build_pipeline() -> DiffiTPipeline:
 
 
 def test_training_on_a_cpu_uses_the_kernels_also_for_guidance(tmp_path):
-    flags = ["--attention_backend=native", f"--validation_guidance_model={tmp_path}"]
-    args, model = build_parser().parse_args(flags), build_unet()
-    resolve_diffusion(args)
-    DiffiTPipeline(build_unet(), build_noise_scheduler(args)).save_pretrained(tmp_path)
-    set_up_model(SimpleNamespace(device=torch.device("cpu"), mixed_precision="no"), args, model)
-    guidance_model = build_guidance_model(args, model, torch.device("cpu"))
+    model, scheduler, cpu = build_unet(), DDPMScheduler(), torch.device("cpu")
+    DiffiTPipeline(build_unet(), scheduler).save_pretrained(tmp_path)
+    set_up_model(model, ModelConfig(model_config="unused.json", attention_backend="native"), cpu)
+    guidance_model = build_guidance_model(str(tmp_path), model, scheduler.config, cpu)
     assert kernels(model) == kernels(guidance_model) == kernels(kernelize(build_unet()))
 
 

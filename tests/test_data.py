@@ -28,12 +28,23 @@ from diffit.stream import (
     AUGMENTATION,
     DIFFUSION,
     PERMUTATION,
-    ImageDataset,
     PositionStream,
     StreamBatchSampler,
     collate,
     position_generator,
     split_table,
+)
+from helpers import (
+    constant,
+    decode,
+    encode,
+    encode_npy,
+    item_at,
+    levels,
+    load_table,
+    make_dataset,
+    noise_image,
+    write_files,
 )
 
 DATA = Path(__file__).parents[1] / "data"
@@ -46,42 +57,6 @@ ROUNDING = 1e-4  # tolerance for float32 arithmetic, in grey levels
 # Helpers
 
 
-def encode(image: PIL.Image.Image | np.ndarray, file_format: str = "PNG", **options) -> bytes:
-    """The bytes of an image file."""
-    buffer = io.BytesIO()
-    image = PIL.Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
-
-
-def encode_npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
-
-
-def constant(mode: str, colour: int | tuple[int, ...], file_format: str = "PNG", **options) -> bytes:
-    """An image file of 4 x 4 equal pixels."""
-    return encode(PIL.Image.new(mode, (4, 4), colour), file_format, **options)
-
-
-def noise_image(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def write_files(root: Path, files: dict[str, int | str | bytes]) -> Path:
-    """Writes grey images (given as int), texts and bytes into a folder, or into a zip if `root` ends in .zip."""
-    for name, data in files.items():
-        data = constant("L", data) if isinstance(data, int) else data.encode() if isinstance(data, str) else data
-        if root.suffix == ".zip":
-            with zipfile.ZipFile(root, "a") as archive:
-                archive.writestr(name, data)
-        else:
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_bytes(data)
-    return root
-
-
 def write_parquet(path: Path, **columns: tuple[object, list]) -> Path:
     """Writes a parquet file from (feature, values) of each column; an image is a grey level, bytes or None."""
     features = Features({name: feature for name, (feature, _) in columns.items()})
@@ -92,21 +67,6 @@ def write_parquet(path: Path, **columns: tuple[object, list]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Dataset.from_dict(values, features=features).to_parquet(path)
     return path
-
-
-def load(source: Path, **options) -> ImageTable:
-    """The table of a folder, a zip or a parquet file."""
-    flag = "train_data_file" if source.suffix == ".parquet" else "train_data_dir"
-    return load_image_table(**{flag: str(source)}, cache_dir=str(source.parent / "cache"), **options)
-
-
-def decode(data: bytes, resolution: tuple[int, int], num_channels: int = 3, **options) -> torch.Tensor:
-    return decode_image("some.file", data, resolution, num_channels, **options)
-
-
-def levels(pixels: torch.Tensor) -> np.ndarray:
-    """(C, H, W) in [-1, 1] -> grey levels (H, W, C) in [0, 255]."""
-    return ((pixels + 1) * 127.5).permute(1, 2, 0).numpy()
 
 
 def contents(table: ImageTable) -> list[tuple]:
@@ -125,15 +85,6 @@ def class_folder(tmp_path: Path) -> Path:
     """10 noise images of 6 x 9 pixels in colour, in the classes `a` and `b`."""
     files = {f"{'ab'[i % 2]}/{i}.png": encode(noise_image(i, 6, 9, 3)) for i in range(10)}
     return write_files(tmp_path / "images", files)
-
-
-def make_dataset(source: Path, seed: int = 0, resolution: tuple[int, int] = (6, 6), **options) -> ImageDataset:
-    table = load(source)
-    return ImageDataset(table, PositionStream(len(table), seed), resolution, **options)
-
-
-def item_at(dataset: ImageDataset, position: int) -> dict:
-    return dataset[position, dataset.stream.index(position)]
 
 
 def assert_same(actual: dict, expected: dict) -> None:
@@ -210,7 +161,7 @@ def test_batches_do_not_depend_on_workers(class_folder, on_bad_image):
 def test_workers_do_not_disturb_each_other_in_a_zip(tmp_path):
     """A forked worker inherits the parent's open zip: were it shared, reads would come from another's file offset."""
     files = [encode_npy(noise_image(i, 64, 64, 3)) for i in range(16)]
-    table = load(write_files(tmp_path / "z.zip", {f"{i:02d}.npy": data for i, data in enumerate(files)}))
+    table = load_table(write_files(tmp_path / "z.zip", {f"{i:02d}.npy": data for i, data in enumerate(files)}))
     assert table.read(0)[1] == files[0]  # opens the zip here, before the workers start
     reader = DataLoader(range(4000), 16, num_workers=2, collate_fn=lambda ids: [table.read(i % 16)[1] for i in ids])
     assert all(batch == files for batch in reader)
@@ -257,19 +208,19 @@ LAYOUTS = {  # name: (files, with a grey level for each image; what is expected)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_gives_images_and_labels(tmp_path, layout, container):
     files, expected = LAYOUTS[layout]
-    assert sorted(contents(load(write_files(tmp_path / container, files)))) == expected
+    assert sorted(contents(load_table(write_files(tmp_path / container, files)))) == expected
 
 
 def test_metadata_label_column_is_used(tmp_path):
     files = {"0.png": 0, "metadata.jsonl": '{"file_name": "0.png", "label": 0, "kind": "square"}\n'}
-    assert contents(load(write_files(tmp_path / "f", files), label_column="kind")) == [(0, 0, "square")]
+    assert contents(load_table(write_files(tmp_path / "f", files), label_column="kind")) == [(0, 0, "square")]
 
 
 @pytest.mark.parametrize("folder", ["f", "set [1]"])  # brackets are a pattern for `datasets`
 def test_folder_of_parquet_files_gives_all_rows(tmp_path, folder):
     for part in (0, 1):
         write_parquet(tmp_path / folder / f"part-{part}.parquet", image=(IMAGE, [part]), label=(ANIMAL, [1 - part]))
-    assert contents(load(tmp_path / folder)) == [(0, 1, "dog"), (1, 0, "cat")]
+    assert contents(load_table(tmp_path / folder)) == [(0, 1, "dog"), (1, 0, "cat")]
 
 
 @pytest.mark.parametrize(("split", "expected"), [("train", (1, 1, "dog")), ("test", (2, 0, "cat"))])
@@ -288,14 +239,14 @@ def test_dataset_name_reads_local_image_folder(tmp_path):
 
 def test_columns_are_found_by_feature_type(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", id=(NUMBER, [9]), img=(IMAGE, [3]), animal=(ANIMAL, [1]))
-    assert contents(load(path)) == [(3, 1, "dog")]
+    assert contents(load_table(path)) == [(3, 1, "dog")]
 
 
 def test_two_label_columns_are_ambiguous(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", img=(IMAGE, [3]), fine=(ANIMAL, [1]), coarse=(ANIMAL, [0]))
     with pytest.raises(ValueError, match=r"--label_column.*fine.*coarse"):
-        load(path)
-    assert contents(load(path, label_column="coarse")) == [(3, 0, "cat")]
+        load_table(path)
+    assert contents(load_table(path, label_column="coarse")) == [(3, 0, "cat")]
 
 
 @pytest.mark.parametrize(
@@ -305,7 +256,7 @@ def test_two_label_columns_are_ambiguous(tmp_path):
 def test_plain_label_column_is_encoded(tmp_path, feature, values, labels):
     path = write_parquet(tmp_path / "a.parquet", image=(IMAGE, [0, 1, 2]), kind=(feature, values))
     names = [str(value) for value in values]
-    assert contents(load(path, label_column="kind")) == list(zip([0, 1, 2], labels, names, strict=True))
+    assert contents(load_table(path, label_column="kind")) == list(zip([0, 1, 2], labels, names, strict=True))
 
 
 def test_digits_equal_those_of_scikit_learn():
@@ -365,7 +316,7 @@ def test_wrong_file_is_named(tmp_path, wrong, container):
     files, message = WRONG_FILES[wrong]
     root = write_files(tmp_path / container, {"a.png": 0} | files)
     with pytest.raises(ValueError, match=message) as error:
-        load(root)
+        load_table(root)
     assert str(root) in str(error.value)
 
 
@@ -373,7 +324,7 @@ def test_wrong_file_is_named(tmp_path, wrong, container):
 def test_folder_without_images_is_named(tmp_path, container):
     root = write_files(tmp_path / container, {"notes.txt": "x"})
     with pytest.raises(ValueError, match=f"--train_data_dir: no images in {root}"):
-        load(root)
+        load_table(root)
 
 
 @pytest.mark.parametrize(
@@ -388,20 +339,20 @@ def test_folder_without_images_is_named(tmp_path, container):
 def test_wrong_column_names_the_flag(tmp_path, options, message):
     path = write_parquet(tmp_path / "a.parquet", x=(NUMBER, [1]))
     with pytest.raises(ValueError, match=message):
-        load(path, **options)
+        load_table(path, **options)
 
 
 @pytest.mark.parametrize(("feature", "label"), [(ANIMAL, 0), (TEXT, "cat")], ids=["class_label", "string"])
 def test_empty_label_in_parquet_is_named(tmp_path, feature, label):
     path = write_parquet(tmp_path / "a.parquet", image=(IMAGE, [0, 1]), label=(feature, [label, None]))
     with pytest.raises(ValueError, match=r"label.*a\.parquet|a\.parquet.*label"):
-        load(path, label_column="label")
+        load_table(path, label_column="label")
 
 
 def test_damaged_parquet_is_named(tmp_path):
     write_files(tmp_path, {"a.parquet": "this is not parquet"})
     with pytest.raises(ValueError, match=r"a\.parquet"):
-        load(tmp_path / "a.parquet")
+        load_table(tmp_path / "a.parquet")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -584,7 +535,7 @@ def test_unreadable_file_is_named(name, keep_colour):
 
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_unreadable_file_does_not_stop_channel_detection(tmp_path, name):
-    table = load(write_files(tmp_path / "f", {"good.png": encode(PHOTO), name: UNREADABLE[name]}))
+    table = load_table(write_files(tmp_path / "f", {"good.png": encode(PHOTO), name: UNREADABLE[name]}))
     assert detect_num_channels(table) == 3
 
 
@@ -623,17 +574,17 @@ def test_damaged_zip_member_is_named(tmp_path, method):
     data[60:90] = bytes(byte ^ 255 for byte in data[60:90])
     (tmp_path / "z.zip").write_bytes(data)
     with pytest.raises(BadImageError, match=r"a\.npy"):
-        load(tmp_path / "z.zip").read(0)
+        load_table(tmp_path / "z.zip").read(0)
 
 
 def test_empty_row_of_parquet_is_named(tmp_path):
-    table = load(write_parquet(tmp_path / "a.parquet", image=(IMAGE, [0, None])))
+    table = load_table(write_parquet(tmp_path / "a.parquet", image=(IMAGE, [0, None])))
     with pytest.raises(BadImageError, match=r"row 1 of .*a\.parquet"):
         table.read(1)
 
 
 def test_row_is_named_as_in_the_file_after_a_selection(tmp_path):
-    table = load(write_parquet(tmp_path / "a.parquet", image=(IMAGE, [0, 1, 2, b"broken"])))
+    table = load_table(write_parquet(tmp_path / "a.parquet", image=(IMAGE, [0, 1, 2, b"broken"])))
     with pytest.raises(BadImageError, match=r"row 3 of .*a\.parquet"):
         decode_image(*table.select([2, 3]).read(1), (4, 4), 1)
 
@@ -786,7 +737,7 @@ def test_crop_is_central_or_anywhere(gradient_folder, center_crop):
 @pytest.fixture
 def table_of_20(tmp_path: Path) -> ImageTable:
     """Image i of 20 has grey level i."""
-    return load(write_files(tmp_path / "f", {f"{i:02d}.png": i for i in range(20)}))
+    return load_table(write_files(tmp_path / "f", {f"{i:02d}.png": i for i in range(20)}))
 
 
 @pytest.mark.parametrize(("fraction", "num_validation"), [(0.25, 5), (0.5, 10), (0.001, 1), (0.95, 19)])

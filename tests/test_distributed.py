@@ -11,12 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, start, train
 
-import train_diffit
-from diffit.checkpoint import save_checkpoint
 from diffit.launcher import EXIT_STOPPED
 from diffit.lock import OutputDirLock
+from helpers import ROOT, start, torchrun, train, wait_for_file
 
 # --- one run for one folder
 
@@ -157,13 +155,13 @@ def test_only_one_of_many_takes_a_folder_that_a_dead_run_left(tmp_path):
 
 def test_run_that_lost_its_folder_writes_no_checkpoint(train_args, tmp_path, monkeypatch):
     """As after a long standstill, in which another run took over."""
-    original = save_checkpoint
+    original = OutputDirLock.check_owned
 
-    def steal(*arguments):
-        (tmp_path / "run/.running").write_text('{"token": "thief", "pid": 7, "host": "node7"}')
-        original(*arguments)
+    def steal_and_check(lock: OutputDirLock) -> None:
+        lock.file.write_text('{"token": "thief", "pid": 7, "host": "node7"}')
+        original(lock)
 
-    monkeypatch.setattr(train_diffit, "save_checkpoint", steal)
+    monkeypatch.setattr(OutputDirLock, "check_owned", steal_and_check)
     with pytest.raises(RuntimeError, match="another run .process 7 on node7. has taken over"):
         train(train_args)
     assert not list((tmp_path / "run").glob("*checkpoint*"))
@@ -173,9 +171,7 @@ def test_run_that_lost_its_folder_writes_no_checkpoint(train_args, tmp_path, mon
 def test_second_run_on_one_folder_is_refused_and_the_first_goes_on(base_args, tmp_path):
     flags = [f"--output_dir={tmp_path / 'run'}", "--max_train_steps=100000", "--resume_from_checkpoint=latest"]
     first = start(["train_diffit.py", *base_args, *flags, "--checkpointing_steps=10"])
-    while not (tmp_path / "run/checkpoint-10").exists():
-        assert first.poll() is None, first.communicate()[0]
-        time.sleep(0.01)
+    wait_for_file(tmp_path / "run/checkpoint-10", first)
     with pytest.raises(ValueError, match=f"another run works there .process {first.pid}"):
         train([*base_args, *flags])
     assert first.poll() is None
@@ -195,8 +191,7 @@ def test_dry_run_leaves_no_folder(train_args, tmp_path):
 
 def refused_launch(command: str, tmp_path: Path) -> str:
     """Runs a shell command in two processes of torchrun, which must fail, and returns what they printed."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
-    process = start([*launcher, "bash", "-c", command], cwd=ROOT)
+    process = start([*torchrun(), "--no-python", "bash", "-c", command], cwd=ROOT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0, output
     assert not list(tmp_path.rglob("*checkpoint*"))
@@ -232,8 +227,7 @@ def test_same_data_in_different_places_trains(train_args, image_folder, tmp_path
     for rank in range(2):
         shutil.copytree(image_folder, tmp_path / f"data{rank}")
     command = shell([*train_args, f"--train_data_dir={tmp_path}/data$RANK", "--max_train_steps=1"])
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
-    process = start([*launcher, "bash", "-c", command])
+    process = start([*torchrun(), "--no-python", "bash", "-c", command])
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
 

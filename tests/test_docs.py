@@ -1,14 +1,11 @@
 """What the documents say is there."""
 
 import re
-import sys
 
 import pytest
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import scaling
+from helpers import ROOT
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`(test_\w+)`", (ROOT / "docs/reliability.md").read_text()))))

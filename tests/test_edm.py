@@ -6,18 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
-from test_guidance import count_batches
-from test_sample import generators, load, quiet, sample, tiny_unet
 
 import sample_diffit
-from diffit_pipeline import (
-    EDM_SCHEDULERS,
-    DiffiTPipeline,
-    choose_scheduler,
-    edm_heun,
-    edm_preconditioning,
-    edm_time,
-)
+from diffit_pipeline import EDM_SCHEDULERS, DiffiTPipeline, choose_scheduler, edm_heun, edm_preconditioning, edm_time
+from helpers import count_batches, generators, open_pipeline, quiet, sample, tiny_unet
 
 MEAN = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64)
 COVARIANCE = torch.tensor([[0.5, 0.2, 0.0], [0.2, 0.3, -0.1], [0.0, -0.1, 0.1]], dtype=torch.float64)
@@ -266,7 +258,7 @@ def test_solvers_of_diffusers_agree_with_heun_at_many_steps():
 
 @pytest.mark.parametrize(("name", "passes"), [("edm_heun", 9), ("edm_euler", 5), ("edm_dpmsolver++", 5), (None, 9)])
 def test_folder_is_sampled_by_each_edm_scheduler(name, passes, edm_folder):
-    pipeline = load(edm_folder, scheduler=name)
+    pipeline = open_pipeline(edm_folder, scheduler=name)
     batches = count_batches(pipeline.unet)
     images = pipeline([0, 1], num_inference_steps=5, generator=generators([0, 1]), output_type="pt").images
     assert batches == [2] * passes
@@ -277,15 +269,17 @@ def test_saved_folder_is_sampled_without_a_flag(edm_folder):
     pipeline = quiet(DiffusionPipeline.from_pretrained(edm_folder, trust_remote_code=True))
     assert type(pipeline).__name__ == "DiffiTPipeline" and type(pipeline.scheduler) is EDMEulerScheduler
     images = pipeline([2], num_inference_steps=3, generator=generators([0]), output_type="pt").images
-    expected = load(edm_folder)([2], num_inference_steps=3, generator=generators([0]), output_type="pt").images
+    expected = open_pipeline(edm_folder)(
+        [2], num_inference_steps=3, generator=generators([0]), output_type="pt"
+    ).images
     torch.testing.assert_close(images, expected, rtol=0, atol=0)
 
 
 def test_scheduler_of_the_other_formulation_is_refused(edm_folder, ddpm_folder):
     with pytest.raises(ValueError, match="one of edm_dpmsolver.*edm_euler, edm_heun, as .* is an EDM model.*'ddim'"):
-        load(edm_folder, scheduler="ddim")
+        open_pipeline(edm_folder, scheduler="ddim")
     with pytest.raises(ValueError, match="one of ddim.*, as .* is no EDM model, got 'edm_heun'"):
-        load(ddpm_folder, scheduler="edm_heun")
+        open_pipeline(ddpm_folder, scheduler="edm_heun")
     assert [choose_scheduler(str(folder)) for folder in (edm_folder, ddpm_folder)] == ["edm_heun", "ddim"]
 
 
@@ -293,7 +287,7 @@ def test_scheduler_of_the_other_formulation_is_refused(edm_folder, ddpm_folder):
 @pytest.mark.parametrize("schedule", ["constant", "power_cosine"])
 def test_interval_guides_the_places_among_the_sigmas(scheduler, schedule, edm_folder):
     """5 steps pass the times 1, 0.75, 0.5, 0.25 and 0; Heun evaluates all but the first twice."""
-    pipeline = load(edm_folder, scheduler=scheduler)
+    pipeline = open_pipeline(edm_folder, scheduler=scheduler)
     batches = count_batches(pipeline.unet)
     pipeline(
         [0, 1], num_inference_steps=5, guidance_scale=3.0, guidance_interval=(0.2, 0.8), guidance_schedule=schedule
@@ -304,7 +298,7 @@ def test_interval_guides_the_places_among_the_sigmas(scheduler, schedule, edm_fo
 
 def test_guidance_of_edm_models_equals_that_of_the_denoisers(edm_folder):
     """One Heun step is D: so guided images are D(null) + w (D(class) - D(null))."""
-    pipeline = load(edm_folder)
+    pipeline = open_pipeline(edm_folder)
     settings = {"num_inference_steps": 1, "output_type": "latent"}
     draws = [
         pipeline(label, generator=generators([0]), guidance_scale=scale, **settings).images
@@ -317,7 +311,7 @@ def test_guidance_of_edm_models_equals_that_of_the_denoisers(edm_folder):
 
 
 def test_churn_of_the_pipeline_is_renewed_noise(edm_folder):
-    pipeline = load(edm_folder)
+    pipeline = open_pipeline(edm_folder)
 
     def draw(**churn) -> torch.Tensor:
         settings = {"num_inference_steps": 6, "output_type": "latent"} | churn
@@ -334,7 +328,7 @@ def test_churn_of_the_pipeline_is_renewed_noise(edm_folder):
 @pytest.mark.parametrize("name", ["edm_euler", "edm_dpmsolver++"])
 def test_churn_needs_heun(name, edm_folder):
     with pytest.raises(ValueError, match="s_churn 1.0 needs Heun's method"):
-        load(edm_folder, scheduler=name)([0], s_churn=1.0)
+        open_pipeline(edm_folder, scheduler=name)([0], s_churn=1.0)
 
 
 def test_heun_refuses_another_preconditioning():
@@ -359,7 +353,7 @@ def test_script_hands_churn_to_the_pipeline(edm_folder, tmp_path):
     flags = ("--s_churn=1.2", "--s_tmin=0.1", "--s_tmax=50", "--s_noise=1.2", "--batch_size=1")
     (drawn,) = sample(edm_folder, tmp_path, "--seeds=5", "--class_labels=1", *flags).values()
     settings = {"s_churn": 1.2, "s_tmin": 0.1, "s_tmax": 50.0, "s_noise": 1.2, "num_inference_steps": 3}
-    images = load(edm_folder)([1], generator=generators([5]), output_type="np", **settings).images
+    images = open_pipeline(edm_folder)([1], generator=generators([5]), output_type="np", **settings).images
     assert (drawn == (images[0] * 255).round().astype("uint8")).all()
 
 

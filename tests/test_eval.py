@@ -14,9 +14,7 @@ import pytest
 import scipy.linalg
 import torch
 from accelerate import PartialState
-from conftest import ROOT, TINY_CONFIG, run
 from diffusers import DDPMScheduler, EDMEulerScheduler
-from test_launch import LAUNCH, readme_commands
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import poly_mmd
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
@@ -47,6 +45,7 @@ from diffit.networks import model_class
 from diffit.sources import load_image_table
 from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import DiffiTPipeline
+from helpers import LAUNCH, ROOT, TINY_CONFIG, readme_commands, run
 
 CPU = torch.device("cpu")
 

@@ -8,12 +8,8 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
-from conftest import ROOT, run, train
 from diffusers import AutoencoderKL, DDPMScheduler
 from safetensors.torch import load_file, save_file
-from test_convert import nvidia_tensors
-from test_loss import evaluate_folder
-from test_train import assert_same_files, losses
 from torch.distributions import Normal, kl_divergence
 
 import convert_nvidia_checkpoint
@@ -24,6 +20,7 @@ from diffit.sources import load_image_table
 from diffit.stream import ImageDataset, PositionStream, collate
 from diffit_model import DiffiTTransformer2DModel
 from diffit_pipeline import DiffiTPipeline
+from helpers import ROOT, assert_same_files, evaluate_folder, losses, nvidia_tensors, run, tiny_vae, train
 
 TINY_TRANSFORMER = {
     "_class_name": "DiffiTTransformer2DModel",
@@ -39,20 +36,10 @@ PARTS = [f"{folder}/diffusion_pytorch_model.safetensors" for folder in ("transfo
 
 
 @pytest.fixture(scope="module")
-def tiny_vae(tmp_path_factory) -> Path:
+def vae_dir(tmp_path_factory) -> Path:
     """From 8 x 8 colour images to 4 x 4 latents of two channels."""
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
-    vae = AutoencoderKL(
-        **blocks,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        latent_channels=2,
-        norm_num_groups=4,
-        scaling_factor=0.7,
-    )
     folder = tmp_path_factory.mktemp("vae")
-    vae.save_pretrained(folder)
+    tiny_vae(latent_channels=2, scaling_factor=0.7).save_pretrained(folder)
     return folder
 
 
@@ -67,8 +54,8 @@ EPSILON = ["--prediction_type=epsilon", "--beta_schedule=linear"]  # which a lea
 
 
 @pytest.fixture
-def latent_args(base_args, transformer_config, tiny_vae, tmp_path) -> list[str]:
-    flags = [f"--model_config={transformer_config}", f"--vae_model_name_or_path={tiny_vae}"]
+def latent_args(base_args, transformer_config, vae_dir, tmp_path) -> list[str]:
+    flags = [f"--model_config={transformer_config}", f"--vae_model_name_or_path={vae_dir}"]
     return [*base_args, *flags, *EPSILON, f"--output_dir={tmp_path / 'run'}"]
 
 
@@ -152,7 +139,7 @@ def test_bound_is_added_to_the_loss_and_trains_the_variance_alone(bound_inputs):
 # --- training
 
 
-def test_latent_run_is_saved_resumed_and_sampled(latent_args, tiny_vae, tmp_path):
+def test_latent_run_is_saved_resumed_and_sampled(latent_args, vae_dir, tmp_path):
     flags = ["--max_train_steps=4", "--checkpointing_steps=2", "--validation_fraction=0.25", "--random_flip"]
     guidance = ["--validation_guidance_scale=2", "--validation_guidance_schedule=power_cosine"]
     guidance += ["--validation_guidance_interval", "0.1", "0.9", "--validation_guidance_channels=1"]
@@ -166,7 +153,7 @@ def test_latent_run_is_saved_resumed_and_sampled(latent_args, tiny_vae, tmp_path
     pipe = DiffiTPipeline.from_folder(str(here), model_class, "ddpm")
     assert type(pipe.transformer) is DiffiTTransformer2DModel
     assert pipe.scheduler.config.variance_type == "learned_range"
-    torch.testing.assert_close(pipe.vae.state_dict(), AutoencoderKL.from_pretrained(tiny_vae).state_dict())
+    torch.testing.assert_close(pipe.vae.state_dict(), AutoencoderKL.from_pretrained(vae_dir).state_dict())
     script = (
         "from diffusers import DiffusionPipeline\n"
         f"pipe = DiffusionPipeline.from_pretrained({str(here)!r}, trust_remote_code=True)\n"
@@ -177,9 +164,7 @@ def test_latent_run_is_saved_resumed_and_sampled(latent_args, tiny_vae, tmp_path
     run(["-c", script], cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
 
 
-def test_prepared_latents_train_like_those_encoded_on_the_way(
-    latent_args, converted, image_folder, tiny_vae, tmp_path
-):
+def test_prepared_latents_train_like_those_encoded_on_the_way(latent_args, converted, image_folder, vae_dir, tmp_path):
     """From converted weights: the output of a new network is zero, and Adam would amplify the rounding of latents."""
     latent_args = [flag for flag in latent_args if not flag.startswith("--model_config")]
     flags = ["--max_train_steps=6", "--center_crop", "--random_flip", "--num_channels=3"]
@@ -187,7 +172,7 @@ def test_prepared_latents_train_like_those_encoded_on_the_way(
     train([*latent_args, *flags])
     prepared = tmp_path / "latents"
     source = [f"--train_data_dir={image_folder}", "--resolution=8", f"--output_dir={prepared}"]
-    run(["scripts/prepare_latents.py", f"--vae_model_name_or_path={tiny_vae}", *source])
+    run(["scripts/prepare_latents.py", f"--vae_model_name_or_path={vae_dir}", *source])
     without = [flag for flag in latent_args if not flag.startswith("--train_data_dir")]
     other = [*without, *flags, f"--latents_dir={prepared}", f"--output_dir={tmp_path / 'other'}"]
     train(other)
@@ -195,7 +180,7 @@ def test_prepared_latents_train_like_those_encoded_on_the_way(
     again = [*other, "--overwrite_output_dir"]
     with pytest.raises(ValueError, match="was made from images of"):
         train([*again, "--resolution=16"])
-    config = dict(AutoencoderKL.load_config(tiny_vae)) | {"scaling_factor": 0.5}
+    config = dict(AutoencoderKL.load_config(vae_dir)) | {"scaling_factor": 0.5}
     AutoencoderKL.from_config(config).save_pretrained(tmp_path / "other_vae")
     with pytest.raises(ValueError, match="was made by a VAE with"):
         train([*again, f"--vae_model_name_or_path={tmp_path / 'other_vae'}"])
@@ -275,21 +260,21 @@ def test_edm_in_latents_takes_them_for_unit_variance(latent_args, tmp_path):
     assert pipe(class_labels=["red"], num_inference_steps=2).images[0].size == (8, 8)
 
 
-def test_vae_may_move_but_not_change_at_a_resume(latent_args, tiny_vae, tmp_path):
+def test_vae_may_move_but_not_change_at_a_resume(latent_args, vae_dir, tmp_path):
     train([*latent_args, "--max_train_steps=1"])
     again = [*latent_args, "--resume_from_checkpoint=latest", "--max_train_steps=2"]
-    shutil.copytree(tiny_vae, tmp_path / "moved")
+    shutil.copytree(vae_dir, tmp_path / "moved")
     train([*again, f"--vae_model_name_or_path={tmp_path / 'moved'}"])
-    config = dict(AutoencoderKL.load_config(tiny_vae))
+    config = dict(AutoencoderKL.load_config(vae_dir))
     AutoencoderKL.from_config(config).save_pretrained(tmp_path / "retrained")
     with pytest.raises(ValueError, match="or with another VAE"):
         train([*again, "--max_train_steps=3", f"--vae_model_name_or_path={tmp_path / 'retrained'}"])
 
 
-def test_dry_run_reads_no_weights(latent_args, transformer_config, tiny_vae, tmp_path, capsys):
+def test_dry_run_reads_no_weights(latent_args, transformer_config, vae_dir, tmp_path, capsys):
     outline = tmp_path / "outline"
     outline.mkdir()
-    (outline / "config.json").write_text((tiny_vae / "config.json").read_text())
+    (outline / "config.json").write_text((vae_dir / "config.json").read_text())
     train([*latent_args, f"--vae_model_name_or_path={outline}", "--dry_run"])
     assert '"num_embeds_ada_norm": 3' in capsys.readouterr().out
 
@@ -298,12 +283,13 @@ DRY_RUN = """
 import sys
 from pathlib import Path
 import train_diffit
+from diffit.config import parse_args
 
 def memory(kind):  # MiB
     return int(Path("/proc/self/status").read_text().split(f"{kind}:")[1].split()[0]) / 1024
 
 imported = memory("VmRSS")
-train_diffit.main(train_diffit.parse_args(sys.argv[1:]))
+train_diffit.main(parse_args(sys.argv[1:]))
 print("MiB above the imports:", memory("VmHWM") - imported)
 """
 
@@ -338,11 +324,11 @@ def converted(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def finetuning_args(converted, tiny_vae, tmp_path) -> list[str]:
+def finetuning_args(converted, vae_dir, tmp_path) -> list[str]:
     """The included digits, 10 classes, from converted weights."""
     return [
         f"--pretrained_model_name_or_path={converted}",
-        f"--vae_model_name_or_path={tiny_vae}",
+        f"--vae_model_name_or_path={vae_dir}",
         f"--train_data_file={ROOT / 'data/digits.parquet'}",
         "--class_conditional",
         "--train_batch_size=16",
@@ -354,15 +340,13 @@ def finetuning_args(converted, tiny_vae, tmp_path) -> list[str]:
     ]
 
 
-def test_finetuning_starts_from_the_loss_of_the_converted_model(
-    finetuning_args, converted, tiny_vae, tmp_path, caplog
-):
-    """All labels null: the class rows that start anew play no part."""
+def test_finetuning_starts_from_the_loss_of_the_converted_model(finetuning_args, converted, vae_dir, tmp_path, caplog):
+    """All labels null: the re-initialized class embeddings play no part."""
     train([*finetuning_args, "--label_dropout=1", "--max_train_steps=1"])
     assert "10 class embeddings re-initialized, null class kept" in caplog.text
 
     model = DiffiTTransformer2DModel.from_pretrained(converted, subfolder="transformer")
-    vae, scheduler = AutoencoderKL.from_pretrained(tiny_vae), DDPMScheduler()
+    vae, scheduler = AutoencoderKL.from_pretrained(vae_dir), DDPMScheduler()
     table = load_image_table(train_data_file=str(ROOT / "data/digits.parquet"))
     stream = PositionStream(len(table), seed=0)
     dataset = ImageDataset(table, stream, (8, 8), 3, latent_shape=(2, 4, 4))

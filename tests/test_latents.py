@@ -16,7 +16,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import ROOT, run, start
 from datasets import load_dataset
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -37,36 +36,26 @@ from diffit.latents import (
 )
 from diffit.sources import load_image_table
 from diffit.stream import DIFFUSION, ImageDataset, PositionStream, collate, position_generator, split_table
+from helpers import ROOT, run, start, tiny_vae, torchrun
 
 NUM_IMAGES = 24
 SHARDS = [f"train-0000{number}-of-00003.parquet" for number in range(3)]
-TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Helpers
 
 
-def tiny_vae(in_channels: int = 3, **config) -> AutoencoderKL:
-    """A VAE with random weights that halves height and width."""
-    torch.manual_seed(0)
-    defaults = {
-        "in_channels": in_channels,
-        "out_channels": in_channels,
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "block_out_channels": (8, 8),
-        "norm_num_groups": 4,
-        "scaling_factor": 0.5,
-        "shift_factor": 0.25,
-    }
-    return AutoencoderKL(**(defaults | config)).eval()
+def shifted_vae(channels: int = 3, **config) -> AutoencoderKL:
+    """A VAE whose latents are scaled and shifted, for images of some channels."""
+    defaults = {"in_channels": channels, "out_channels": channels, "scaling_factor": 0.5, "shift_factor": 0.25}
+    return tiny_vae(**(defaults | config))
 
 
 @pytest.fixture(scope="module")
 def vae_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("vae")
-    tiny_vae().save_pretrained(folder)
+    shifted_vae().save_pretrained(folder)
     return folder
 
 
@@ -166,7 +155,7 @@ def test_folder_without_a_vae_is_refused(tmp_path):
 
 
 def test_description_depends_on_the_encoder_and_not_on_the_decoder():
-    vae = tiny_vae()
+    vae = shifted_vae()
     description = vae_description(vae)
     assert (description["scaling_factor"], description["shift_factor"]) == (0.5, 0.25)
     torch.nn.init.zeros_(vae.decoder.conv_out.weight)
@@ -176,7 +165,7 @@ def test_description_depends_on_the_encoder_and_not_on_the_decoder():
 
 
 def test_description_of_a_vae_without_shift_has_the_shift_zero():
-    assert vae_description(tiny_vae(shift_factor=None))["shift_factor"] == 0.0
+    assert vae_description(shifted_vae(shift_factor=None))["shift_factor"] == 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,7 +291,7 @@ def test_images_without_labels_give_latents_without(base_flags, image_folder, tm
 
 
 def test_grayscale_vae_and_images_that_are_not_square(base_flags, tmp_path):
-    tiny_vae(in_channels=1).save_pretrained(tmp_path / "vae")
+    shifted_vae(channels=1).save_pretrained(tmp_path / "vae")
     flags = [*base_flags, f"--vae_model_name_or_path={tmp_path / 'vae'}", "--resolution=4x8"]
     assert open_latents(prepare(flags, tmp_path / "latents")).read(0).shape == (8, 2, 4)
 
@@ -310,7 +299,7 @@ def test_grayscale_vae_and_images_that_are_not_square(base_flags, tmp_path):
 def test_two_processes_prepare_the_same_bytes_as_one(base_flags, prepared_dir, tmp_path):
     output_dir = tmp_path / "latents"
     script = str(ROOT / "scripts/prepare_latents.py")
-    output = run([*TWO_PROCESSES, script, *base_flags, f"--output_dir={output_dir}"])
+    output = run([*torchrun(), script, *base_flags, f"--output_dir={output_dir}"])
     assert "24 images in 3 shards (3 of them new)" in output
     assert shard_bytes(output_dir) == shard_bytes(prepared_dir)
     assert (output_dir / "latents.json").read_text() == (prepared_dir / "latents.json").read_text()
@@ -318,7 +307,7 @@ def test_two_processes_prepare_the_same_bytes_as_one(base_flags, prepared_dir, t
 
 def test_killed_run_goes_on_where_it_was_killed(tmp_path):
     """SIGKILL in the middle: what was complete is kept as it is, and the end is that of a run that was let alone."""
-    tiny_vae(in_channels=1).save_pretrained(tmp_path / "vae")
+    shifted_vae(channels=1).save_pretrained(tmp_path / "vae")
     flags = [f"--vae_model_name_or_path={tmp_path / 'vae'}", f"--train_data_file={ROOT / 'data/digits.parquet'}"]
     flags += ["--resolution=8", "--images_per_shard=20", "--no-mirror", f"--cache_dir={tmp_path / 'cache'}"]
     killed = tmp_path / "killed"
@@ -357,7 +346,7 @@ def test_unfinished_shard_of_a_killed_run_is_overwritten(base_flags, prepared_di
     ],
 )
 def test_other_flags_for_the_same_folder_are_refused(flags, message, base_flags, prepared_dir, image_folder, tmp_path):
-    other = tiny_vae(scaling_factor=0.7)
+    other = shifted_vae(scaling_factor=0.7)
     torch.nn.init.zeros_(other.encoder.conv_in.weight)
     other.save_pretrained(tmp_path / "vae")
     flags = [flag.format(image_folder=image_folder, other_vae=tmp_path / "vae") for flag in flags]

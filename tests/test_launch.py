@@ -2,31 +2,21 @@
 
 import json
 import re
-import shlex
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import ROOT, TINY_CONFIG, run, start, train
 from diffusers import DDPMPipeline, DDPMScheduler
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sample_diffit
-import train_diffit
-from diffit.config import build_parser
+from diffit.config import build_parser, parse_args
 from diffit.networks import model_class, read_model_config
 from diffit_model import DiffiTModelMixin, DiffiTUNet2DModel
+from helpers import LAUNCH, ROOT, TINY_CONFIG, losses, readme_commands, run, start, torchrun, train
 
 ACCELERATE = sorted((ROOT / "configs/accelerate").glob("*.yaml"))
-LAUNCH = ["-m", "accelerate.commands.launch"]
-
-
-def losses(run_dir: Path) -> list[float]:
-    events = EventAccumulator(str(run_dir / "logs" / "train_diffit")).Reload()
-    return [event.value for event in events.Scalars("train/loss")]
 
 
 @pytest.mark.parametrize("file", ACCELERATE, ids=lambda file: file.stem)
@@ -54,7 +44,7 @@ def test_two_processes_know_that_they_are_two_and_train_the_same(train_args, tmp
     config = str(ROOT / "configs/accelerate/cpu_multi_process.yaml")
     launchers = {
         "accelerate": [*LAUNCH, "--config_file", config],
-        "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+        "torchrun": torchrun(),
     }
     for name, launcher in launchers.items():
         two = tmp_path / name
@@ -92,7 +82,7 @@ def test_misspelt_flag_ends_the_script_with_its_name():
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs/train").glob("*.yaml")), ids=lambda file: file.stem)
 def test_train_config_is_accepted_and_documented(file):
-    args = train_diffit.parse_args(["--config", str(file)])
+    args = parse_args(["--config", str(file)])
     config = read_model_config(args)
     assert issubclass(model_class(config), DiffiTModelMixin)
     header = file.read_text().split("\nmodel_config")[0]
@@ -113,16 +103,9 @@ def test_paper_size_config_has_the_papers_parameters(name):
     assert low <= sum(parameter.numel() for parameter in model.parameters()) / 1e6 <= high
 
 
-def readme_commands(script: str) -> list[list[str]]:
-    """Arguments of a script in the shell commands of README.md."""
-    blocks = "".join(re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
-    lines = [shlex.split(line, comments=True) for line in blocks.replace("\\\n", " ").splitlines()]
-    return [line[line.index(script) + 1 :] for line in lines if script in line]
-
-
 @pytest.mark.parametrize("arguments", readme_commands("train_diffit.py"), ids=" ".join)
 def test_train_command_of_the_readme_is_accepted(arguments):
-    train_diffit.parse_args(arguments)
+    parse_args(arguments)
 
 
 @pytest.mark.parametrize("arguments", readme_commands("sample_diffit.py"), ids=" ".join)

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import ROOT, TINY_CONFIG, run, start
-from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file, save_file
 
 import convert_nvidia_checkpoint
@@ -22,8 +21,10 @@ import sample_diffit
 import train_diffit
 import train_vae
 from diffit.command_line import Parser, path_type, run_script
+from diffit.config import parse_args
 from diffit.errors import RunError, UserError, message_of
 from diffit_model import DiffiTUNet2DModel
+from helpers import ROOT, TINY_CONFIG, run, start, tiny_vae, torchrun, train
 
 SCRIPTS = {
     "train": train_diffit,
@@ -39,7 +40,7 @@ def mistake(script: str, arguments: list[str], capsys) -> str:
     """The one line that a script ends with, run in this process."""
     module = SCRIPTS[script]
     with pytest.raises(SystemExit) as end:
-        run_script(lambda: module.parse_args(arguments), module.main)
+        run_script(module.main, module.parse_args(arguments))
     printed = capsys.readouterr().err
     lines = [line for line in printed.split("\n") if "error: " in line]
     assert end.value.code == 2, printed
@@ -53,9 +54,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     """What people have lying about: models, images good and bad, files of the wrong kind."""
     root = tmp_path_factory.mktemp("mistakes")
     DDPMPipeline(DiffiTUNet2DModel(**TINY_CONFIG), DDPMScheduler()).save_pretrained(root / "model")
-    vae = AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-                        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4)  # fmt: skip
-    vae.save_pretrained(root / "vae")
+    tiny_vae().save_pretrained(root / "vae")
     (root / "bad").mkdir()
     for number in range(24):
         PIL.Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(root / "bad" / f"{number}.png")
@@ -199,7 +198,7 @@ def test_mistakes_in_the_other_scripts(script, arguments, words, folders, tmp_pa
 
 
 def test_refused_resume_is_one_line(train_args, capsys):
-    train_diffit.main(train_diffit.parse_args([*train_args, "--max_train_steps=1"]))
+    train([*train_args, "--max_train_steps=1"])
     for flag, value in (("--learning_rate", "0.5"), ("--seed", "7")):
         arguments = [*train_args, "--max_train_steps=2", "--resume_from_checkpoint=latest", f"{flag}={value}"]
         assert flag in mistake("train", arguments, capsys)
@@ -221,8 +220,8 @@ def test_config_file_and_command_line_expand_the_home_folder(train_args, tmp_pat
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "c.yaml").write_text("output_dir: ~/runs/a\n")
     flags = [flag for flag in train_args if not flag.startswith("--output_dir")]
-    assert train_diffit.parse_args([*flags, "--config=~/c.yaml"]).output_dir == f"{tmp_path}/runs/a"
-    assert train_diffit.parse_args([*flags, "--output_dir=~/b"]).output_dir == f"{tmp_path}/b"
+    assert parse_args([*flags, "--config=~/c.yaml"]).output_dir == f"{tmp_path}/runs/a"
+    assert parse_args([*flags, "--output_dir=~/b"]).output_dir == f"{tmp_path}/b"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -260,7 +259,7 @@ def test_traceback_is_shown_with_debug_and_for_bugs():
 
     for error, debug in ((UserError("mine"), True), (ValueError("a bug"), False), (RuntimeError("a bug"), False)):
         with pytest.raises(type(error), match=str(error)):
-            run_script(lambda debug=debug: argparse.Namespace(debug=debug), lambda args, error=error: fail(error))
+            run_script(lambda args, error=error: fail(error), argparse.Namespace(debug=debug))
 
 
 def test_run_error_is_one_line_with_another_exit_code(capsys):
@@ -268,7 +267,7 @@ def test_run_error_is_one_line_with_another_exit_code(capsys):
         raise RunError("the disk\nis full")
 
     with pytest.raises(SystemExit) as end:
-        run_script(lambda: argparse.Namespace(debug=False), fail)
+        run_script(fail, argparse.Namespace(debug=False))
     assert end.value.code == 1 and capsys.readouterr().err.endswith("error: the disk is full\n")
 
 
@@ -298,7 +297,7 @@ def test_bad_image_in_a_worker_is_one_line(base_args, folders, tmp_path):
     ids=["flag", "image"],
 )
 def test_each_mistake_is_told_once_by_several_processes(flags, words, base_args, folders, tmp_path):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_diffit.py", *base_args]
+    command = [*torchrun(), "train_diffit.py", *base_args]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     process = subprocess.run(
         [sys.executable, *command, f"--output_dir={tmp_path}/r", "--train_batch_size=1", *fill_in(flags, folders)],

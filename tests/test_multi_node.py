@@ -4,20 +4,17 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import run, start
-from test_train import STATES, assert_same_files
 
-import train_diffit
+from diffit.config import parse_args
 from diffit.plan import build_accelerator
 from diffit.processes import join_slurm_step
+from helpers import LAUNCH, STATES, assert_same_files, run, start, torchrun, wait_for_file
 
 STEPS = 400
-TORCHRUN = ["-m", "torch.distributed.run"]
 
 
 # --- SLURM's variables
@@ -112,7 +109,7 @@ def test_failing_scontrol_is_told_with_what_helps(slurm_task):
 
 @pytest.mark.slow
 def test_accelerate_launch_that_starts_one_process_of_two_is_refused(train_args):
-    process = start(["-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "train_diffit.py", *train_args])
+    process = start([*LAUNCH, "--cpu", "--num_processes=2", "train_diffit.py", *train_args])
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "starts one process only" in output
@@ -138,7 +135,7 @@ def new_store(monkeypatch) -> None:
 def test_restarts_that_may_fail_are_warned_of(train_args, monkeypatch, caplog):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    build_accelerator(train_diffit.parse_args(train_args))
+    build_accelerator(parse_args(train_args))
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in caplog.text
 
 
@@ -146,7 +143,7 @@ def test_restarts_that_may_fail_are_warned_of(train_args, monkeypatch, caplog):
 def whole_run(long_args, tmp_path_factory) -> Path:
     """The last checkpoint of an undisturbed run on two processes."""
     run_dir = tmp_path_factory.mktemp("whole")
-    run([*TORCHRUN, "--standalone", "--nproc_per_node=2", "train_diffit.py", *long_args, f"--output_dir={run_dir}"])
+    run([*torchrun(), "train_diffit.py", *long_args, f"--output_dir={run_dir}"])
     return run_dir / f"checkpoint-{STEPS}"
 
 
@@ -157,18 +154,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_for(path: Path, process: subprocess.Popen) -> None:
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)
-
-
 @pytest.mark.slow
 def test_killed_worker_is_restarted_and_the_run_goes_on_bitwise(long_args, whole_run, new_store, tmp_path):
     """One node: torchrun starts both workers again, and they resume by themselves."""
-    launcher = [*TORCHRUN, "--standalone", "--nproc_per_node=2", "--max_restarts=1"]
+    launcher = [*torchrun(), "--max_restarts=1"]
     process = start([*launcher, "train_diffit.py", *long_args, f"--output_dir={tmp_path}"])
-    wait_for(tmp_path / "checkpoint-50", process)
+    wait_for_file(tmp_path / "checkpoint-50", process)
     psutil.Process(process.pid).children()[1].kill()
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
@@ -183,11 +174,11 @@ def test_killed_node_comes_back_and_the_run_goes_on_bitwise(long_args, whole_run
     def launch(node: int) -> subprocess.Popen:
         rendezvous = ["--rdzv_backend=c10d", "--rdzv_id=test", f"--rdzv_endpoint=127.0.0.1:{free_port}"]
         rendezvous += [f"--rdzv_conf=is_host={int(node == 0)}", "--local_addr=127.0.0.1"]
-        launcher = [*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--max_restarts=3", *rendezvous]
+        launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max_restarts=3", *rendezvous]
         return start([*launcher, "train_diffit.py", *long_args, f"--output_dir={tmp_path}"])
 
     first, second = launch(0), launch(1)
-    wait_for(tmp_path / "checkpoint-50", first)
+    wait_for_file(tmp_path / "checkpoint-50", first)
     (worker,) = psutil.Process(second.pid).children()
     second.send_signal(signal.SIGKILL)
     worker.kill()

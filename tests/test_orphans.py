@@ -20,8 +20,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, TINY_CONFIG, train
-from test_train import STATES, assert_same_files
 from torch.distributed import TCPStore
 
 from diffit import launcher
@@ -29,10 +27,10 @@ from diffit.checkpoint import verify_checkpoint
 from diffit.launcher import EXIT_STOPPED
 from diffit.processes import STOP_SIGNALS, StopRequest, meet
 from diffit.run_dir import checkpoint_step, list_checkpoints
+from helpers import LAUNCH, ROOT, STATES, TINY_CONFIG, assert_same_files, torchrun, train
 
 KILLS = int(os.environ.get("KILLS", 10))
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-ACCELERATE = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
+ACCELERATE = [*LAUNCH, "--config_file", "configs/accelerate/cpu.yaml"]
 SCRIPTS = ("train_diffit", "sample_diffit", "eval_diffit", "scripts/prepare_latents", "scripts/train_vae")
 FOLLOWER = """
 import os, sys, time
@@ -127,7 +125,7 @@ def held_back(arguments: list[str], tmp_path: Path) -> list[str]:
     if not (tmp_path / "config1.json").exists():
         os.mkfifo(tmp_path / "config1.json")
     command = f"exec {sys.executable} train_diffit.py {' '.join(arguments)} --model_config={tmp_path}/config$RANK.json"
-    return [sys.executable, *TORCHRUN, "--no-python", "bash", "-c", command]
+    return [sys.executable, *torchrun(), "--no-python", "bash", "-c", command]
 
 
 # --- the launcher dies
@@ -155,7 +153,7 @@ def test_launcher_killed_while_training_leaves_a_checkpoint_and_a_free_folder(tr
 
 
 def test_launcher_behind_a_shell_is_followed_too(start, follower):
-    command = [sys.executable, *TORCHRUN, "--no-python", "bash", "-c", f"{sys.executable} {follower}; true"]
+    command = [sys.executable, *torchrun(), "--no-python", "bash", "-c", f"{sys.executable} {follower}; true"]
     run = start(command)
     run.wait_for(lambda: run.log.read_text().count("running") == 2)
     assert run.kill() < 10
@@ -401,14 +399,14 @@ def test_launcher_killed_alone_at_any_moment_leaves_no_process_and_the_same_weig
     arguments = [*base_args, f"--max_train_steps={steps}", f"--validation_steps={steps}", "--logging_steps=10"]
     arguments += ["--checkpointing_steps=20", "--checkpoints_total_limit=3", "--dataloader_num_workers=1"]
     arguments += ["--resume_from_checkpoint=latest", "--model_kwargs", "dropout=0.1"]
-    whole = start([sys.executable, *TORCHRUN, "train_diffit.py", *arguments, f"--output_dir={tmp_path / 'whole'}"])
+    whole = start([sys.executable, *torchrun(), "train_diffit.py", *arguments, f"--output_dir={tmp_path / 'whole'}"])
     whole.wait_for((tmp_path / "whole/.running").exists)
     start_seconds = time.monotonic() - whole.started
     assert whole.process.wait() == 0, whole.log.read_text()[-3000:]
 
     run_dir = tmp_path / "run"
     arguments += [f"--output_dir={run_dir}"]
-    launch = [sys.executable, *TORCHRUN, "train_diffit.py", *arguments]
+    launch = [sys.executable, *torchrun(), "train_diffit.py", *arguments]
     print(f"\n{'kill':>4}  {'moment':<34} {'s after start':>13} {'processes':>9} {'s to the last':>13} {'step':>5}")
     for kill in range(1, KILLS + 1):
         if (kill - 1) % len(moments) == 0:

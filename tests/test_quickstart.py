@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import ROOT, run
+
+from helpers import ROOT, run
 
 SVC = pytest.importorskip("sklearn.svm").SVC
 

@@ -1,5 +1,6 @@
 """Runs lose nothing: signals, time limits, bad numbers, and other numbers of processes."""
 
+import contextlib
 import json
 import math
 import signal
@@ -9,25 +10,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
-from conftest import ROOT, TINY_CONFIG, plain_loop, relative_differences, run, start, train
 from safetensors.torch import load_file
-from test_train import STATES, assert_same_files, losses
 
-import train_diffit
 from diffit.checkpoint import verify_checkpoint
 from diffit.launcher import EXIT_STOPPED
-from diffit.optimization import (
-    NonFiniteGuard,
-    TrainingState,
-    build_ema,
-    build_lr_scheduler,
-    build_optimizer,
-    finish_step,
-)
+from diffit.lock import OutputDirLock
 from diffit.processes import StopRequest
 from diffit.run_dir import list_checkpoints
 from diffit_model import DiffiTUNet2DModel, TimeDependentSelfAttention
+from helpers import (
+    ROOT,
+    STATES,
+    assert_same_files,
+    losses,
+    plain_loop,
+    relative_differences,
+    run,
+    start,
+    torchrun,
+    train,
+    wait_for_file,
+)
 
 STEPS = 150
 
@@ -46,17 +49,11 @@ def whole_run(long_args, tmp_path_factory) -> Path:
     return run_dir / f"checkpoint-{STEPS}"
 
 
-def wait_for(path: Path, process) -> None:
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)
-
-
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_signal_saves_and_the_run_goes_on_bitwise(name, long_args, whole_run, tmp_path):
     arguments = [*long_args, f"--output_dir={tmp_path / 'run'}", "--resume_from_checkpoint=latest"]
     process = start(["train_diffit.py", *arguments, "--dataloader_num_workers=2"])
-    wait_for(tmp_path / "run/checkpoint-10", process)
+    wait_for_file(tmp_path / "run/checkpoint-10", process)
     process.send_signal(getattr(signal, name))
     output, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_STOPPED, output
@@ -68,10 +65,9 @@ def test_signal_saves_and_the_run_goes_on_bitwise(name, long_args, whole_run, tm
 
 
 def test_two_processes_stop_at_the_same_step_under_torchrun(long_args, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     arguments = [*long_args, f"--output_dir={tmp_path / 'run'}", "--max_train_steps=2000"]
-    process = start([*launcher, "train_diffit.py", *arguments])
-    wait_for(tmp_path / "run/checkpoint-10", process)
+    process = start([*torchrun(), "train_diffit.py", *arguments])
+    wait_for_file(tmp_path / "run/checkpoint-10", process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     last = list_checkpoints(tmp_path / "run")[-1]
@@ -105,11 +101,28 @@ def test_second_interrupt_leaves_at_once():
 def test_signal_before_the_training_leaves_at_once_and_gives_the_folder_back(name, long_args, tmp_path):
     """It comes when the folder has been taken; whether the training has begun by then makes no difference."""
     process = start(["train_diffit.py", *long_args, f"--output_dir={tmp_path / 'run'}"])
-    wait_for(tmp_path / "run/.running", process)
+    wait_for_file(tmp_path / "run/.running", process)
     process.send_signal(getattr(signal, name))
     output, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_STOPPED, output
     assert not (tmp_path / "run/.running").exists()
+
+
+@pytest.mark.parametrize("written", ["", '{"token"'])
+def test_signal_while_the_folder_is_taken_gives_it_back(written, tmp_path, monkeypatch):
+    """The signal handler raises SystemExit at whatever line is being run."""
+
+    def write_and_stop(lock):
+        lock.file.write_text(written)
+        raise SystemExit
+
+    lock = OutputDirLock(tmp_path / "run")
+    with pytest.raises(SystemExit), contextlib.ExitStack() as resources:
+        resources.push(lock)
+        with monkeypatch.context() as patched:
+            patched.setattr(OutputDirLock, "_create", write_and_stop)
+            lock.__enter__()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
@@ -137,7 +150,7 @@ def test_signal_during_a_validation_is_obeyed_at_once(long_args, whole_run, tmp_
     arguments = [*long_args, f"--output_dir={tmp_path / 'run'}", "--resume_from_checkpoint=latest"]
     slow = ["--validation_steps=10", "--num_validation_images=4000", "--validation_inference_steps=50"]
     process = start(["train_diffit.py", *arguments, *slow])
-    wait_for(tmp_path / "run/checkpoint-10", process)
+    wait_for_file(tmp_path / "run/checkpoint-10", process)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=20)
@@ -151,7 +164,7 @@ def test_last_validation_given_up_is_made_up_for(long_args, tmp_path):
     arguments = [*long_args, f"--output_dir={tmp_path / 'run'}", "--max_train_steps=10"]
     slow = ["--num_validation_images=4000", "--validation_inference_steps=50"]
     process = start(["train_diffit.py", *arguments, *slow])
-    wait_for(tmp_path / "run/checkpoint-10", process)
+    wait_for_file(tmp_path / "run/checkpoint-10", process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=20)
     assert process.returncode == EXIT_STOPPED, output
@@ -164,14 +177,16 @@ def test_last_validation_given_up_is_made_up_for(long_args, tmp_path):
 
 
 def spoil_losses(monkeypatch, calls: set[int], value: float = math.nan) -> None:
-    """Makes the loss of the second image of some calls (from 0) not finite."""
-    original, count = train_diffit.compute_loss, iter(range(10**6))
+    """Makes the network's prediction for the second image, and so its loss, not finite in some calls (from 0)."""
+    original, count = DiffiTUNet2DModel.forward, iter(range(10**6))
 
-    def spoilt(*arguments):
-        loss = original(*arguments)
-        return loss * torch.tensor([1, value, 1, 1]) if next(count) in calls else loss
+    def spoilt(model: DiffiTUNet2DModel, *arguments, **kwargs):
+        output = original(model, *arguments, **kwargs)
+        if model.training and next(count) in calls:
+            output.sample = output.sample * torch.tensor([1, value, 1, 1]).reshape(4, 1, 1, 1)
+        return output
 
-    monkeypatch.setattr(train_diffit, "compute_loss", spoilt)
+    monkeypatch.setattr(DiffiTUNet2DModel, "forward", spoilt)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -217,60 +232,25 @@ def test_bad_loss_in_one_process_is_a_bad_step_in_all(long_args, tmp_path):
     """The second of two processes has a NaN at positions 12 to 15."""
     script = tmp_path / "spoilt.py"
     script.write_text(
-        "import os, sys, torch\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import os\n"
         "import train_diffit\n"
-        "original, calls = train_diffit.compute_loss, iter(range(10**6))\n"
-        "def spoilt(*arguments):\n"
-        "    bad = os.environ['RANK'] == '1' and next(calls) == 1\n"
-        "    return original(*arguments) * (float('nan') if bad else 1)\n"
-        "train_diffit.compute_loss = spoilt\n"
-        "train_diffit.main(train_diffit.parse_args())\n"
+        "from diffit.config import parse_args\n"
+        "from diffit_model import DiffiTUNet2DModel\n"
+        "original, calls = DiffiTUNet2DModel.forward, iter(range(10**6))\n"
+        "def spoilt(model, *arguments, **kwargs):\n"
+        "    output = original(model, *arguments, **kwargs)\n"
+        "    if model.training and os.environ['RANK'] == '1' and next(calls) == 1:\n"
+        "        output.sample = output.sample * float('nan')\n"
+        "    return output\n"
+        "DiffiTUNet2DModel.forward = spoilt\n"
+        "train_diffit.main(parse_args())\n"
     )
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    output = run([*launcher, str(script), *long_args, f"--output_dir={tmp_path / 'run'}", "--max_train_steps=4"])
+    arguments = [*long_args, f"--output_dir={tmp_path / 'run'}", "--max_train_steps=4"]
+    output = run([*torchrun(), str(script), *arguments], PYTHONPATH=str(ROOT))
     assert "step 2 on the images at positions 8 to 15" in output
     numbers = json.loads((tmp_path / "run/checkpoint-4/state.json").read_text())
     assert (numbers["position"], numbers["bad_steps"], numbers["global_step"]) == (40, 1, 4)
     assert all(x.isfinite().all() for x in load_file(tmp_path / "run/checkpoint-4" / STATES[0]).values())
-
-
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_fp16_overflow_moves_neither_schedule_nor_ema(train_args, kind):
-    """torch's gradient scaler on the CPU, with a scale under which the gradient overflows once."""
-    PartialState(cpu=True)  # for the logs
-    args = train_diffit.parse_args([*train_args, f"--optimizer={kind}"])
-    args.global_batch_size = 4
-    model = DiffiTUNet2DModel(**TINY_CONFIG)
-    optimizer = build_optimizer(args, model)
-    averages, schedule = build_ema(args, model), build_lr_scheduler(args, optimizer)
-    state = TrainingState(model, averages, optimizer, schedule, 24, "digest")
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
-    guard = NonFiniteGuard(optimizer)
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    outcomes = []
-    for _ in range(2):
-        loss = model(torch.ones(1, 3, 8, 8), 5).sample.add(1e3).pow(2).mean()
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        guard.watch(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
-        scaler.step(optimizer)
-        scaler.update(2.0**10)
-        outcomes.append(finish_step(args, state, guard))
-        counts = (state.global_step, state.lr_scheduler.last_epoch, state.ema_models["ema"].optimization_step)
-        assert counts == (len(outcomes) - 1,) * 3
-        if len(outcomes) == 1:
-            assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
-        optimizer.zero_grad()
-    assert outcomes == [False, True]
-
-
-def test_optimizer_that_would_take_a_bad_step_is_refused():
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    NonFiniteGuard(torch.optim.AdamW([parameter], fused=True))
-    for optimizer in (torch.optim.AdamW([parameter], foreach=True), torch.optim.SGD([parameter])):
-        with pytest.raises(TypeError, match=f"{type(optimizer).__name__} does not obey found_inf"):
-            NonFiniteGuard(optimizer)
 
 
 # --- the same numbers on any topology
@@ -295,8 +275,7 @@ TOPOLOGY = ["--global_batch_size=16", "--random_flip", "--label_dropout=0.3", "-
 
 def launch(processes: int, arguments: list[str]) -> str:
     """Trains under torchrun to the end."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return run([*launcher, "train_diffit.py", *arguments])
+    return run([*torchrun(processes), "train_diffit.py", *arguments])
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,15 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import ROOT, TINY_CONFIG, train
 from diffusers import DDPMPipeline, DDPMScheduler
 
 import eval_diffit
-import sample_diffit
 from diffit.errors import UserError
 from diffit.export import save_pipeline
 from diffit.run_dir import MARK, OutputFolder, our_files
 from diffit.sources import load_image_table
 from diffit_model import DiffiTUNet2DModel
+from helpers import ROOT, TINY_CONFIG, sample, train
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -337,9 +336,8 @@ def model(tmp_path) -> Path:
     return folder
 
 
-def sample(model: Path, output_dir: Path, *flags: str) -> None:
-    arguments = [f"--model_path={model}", f"--output_dir={output_dir}", "--seeds=0-1", "--num_inference_steps=2"]
-    sample_diffit.main(sample_diffit.parse_args([*arguments, "--batch_size=2", *flags]))
+def sample_two(model: Path, output_dir: Path, *flags: str) -> None:
+    sample(model, output_dir, "--seeds=0-1", "--num_inference_steps=2", "--batch_size=2", *flags)
 
 
 @pytest.mark.parametrize("name", ["grid.png", "samples.json", "seed_00000000.png"])
@@ -347,19 +345,19 @@ def test_sampling_overwrites_no_foreign_file(name, model, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text('{"samples": []}')  # what FiftyOne writes as samples.json
     with pytest.raises(UserError, match=rf"--output_dir .*{name}"):
-        sample(model, tmp_path / "out", "--overwrite_output_dir")
+        sample_two(model, tmp_path / "out", "--overwrite_output_dir")
     assert contents(tmp_path / "out") == {name: b'{"samples": []}'}
 
 
 def test_overwriting_samples_deletes_only_samples(model, tmp_path):
     out = tmp_path / "out"
-    sample(model, out)
+    sample_two(model, out)
     (out / "notes.txt").write_text("mine")
     retouched = (out / "seed_00000001.png").read_bytes() + b"retouched"
     with pytest.raises(UserError, match="--overwrite_output_dir"):
-        sample(model, out, "--num_inference_steps=3")
+        sample_two(model, out, "--num_inference_steps=3")
     (out / "seed_00000001.png").write_bytes(retouched)
-    sample(model, out, "--num_inference_steps=3", "--overwrite_output_dir", "--seeds=5")
+    sample_two(model, out, "--num_inference_steps=3", "--overwrite_output_dir", "--seeds=5")
     left = ["grid.png", "notes.txt", "samples.json", "seed_00000001.png", "seed_00000005.png"]
     assert sorted(contents(out)) == [MARK, *left]
     assert (out / "seed_00000001.png").read_bytes() == retouched
@@ -368,14 +366,14 @@ def test_overwriting_samples_deletes_only_samples(model, tmp_path):
 def test_sampling_into_the_folder_of_a_run_leaves_the_run_alone(short, run_folder):
     before = {name: data for name, data in contents(run_folder).items() if name != MARK}
     for _ in range(2):
-        sample(run_folder, run_folder, "--overwrite_output_dir")
+        sample_two(run_folder, run_folder, "--overwrite_output_dir")
     assert_kept(before, run_folder)
     train([*short, "--max_train_steps=2", "--resume_from_checkpoint=latest"])
 
 
 def test_second_sampling_adds_to_the_first(model, tmp_path):
-    sample(model, tmp_path / "out")
-    sample(model, tmp_path / "out", "--seeds=7")
+    sample_two(model, tmp_path / "out")
+    sample_two(model, tmp_path / "out", "--seeds=7")
     names = [f"seed_{seed:08d}.png" for seed in (0, 1, 7)]
     assert [row["file"] for row in json.loads((tmp_path / "out" / "samples.json").read_text())["images"]] == names
     assert table_files(tmp_path / "out") == names
@@ -383,7 +381,7 @@ def test_second_sampling_adds_to_the_first(model, tmp_path):
 
 def test_samples_are_data_where_their_folder_is_named_and_nowhere_else(model, tmp_path):
     draw_images(tmp_path / "set", ["1.png"])
-    sample(model, tmp_path / "set" / "samples")
+    sample_two(model, tmp_path / "set" / "samples")
     assert table_files(tmp_path / "set") == ["1.png"]
     assert table_files(tmp_path / "set" / "samples") == ["seed_00000000.png", "seed_00000001.png"]
 

@@ -7,9 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import ROOT, TINY_CONFIG
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
@@ -24,32 +22,9 @@ from diffit.networks import MODEL_CLASSES, model_class
 from diffit.run_dir import MARK
 from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import SCHEDULERS, DiffiTPipeline, image_grid
+from helpers import ROOT, TINY_CONFIG, generators, open_pipeline, quiet, sample, tiny_dit, tiny_unet, tiny_vae
 
 NAMES = {"0": "red", "1": "green", "2": "7"}
-
-
-def tiny_unet(**kwargs) -> DiffiTUNet2DModel:
-    torch.manual_seed(0)
-    return DiffiTUNet2DModel(**TINY_CONFIG, zero_init_output=False, **kwargs).eval()
-
-
-def tiny_dit(**kwargs) -> DiTTransformer2DModel:
-    """A network of latents that predicts noise and variance."""
-    torch.manual_seed(0)
-    config = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "out_channels": 8, "sample_size": 8}
-    return DiTTransformer2DModel(**config | {"num_embeds_ada_norm": 10} | kwargs).eval()
-
-
-def tiny_vae(**kwargs) -> AutoencoderKL:
-    """Two pixels a latent."""
-    torch.manual_seed(1)
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
-    return AutoencoderKL(block_out_channels=[4, 8], norm_num_groups=2, latent_channels=4, **blocks, **kwargs).eval()
-
-
-def quiet(pipeline: DiffiTPipeline) -> DiffiTPipeline:
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 @pytest.fixture(scope="module")
@@ -66,27 +41,12 @@ def unconditional(tmp_path_factory) -> Path:
     return folder
 
 
-def load(folder: Path, **kwargs) -> DiffiTPipeline:
-    return quiet(DiffiTPipeline.from_folder(str(folder), model_class, **kwargs))
-
-
-def sample(folder: Path, output_dir: Path, *flags: str) -> dict[str, np.ndarray]:
-    """Runs the script in this process; the images by file name."""
-    arguments = [f"--model_path={folder}", f"--output_dir={output_dir}", "--num_inference_steps=3", *flags]
-    sample_diffit.main(sample_diffit.parse_args(arguments))
-    return {path.name: np.asarray(PIL.Image.open(path)) for path in output_dir.glob("*seed_*.png")}
-
-
-def generators(seeds: list[int]) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
 # --- the pipeline
 
 
 @pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
 def test_every_scheduler_draws_images(scheduler, conditional):
-    pipeline = load(conditional, scheduler=scheduler)
+    pipeline = open_pipeline(conditional, scheduler=scheduler)
     images = pipeline(
         class_labels=[0, 1], num_inference_steps=6, guidance_scale=2.0, generator=generators([1, 2]), output_type="pt"
     ).images
@@ -96,7 +56,7 @@ def test_every_scheduler_draws_images(scheduler, conditional):
 
 def test_pipeline_equals_a_plain_ddim_loop(conditional):
     """DDIM (eta 0) with guidance, written out: x_0 from epsilon, then the step to the previous timestep."""
-    pipeline = load(conditional)
+    pipeline = open_pipeline(conditional)
     images = pipeline(
         class_labels=["green"], num_inference_steps=5, guidance_scale=3.0, generator=generators([4]), output_type="pt"
     ).images
@@ -116,7 +76,7 @@ def test_pipeline_equals_a_plain_ddim_loop(conditional):
 
 
 def test_guidance_of_one_takes_a_single_pass(conditional):
-    pipeline = load(conditional)
+    pipeline = open_pipeline(conditional)
     batches = []
     pipeline.unet.register_forward_pre_hook(lambda module, inputs: batches.append(inputs[0].shape[0]))
     pipeline(class_labels=[0, 1], num_inference_steps=2, guidance_scale=1.0)
@@ -125,7 +85,7 @@ def test_guidance_of_one_takes_a_single_pass(conditional):
 
 
 def test_labels_go_by_number_and_name(conditional):
-    pipeline = load(conditional)
+    pipeline = open_pipeline(conditional)
     assert pipeline.label_ids(["red", 1, "1", "green"]) == [0, 1, 1, 1]
     assert pipeline.label_ids("7") == [2]  # a name that looks like a number is a name
     assert pipeline.label_ids(torch.tensor([2, 0])) == [2, 0]
@@ -134,7 +94,7 @@ def test_labels_go_by_number_and_name(conditional):
 @pytest.mark.parametrize("label", ["purple", 3, -1, "3", 0.5])
 def test_unknown_label_is_refused(label, conditional):
     with pytest.raises(ValueError, match="red, green, 7"):
-        load(conditional)(class_labels=label, num_inference_steps=1)
+        open_pipeline(conditional)(class_labels=label, num_inference_steps=1)
 
 
 @pytest.mark.parametrize(
@@ -147,16 +107,16 @@ def test_unknown_label_is_refused(label, conditional):
 )
 def test_arguments_that_do_not_fit_are_refused(kwargs, words, conditional):
     with pytest.raises(ValueError, match=words):
-        load(conditional)(num_inference_steps=1, **kwargs)
+        open_pipeline(conditional)(num_inference_steps=1, **kwargs)
 
 
 def test_labels_on_an_unconditional_model_are_refused(unconditional):
     with pytest.raises(ValueError, match="unconditional"):
-        load(unconditional)(class_labels=[0], num_inference_steps=1)
+        open_pipeline(unconditional)(class_labels=[0], num_inference_steps=1)
 
 
 def test_no_label_means_the_null_class(conditional):
-    pipeline = load(conditional)
+    pipeline = open_pipeline(conditional)
     images = pipeline(batch_size=1, num_inference_steps=1, generator=generators([0]), output_type="pt").images
     x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     eps = pipeline.unet(x, 0, torch.tensor([3])).sample.detach()
@@ -166,7 +126,7 @@ def test_no_label_means_the_null_class(conditional):
 
 
 def test_size_and_output_types(unconditional):
-    pipeline = load(unconditional)
+    pipeline = open_pipeline(unconditional)
     array = pipeline(batch_size=2, num_inference_steps=1, height=16, width=8, output_type="np").images
     assert array.shape == (2, 16, 8, 3)
     image = pipeline(num_inference_steps=1, return_dict=False)[0][0]
@@ -505,11 +465,11 @@ def test_images_of_other_channels_are_arrays(tmp_path):
     sample(tmp_path / "model", tmp_path / "out", "--seeds=0-1")
     assert np.load(tmp_path / "out/seed_00000001.npy").shape == (8, 8, 5)
     with pytest.raises(ValueError, match="5 channels"):
-        load(tmp_path / "model")(num_inference_steps=1)
+        open_pipeline(tmp_path / "model")(num_inference_steps=1)
 
 
 def test_pipeline_saves_variants_and_shards(conditional, tmp_path):
-    pipeline = load(conditional)
+    pipeline = open_pipeline(conditional)
     pipeline.save_pretrained(tmp_path, variant="fp16", max_shard_size="20KB")
     names = {path.name for path in (tmp_path / "unet").iterdir()}
     assert "diffusion_pytorch_model.safetensors.index.fp16.json" in names

@@ -11,11 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, run
-from test_train import STATES, assert_same_files
 
 from diffit.checkpoint import verify_checkpoint
 from diffit.run_dir import checkpoint_step, list_checkpoints
+from helpers import ROOT, STATES, assert_same_files, run, torchrun
 
 pytestmark = [
     pytest.mark.slurm,
@@ -74,7 +73,7 @@ def finished(number: str, log: Path, timeout: float = 180) -> str:
 
 def launch_locally(arguments: list[str]) -> None:
     """The undisturbed run: two processes of one launcher, without SLURM."""
-    run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_diffit.py", *arguments])
+    run([*torchrun(), "train_diffit.py", *arguments])
 
 
 def test_train_sbatch_gives_the_weights_of_a_local_run(cluster, base_args, tmp_path):

@@ -22,31 +22,34 @@ import psutil
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import TINY_CONFIG, start, train
 from datasets import Dataset, Features, Image
 from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
-from test_data import (
+
+from diffit.checkpoint import file_digest
+from diffit.config import parse_args
+from diffit.errors import BadImageError
+from diffit.export import push_to_hub
+from diffit.run_dir import PIPELINE_FILES, OutputFolder
+from diffit.sources import MAX_FILE_BYTES, load_image_table
+from diffit_model import DiffiTUNet2DModel
+from helpers import (
+    TINY_CONFIG,
     constant,
     decode,
     encode,
     encode_npy,
     item_at,
     levels,
-    load,
+    load_table,
     make_dataset,
     noise_image,
+    sample,
+    start,
+    torchrun,
+    train,
     write_files,
 )
-
-import sample_diffit
-import train_diffit
-from diffit.checkpoint import file_digest
-from diffit.errors import BadImageError
-from diffit.export import push_to_hub
-from diffit.run_dir import PIPELINE_FILES, OutputFolder
-from diffit.sources import MAX_FILE_BYTES, load_image_table
-from diffit_model import DiffiTUNet2DModel
 
 TOKEN = "hf_aVerySecretTokenOf34Characters0000"
 
@@ -61,12 +64,12 @@ TOKEN = "hf_aVerySecretTokenOf34Characters0000"
 def test_zip_entry_that_leads_outside_is_refused(name, tmp_path):
     archive = write_files(tmp_path / "z.zip", {"a.png": 0, name: 1})
     with pytest.raises(ValueError, match="--train_data_dir.*leads out of the archive") as error:
-        load(archive)
+        load_table(archive)
     assert repr(name) in str(error.value) and str(archive) in str(error.value)
 
 
 def test_zip_entry_with_dots_in_its_name_is_read(tmp_path):
-    assert len(load(write_files(tmp_path / "z.zip", {"a..b/1...png": 0, "12:30.png": 1}))) == 2
+    assert len(load_table(write_files(tmp_path / "z.zip", {"a..b/1...png": 0, "12:30.png": 1}))) == 2
 
 
 def write_paths(path: Path, names: list[str]) -> Path:
@@ -101,7 +104,7 @@ def test_path_in_a_parquet_that_leads_outside_is_refused(flag, tmp_path):
 def test_path_in_a_parquet_below_its_folder_is_read(tmp_path):
     write_files(tmp_path, {"data/images/1.png": 1})
     file = write_paths(tmp_path / "data/a.parquet", ["images/1.png", str(tmp_path / "data/images/1.png")])
-    assert [data for _, data in map(load(file).read, (0, 1))] == [constant("L", 1)] * 2
+    assert [data for _, data in map(load_table(file).read, (0, 1))] == [constant("L", 1)] * 2
 
 
 def test_zip_of_a_dataset_name_is_read(tmp_path):
@@ -125,7 +128,7 @@ def test_list_that_names_a_file_outside_or_missing_is_refused(file, text, name, 
     name = name.format(outside=outside)
     root = write_files(tmp_path / container, {"a.png": 0, file: text.format(name=name)})
     with pytest.raises(ValueError, match=f"{file} in {root} names an image that is not there") as error:
-        load(root)
+        load_table(root)
     assert repr(name) in str(error.value)
 
 
@@ -139,7 +142,7 @@ def test_link_out_of_the_folder_is_refused(name, tmp_path):
     target = write_files(tmp_path, {"elsewhere/3.png": 3}) / ("elsewhere" if name == "link" else "elsewhere/3.png")
     (root / name).symlink_to(target)
     with pytest.raises(ValueError, match="--train_data_dir.*outside of the folder.*cp -rL") as error:
-        load(root)
+        load_table(root)
     assert str(root / name) in str(error.value) and str(target) in str(error.value)
 
 
@@ -147,7 +150,7 @@ def test_link_to_nowhere_is_refused(tmp_path):
     root = write_files(tmp_path / "data", {"1.png": 1})
     (root / "link.png").symlink_to("gone.png")
     with pytest.raises(ValueError, match="link.png is a link to .*gone.png, which does not exist"):
-        load(root)
+        load_table(root)
 
 
 def test_links_that_stay_in_the_folder_are_fine(tmp_path):
@@ -156,7 +159,7 @@ def test_links_that_stay_in_the_folder_are_fine(tmp_path):
     (root / "b/link.png").symlink_to("../a/1.png")
     (root / "a/circle").symlink_to("..")
     (tmp_path / "root").symlink_to(root)
-    table = load(tmp_path / "root")
+    table = load_table(tmp_path / "root")
     names = [Path(table.read(i)[0]).relative_to(tmp_path / "root").as_posix() for i in range(len(table))]
     assert names == ["a/1.png", "b/2.png", "b/link.png"] and table.class_names == ("a", "b")
 
@@ -270,7 +273,7 @@ def test_zip_entry_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "z.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb.png", bytes(100_001))
         archive.writestr("fine.png", bytes(100_000))
-    table = load(tmp_path / "z.zip")
+    table = load_table(tmp_path / "z.zip")
     with pytest.raises(BadImageError, match="bomb.png in .*z.zip has 100,001 bytes.*more than the 100,000"):
         table.read(0)
     assert len(table.read(1)[1]) == 100_000
@@ -281,7 +284,7 @@ def test_zip_entry_that_holds_more_than_it_states_is_not_unpacked(tmp_path):
         archive.writestr("bomb.png", bytes(100_000_000))
     data = (tmp_path / "z.zip").read_bytes()
     (tmp_path / "z.zip").write_bytes(data.replace(struct.pack("<I", 100_000_000), struct.pack("<I", 1000)))
-    table = load(tmp_path / "z.zip")
+    table = load_table(tmp_path / "z.zip")
     tracemalloc.start()
     with pytest.raises(BadImageError, match="bomb.png in .*z.zip"):
         table.read(0)
@@ -294,14 +297,14 @@ def test_zip_entry_that_cannot_be_unpacked_bit_by_bit_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "z.zip", "w", zipfile.ZIP_BZIP2) as archive:
         archive.writestr("a.png", constant("L", 0))
     with pytest.raises(BadImageError, match="a.png in .*z.zip is packed by method 12"):
-        load(tmp_path / "z.zip").read(0)
+        load_table(tmp_path / "z.zip").read(0)
 
 
 def test_file_that_is_too_large_is_refused(tmp_path):
     root = write_files(tmp_path / "f", {"a.png": 0})
     os.truncate(root / "a.png", MAX_FILE_BYTES + 1)  # a hole: it takes no space
     with pytest.raises(BadImageError, match="a.png has 536,870,913 bytes"):
-        load(root).read(0)
+        load_table(root).read(0)
 
 
 def test_postscript_is_never_opened():
@@ -314,13 +317,13 @@ def test_postscript_is_never_opened():
 def test_label_that_would_mean_countless_classes_is_refused(label, tmp_path):
     root = write_files(tmp_path / "f", {"a.png": 0, "dataset.json": json.dumps({"labels": [["a.png", label]]})})
     with pytest.raises(ValueError, match=f"from 0 to 99999.*{label}"):
-        load(root)
+        load_table(root)
 
 
 def test_json_of_countless_levels_is_refused(tmp_path):
     root = write_files(tmp_path / "f", {"a.png": 0, "dataset.json": "[" * 100_000})
     with pytest.raises(ValueError, match="dataset.json in .* is not valid JSON"):
-        load(root)
+        load_table(root)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -438,11 +441,6 @@ def pipeline_folder(tmp_path) -> Path:
     return tmp_path / "model"
 
 
-def sample(folder: Path, output_dir: Path) -> None:
-    flags = [f"--model_path={folder}", f"--output_dir={output_dir}", "--seeds=0", "--num_inference_steps=1"]
-    sample_diffit.main(sample_diffit.parse_args(flags))
-
-
 @pytest.mark.parametrize("with_code", [True, False])
 def test_pickled_weights_are_refused(with_code, pipeline_folder, train_args, tmp_path, marker):
     weights = load_file(pipeline_folder / "unet/diffusion_pytorch_model.safetensors")
@@ -450,7 +448,7 @@ def test_pickled_weights_are_refused(with_code, pipeline_folder, train_args, tmp
     contents = Payload(marker) if with_code else weights
     torch.save(contents, pipeline_folder / "unet/diffusion_pytorch_model.bin")
     with pytest.raises(ValueError, match=f"--model_path {pipeline_folder}.*safetensors"):
-        sample(pipeline_folder, tmp_path / "samples")
+        sample(pipeline_folder, tmp_path / "samples", "--seeds=0", "--num_inference_steps=1")
     arguments = [flag for flag in train_args if not flag.startswith(("--model_config", "--class_conditional"))]
     with pytest.raises(ValueError, match=f"--pretrained_model_name_or_path {pipeline_folder}.*safetensors"):
         train([*arguments, f"--pretrained_model_name_or_path={pipeline_folder}"])
@@ -468,7 +466,7 @@ def test_code_beside_weights_is_not_run(pipeline_folder, train_args, tmp_path, m
     config = json.loads((pipeline_folder / "unet/config.json").read_text())
     del config["custom_pipeline"]  # no argument of the network: training would refuse it
     (pipeline_folder / "unet/config.json").write_text(json.dumps(config))
-    sample(pipeline_folder, tmp_path / "samples")
+    sample(pipeline_folder, tmp_path / "samples", "--seeds=0", "--num_inference_steps=1")
     assert (tmp_path / "samples/grid.png").exists()
     arguments = [flag for flag in train_args if not flag.startswith(("--model_config", "--class_conditional"))]
     train([*arguments, f"--pretrained_model_name_or_path={pipeline_folder}", "--max_train_steps=1"])
@@ -494,7 +492,7 @@ def test_token_is_not_in_messages_of_the_parser(arguments, train_args, tmp_path,
 def test_token_of_a_config_file_is_used_and_not_shown_by_a_dry_run(train_args, tmp_path, capsys):
     (tmp_path / "a.yaml").write_text(f"hub_token: {TOKEN}\n")
     arguments = [*train_args, "--config", str(tmp_path / "a.yaml"), "--dry_run"]
-    assert train_diffit.parse_args(arguments).hub_token == TOKEN
+    assert parse_args(arguments).hub_token == TOKEN
     train(arguments)
     output = "".join(capsys.readouterr())
     assert "learning_rate" in output and TOKEN not in output and "hub_token" not in output
@@ -630,7 +628,7 @@ def test_public_repository_is_not_taken_for_a_private_one(exists_as, allowed, hu
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "exists_as", exists_as)
     monkeypatch.setattr(hub, "requests", [])
-    args = train_diffit.parse_args([*base_args, f"--output_dir={pushed[0]}", *PUSH])
+    args = parse_args([*base_args, f"--output_dir={pushed[0]}", *PUSH])
     run_dir = OutputFolder(pushed[0], "train_diffit.py")
     if allowed:
         push_to_hub(args, run_dir)
@@ -646,11 +644,11 @@ def test_card_of_an_upload_names_the_repository_of_the_user(hub, base_args, tmp_
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "requests", [])
     flags = [*base_args, f"--output_dir={tmp_path / 'digits'}", "--max_train_steps=1"]
-    train_diffit.main(train_diffit.parse_args(flags))
+    train(flags)
     card = (tmp_path / "digits" / "README.md").read_text()
     assert "\n# digits\n" in card and 'from_pretrained("digits"' in card
     run_dir = OutputFolder(tmp_path / "digits", "train_diffit.py")
-    push_to_hub(train_diffit.parse_args([*flags, "--push_to_hub", f"--hub_token={TOKEN}"]), run_dir)
+    push_to_hub(parse_args([*flags, "--push_to_hub", f"--hub_token={TOKEN}"]), run_dir)
     card = hub.uploaded()["README.md"].decode()
     assert "\n# me/digits\n" in card and 'from_pretrained("me/digits"' in card
 
@@ -667,8 +665,7 @@ def test_upload_that_is_slow_and_fails_holds_up_no_other_process(hub, base_args,
     """The commit waits until the other process has ended; then it is refused."""
     hub.fails, num_commits = True, len(hub.asked("/commit/main"))
     hub.may_go_on.clear()
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = start_upload(hub, launcher, [*base_args, f"--output_dir={tmp_path / 'run'}"])
+    process = start_upload(hub, torchrun(), [*base_args, f"--output_dir={tmp_path / 'run'}"])
     deadline = time.monotonic() + 60
     while len(hub.asked("/commit/main")) == num_commits and process.poll() is None:
         assert time.monotonic() < deadline

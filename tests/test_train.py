@@ -1,14 +1,7 @@
-"""The training script: flags, loss, resume, what it writes."""
+"""The training script: flags, a run against a plain loop, what it writes, and fine-tuning."""
 
-import errno
 import json
-import math
-import os
 import shutil
-import signal
-import stat
-import subprocess
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,62 +12,21 @@ import pytest
 import torch
 import yaml
 from accelerate import PartialState
-from conftest import ROOT, TINY_CONFIG, plain_loop, relative_differences, run, start, train
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from diffusers.optimization import SchedulerType
+from diffusers import DDPMPipeline, UNet2DModel
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_diffit
 from diffit.batches import batch_labels
-from diffit.checkpoint import file_digest, save_checkpoint, verify_checkpoint
-from diffit.config import build_parser
-from diffit.decode import normalize_pixels
-from diffit.formulations import build_noise_levels, compute_loss
+from diffit.config import build_parser, parse_args
 from diffit.networks import set_up_model
-from diffit.optimization import build_lr_scheduler
 from diffit.plan import build_tables, resolve_diffusion, resolve_duration
-from diffit.run_dir import OutputFolder, list_checkpoints
 from diffit.sources import load_image_table
-from diffit.stream import ImageDataset, PositionStream, split_table
 from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import DiffiTPipeline
+from helpers import ROOT, TINY_CONFIG, logged, losses, plain_loop, refusal, relative_differences, run, start, train
 
 QUICKSTART = ["--config", str(ROOT / "configs/train/quickstart.yaml")]
-
-
-def refusal(arguments: list[str], capsys) -> str:
-    """What the parser says about wrong arguments."""
-    with pytest.raises(SystemExit) as error:
-        train_diffit.parse_args(arguments)
-    assert error.value.code == 2
-    return capsys.readouterr().err
-
-
-def logged(run_dir: Path) -> EventAccumulator:
-    events = EventAccumulator(str(run_dir / "logs" / "train_diffit"), size_guidance={"scalars": 0})
-    return events.Reload()
-
-
-def losses(run_dir: Path) -> list[float]:
-    return [event.value for event in logged(run_dir).Scalars("train/loss")]
-
-
-def assert_same_files(first: Path, second: Path, names: list[str]) -> None:
-    """Bitwise equal tensors in files of two checkpoints."""
-    for name in names:
-        if name.endswith(".pt"):
-            a, b = (torch.load(path / name, weights_only=True) for path in (first, second))
-            a, b = ({(i, k): v for i, s in x["state"].items() for k, v in s.items()} for x in (a, b))
-        else:
-            a, b = load_file(first / name), load_file(second / name)
-        assert a.keys() == b.keys() and len(a) > 0
-        for key in a:
-            assert torch.equal(a[key], b[key]), f"{name}: {key}"
-
-
-STATES = [f"{folder}/diffusion_pytorch_model.safetensors" for folder in ("unet", "unet_ema")] + ["optimizer.pt"]
 
 
 # --- flags
@@ -154,13 +106,13 @@ def test_order_is_defaults_config_command_line(tmp_path):
         "model_config: a.json\ntrain_data_dir: b\nmax_train_steps: 5\nlearning_rate: 1e-5\nuse_ema: false\n"
         "model_kwargs:\n  dropout: 0.1\n  block_out_channels: [8, 16]\n"
     )
-    args = train_diffit.parse_args(["--config", str(file), "--max_train_steps=7", "--model_kwargs", "dropout=0.2"])
+    args = parse_args(["--config", str(file), "--max_train_steps=7", "--model_kwargs", "dropout=0.2"])
     assert (args.max_train_steps, args.learning_rate, args.use_ema, args.adam_beta1) == (7, 1e-5, False, 0.9)
     assert args.model_kwargs == ["dropout=0.1", "block_out_channels=[8, 16]", "dropout=0.2"]
 
 
 def test_alternative_on_the_command_line_replaces_that_of_the_config(tmp_path):
-    args = train_diffit.parse_args(
+    args = parse_args(
         [*QUICKSTART, "--train_data_dir=mine", "--pretrained_model_name_or_path=a", "--global_batch_size=128"]
     )
     assert (args.train_data_dir, args.train_data_file) == ("mine", None)
@@ -173,7 +125,7 @@ def test_alternative_on_the_command_line_replaces_that_of_the_config(tmp_path):
 )
 def test_duration_becomes_steps(duration, steps):
     base = ["--model_config=a.json", "--train_data_dir=b"]
-    args = train_diffit.parse_args(base + duration)
+    args = parse_args(base + duration)
     args.global_batch_size = 4
     resolve_duration(args, num_images=24)
     assert args.max_train_steps == steps
@@ -222,8 +174,6 @@ def test_validation_classes_are_matched_by_name(train_args, image_folder, tmp_pa
     """A split that lacks a class must not number its classes anew."""
     from datasets import Dataset
 
-    from diffit.sources import load_image_table
-
     table = load_image_table(train_data_dir=str(image_folder))
     rows = [{"image": {"bytes": table.read(i)[1]}, "kind": table.class_names[table.label(i)]} for i in range(24)]
     training = Dataset.from_list(rows)
@@ -233,7 +183,7 @@ def test_validation_classes_are_matched_by_name(train_args, image_folder, tmp_pa
         split.to_parquet(tmp_path / "data" / f"{name}-00000-of-00001.parquet")
     arguments = [flag for flag in train_args if not flag.startswith("--train_data_dir")]
     arguments += [f"--dataset_name={tmp_path / 'data'}", "--image_column=image", "--label_column=kind"]
-    args = train_diffit.parse_args([*arguments, "--validation_split=validation"])
+    args = parse_args([*arguments, "--validation_split=validation"])
     table, validation = build_tables(args)
     assert table.class_names == validation.class_names == ("blue", "green", "red")
     assert sorted(set(validation.labels)) == [1, 2]
@@ -283,36 +233,46 @@ def test_fp16_of_the_launcher_is_refused_on_a_cpu(train_args, monkeypatch):
         train(train_args)
 
 
-# --- loss
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lr_scheduler=warmup_stable_decay"], "need each other"),
+        (["--lr_decay_steps=2"], "need each other"),
+        (["--lr_warmup_kimg=1"], "--lr_warmup_steps or --lr_warmup_kimg"),
+        (["--ema_half_life_kimg", "1", "1"], "names a width twice"),
+        (["--ema_half_life_kimg", "1", "--no-use_ema"], "--ema_half_life_kimg needs --use_ema"),
+        (["--eval_steps=1", "--on_bad_image=skip"], "--eval_steps needs images that can be read"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(flags, words, train_args, capsys):
+    assert words in refusal([*train_args, *flags], capsys)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-@pytest.mark.parametrize("snr_gamma", [None, 5.0])
-def test_loss_equals_its_formula(prediction_type, snr_gamma):
-    torch.manual_seed(0)
-    scheduler = DDPMScheduler(prediction_type=prediction_type)
-    clean, noise, prediction = torch.randn(3, 4, 2, 8, 8, dtype=torch.float64).unbind()
-    timesteps = torch.tensor([0, 10, 500, 999])
-    loss = compute_loss(prediction, scheduler, clean, noise, timesteps, snr_gamma)
-    for i, t in enumerate(timesteps):
-        a = scheduler.alphas_cumprod[t].double()
-        target = {
-            "epsilon": noise[i],
-            "sample": clean[i],
-            "v_prediction": a.sqrt() * noise[i] - (1 - a).sqrt() * clean[i],
-        }
-        snr = a / (1 - a)
-        cap = snr if snr_gamma is None else min(snr, torch.tensor(snr_gamma))
-        weight = {"epsilon": cap / snr, "sample": cap, "v_prediction": cap / (snr + 1)}[prediction_type]
-        weight = 1.0 if snr_gamma is None else weight
-        expected = weight * (prediction[i] - target[prediction_type]).pow(2).mean()
-        torch.testing.assert_close(loss[i].double(), expected, rtol=1e-4, atol=1e-6)
+def test_augmentation_of_latents_is_refused(train_args, capsys):
+    flags = ["--augmentation_probability=0.1", "--vae_model_name_or_path=x"]
+    assert "--augmentation_probability is for training in pixels" in refusal([*train_args, *flags], capsys)
 
 
-def test_timesteps_cover_the_range_evenly():
-    uniform = (torch.arange(4000) + 0.5) / 4000
-    timesteps = build_noise_levels(uniform, DDPMScheduler())
-    assert timesteps.bincount(minlength=1000).tolist() == [4] * 1000
+def test_flag_of_the_other_formulation_is_refused(train_args):
+    with pytest.raises(ValueError, match="--sigma_std are of --formulation edm"):
+        train([*train_args, "--sigma_std=1"])
+    with pytest.raises(ValueError, match="--prediction_type is of --formulation ddpm"):
+        train([*train_args, "--formulation=edm", "--prediction_type=epsilon"])
+
+
+def test_schedule_longer_than_the_training_is_refused(train_args):
+    with pytest.raises(ValueError, match="are longer than the training"):
+        train([*train_args, "--lr_scheduler=warmup_stable_decay", "--lr_decay_steps=4"])
+
+
+def test_flex_where_it_cannot_train_is_refused():
+    args = build_parser().parse_args(["--attention_backend", "flex"])
+    accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
+    with pytest.raises(ValueError, match="--attention_backend flex cannot train on the device cpu.*use native"):
+        set_up_model(accelerator, args, torch.nn.Linear(1, 1))
+
+
+# --- batches
 
 
 def test_label_dropout_takes_the_null_class():
@@ -494,34 +454,6 @@ def test_peer_trains_under_the_same_recipe(train_args, tmp_path):
     assert pipe.unet.config.num_class_embeds == 4  # three classes and the null class
 
 
-def test_validation_loss_is_the_same_each_time(train_args, tmp_path):
-    """Fixed images, timesteps and noise: with a learning rate of 0 nothing moves."""
-    train([*train_args, "--learning_rate=0", "--validation_steps=2", "--validation_fraction=0.25"])
-    values = [event.value for event in logged(tmp_path / "run").Scalars("validation/loss")]
-    assert len(values) == 2 and values[0] == values[1]
-
-
-@pytest.mark.parametrize("gamma", [0, 5])
-def test_validation_loss_has_the_weights_of_the_training_loss(gamma, train_args, image_folder, tmp_path):
-    """A network that predicts 0 has the loss w * v^2, with the min-SNR weight w of the training."""
-    flags = ["--max_train_steps=1", "--learning_rate=0", "--validation_fraction=0.25", f"--snr_gamma={gamma}"]
-    flags += ["--model_kwargs", "zero_init_output=true"]
-    train([*train_args, *flags])
-    _, held_out = split_table(load_image_table(train_data_dir=str(image_folder)), 0.25)
-    dataset = ImageDataset(held_out, PositionStream(6, seed=0), (8, 8), 3, center_crop=True)
-    items = [dataset[(p, dataset.stream.index(p))] for p in range(6)]
-    clean = normalize_pixels(torch.stack([item["pixel_values"] for item in items]))
-    noise = torch.stack([item["noise"] for item in items])
-    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
-    timesteps = ((torch.arange(6) + 0.5) / 6 * 1000).long()
-    alphas = scheduler.alphas_cumprod[timesteps]
-    snr = alphas / (1 - alphas)
-    weights = snr.clamp(max=5) / (snr + 1) if gamma else torch.ones(6)
-    velocities = scheduler.get_velocity(clean, noise, timesteps).square().mean(dim=(1, 2, 3))
-    logged_loss = logged(tmp_path / "run").Scalars("validation/loss")[0].value
-    assert logged_loss == pytest.approx((weights * velocities).mean().item(), rel=1e-5)
-
-
 def test_bad_image_stops_training_by_name_or_is_skipped(train_args, image_folder, tmp_path, caplog):
     folder = tmp_path / "data"
     shutil.copytree(image_folder, folder)
@@ -562,32 +494,6 @@ def deterministic_off():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("name", [kind.value for kind in SchedulerType])
-def test_every_lr_schedule_steps_once_per_update(name):
-    arguments = ["--model_config=a", "--train_data_dir=b", "--max_train_steps=10", f"--lr_scheduler={name}"]
-    args = train_diffit.parse_args([*arguments, "--lr_warmup_steps=2", "--lr_step_rules=1:5,0.1"])
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = build_lr_scheduler(args, optimizer)
-    rates = []
-    for _ in range(10):
-        rates.append(scheduler.get_last_lr()[0])
-        optimizer.step()
-        scheduler.step()
-    assert max(rates) == 1.0
-    assert (
-        rates[9]
-        == {
-            "constant": 1.0,
-            "constant_with_warmup": 1.0,
-            "piecewise_constant": pytest.approx(0.1),
-            "linear": pytest.approx(1 / 8),
-            "polynomial": pytest.approx(1 / 8, abs=1e-5),
-            "cosine": pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8))),
-            "cosine_with_restarts": pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8))),
-        }[name]
-    )
-
-
 def test_overwriting_deletes_only_what_a_run_wrote(train_args, tmp_path):
     train([*train_args, "--max_train_steps=1"])
     for name in ("logs/other_run/events", "notes.txt"):
@@ -596,17 +502,6 @@ def test_overwriting_deletes_only_what_a_run_wrote(train_args, tmp_path):
     train([*train_args, "--max_train_steps=2", "--overwrite_output_dir"])
     assert (tmp_path / "run/logs/other_run/events").is_file() and (tmp_path / "run/notes.txt").is_file()
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-2"}
-
-
-def test_bad_validation_image_is_reported(train_args, image_folder, tmp_path, caplog):
-    shutil.copytree(image_folder, tmp_path / "data")
-    for file in (tmp_path / "data").rglob("[01].png"):
-        file.write_bytes(b"no image")
-    arguments = [*train_args, f"--train_data_dir={tmp_path / 'data'}", "--on_bad_image=skip", "--num_channels=3"]
-    train([*arguments, "--validation_fraction=0.8", "--max_train_steps=1"])
-    held_out = build_tables(train_diffit.parse_args([*arguments, "--validation_fraction=0.8"]))[1]
-    bad = [held_out.read(i)[0] for i in range(len(held_out)) if held_out.read(i)[1] == b"no image"]
-    assert bad and all(name in caplog.text for name in bad)
 
 
 # --- fine-tuning
@@ -618,11 +513,11 @@ def test_finetuning_takes_over_what_the_weights_predict(train_args, tmp_path, ca
     arguments = [flag for flag in train_args if not flag.startswith(("--model_config", "--max_train_steps"))]
     for source in ("run", "run/unet", "run/checkpoint-1", "run/checkpoint-1/unet_ema"):
         path = f"--pretrained_model_name_or_path={tmp_path / source}"
-        args = train_diffit.parse_args([*arguments, "--max_train_steps=1", path])
+        args = parse_args([*arguments, "--max_train_steps=1", path])
         resolve_diffusion(args)
         resolved = (args.prediction_type, args.beta_schedule, args.num_train_timesteps)
         assert resolved == ("epsilon", "linear", 500) and args.snr_gamma is None
-    args = train_diffit.parse_args([*arguments, "--max_train_steps=1", path, "--prediction_type=v_prediction"])
+    args = parse_args([*arguments, "--max_train_steps=1", path, "--prediction_type=v_prediction"])
     resolve_diffusion(args)
     assert args.prediction_type == "v_prediction" and "was trained with --prediction_type epsilon" in caplog.text
 
@@ -662,263 +557,3 @@ def test_finetuning_with_weights_that_do_not_fit_lists_them(finished_run, train_
                 "out_channels=1",
             ]
         )
-
-
-# --- resume
-
-
-def test_used_output_dir_is_refused_without_a_flag(finished_run, train_args):
-    with pytest.raises(ValueError, match="--overwrite_output_dir"):
-        train([*train_args, f"--output_dir={finished_run}"])
-
-
-def test_latest_on_an_empty_folder_starts_afresh(train_args, tmp_path):
-    train([*train_args, "--resume_from_checkpoint=latest", "--max_train_steps=1"])
-    assert (tmp_path / "run/checkpoint-1").is_dir()
-
-
-def test_path_that_is_no_checkpoint_is_refused(train_args, tmp_path):
-    with pytest.raises(ValueError, match="--resume_from_checkpoint"):
-        train([*train_args, f"--resume_from_checkpoint={tmp_path}"])
-
-
-def test_other_seed_batch_or_data_at_resume_is_refused(train_args, image_folder):
-    train([*train_args, "--max_train_steps=1"])
-    with pytest.raises(ValueError, match="--seed 0, not 1"):
-        train([*train_args, "--resume_from_checkpoint=latest", "--seed=1"])
-    with pytest.raises(ValueError, match="--global_batch_size 4, not 8"):
-        train([*train_args, "--resume_from_checkpoint=latest", "--global_batch_size=8"])
-    with pytest.raises(ValueError, match="--learning_rate 0.001, not 0.005"):
-        train([*train_args, "--resume_from_checkpoint=latest", "--learning_rate=5e-3"])
-    with pytest.raises(ValueError, match="--use_ema True, not False"):
-        train([*train_args, "--resume_from_checkpoint=latest", "--no-use_ema"])
-    with pytest.raises(ValueError, match="--optimizer adamw, not muon"):
-        train([*train_args, "--resume_from_checkpoint=latest", "--optimizer=muon"])
-    with pytest.raises(ValueError, match="a network whose layers_per_block is 1, not 2"):
-        train([*train_args, "--resume_from_checkpoint=latest", "--model_kwargs", "layers_per_block=2"])
-    with pytest.raises(ValueError, match="24 images, the data has 18"):
-        train([*train_args, "--resume_from_checkpoint=latest", "--validation_fraction=0.25"])
-
-
-@pytest.mark.parametrize(("accumulation", "optimizer"), [(1, "adamw"), (2, "adamw"), (2, "muon")])
-def test_killed_and_resumed_run_is_bitwise_the_uninterrupted_one(accumulation, optimizer, train_args, tmp_path):
-    """24 images and 4 x accumulation per step: the checkpoint lies in the second epoch. Dropout is on."""
-    saved, steps = {1: (8, 16), 2: (4, 8)}[accumulation]
-    arguments = [
-        *train_args,
-        f"--gradient_accumulation_steps={accumulation}",
-        f"--max_train_steps={steps}",
-        f"--checkpointing_steps={saved}",
-        "--random_flip",
-        "--lr_scheduler=cosine",
-        f"--optimizer={optimizer}",
-        "--model_kwargs",
-        "dropout=0.2",
-    ]
-    train([*arguments, f"--output_dir={tmp_path / 'whole'}"])
-    whole = tmp_path / "whole" / f"checkpoint-{steps}"
-
-    killed = tmp_path / "killed"
-    # A long validation right after the checkpoint gives the time to kill it in the middle of the run.
-    slow = [f"--validation_steps={saved}", "--validation_inference_steps=1000", "--dataloader_num_workers=2"]
-    process = start(["train_diffit.py", *arguments, f"--output_dir={killed}", *slow])
-    while not (killed / f"checkpoint-{saved}").is_dir():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert not (killed / f"checkpoint-{steps}").exists()
-
-    for workers in (0, 2):
-        resumed = tmp_path / f"resumed-{workers}"
-        shutil.copytree(killed, resumed)
-        train(
-            [
-                *arguments,
-                f"--output_dir={resumed}",
-                "--resume_from_checkpoint=latest",
-                f"--dataloader_num_workers={workers}",
-            ]
-        )
-        assert_same_files(whole, resumed / f"checkpoint-{steps}", STATES)
-        assert json.loads((whole / "state.json").read_text()) == json.loads(
-            (resumed / f"checkpoint-{steps}" / "state.json").read_text()
-        )
-
-
-@pytest.fixture
-def two_checkpoints(train_args, tmp_path) -> tuple[list[str], Path]:
-    arguments = [*train_args, "--checkpointing_steps=2", "--resume_from_checkpoint=latest"]
-    train(arguments)
-    return arguments, tmp_path / "run"
-
-
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest"])
-def test_latest_passes_over_a_damaged_checkpoint_and_says_so(damage, two_checkpoints, caplog):
-    arguments, run_dir = two_checkpoints
-    file = run_dir / "checkpoint-4" / ("manifest.json" if damage == "manifest" else "optimizer.pt")
-    content = file.read_bytes()
-    if damage == "truncate":
-        file.write_bytes(content[:-1])
-    elif damage == "flip":
-        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    else:
-        file.unlink()
-    with pytest.raises(ValueError, match=file.name):
-        train([*arguments, f"--resume_from_checkpoint={run_dir / 'checkpoint-4'}"])
-    train([*arguments, "--max_train_steps=5"])
-    assert "passing over" in caplog.text and file.name in caplog.text
-    assert "resumed from" in caplog.text and "at step 2" in caplog.text
-    assert verify_checkpoint(run_dir / "checkpoint-5") is None
-
-
-def test_going_back_moves_later_checkpoints_aside(two_checkpoints, caplog):
-    """Or `latest` would mean the branch that was left, and pruning would delete the new one."""
-    arguments, run_dir = two_checkpoints
-    flags = ["--checkpoints_total_limit=1", "--max_train_steps=3"]
-    train([*arguments, f"--resume_from_checkpoint={run_dir / 'checkpoint-2'}", *flags])
-    assert [path.name for path in list_checkpoints(run_dir)] == ["checkpoint-3"]
-    assert len(list(run_dir.glob("superseded-*-checkpoint-4"))) == 1 and "checkpoint-4 is now" in caplog.text
-
-
-def test_pruning_never_prefers_a_damaged_checkpoint_to_the_new_one(two_checkpoints):
-    arguments, run_dir = two_checkpoints
-    (run_dir / "checkpoint-4/optimizer.pt").write_bytes(b"")
-    train([*arguments, "--checkpoints_total_limit=1", "--max_train_steps=3"])
-    assert [path.name for path in list_checkpoints(run_dir)] == ["checkpoint-3", "checkpoint-4"]
-    assert verify_checkpoint(run_dir / "checkpoint-3") is None
-
-
-def test_finished_run_writes_a_pipeline_that_was_cut_off(two_checkpoints):
-    arguments, run_dir = two_checkpoints
-    shutil.rmtree(run_dir / "unet")
-    (run_dir / "model_index.json").unlink()
-    train(arguments)
-    assert (run_dir / "model_index.json").is_file() and (run_dir / "unet/config.json").is_file()
-
-
-def test_only_damaged_checkpoints_are_an_error_and_stay(two_checkpoints):
-    arguments, run_dir = two_checkpoints
-    for step in (2, 4):
-        (run_dir / f"checkpoint-{step}" / "state.json").unlink()
-    with pytest.raises(ValueError, match="all checkpoints .* are damaged"):
-        train(arguments)
-    assert (run_dir / "checkpoint-2/optimizer.pt").is_file()
-
-
-def test_unfinished_checkpoint_of_a_killed_run_is_ignored_and_removed(two_checkpoints):
-    arguments, run_dir = two_checkpoints
-    OutputFolder(run_dir, "train_diffit.py").announce(["tmp-checkpoint-6/"])
-    (run_dir / "tmp-checkpoint-6").mkdir()
-    train([*arguments, "--max_train_steps=5"])
-    assert not (run_dir / "tmp-checkpoint-6").exists()
-
-
-def test_full_disk_keeps_the_checkpoint_before_and_says_so(train_args, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1800k", "tmpfs", str(disk)], check=False).returncode != 0:
-        pytest.skip("a small disk cannot be mounted here (it needs root)")
-    try:
-        with pytest.raises(RuntimeError, match=r"checkpoint-\d+ could not be written .* the last one there is check"):
-            train([*train_args, f"--output_dir={disk}", "--checkpointing_steps=1", "--max_train_steps=20"])
-        assert not list(disk.glob("tmp-*"))
-        assert all(verify_checkpoint(path) is None for path in list_checkpoints(disk))
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_lost_permission_keeps_the_checkpoint_before_and_says_so(train_args, tmp_path, monkeypatch):
-    """The disk becomes read-only after the first checkpoint."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(disk)], check=False).returncode != 0:
-        pytest.skip("a disk of its own cannot be mounted here (it needs root)")
-    original = save_checkpoint
-
-    def save_once(*arguments):
-        original(*arguments)
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-
-    monkeypatch.setattr(train_diffit, "save_checkpoint", save_once)
-    monkeypatch.setattr(train_diffit, "log_metrics", lambda *arguments: None)  # TensorBoard holds a file open
-    try:
-        flags = [f"--output_dir={disk}", "--checkpointing_steps=1", "--report_to=none"]
-        with pytest.raises(RuntimeError, match="checkpoint-2 could not be written .*ead-only.* there is checkpoint-1"):
-            train([*train_args, *flags])
-        assert verify_checkpoint(disk / "checkpoint-1") is None
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_checkpoint_that_cannot_be_pruned_is_no_reason_to_stop(train_args, tmp_path, caplog):
-    """A link to another disk is not deleted."""
-    train([*train_args, "--max_train_steps=2"])
-    (tmp_path / "run/checkpoint-2").rename(tmp_path / "elsewhere")
-    (tmp_path / "run/checkpoint-2").symlink_to(tmp_path / "elsewhere")
-    train([*train_args, "--resume_from_checkpoint=latest", "--checkpoints_total_limit=1"])
-    assert "cannot delete" in caplog.text and "checkpoint-2" in caplog.text
-    assert verify_checkpoint(tmp_path / "run/checkpoint-4") is None
-
-
-def test_folders_that_cannot_be_synchronised_are_no_reason_to_stop(train_args, tmp_path, monkeypatch):
-    """As on some network file systems."""
-    original = os.fsync
-
-    def fsync(handle: int) -> None:
-        if stat.S_ISDIR(os.fstat(handle).st_mode):
-            raise OSError(errno.EINVAL, "Invalid argument")
-        original(handle)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    train([*train_args, "--max_train_steps=1"])
-    assert verify_checkpoint(tmp_path / "run/checkpoint-1") is None
-
-
-def test_other_images_or_another_network_are_refused_at_a_resume(train_args, image_folder, tmp_path):
-    folder = tmp_path / "data"
-    shutil.copytree(image_folder, folder)
-    arguments = [*train_args, f"--train_data_dir={folder}"]
-    train([*arguments, "--max_train_steps=1"])
-    with pytest.raises(ValueError, match="dropout is 0.0, not 0.5"):
-        train([*arguments, "--resume_from_checkpoint=latest", "--model_kwargs", "dropout=0.5"])
-    (folder / "red/0.png").write_bytes((folder / "blue/0.png").read_bytes())
-    with pytest.raises(ValueError, match="was trained on other images"):
-        train([*arguments, "--resume_from_checkpoint=latest"])
-
-
-def test_checkpoint_from_before_a_flag_resumes_with_what_was_meant_then(train_args, tmp_path):
-    train([*train_args, "--max_train_steps=1"])
-    checkpoint = tmp_path / "run/checkpoint-1"
-    file, manifest = checkpoint / "training_args.yaml", checkpoint / "manifest.json"
-    flags = yaml.safe_load(file.read_text())
-    del flags["optimizer"], flags["muon_lr_ratio"]
-    file.write_text(yaml.safe_dump(flags))
-    digests = json.loads(manifest.read_text()) | {file.name: file_digest(file)}
-    manifest.write_text(json.dumps(digests))
-    arguments = [*train_args, "--resume_from_checkpoint=latest", "--max_train_steps=2"]
-    with pytest.raises(ValueError, match="was trained with --optimizer adamw, not muon"):
-        train([*arguments, "--optimizer=muon"])
-    train([*arguments, "--muon_lr_ratio=2"])  # which says nothing to AdamW
-    assert (tmp_path / "run/checkpoint-2").is_dir()
-
-
-def test_manifest_that_names_too_little_is_damage(two_checkpoints):
-    arguments, run_dir = two_checkpoints
-    (run_dir / "checkpoint-4/manifest.json").write_text("{}")
-    assert "does not name optimizer.pt" in verify_checkpoint(run_dir / "checkpoint-4")
-
-
-def test_tensorboard_steps_after_the_checkpoint_are_purged(train_args, tmp_path):
-    train([*train_args, "--max_train_steps=4", "--checkpointing_steps=2"])
-    checkpoint = tmp_path / "run/checkpoint-2"
-    train([*train_args, f"--resume_from_checkpoint={checkpoint}", "--max_train_steps=4"])
-    steps = [event.step for event in logged(tmp_path / "run").Scalars("train/loss")]
-    assert steps == [1, 2, 3, 4]
-
-
-def test_flex_where_it_cannot_train_is_refused():
-    args = build_parser().parse_args(["--attention_backend", "flex"])
-    accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
-    with pytest.raises(ValueError, match="--attention_backend flex cannot train on the device cpu.*use native"):
-        set_up_model(accelerator, args, torch.nn.Linear(1, 1))

@@ -14,7 +14,6 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from conftest import ROOT
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import diffit_model
 from diffit.networks import adapt_weights, choose_attention_backend, model_class, resize_grid, set_attention_backend
 from diffit_model import DiffiTTransformer2DModel, DiffiTUNet2DModel, sincos_position_embedding
+from helpers import ROOT
 
 EXACT = {"rtol": 0, "atol": 0}
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}

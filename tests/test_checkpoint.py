@@ -1,0 +1,283 @@
+"""Checkpoints: what a resume asks for, damaged files, and disks that fail."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from diffit.checkpoint import file_digest, verify_checkpoint
+from diffit.lock import OutputDirLock
+from diffit.run_dir import OutputFolder, list_checkpoints
+from helpers import STATES, assert_same_files, logged, start, train, wait_for_file
+
+
+@pytest.fixture(scope="module")
+def finished_run(base_args, tmp_path_factory) -> Path:
+    """A run of 4 steps with two checkpoints. Not to be changed."""
+    run_dir = tmp_path_factory.mktemp("finished")
+    train([*base_args, f"--output_dir={run_dir}", "--checkpointing_steps=2"])
+    return run_dir
+
+
+@pytest.fixture
+def two_checkpoints(finished_run, train_args, tmp_path) -> tuple[list[str], Path]:
+    """Flags that resume that run, and a copy of it."""
+    shutil.copytree(finished_run, tmp_path / "run")
+    return [*train_args, "--checkpointing_steps=2", "--resume_from_checkpoint=latest"], tmp_path / "run"
+
+
+# --- resume
+
+
+def test_used_output_dir_is_refused_without_a_flag(finished_run, train_args):
+    with pytest.raises(ValueError, match="--overwrite_output_dir"):
+        train([*train_args, f"--output_dir={finished_run}"])
+
+
+def test_latest_on_an_empty_folder_starts_afresh(train_args, tmp_path):
+    train([*train_args, "--resume_from_checkpoint=latest", "--max_train_steps=1"])
+    assert (tmp_path / "run/checkpoint-1").is_dir()
+
+
+def test_path_that_is_no_checkpoint_is_refused(train_args, tmp_path):
+    with pytest.raises(ValueError, match="--resume_from_checkpoint"):
+        train([*train_args, f"--resume_from_checkpoint={tmp_path}"])
+
+
+def test_other_seed_batch_or_data_at_resume_is_refused(train_args, image_folder):
+    train([*train_args, "--max_train_steps=1"])
+    with pytest.raises(ValueError, match="--seed 0, not 1"):
+        train([*train_args, "--resume_from_checkpoint=latest", "--seed=1"])
+    with pytest.raises(ValueError, match="--global_batch_size 4, not 8"):
+        train([*train_args, "--resume_from_checkpoint=latest", "--global_batch_size=8"])
+    with pytest.raises(ValueError, match="--learning_rate 0.001, not 0.005"):
+        train([*train_args, "--resume_from_checkpoint=latest", "--learning_rate=5e-3"])
+    with pytest.raises(ValueError, match="--use_ema True, not False"):
+        train([*train_args, "--resume_from_checkpoint=latest", "--no-use_ema"])
+    with pytest.raises(ValueError, match="--optimizer adamw, not muon"):
+        train([*train_args, "--resume_from_checkpoint=latest", "--optimizer=muon"])
+    with pytest.raises(ValueError, match="a network whose layers_per_block is 1, not 2"):
+        train([*train_args, "--resume_from_checkpoint=latest", "--model_kwargs", "layers_per_block=2"])
+    with pytest.raises(ValueError, match="24 images, the data has 18"):
+        train([*train_args, "--resume_from_checkpoint=latest", "--validation_fraction=0.25"])
+
+
+def test_other_images_or_another_network_are_refused_at_a_resume(train_args, image_folder, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(image_folder, folder)
+    arguments = [*train_args, f"--train_data_dir={folder}"]
+    train([*arguments, "--max_train_steps=1"])
+    with pytest.raises(ValueError, match="dropout is 0.0, not 0.5"):
+        train([*arguments, "--resume_from_checkpoint=latest", "--model_kwargs", "dropout=0.5"])
+    (folder / "red/0.png").write_bytes((folder / "blue/0.png").read_bytes())
+    with pytest.raises(ValueError, match="was trained on other images"):
+        train([*arguments, "--resume_from_checkpoint=latest"])
+
+
+def test_checkpoint_from_before_a_flag_resumes_with_what_was_meant_then(train_args, tmp_path):
+    train([*train_args, "--max_train_steps=1"])
+    checkpoint = tmp_path / "run/checkpoint-1"
+    file, manifest = checkpoint / "training_args.yaml", checkpoint / "manifest.json"
+    flags = yaml.safe_load(file.read_text())
+    del flags["optimizer"], flags["muon_lr_ratio"]
+    file.write_text(yaml.safe_dump(flags))
+    digests = json.loads(manifest.read_text()) | {file.name: file_digest(file)}
+    manifest.write_text(json.dumps(digests))
+    arguments = [*train_args, "--resume_from_checkpoint=latest", "--max_train_steps=2"]
+    with pytest.raises(ValueError, match="was trained with --optimizer adamw, not muon"):
+        train([*arguments, "--optimizer=muon"])
+    train([*arguments, "--muon_lr_ratio=2"])  # which says nothing to AdamW
+    assert (tmp_path / "run/checkpoint-2").is_dir()
+
+
+@pytest.mark.parametrize(("accumulation", "optimizer"), [(1, "adamw"), (2, "adamw"), (2, "muon")])
+def test_killed_and_resumed_run_is_bitwise_the_uninterrupted_one(accumulation, optimizer, train_args, tmp_path):
+    """24 images and 4 x accumulation per step: the checkpoint lies in the second epoch. Dropout is on."""
+    saved, steps = {1: (8, 16), 2: (4, 8)}[accumulation]
+    arguments = [
+        *train_args,
+        f"--gradient_accumulation_steps={accumulation}",
+        f"--max_train_steps={steps}",
+        f"--checkpointing_steps={saved}",
+        "--random_flip",
+        "--lr_scheduler=cosine",
+        f"--optimizer={optimizer}",
+        "--model_kwargs",
+        "dropout=0.2",
+    ]
+    train([*arguments, f"--output_dir={tmp_path / 'whole'}"])
+    whole = tmp_path / "whole" / f"checkpoint-{steps}"
+
+    killed = tmp_path / "killed"
+    # A long validation right after the checkpoint gives the time to kill it in the middle of the run.
+    slow = [f"--validation_steps={saved}", "--validation_inference_steps=1000", "--dataloader_num_workers=2"]
+    process = start(["train_diffit.py", *arguments, f"--output_dir={killed}", *slow])
+    wait_for_file(killed / f"checkpoint-{saved}", process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed / f"checkpoint-{steps}").exists()
+
+    for workers in (0, 2):
+        resumed = tmp_path / f"resumed-{workers}"
+        shutil.copytree(killed, resumed)
+        train(
+            [
+                *arguments,
+                f"--output_dir={resumed}",
+                "--resume_from_checkpoint=latest",
+                f"--dataloader_num_workers={workers}",
+            ]
+        )
+        assert_same_files(whole, resumed / f"checkpoint-{steps}", STATES)
+        assert json.loads((whole / "state.json").read_text()) == json.loads(
+            (resumed / f"checkpoint-{steps}" / "state.json").read_text()
+        )
+
+
+def test_tensorboard_steps_after_the_checkpoint_are_purged(train_args, tmp_path):
+    train([*train_args, "--max_train_steps=4", "--checkpointing_steps=2"])
+    checkpoint = tmp_path / "run/checkpoint-2"
+    train([*train_args, f"--resume_from_checkpoint={checkpoint}", "--max_train_steps=4"])
+    steps = [event.step for event in logged(tmp_path / "run").Scalars("train/loss")]
+    assert steps == [1, 2, 3, 4]
+
+
+# --- damage
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest"])
+def test_latest_passes_over_a_damaged_checkpoint_and_says_so(damage, two_checkpoints, caplog):
+    arguments, run_dir = two_checkpoints
+    file = run_dir / "checkpoint-4" / ("manifest.json" if damage == "manifest" else "optimizer.pt")
+    content = file.read_bytes()
+    if damage == "truncate":
+        file.write_bytes(content[:-1])
+    elif damage == "flip":
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+        file.unlink()
+    with pytest.raises(ValueError, match=file.name):
+        train([*arguments, f"--resume_from_checkpoint={run_dir / 'checkpoint-4'}"])
+    train([*arguments, "--max_train_steps=5"])
+    assert "passing over" in caplog.text and file.name in caplog.text
+    assert "resumed from" in caplog.text and "at step 2" in caplog.text
+    assert verify_checkpoint(run_dir / "checkpoint-5") is None
+
+
+def test_manifest_that_names_too_little_is_damage(two_checkpoints):
+    arguments, run_dir = two_checkpoints
+    (run_dir / "checkpoint-4/manifest.json").write_text("{}")
+    assert "does not name optimizer.pt" in verify_checkpoint(run_dir / "checkpoint-4")
+
+
+def test_only_damaged_checkpoints_are_an_error_and_stay(two_checkpoints):
+    arguments, run_dir = two_checkpoints
+    for step in (2, 4):
+        (run_dir / f"checkpoint-{step}" / "state.json").unlink()
+    with pytest.raises(ValueError, match="all checkpoints .* are damaged"):
+        train(arguments)
+    assert (run_dir / "checkpoint-2/optimizer.pt").is_file()
+
+
+def test_pruning_never_prefers_a_damaged_checkpoint_to_the_new_one(two_checkpoints):
+    arguments, run_dir = two_checkpoints
+    (run_dir / "checkpoint-4/optimizer.pt").write_bytes(b"")
+    train([*arguments, "--checkpoints_total_limit=1", "--max_train_steps=3"])
+    assert [path.name for path in list_checkpoints(run_dir)] == ["checkpoint-3", "checkpoint-4"]
+    assert verify_checkpoint(run_dir / "checkpoint-3") is None
+
+
+def test_going_back_moves_later_checkpoints_aside(two_checkpoints, caplog):
+    """Or `latest` would mean the branch that was left, and pruning would delete the new one."""
+    arguments, run_dir = two_checkpoints
+    flags = ["--checkpoints_total_limit=1", "--max_train_steps=3"]
+    train([*arguments, f"--resume_from_checkpoint={run_dir / 'checkpoint-2'}", *flags])
+    assert [path.name for path in list_checkpoints(run_dir)] == ["checkpoint-3"]
+    assert len(list(run_dir.glob("superseded-*-checkpoint-4"))) == 1 and "checkpoint-4 is now" in caplog.text
+
+
+def test_finished_run_writes_a_pipeline_that_was_cut_off(two_checkpoints):
+    arguments, run_dir = two_checkpoints
+    shutil.rmtree(run_dir / "unet")
+    (run_dir / "model_index.json").unlink()
+    train(arguments)
+    assert (run_dir / "model_index.json").is_file() and (run_dir / "unet/config.json").is_file()
+
+
+def test_unfinished_checkpoint_of_a_killed_run_is_ignored_and_removed(two_checkpoints):
+    arguments, run_dir = two_checkpoints
+    OutputFolder(run_dir, "train_diffit.py").announce(["tmp-checkpoint-6/"])
+    (run_dir / "tmp-checkpoint-6").mkdir()
+    train([*arguments, "--max_train_steps=5"])
+    assert not (run_dir / "tmp-checkpoint-6").exists()
+
+
+# --- the disk
+
+
+def test_full_disk_keeps_the_checkpoint_before_and_says_so(train_args, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1800k", "tmpfs", str(disk)], check=False).returncode != 0:
+        pytest.skip("a small disk cannot be mounted here (it needs root)")
+    try:
+        with pytest.raises(RuntimeError, match=r"checkpoint-\d+ could not be written .* the last one there is check"):
+            train([*train_args, f"--output_dir={disk}", "--checkpointing_steps=1", "--max_train_steps=20"])
+        assert not list(disk.glob("tmp-*"))
+        assert all(verify_checkpoint(path) is None for path in list_checkpoints(disk))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_lost_permission_keeps_the_checkpoint_before_and_says_so(train_args, tmp_path, monkeypatch):
+    """The disk becomes read-only after the first checkpoint."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(disk)], check=False).returncode != 0:
+        pytest.skip("a disk of its own cannot be mounted here (it needs root)")
+    original = OutputDirLock.check_owned
+
+    def check_and_lose(lock: OutputDirLock) -> None:
+        original(lock)
+        if (disk / "checkpoint-1").exists():
+            subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+
+    monkeypatch.setattr(OutputDirLock, "check_owned", check_and_lose)
+    try:
+        flags = [f"--output_dir={disk}", "--checkpointing_steps=1", "--report_to=none"]
+        with pytest.raises(RuntimeError, match="checkpoint-2 could not be written .*ead-only.* there is checkpoint-1"):
+            train([*train_args, *flags])
+        assert verify_checkpoint(disk / "checkpoint-1") is None
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_checkpoint_that_cannot_be_pruned_is_no_reason_to_stop(train_args, tmp_path, caplog):
+    """A link to another disk is not deleted."""
+    train([*train_args, "--max_train_steps=2"])
+    (tmp_path / "run/checkpoint-2").rename(tmp_path / "elsewhere")
+    (tmp_path / "run/checkpoint-2").symlink_to(tmp_path / "elsewhere")
+    train([*train_args, "--resume_from_checkpoint=latest", "--checkpoints_total_limit=1"])
+    assert "cannot delete" in caplog.text and "checkpoint-2" in caplog.text
+    assert verify_checkpoint(tmp_path / "run/checkpoint-4") is None
+
+
+def test_folders_that_cannot_be_synchronised_are_no_reason_to_stop(train_args, tmp_path, monkeypatch):
+    """As on some network file systems."""
+    original = os.fsync
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    train([*train_args, "--max_train_steps=1"])
+    assert verify_checkpoint(tmp_path / "run/checkpoint-1") is None

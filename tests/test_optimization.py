@@ -1,0 +1,312 @@
+"""Muon and AdamW as one optimizer, learning-rate schedules, averages of the weights, and the guard."""
+
+import copy
+import math
+from unittest import mock
+
+import pytest
+import torch
+from accelerate import PartialState
+from diffusers.optimization import SchedulerType
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file
+from torch import nn
+
+from diffit.config import parse_args
+from diffit.optimization import (
+    ITERATIONS,
+    A,
+    B,
+    C,
+    HalfLifeEMA,
+    InPlaceEMA,
+    MuonAdamW,
+    NonFiniteGuard,
+    TrainingState,
+    build_ema,
+    build_lr_scheduler,
+    build_optimizer,
+    ema_weights,
+    finish_step,
+    muon_parameters,
+    orthogonalize,
+)
+from diffit_model import DiffiTUNet2DModel
+from helpers import TINY_CONFIG, assert_same_files, logged, train
+
+ADAMW = {"betas": (0.9, 0.99), "weight_decay": 0.1, "eps": 1e-8}
+
+
+def build(matrices, others, lr=0.01, ratio=3.0):
+    return MuonAdamW(matrices, others, lr=lr, muon_lr_ratio=ratio, **ADAMW)
+
+
+def parameters(seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(6, 4), (4, 6), (6, 4), (5,)]
+    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in shapes]
+
+
+def set_gradients(tensors, seed):
+    for tensor, gradient in zip(tensors, parameters(seed), strict=True):
+        tensor.grad = gradient.detach().to(tensor.dtype)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (1, 5, 3), (3, 4, 4)])
+def test_orthogonalize_is_the_polynomial_of_the_singular_values(shape):
+    torch.manual_seed(0)
+    matrices = torch.randn(shape, dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+    s = s / matrices.norm(dim=(-2, -1))[:, None]
+    for _ in range(ITERATIONS):
+        s = A * s + B * s**3 + C * s**5
+    torch.testing.assert_close(orthogonalize(matrices), u @ torch.diag_embed(s) @ vh, rtol=0, atol=1e-10)
+
+
+def test_steps_are_those_of_torch_muon_and_adamw():
+    """torch's Muon computes in bfloat16, whose rounding depends on the CPU; here it is kept from that."""
+    ours, theirs = parameters(dtype=torch.float64), parameters(dtype=torch.float64)
+    optimizer = build(ours[:3], ours[3:])
+    muon = torch.optim.Muon(theirs[:3], lr=0.03, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(theirs[3:], lr=0.01, fused=True, **ADAMW)
+    for seed in range(1, 6):
+        for tensors in (ours, theirs):
+            set_gradients(tensors, seed)
+        with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
+            for each in (optimizer, muon, adamw):
+                each.step()
+        assert torch.equal(ours[3], theirs[3])
+        torch.testing.assert_close(ours[:3], theirs[:3], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_step_with_found_inf_changes_nothing(value):
+    tensors, others = parameters(), parameters()
+    optimizer, untouched = build(tensors[:3], tensors[3:]), build(others[:3], others[3:])
+    for seed in (1, 2):
+        for each, theirs in ((optimizer, tensors), (untouched, others)):
+            set_gradients(theirs, seed)
+            each.step()
+        if seed == 1:
+            for tensor in tensors:
+                tensor.grad.fill_(value)
+            before = [x.detach().clone() for x in tensors]
+            optimizer.found_inf = torch.tensor(1.0)
+            optimizer.step()
+            assert all(map(torch.equal, tensors, before))
+            optimizer.found_inf = torch.tensor(0.0)
+    assert all(map(torch.equal, tensors, others))
+
+
+def test_gradients_are_unscaled():
+    tensors, others = parameters(), parameters()
+    optimizer, plain = build(tensors[:3], tensors[3:]), build(others[:3], others[3:])
+    set_gradients(tensors, 1)
+    set_gradients(others, 1)
+    for tensor in tensors:
+        tensor.grad.mul_(1024)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.tensor(0.0)
+    optimizer.step()
+    plain.step()
+    for x, y in zip(tensors, others, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
+
+
+def test_state_goes_on_exactly():
+    tensors = parameters()
+    optimizer = build(tensors[:3], tensors[3:])
+    set_gradients(tensors, 1)
+    optimizer.step()
+    copies = [nn.Parameter(x.detach().clone()) for x in tensors]
+    other = build(copies[:3], copies[3:], lr=1.0)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each, theirs in ((optimizer, tensors), (other, copies)):
+        set_gradients(theirs, 2)
+        each.step()
+    assert all(map(torch.equal, tensors, copies))
+
+
+def test_matrices_are_the_linear_layers_of_the_blocks():
+    unet = DiffiTUNet2DModel(**TINY_CONFIG)
+    chosen = set(map(id, muon_parameters(unet)))
+    names = {name for name, parameter in unet.named_parameters() if id(parameter) in chosen}
+    ends = {name.split(".block.")[1] for name in names}
+    assert ends == {f"{x}.weight" for x in ("attn.qkv", "attn.qkv_temb", "attn.proj", "mlp.fc1", "mlp.fc2")}
+
+
+def test_network_without_matrices_is_refused():
+    with pytest.raises(ValueError, match="Muon is for the matrices of blocks"):
+        build([], [nn.Parameter(torch.zeros(2))])
+
+
+# --- schedules
+
+
+@pytest.mark.parametrize("name", [kind.value for kind in SchedulerType])
+def test_every_lr_schedule_steps_once_per_update(name):
+    arguments = ["--model_config=a", "--train_data_dir=b", "--max_train_steps=10", f"--lr_scheduler={name}"]
+    args = parse_args([*arguments, "--lr_warmup_steps=2", "--lr_step_rules=1:5,0.1"])
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = build_lr_scheduler(args, optimizer)
+    rates = []
+    for _ in range(10):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert max(rates) == 1.0
+    assert (
+        rates[9]
+        == {
+            "constant": 1.0,
+            "constant_with_warmup": 1.0,
+            "piecewise_constant": pytest.approx(0.1),
+            "linear": pytest.approx(1 / 8),
+            "polynomial": pytest.approx(1 / 8, abs=1e-5),
+            "cosine": pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8))),
+            "cosine_with_restarts": pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8))),
+        }[name]
+    )
+
+
+def test_warmup_stable_decay_in_images(train_args, tmp_path):
+    flags = ["--lr_scheduler=warmup_stable_decay", "--lr_warmup_kimg=0.008", "--lr_decay_kimg=0.016"]
+    arguments = [argument for argument in train_args if not argument.startswith("--lr_warmup")]
+    train([*arguments, *flags, "--max_train_steps=10", "--learning_rate=1"])
+    rates = [event.value for event in logged(tmp_path / "run").Scalars("train/learning_rate")]
+    assert rates == pytest.approx([0, 0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+
+
+# --- averages
+
+
+def weights_and_averages(num_steps: int) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """The end of a random walk, and the averages of ours and of diffusers; one parameter is not trained."""
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(64, 32)) for _ in range(3)]
+    parameters[1].requires_grad_(False)
+    options = {"use_ema_warmup": True, "inv_gamma": 1.0, "power": 0.75}
+    ours = InPlaceEMA(parameters, **options)
+    theirs = EMAModel(parameters, **options)
+    for _ in range(num_steps):
+        for parameter in parameters[::2]:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        ours.step(parameters)
+        theirs.step(parameters)
+        assert ours.cur_decay_value == theirs.cur_decay_value
+    return [parameter.detach() for parameter in parameters], ours.shadow_params, theirs.shadow_params
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 100])
+def test_average_in_place_is_that_of_diffusers(num_steps):
+    weights, ours, theirs = weights_and_averages(num_steps)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    assert torch.equal(ours[1], weights[1])
+    assert num_steps > 1 or all(map(torch.equal, ours, weights))  # the first step takes the weights
+
+
+def test_average_is_updated_without_a_second_copy():
+    parameters = [torch.nn.Parameter(torch.zeros(1000)) for _ in range(8)]
+    allocated = {}
+    for ema in (InPlaceEMA(parameters), EMAModel(parameters, foreach=True)):
+        with torch.profiler.profile(profile_memory=True) as profiler:
+            ema.step(parameters)
+        allocated[type(ema)] = max(event.self_cpu_memory_usage for event in profiler.events())
+    assert allocated[EMAModel] >= 4000  # what is measured is there to be found
+    assert allocated[InPlaceEMA] < 100
+
+
+def test_average_is_put_into_the_network_and_back_without_a_copy():
+    model = torch.nn.Linear(4, 4)
+    ema = InPlaceEMA(model.parameters())
+    with torch.no_grad():
+        model.weight.fill_(2.0)
+    weight, average = model.weight.data_ptr(), ema.shadow_params[0].data_ptr()
+    with pytest.raises(RuntimeError, match="in the middle"), ema_weights(ema, model):
+        assert (model.weight.data_ptr(), ema.shadow_params[0].data_ptr()) == (average, weight)
+        raise RuntimeError("in the middle")
+    assert (model.weight.data_ptr(), ema.shadow_params[0].data_ptr()) == (weight, average)
+    assert (model.weight == 2).all() and model.weight.requires_grad
+
+
+def test_average_counts_half_after_its_half_life():
+    """A weight that jumps from 0 to 1 after the ramp-up: half of it after half_life images, 3/4 after twice that."""
+    parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    ema = HalfLifeEMA([parameter], half_life=800, ramp_up=0.5, batch_size=8)
+    for _ in range(1000):
+        ema.step([parameter])
+    parameter.data.fill_(1.0)
+    for expected in (0.5, 0.75):
+        for _ in range(100):
+            ema.step([parameter])
+        assert ema.shadow_params[0].item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_half_life_ramps_up_with_the_images_seen():
+    ema = HalfLifeEMA([torch.nn.Parameter(torch.zeros(1))], half_life=1e6, ramp_up=0.05, batch_size=64)
+    for step in (1, 10, 1000):
+        assert ema.get_decay(step) == pytest.approx(0.5 ** (64 / (0.05 * 64 * step)))
+    assert ema.get_decay(10**9) == pytest.approx(0.5 ** (64 / 1e6))
+
+
+def test_several_widths_are_saved_previewed_and_the_best_is_named(train_args, tmp_path):
+    flags = ["--ema_half_life_kimg", "0.004", "0.02", "--ema_ramp_up=1", "--validation_fraction=0.25"]
+    flags += ["--max_train_steps=12", "--checkpointing_steps=6", "--validation_steps=6", "--learning_rate=1e-2"]
+    train([*train_args, *flags])
+    run_dir = tmp_path / "run"
+    names = ("ema_0.004kimg", "ema_0.02kimg")
+    scalars = {name: [e.value for e in logged(run_dir).Scalars(f"validation/loss_{name}")][-1] for name in names}
+    best = min(names, key=scalars.get)
+    assert f"`{best}`" in (run_dir / "README.md").read_text()
+    file = "diffusion_pytorch_model.safetensors"
+    weights = {name: load_file(run_dir / f"checkpoint-12/unet_{name}" / file) for name in names}
+    saved = load_file(run_dir / "unet" / file)
+    assert all(torch.equal(saved[key], weights[best][key]) for key in saved)
+    assert any(not torch.equal(weights[names[0]][key], weights[names[1]][key]) for key in saved)
+    assert len(list((run_dir / "previews").glob("step_00000012_ema_*.png"))) == 2
+
+    other = [*train_args, *flags, f"--output_dir={tmp_path / 'other'}"]
+    train([*other, "--max_train_steps=6"])
+    train([*other, "--resume_from_checkpoint=latest"])
+    parts = [f"unet_{name}/{file}" for name in names]
+    assert_same_files(run_dir / "checkpoint-12", tmp_path / "other/checkpoint-12", parts)
+
+
+# --- the guard against steps that are not finite
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_fp16_overflow_moves_neither_schedule_nor_ema(train_args, kind):
+    """torch's gradient scaler on the CPU, with a scale under which the gradient overflows once."""
+    PartialState(cpu=True)  # for the logs
+    args = parse_args([*train_args, f"--optimizer={kind}"])
+    args.global_batch_size = 4
+    model = DiffiTUNet2DModel(**TINY_CONFIG)
+    optimizer = build_optimizer(args, model)
+    averages, schedule = build_ema(args, model), build_lr_scheduler(args, optimizer)
+    state = TrainingState(model, averages, optimizer, schedule, 24, "digest")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+    guard = NonFiniteGuard(optimizer)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    outcomes = []
+    for _ in range(2):
+        loss = model(torch.ones(1, 3, 8, 8), 5).sample.add(1e3).pow(2).mean()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        guard.watch(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        scaler.step(optimizer)
+        scaler.update(2.0**10)
+        outcomes.append(finish_step(args, state, guard))
+        counts = (state.global_step, state.lr_scheduler.last_epoch, state.ema_models["ema"].optimization_step)
+        assert counts == (len(outcomes) - 1,) * 3
+        if len(outcomes) == 1:
+            assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+        optimizer.zero_grad()
+    assert outcomes == [False, True]
+
+
+def test_optimizer_that_would_take_a_bad_step_is_refused():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    NonFiniteGuard(torch.optim.AdamW([parameter], fused=True))
+    for optimizer in (torch.optim.AdamW([parameter], foreach=True), torch.optim.SGD([parameter])):
+        with pytest.raises(TypeError, match=f"{type(optimizer).__name__} does not obey found_inf"):
+            NonFiniteGuard(optimizer)

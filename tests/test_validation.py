@@ -1,0 +1,130 @@
+"""Validation while training: the held-out loss, and metrics of generated images."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from diffit.config import parse_args
+from diffit.decode import normalize_pixels
+from diffit.networks import model_class
+from diffit.plan import build_tables
+from diffit.sources import load_image_table
+from diffit.stream import ImageDataset, PositionStream, split_table
+from diffit_pipeline import DiffiTPipeline
+from helpers import ROOT, logged, mean_colours, run, torchrun, train
+
+# --- held-out loss
+
+
+def test_validation_loss_is_the_same_each_time(train_args, tmp_path):
+    """Fixed images, timesteps and noise: with a learning rate of 0 nothing moves."""
+    train([*train_args, "--learning_rate=0", "--validation_steps=2", "--validation_fraction=0.25"])
+    values = [event.value for event in logged(tmp_path / "run").Scalars("validation/loss")]
+    assert len(values) == 2 and values[0] == values[1]
+
+
+@pytest.mark.parametrize("gamma", [0, 5])
+def test_validation_loss_has_the_weights_of_the_training_loss(gamma, train_args, image_folder, tmp_path):
+    """A network that predicts 0 has the loss w * v^2, with the min-SNR weight w of the training."""
+    flags = ["--max_train_steps=1", "--learning_rate=0", "--validation_fraction=0.25", f"--snr_gamma={gamma}"]
+    flags += ["--model_kwargs", "zero_init_output=true"]
+    train([*train_args, *flags])
+    _, held_out = split_table(load_image_table(train_data_dir=str(image_folder)), 0.25)
+    dataset = ImageDataset(held_out, PositionStream(6, seed=0), (8, 8), 3, center_crop=True)
+    items = [dataset[(p, dataset.stream.index(p))] for p in range(6)]
+    clean = normalize_pixels(torch.stack([item["pixel_values"] for item in items]))
+    noise = torch.stack([item["noise"] for item in items])
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    timesteps = ((torch.arange(6) + 0.5) / 6 * 1000).long()
+    alphas = scheduler.alphas_cumprod[timesteps]
+    snr = alphas / (1 - alphas)
+    weights = snr.clamp(max=5) / (snr + 1) if gamma else torch.ones(6)
+    velocities = scheduler.get_velocity(clean, noise, timesteps).square().mean(dim=(1, 2, 3))
+    logged_loss = logged(tmp_path / "run").Scalars("validation/loss")[0].value
+    assert logged_loss == pytest.approx((weights * velocities).mean().item(), rel=1e-5)
+
+
+def test_bad_validation_image_is_reported(train_args, image_folder, tmp_path, caplog):
+    shutil.copytree(image_folder, tmp_path / "data")
+    for file in (tmp_path / "data").rglob("[01].png"):
+        file.write_bytes(b"no image")
+    arguments = [*train_args, f"--train_data_dir={tmp_path / 'data'}", "--on_bad_image=skip", "--num_channels=3"]
+    train([*arguments, "--validation_fraction=0.8", "--max_train_steps=1"])
+    held_out = build_tables(parse_args([*arguments, "--validation_fraction=0.8"]))[1]
+    bad = [held_out.read(i)[0] for i in range(len(held_out)) if held_out.read(i)[1] == b"no image"]
+    assert bad and all(name in caplog.text for name in bad)
+
+
+# --- metrics
+
+
+EVAL = ["--feature_extractor=helpers:mean_colours", "--eval_steps=2", "--eval_num_images=18", "--max_train_steps=4"]
+
+
+def test_metrics_are_logged_and_the_best_is_kept(train_args, tmp_path):
+    train([*train_args, *EVAL, "--validation_fraction=0.25", "--eval_metrics", "frechet_distance", "recall"])
+    run_dir = tmp_path / "run"
+    distances = {event.step: event.value for event in logged(run_dir).Scalars("eval/frechet_distance")}
+    assert list(distances) == [2, 4] and all(0 < value < 10 for value in distances.values())
+    assert [event.step for event in logged(run_dir).Scalars("eval/recall")] == [2, 4]
+    best_step = min(distances, key=distances.get)
+    best = json.loads((run_dir / "eval/best.json").read_text())
+    assert best["global_step"] == best_step
+    assert best["values"]["eval/frechet_distance"] == pytest.approx(distances[best_step])
+    card = (run_dir / "best/README.md").read_text()
+    assert f"| optimizer steps | {best_step} of 4" in card and "frechet distance" in card
+    assert DiffiTPipeline.from_folder(str(run_dir / "best"), model_class)(num_inference_steps=2).images
+    train([*train_args, *EVAL, "--overwrite_output_dir"])  # the best of the earlier run is forgotten
+    assert json.loads((run_dir / "eval/best.json").read_text())["values"].keys() == {
+        "eval/frechet_distance",
+        "eval/kernel_distance",
+    }
+
+
+def test_best_of_another_metric_does_not_count(train_args, tmp_path):
+    """Recall is at most 1, so a distance would never be better."""
+    train([*train_args, *EVAL, "--max_train_steps=2", "--eval_metrics", "recall"])
+    train([*train_args, *EVAL, "--resume_from_checkpoint=latest", "--eval_metrics", "frechet_distance"])
+    best = json.loads((tmp_path / "run/eval/best.json").read_text())
+    assert best["global_step"] == 4 and "| optimizer steps | 4 of 4" in (tmp_path / "run/best/README.md").read_text()
+
+
+def test_too_few_images_to_compare_with_are_refused_before_anything_is_deleted(train_args, tmp_path):
+    train([*train_args, "--max_train_steps=1"])
+    with pytest.raises(ValueError, match="--eval_steps compares with 2 images"):
+        train([*train_args, *EVAL, "--validation_fraction=0.08", "--overwrite_output_dir"])
+    assert (tmp_path / "run/checkpoint-1").is_dir()
+
+
+def test_metric_equals_that_of_the_same_images_drawn_by_hand(train_args, tmp_path):
+    from diffit.features import TableImages
+    from diffit.metrics import FeatureSet, frechet_distance
+
+    train([*train_args, *EVAL, "--max_train_steps=2"])
+    table = load_image_table(train_data_dir=[a for a in train_args if "train_data_dir" in a][0].split("=")[1])
+    real = TableImages(table, (8, 8), 3)
+    reference = mean_colours(torch.stack([real[i] for i in range(len(table))]))
+    pipe = DiffiTPipeline.from_folder(str(tmp_path / "run"), model_class)
+    pipe.set_progress_bar_config(disable=True)
+    drawn = []
+    for start in range(0, 18, 4):
+        seeds = list(range(start, min(start + 4, 18)))
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        labels = [seed % 3 for seed in seeds]
+        drawn.append(pipe(labels, num_inference_steps=2, generator=generators, output_type="pt").images)
+    features = mean_colours((torch.cat(drawn) * 255).round().byte())
+    expected = frechet_distance(FeatureSet(features), FeatureSet(reference))
+    assert logged(tmp_path / "run").Scalars("eval/frechet_distance")[-1].value == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(train_args, tmp_path):
+    arguments = [*train_args, *EVAL, "--global_batch_size=8", "--max_train_steps=2"]
+    train([*arguments, f"--output_dir={tmp_path / 'one'}"])
+    command = [*torchrun(), "train_diffit.py", *arguments, f"--output_dir={tmp_path / 'two'}"]
+    run(command, PYTHONPATH=str(ROOT / "tests"))
+    one, two = (logged(tmp_path / n).Scalars("eval/frechet_distance")[-1].value for n in ("one", "two"))
+    assert one == pytest.approx(two, rel=1e-2)
