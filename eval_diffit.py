@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from diffit.command_line import Parser, path_type, positive_int, resolution_type, run_script
+from diffit.cpu_kernels import kernelize
 from diffit.decode import image_size
 from diffit.errors import UserError, load_model, user_errors
 from diffit.features import (
@@ -57,12 +58,12 @@ from diffit.metrics import (
     nearest,
     shuffled_parts,
 )
+from diffit.networks import choose_attention_backend, model_class, set_attention_backend
 from diffit.processes import join_processes, on_all_processes, run_on_main_and_broadcast
 from diffit.run_dir import OutputFolder
 from diffit.sampling import check_sampling_flags
 from diffit.sources import ImageTable, detect_num_channels, listed_samples, load_image_table
 from diffit.stream import PositionStream
-from diffit_model import choose_attention_backend, model_class, set_attention_backend
 from diffit_pipeline import (
     EDM_SCHEDULERS,
     GUIDANCE_SCHEDULES,
@@ -514,13 +515,14 @@ def draw_samples(
 
 
 def set_up(state: PartialState, pipeline: DiffiTPipeline) -> DiffiTPipeline:
-    """Moves a pipeline to the device and chooses how it attends."""
+    """Moves a pipeline to the device, chooses its attention backend and puts CPU kernels in place."""
     pipeline.to(state.device)
     pipeline.set_progress_bar_config(disable=True)
     if pipeline.vae is not None:
         pipeline.vae.enable_slicing()  # decoding a whole batch at once takes more memory than denoising it
     backend, _ = choose_attention_backend(pipeline.network, state.device, pipeline.network.dtype)
     set_attention_backend(pipeline.network, backend)
+    kernelize(pipeline.network)
     return pipeline
 
 

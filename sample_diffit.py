@@ -27,12 +27,13 @@ from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin
 from tqdm.auto import tqdm
 
 from diffit.command_line import Parser, path_type, positive_int, run_script
+from diffit.cpu_kernels import kernelize
 from diffit.errors import UserError, load_model, user_errors
 from diffit.features import weights_digest
+from diffit.networks import choose_attention_backend, model_class, set_attention_backend
 from diffit.processes import join_processes, run_on_main_and_broadcast
 from diffit.run_dir import OutputFolder
 from diffit.sampling import check_sampling_flags
-from diffit_model import choose_attention_backend, model_class, set_attention_backend
 from diffit_pipeline import (
     EDM_SCHEDULERS,
     FORWARD_PROCESS,
@@ -394,6 +395,7 @@ def main(args: argparse.Namespace) -> None:
         if backend == "auto":
             backend, _ = choose_attention_backend(network, state.device, DTYPES[args.dtype])
         set_attention_backend(network, backend)
+        kernelize(network)
 
     rows = list_images(args, pipeline)
     output_dir = Path(args.output_dir)

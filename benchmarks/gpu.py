@@ -29,7 +29,7 @@ from diffit.batches import BatchPreparer
 from diffit.config import DiffusionConfig, EmaConfig, ModelConfig, OptimizerConfig, ScheduleConfig
 from diffit.formulations import choose_formulation, denoising_losses, nan_if_non_finite
 from diffit.logs import LossBins, peak_memory
-from diffit.networks import sample_shape, set_up_model, training_flops_per_image
+from diffit.networks import model_class, sample_shape, set_up_model, training_flops_per_image
 from diffit.optimization import (
     NonFiniteGuard,
     TrainingState,
@@ -38,7 +38,6 @@ from diffit.optimization import (
     build_optimizer,
     finish_step,
 )
-from diffit_model import model_class
 from gpu_checks import (
     BACKENDS,
     GEOMETRIES,

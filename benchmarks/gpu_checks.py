@@ -16,15 +16,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from diffit.config import OptimizerConfig
-from diffit.networks import sample_shape
+from diffit.networks import choose_attention_backend, model_class, sample_shape, set_attention_backend
 from diffit.optimization import build_optimizer
-from diffit_model import (
-    MAX_WINDOWS,
-    TimeDependentSelfAttention,
-    choose_attention_backend,
-    model_class,
-    set_attention_backend,
-)
+from diffit_model import MAX_WINDOWS, TimeDependentSelfAttention
 
 BACKENDS = ("native", "xformers", "flex")
 # Largest deviation from float64 that is right, as a share of the largest value of that tensor.

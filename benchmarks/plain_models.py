@@ -1,30 +1,21 @@
-"""What the speed benchmark compares with: the same networks by the letter of the equations.
+"""The plain networks that the speed benchmark compares with: literal implementations of the paper's equations.
 
-`by_the_letter` turns a network of `diffit_model.py` in place into one that computes Eq. 3-6 as they are printed: all
-three temporal terms are added, the scores are scaled, the bias is gathered from its table by indexing and added; each
-operation is PyTorch's own, in its default layout. For the latent network this is what NVIDIA's released model
-does, operation by operation. Parameters and their names stay.
+`by_the_letter` turns a network of `diffit_model.py` in place into one that computes Eq. 3-6 as printed: it adds all
+three temporal terms, scales the scores, and gathers the bias from its table by indexing; each operation is PyTorch's
+own, in its default memory layout. For the latent network this is NVIDIA's released model, operation by operation.
+Parameters keep their names.
 """
 
 import contextlib
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from diffit_model import (
-    DiffiTMLP,
-    DiffiTResBlock,
-    DiffiTTransformer2DModel,
-    DiffiTUNet2DModel,
-    Dropout16,
-    TimeDependentSelfAttention,
-    TokenNorm,
-)
+from diffit_model import DiffiTTransformer2DModel, DiffiTUNet2DModel, TimeDependentSelfAttention
 
 
 class PlainAttention(TimeDependentSelfAttention):
-    """TMSA, Eq. 3-6; the bias gathered once for the batch, and broadcast."""
+    """TMSA, Eq. 3-6; the bias is gathered once for the batch and broadcast."""
 
     def plain_bias(self, num_windows: int) -> torch.Tensor:
         """The bias, shape (1, h, N, N)."""
@@ -33,7 +24,7 @@ class PlainAttention(TimeDependentSelfAttention):
         return bias.view(num_tokens, num_tokens, -1).permute(2, 0, 1).contiguous()[None]
 
     def forward(self, spatial_tokens: torch.Tensor, time_token: torch.Tensor) -> torch.Tensor:
-        """Tokens of shape (B * G, N, D) and time tokens of shape (B, T) to tokens of shape (B * G, N, D)."""
+        """Maps tokens of shape (B * G, N, D) and time tokens of shape (B, T) to tokens of shape (B * G, N, D)."""
         num_windows, num_tokens, _ = spatial_tokens.shape
         temporal = self.qkv_temb(time_token)  # (B, 3 * h * d)
         temporal = temporal.repeat_interleave(num_windows // len(time_token), dim=0)[:, None]  # (B * G, 1, 3 * h * d)
@@ -46,28 +37,12 @@ class PlainAttention(TimeDependentSelfAttention):
 
 
 class PlainWindowAttention(PlainAttention):
-    """The same, the bias gathered for each window."""
+    """The same, but the bias is gathered for each window."""
 
     def plain_bias(self, num_windows: int) -> torch.Tensor:
         """The biases, shape (B * G, h, N, N)."""
         index = self.relative_position_index.expand(num_windows, -1, -1)  # (B * G, N, N)
         return self.relative_position_bias_table[index].permute(0, 3, 1, 2)
-
-
-class PlainMLP(DiffiTMLP):
-    """Linear layer, GELU, linear layer."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Tokens of shape (B, N, D) to tokens of shape (B, N, D)."""
-        return self.fc2(self.act(self.fc1(hidden_states)))
-
-
-class PlainResBlock(DiffiTResBlock):
-    """GroupNorm, SiLU, convolution."""
-
-    def normalize_and_convolve(self, feature_map: torch.Tensor) -> torch.Tensor:
-        """Shape (B, C_in, H, W) to (B, C_out, H, W)."""
-        return self.conv(F.silu(self.norm(feature_map)))
 
 
 class PlainUNet(DiffiTUNet2DModel):
@@ -83,25 +58,18 @@ class PlainTransformer(DiffiTTransformer2DModel):
     cache_for_sampling = contextlib.nullcontext
 
 
-PLAIN = {
-    DiffiTMLP: PlainMLP,
-    TokenNorm: nn.LayerNorm,
-    Dropout16: nn.Dropout,
-    DiffiTResBlock: PlainResBlock,
-    DiffiTUNet2DModel: PlainUNet,
-    DiffiTTransformer2DModel: PlainTransformer,
-}
-
-
 def by_the_letter(model: nn.Module, bias_per_window: bool = False) -> nn.Module:
     """Turns a network into its plain counterpart, in place, and returns it.
 
     Args:
-        model: of `diffit_model.py`.
+        model: a network of `diffit_model.py`, without CPU kernels.
         bias_per_window: gather the bias for each window rather than once for the batch.
     """
-    attention = PlainWindowAttention if bias_per_window else PlainAttention
-    plain = PLAIN | {TimeDependentSelfAttention: attention}
+    plain = {
+        TimeDependentSelfAttention: PlainWindowAttention if bias_per_window else PlainAttention,
+        DiffiTUNet2DModel: PlainUNet,
+        DiffiTTransformer2DModel: PlainTransformer,
+    }
     for module in model.modules():
         module.__class__ = plain.get(type(module), type(module))
     return model

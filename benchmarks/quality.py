@@ -39,9 +39,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import eval_diffit
 from diffit.config import parse_args
-from diffit.networks import training_flops_per_image
+from diffit.cpu_kernels import kernelize
+from diffit.networks import model_class, training_flops_per_image
 from diffit.optimization import HalfLifeEMA, build_optimizer
-from diffit_model import model_class
 from diffit_pipeline import EDM_SCHEDULERS
 
 SEEDS = (0, 1, 2)
@@ -288,7 +288,7 @@ def train_peer(run: Run, folder: Path) -> None:
     images = (images.unsqueeze(-1) if images.dim() == 3 else images).permute(0, 3, 1, 2) / 127.5 - 1
     loader = torch.utils.data.DataLoader(images, batch_size=BATCH_SIZE, shuffle=True, drop_last=True)
     config = TASKS[run.task].networks[run.network]
-    model = model_class(config).from_config(config)
+    model = kernelize(model_class(config).from_config(config))
     at = {steps(kimg): kimg for kimg in run.budgets}
 
     def save(step: int, model: torch.nn.Module, ema_model: EMAModel) -> None:
@@ -481,7 +481,7 @@ def time_steps(name: str, rounds: int = 7) -> list[dict]:
     rows, timers = [], []
     for side, (network, recipe) in SIDES.items():
         config = TASKS[name].networks[network]
-        model = model_class(config).from_config(config)
+        model = kernelize(model_class(config).from_config(config))
         size = {"parameters": model.num_parameters(), "flops_per_image": training_flops_per_image(config)}
         rows.append({"task": name, "side": side, **size, "seconds": []})
         timers.append(Timer("step()", globals={"step": training_step(model, recipe)}))

@@ -18,8 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from diffit.networks import sample_shape, training_flops_per_image
-from diffit_model import model_class
+from diffit.networks import model_class, sample_shape, training_flops_per_image
 
 DOCUMENT = ROOT / "docs/scaling.md"
 GPUS = (8, 64, 512)

@@ -1,9 +1,9 @@
-"""Time and memory of training steps and sampling: against plain networks, and as a share of what the machine can do.
+"""Time and memory of training steps and sampling: against plain networks, and as a fraction of the machine's peak.
 
     python benchmarks/speed.py
 
-In each case the sides take turns in one process; the ratio is the median over the pairs. Peak memory is that of a
-process of its own for each side. The plain networks are in `benchmarks/plain_models.py`. Writes
+In each case the sides take turns in one process; the reported ratio is the median over the pairs. Peak memory is
+measured in a separate process per side. The plain networks are in `benchmarks/plain_models.py`. Writes
 `benchmarks/results/speed.md`.
 """
 
@@ -28,29 +28,29 @@ from torch.utils.benchmark import Timer
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from diffit.networks import sample_shape, training_flops_per_image
+from diffit.cpu_kernels import kernelize
+from diffit.networks import model_class, sample_shape, training_flops_per_image
 from diffit.optimization import HalfLifeEMA
-from diffit_model import model_class
 from diffit_pipeline import DiffiTPipeline
 from loop import GIVE_BACK, KEEP
 from plain_models import by_the_letter
 
 MATRIX = 2048
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mkldnn_convolution", "convolution_backward")
-SAMPLING_STEPS = 2  # that are timed, of 50: all are alike
-# Case: config, what the data say of it, images, bias gathered for each window by the plain side.
+SAMPLING_STEPS = 2  # timed out of 50, because all steps cost the same
+# Case: config, its fields that depend on the data, images per batch, whether the plain side gathers a bias per window.
 CASES = {
     "latent S/2": ("diffit_s_2", {"in_channels": 4, "out_channels": 8, "num_embeds_ada_norm": 1000}, 16, False),
     "CIFAR-10 I.1": ("cifar10", {"in_channels": 3, "out_channels": 3, "num_class_embeds": None}, 32, True),
     "emoji32": ("emoji32", {"in_channels": 3, "out_channels": 3, "num_class_embeds": None}, 16, True),
 }
 SAMPLED = {"in_channels": 3, "out_channels": 3, "num_class_embeds": 10}
-SIDES = {  # the first is what the others are compared with
+SIDES = {  # the first is the baseline of the others
     "latent S/2": ("plain", "ours", "ours, gradient checkpointing"),
     "CIFAR-10 I.1": ("plain", "ours"),
     "sampling": ("plain", "ours"),
 }
-# Case, side, and the targets for time and memory against the plain side.
+# Targets for the ratios of time and memory to the plain side, by case and side.
 TARGETS = {
     ("latent S/2", "ours"): (0.95, 0.85),
     ("latent S/2", "ours, gradient checkpointing"): (1.35, 0.45),
@@ -59,9 +59,9 @@ TARGETS = {
 }
 
 
-def read_config(name: str, of_data: dict) -> dict:
-    """A config of configs/model with what the data say."""
-    return json.loads((ROOT / f"configs/model/{name}.json").read_text()) | of_data
+def read_config(name: str, data_fields: dict) -> dict:
+    """A config of configs/model, completed with the fields that depend on the data."""
+    return json.loads((ROOT / f"configs/model/{name}.json").read_text()) | data_fields
 
 
 def build_model(config: dict, side: str, bias_per_window: bool) -> torch.nn.Module:
@@ -70,15 +70,17 @@ def build_model(config: dict, side: str, bias_per_window: bool) -> torch.nn.Modu
     model = model_class(config).from_config(config)
     if side.startswith("plain"):
         by_the_letter(model, bias_per_window)
+    else:
+        kernelize(model)
     if side.endswith("gradient checkpointing"):
         model.enable_gradient_checkpointing()
     return model
 
 
 def training_step(case: str, side: str) -> Callable[[], None]:
-    """Forward, backward, AdamW and average, as each side does them."""
-    name, of_data, batch_size, bias_per_window = CASES[case]
-    config = read_config(name, of_data)
+    """A training step of a side: forward, backward, AdamW and weight average."""
+    name, data_fields, batch_size, bias_per_window = CASES[case]
+    config = read_config(name, data_fields)
     model = build_model(config, side, bias_per_window)
     sample = torch.randn(batch_size, *sample_shape(config))
     timesteps = torch.randint(0, 1000, (batch_size,))
@@ -104,7 +106,7 @@ def training_step(case: str, side: str) -> Callable[[], None]:
 
 
 def sampling(side: str) -> Callable[[], None]:
-    """The first steps of 50 of DDIM with guidance by class, 16 images of the CIFAR-10 network."""
+    """The first of 50 DDIM steps with classifier-free guidance, for 16 images of the CIFAR-10 network."""
     model = build_model(read_config("cifar10", SAMPLED), side, bias_per_window=True).eval()
     scheduler = DDIMScheduler(timestep_spacing="trailing")
     pipeline = DiffiTPipeline(model, scheduler)
@@ -121,12 +123,12 @@ def sampling(side: str) -> Callable[[], None]:
 
 
 def build(case: str, side: str) -> Callable[[], None]:
-    """What is timed."""
+    """The function that is timed."""
     return sampling(side) if case == "sampling" else training_step(case, side)
 
 
 def time_in_turn(works: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, by rounds in which all take their turn."""
+    """Seconds per call of each function, over rounds in which each takes one turn."""
     threads = torch.get_num_threads()
     timers = {name: Timer("work()", globals={"work": work}, num_threads=threads) for name, work in works.items()}
     for timer in timers.values():
@@ -139,9 +141,9 @@ def time_in_turn(works: dict[str, Callable[[], None]], rounds: int) -> dict[str,
 
 
 def peak_memory(case: str, side: str) -> float:
-    """Most bytes that a process of its own holds over three steps, beyond its libraries.
+    """Peak memory of three steps in a separate process, in bytes, not counting its libraries.
 
-    Linux lets a process inherit the peak of the one that started it, so this one must not have worked before.
+    On Linux a process inherits the peak of its parent, so call this before the parent has allocated anything large.
     """
     command = [sys.executable, __file__, "--memory_of", case, side]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | GIVE_BACK)
@@ -149,7 +151,7 @@ def peak_memory(case: str, side: str) -> float:
 
 
 def report_memory(case: str, side: str) -> None:
-    """Prints what `peak_memory` reads."""
+    """Prints the peak memory of this process for `peak_memory` to read."""
     libraries = psutil.Process().memory_info().rss
     work = build(case, side)
     for _ in range(3):
@@ -158,7 +160,13 @@ def report_memory(case: str, side: str) -> None:
 
 
 def compare(case: str, memory: dict[str, float], rounds: int) -> list[str]:
-    """Rows of the table of ratios, one for each side against the first, from the peak memory of the sides."""
+    """Times the sides of a case; returns rows of the table of ratios, one for each side but the first.
+
+    Args:
+        case: a key of `SIDES`.
+        memory: peak memory of each side in bytes.
+        rounds: number of pairs.
+    """
     seconds = time_in_turn({side: build(case, side) for side in memory}, rounds)
     plain, *sides = memory
     rows = []
@@ -177,14 +185,14 @@ def compare(case: str, memory: dict[str, float], rounds: int) -> list[str]:
 
 
 def mark(ratio: float, target: float | None) -> str:
-    """Whether a target is met."""
+    """States whether a ratio meets its target."""
     return "-" if target is None else f"{target}: {'met' if ratio <= target else '**missed**'}"
 
 
-def share_of_limit(case: str, rounds: int) -> str:
-    """A row about a training step as a share of a matrix product's speed."""
-    name, of_data, batch_size, _ = CASES[case]
-    flops = batch_size * training_flops_per_image(read_config(name, of_data))
+def fraction_of_limit(case: str, rounds: int) -> str:
+    """A row of the table that compares a training step's throughput with that of a matrix product."""
+    name, data_fields, batch_size, _ = CASES[case]
+    flops = batch_size * training_flops_per_image(read_config(name, data_fields))
     a, b = torch.randn(2, MATRIX, MATRIX).unbind()
     step = training_step(case, "ours")
     seconds = time_in_turn({"limit": lambda: a @ b, "step": step}, rounds)
@@ -199,7 +207,7 @@ def share_of_limit(case: str, rounds: int) -> str:
 
 
 def where_time_goes(work: Callable[[], None]) -> str:
-    """Shares of the operators in the time of some work, first that of the products, which all sides have in common."""
+    """The operators' fractions of the time of `work`, first that of products and convolutions, common to all sides."""
     work()  # warm up
     with profile() as profiler:
         work()
@@ -207,8 +215,8 @@ def where_time_goes(work: Callable[[], None]) -> str:
     total = sum(event.self_cpu_time_total for event in events)
     products = sum(event.self_cpu_time_total for event in events if event.key.removeprefix("aten::") in PRODUCTS)
     largest = sorted(events, key=lambda event: -event.self_cpu_time_total)[:12]
-    shares = (f"{event.key.removeprefix('aten::')} {event.self_cpu_time_total / total:.0%}" for event in largest)
-    return f"**{products / total:.0%}** products and convolutions ({', '.join(shares)})"
+    fractions = (f"{event.key.removeprefix('aten::')} {event.self_cpu_time_total / total:.0%}" for event in largest)
+    return f"**{products / total:.0%}** products and convolutions ({', '.join(fractions)})"
 
 
 def main() -> None:
@@ -224,7 +232,7 @@ def main() -> None:
 
     memory = {case: {side: peak_memory(case, side) for side in sides} for case, sides in SIDES.items()}
     ratios = [row for case in SIDES for row in compare(case, memory[case], args.rounds)]
-    shares = [share_of_limit(case, args.rounds) for case in CASES]
+    fractions = [fraction_of_limit(case, args.rounds) for case in CASES]
     wheres = [
         f"- {case}, {side}: {where_time_goes(build(case, side))}" for case in SIDES for side in ("plain", "ours")
     ]
@@ -236,26 +244,25 @@ def main() -> None:
         f"CPU cores ({platform.machine()}), {torch.get_num_threads()} threads, Python {platform.python_version()}, "
         f"torch {torch.__version__}, diffusers {diffusers.__version__}.",
         "",
-        "A training step is forward, backward, AdamW and average. *Plain* for the latent network is NVIDIA's model "
-        "operation by operation, with torch's default AdamW and an average parameter by parameter; for the network of "
-        "images our own by the letter of Eq. 3-6, the bias gathered for each window. Memory is the peak of a process "
-        "of its own beyond its libraries, with freed blocks given back at once; while times are taken glibc keeps "
-        f"them, on both sides alike. Sampling: 50 steps of DDIM, guided by class, 16 images, {SAMPLING_STEPS} of the "
-        "steps timed.",
+        "A training step is forward, backward, AdamW and weight average. For the latent network, *plain* is NVIDIA's "
+        "model operation by operation, with torch's default AdamW and an average updated parameter by parameter; for "
+        "the image-space network it is ours with a literal implementation of Eq. 3-6, gathering the bias for each "
+        "window. Memory is the peak of a separate process beyond its libraries, with freed blocks returned at once; "
+        "for timing, glibc keeps them, on all sides. Sampling: 50 DDIM steps with classifier-free guidance, 16 "
+        f"images, {SAMPLING_STEPS} of the steps timed.",
         "",
-        "| work | time: ours / plain | ratio (least to most) | target | memory: ours / plain | ratio | target |",
+        "| work | time: ours / plain | ratio (min to max) | target | memory: ours / plain | ratio | target |",
         "|---|---|---|---|---|---|---|",
         *ratios,
         "",
-        f"Against a float32 matrix product of {MATRIX} in the same process:",
+        f"Compared with a float32 product of {MATRIX} x {MATRIX} matrices in the same process:",
         "",
-        "| training step | images | GFLOP per image | images/s | GFLOP/s | limit, GFLOP/s | share of it |",
+        "| training step | images | GFLOP per image | images/s | GFLOP/s | limit, GFLOP/s | fraction of it |",
         "|---|---|---|---|---|---|---|",
-        *shares,
+        *fractions,
         "",
-        "Where the time goes (operators by their own time, one profiled step). Training has the same products and "
-        "convolutions on both sides, so about their share of the plain side's time is the least ratio that leaving "
-        "out all else would give; and a step can reach no larger share of the limit than its own divided by theirs:",
+        "Where the time goes (self time of operators in one profiled step). In training, both sides have the same "
+        "products and convolutions, so their fraction of the plain side's time is roughly the lowest possible ratio:",
         "",
         *wheres,
     ]

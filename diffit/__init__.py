@@ -6,6 +6,7 @@
     batches, augment                  a micro-batch on the device: encoded, augmented, noisy
     formulations                      DDPM and EDM: noise levels, network inputs, loss, scheduler
     networks                          build, adapt, load and place networks and VAEs
+    cpu_kernels                       fast CPU layers put in place of the reference ones
     optimization                      AdamW, Muon, schedules, averages, skipped steps, the state of a training
     checkpoint, run_dir, lock         what is saved, what in a folder is ours, and which run owns it
     processes, launcher               several processes: start, agreement, stop signals, launchers that die

@@ -1,9 +1,9 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Non-leaking augmentation: geometric transforms of training images, with labels that tell the network what was done.
+"""Non-leaking augmentation: geometric transforms of training images, with labels that describe them to the network.
 
-A network that is told learns from the transformed images, yet draws upright ones where the labels are zero. The
-transforms, their strengths and their labels are those of EDM (arXiv 2206.00364, appendix F.2), which DiffiT follows;
-how images are resampled is ours. This file stands alone: numpy and torch.
+Conditioned on the labels, the network learns from transformed images, yet generates untransformed ones when the labels
+are zero. The transforms, their strengths and their labels are those of EDM (arXiv 2206.00364, appendix F.2), which
+DiffiT follows; the resampling is ours. This file needs only numpy and torch.
 
 Shapes: B images, C channels, H/W height/width in pixels, K = `NUM_AUGMENT_NUMBERS`, A = `NUM_AUGMENT_LABELS`.
 """
@@ -16,14 +16,14 @@ import torch.nn.functional as F
 
 NUM_AUGMENT_NUMBERS = 12
 NUM_AUGMENT_LABELS = 9
-SUPERSAMPLING = 2  # points at which a transformed image is read, along each side of a pixel
+SUPERSAMPLING = 2  # samples per output pixel along each axis
 
 
-def draw_augmentation(rng: np.random.Generator) -> np.ndarray:
-    """The random numbers behind the augmentation of one image, as many whatever becomes of them.
+def sample_augmentation(rng: np.random.Generator) -> np.ndarray:
+    """Samples the random numbers for the augmentation of one image, always the same count.
 
     Args:
-        rng: of the image's position in the stream, so that the transforms are a function of it.
+        rng: generator of the image's position in the stream, so that the transforms depend on the position alone.
 
     Returns:
         float32 of shape (K,): first 8 uniform in [0, 1), then 4 standard normal.
@@ -32,34 +32,34 @@ def draw_augmentation(rng: np.random.Generator) -> np.ndarray:
 
 
 def augment(images: torch.Tensor, numbers: torch.Tensor, probability: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Transforms each image as its random numbers say.
+    """Transforms each image according to its random numbers.
 
-    In this order, angles turning from right to down: a flip from left to right (half of the images, whatever the
-    probability), one upside down (half of those to which it is open, with the given probability), scaling by 2^(0.2
-    n1), rotation by an angle up to pi either way, scaling by 2^(0.2 n2) along an axis at any angle and by the inverse
-    across it, translation by n3 and n4 eighths of width and height; n1 to n4 are standard normal. What comes into
-    view from outside is the mirrored image. Beyond flips, images are interpolated, anti-aliased and clipped.
+    The transforms, in this order and with angles measured clockwise: a horizontal flip of half of the images (at any
+    probability above 0), a vertical flip at half the given probability, isotropic scaling by 2^(0.2 n1), rotation by
+    an angle in [-pi, pi), anisotropic scaling by 2^(0.2 n2) along an axis at a random angle and by the inverse across
+    it, and translation by n3 / 8 of the width and n4 / 8 of the height; n1 to n4 are standard normal. Pixels from
+    outside the image are filled by reflection. Apart from flips, images are interpolated, anti-aliased and clipped.
 
     Args:
-        images: in [-1, 1], float32, shape (B, C, H, W); they stay as they are.
-        numbers: of `draw_augmentation`, float32 on the same device, shape (B, K).
-        probability: of each transform but the first, on its own, in [0, 1]; 0 turns off all of them.
+        images: in [-1, 1], float32, shape (B, C, H, W); not modified.
+        numbers: from `sample_augmentation`, float32 on the same device, shape (B, K).
+        probability: of each transform except the horizontal flip, independently, in [0, 1]; 0 disables all of them.
 
     Returns:
-        Images like `images`, bitwise the same if no transform touched them; and labels, float32 of shape (B, A), zero
-        for what was not done: x-flip 0 or 1, y-flip 0 or 1, n1, rotation (cos - 1, sin), n2 (cos, sin) of the axis,
-        n3, n4.
+        Images in the shape of `images`, bitwise unchanged where no transform applied; and labels, float32 of shape
+        (B, A), zero for transforms that did not apply: x-flip 0 or 1, y-flip 0 or 1, n1, rotation (cos - 1, sin),
+        n2 * (cos, sin) of the axis, n3, n4.
 
     Raises:
-        ValueError: if the probability is out of range, or if there is another number of numbers.
+        ValueError: if the probability is out of range, or `numbers` has another shape.
     """
     if not 0 <= probability <= 1:
         raise ValueError(f"probability must be in [0, 1], got {probability}")
-    batch, _, height, width = images.shape
+    batch = images.shape[0]
     if numbers.shape != (batch, NUM_AUGMENT_NUMBERS):
         raise ValueError(f"numbers must have the shape {(batch, NUM_AUGMENT_NUMBERS)}, got {tuple(numbers.shape)}")
 
-    # 1. what happens to which image, all of shape (B); no number of the device is read on the host
+    # 1. transforms of each image, all of shape (B); nothing is read back from the device
     x_flip, y_flip, scaled, rotated, angle, squeezed, axis, moved = numbers[:, :8].unbind(1)
     log_scale, log_stretch, right, down = numbers[:, 8:].unbind(1)
     x_flip = x_flip < (0.5 if probability > 0 else 0.0)
@@ -82,8 +82,25 @@ def augment(images: torch.Tensor, numbers: torch.Tensor, probability: float) -> 
     images = torch.where(x_flip[:, None, None, None], images.flip(-1), images)
     images = torch.where(y_flip[:, None, None, None], images.flip(-2), images)
 
-    # 3. the other transforms, backwards: from points of the new image to those of the old, in pixels from the centre.
-    # Without matrix products, whose precision autocast and TF32 lower.
+    # 3. the other transforms, in one resampling
+    warped = _warp(images, angle, axis, log_scale, log_stretch, right, down)
+    is_warped = scaled | rotated | squeezed | moved
+    return torch.where(is_warped[:, None, None, None], warped, images), labels
+
+
+def _warp(
+    images: torch.Tensor,
+    angle: torch.Tensor,
+    axis: torch.Tensor,
+    log_scale: torch.Tensor,
+    log_stretch: torch.Tensor,
+    right: torch.Tensor,
+    down: torch.Tensor,
+) -> torch.Tensor:
+    """Scales, rotates, stretches and translates images of shape (B, C, H, W); the other arguments have shape (B)."""
+    height, width = images.shape[-2:]
+    # Inverted: from points of the new image to points of the old, in pixels from the center. Without matrix products,
+    # because autocast and TF32 would lower their precision.
     angle, axis, log_scale, log_stretch, right, down = (
         number[:, None, None] for number in (angle, axis, log_scale, log_stretch, right, down)
     )  # (B, 1, 1)
@@ -98,12 +115,10 @@ def augment(images: torch.Tensor, numbers: torch.Tensor, probability: float) -> 
     x, y = x * 2 ** (-0.2 * log_scale), y * 2 ** (-0.2 * log_scale)
     grid = torch.stack([2 * x / width, 2 * y / height], dim=-1)  # (B, 2H, 2W, 2), -1 to 1 from edge to edge
     warped = F.grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
-    warped = F.avg_pool2d(warped, SUPERSAMPLING).clamp(-1, 1)  # (B, C, H, W)
-    is_warped = scaled | rotated | squeezed | moved
-    return torch.where(is_warped[:, None, None, None], warped, images), labels
+    return F.avg_pool2d(warped, SUPERSAMPLING).clamp(-1, 1)  # (B, C, H, W)
 
 
 def _rotate(x: torch.Tensor, y: torch.Tensor, angle: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Points turned by angles, from the x axis to the y axis; shapes that broadcast."""
+    """Rotates points by angles from the x axis towards the y axis; the shapes broadcast."""
     cos, sin = angle.cos(), angle.sin()
     return cos * x - sin * y, sin * x + cos * y

@@ -5,22 +5,32 @@ import contextlib
 import difflib
 import inspect
 import json
+import math
 import types
 import typing
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import yaml
 from accelerate.logging import get_logger
 from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, UNet2DModel
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffit.config import ModelConfig
+from diffit.cpu_kernels import kernelize
 from diffit.errors import UserError, load_model, user_errors
 from diffit.latents import LatentTable, load_vae, vae_description
 from diffit.sources import Table
-from diffit_model import adapt_weights, choose_attention_backend, model_class, set_attention_backend
+from diffit_model import (
+    DiffiTTransformer2DModel,
+    DiffiTUNet2DModel,
+    TimeDependentSelfAttention,
+    align_bias_for_xformers,
+    xformers_unsupported_reasons,
+)
 from diffit_pipeline import FORWARD_PROCESS, load_network, null_label
 
 logger = get_logger(__name__, log_level="INFO")
@@ -233,7 +243,7 @@ def build_guidance_model(
             f"--validation_guidance_model {path} has {null_label(guidance_model)} classes, the model "
             f"{null_label(model)}"
         )
-    return guidance_model.requires_grad_(False).eval()
+    return kernelize(guidance_model.requires_grad_(False).eval())
 
 
 def sample_shape(config: dict) -> tuple[int, int, int]:
@@ -260,7 +270,7 @@ def training_flops_per_image(config: dict) -> int:
 
 
 def set_up_model(model: ModelMixin, asked: ModelConfig, device: torch.device, mixed_precision: str = "no") -> None:
-    """Moves a network to its device and chooses attention backend, gradient checkpointing and compilation.
+    """Moves a network to its device and sets attention backend, checkpointing, compilation and CPU kernels.
 
     Args:
         model: the network.
@@ -292,3 +302,189 @@ def set_up_model(model: ModelMixin, asked: ModelConfig, device: torch.device, mi
         torch._dynamo.config.recompile_limit = 64
     if asked.compile:  # in place, so that the names of the weights stay
         model.compile_repeated_blocks() if model._repeated_blocks else model.compile()
+    kernelize(model)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Network classes and attention backends
+
+MODEL_CLASSES = {
+    "DiffiTUNet2DModel": DiffiTUNet2DModel,
+    "DiffiTTransformer2DModel": DiffiTTransformer2DModel,
+    "UNet2DModel": UNet2DModel,
+}
+
+
+def model_class(config: dict) -> type[ModelMixin]:
+    """Returns the class of the network that a `config.json` describes.
+
+    Args:
+        config: contents of a `config.json`; without `_class_name` it means `DiffiTUNet2DModel`.
+
+    Raises:
+        ValueError: if `_class_name` is not in `MODEL_CLASSES`.
+    """
+    name = config.get("_class_name", "DiffiTUNet2DModel")
+    if name not in MODEL_CLASSES:
+        raise ValueError(f"`_class_name` must be one of {', '.join(MODEL_CLASSES)}, got {name!r}")
+    return MODEL_CLASSES[name]
+
+
+def choose_attention_backend(model: nn.Module, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """Resolves the backend `auto`: xformers if its operators support all attentions of this model, otherwise native.
+
+    Args:
+        model: a network with DiffiT attention, or any other module.
+        device: the device it will run on.
+        dtype: float type of queries, keys and values.
+
+    Returns:
+        The backend, `"xformers"` or `"native"`, and the reason.
+    """
+    if device.type != "cuda":
+        return "native", f"xformers needs CUDA, the device is {device.type}"
+    attentions = [module for module in model.modules() if isinstance(module, TimeDependentSelfAttention)]
+    if not attentions:
+        return "native", "the model has no DiffiT attention"
+    for attention in attentions:
+        shape = (1, math.prod(attention.window), attention.num_attention_heads, attention.attention_head_dim)
+        probe = torch.empty(shape, device=device, dtype=dtype, requires_grad=True)
+        bias = torch.empty(1, shape[2], shape[1], shape[1], device=device, dtype=dtype, requires_grad=True)
+        reasons = xformers_unsupported_reasons(probe, probe, probe, align_bias_for_xformers(bias, 1))
+        if reasons:
+            return "native", "; ".join(reasons)
+    return "xformers", "its operators support this model's attention"
+
+
+def set_attention_backend(model: ModelMixin, backend: str) -> None:
+    """Sets the backend of this model only: diffusers' method of the same name also changes the process-wide default.
+
+    Args:
+        model: network whose attention modules get the backend; `UNet2DModel` supports only `native` and `xformers`.
+        backend: a backend of diffusers' dispatcher.
+
+    Raises:
+        ValueError: if the model does not support the backend.
+    """
+    if isinstance(model, UNet2DModel):
+        if backend not in ("native", "xformers"):
+            raise ValueError(f"UNet2DModel supports the attention backends native and xformers, got {backend!r}")
+        if backend == "xformers":
+            model.enable_xformers_memory_efficient_attention()
+        return
+    for module in model.modules():
+        if isinstance(module, TimeDependentSelfAttention):
+            module.set_attention_backend(backend)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights for another resolution or other classes
+
+
+def adapt_weights(
+    source: ModelMixin, target: ModelMixin, reset_class_embeddings: bool = False
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Adapts the weights of a network to one for another resolution or other classes, to fine-tune from them.
+
+    Relative position bias tables and position embeddings are interpolated. Class embeddings are re-initialized if the
+    number of classes differs, or on request. The null class keeps its prediction: its embedding is copied, set to zero
+    if `source` has no classes, or folded into the time embedding if `target` has none. The embedding of augmentation
+    labels is dropped, or added with weights of zero; neither changes a prediction.
+
+    Args:
+        source: network with the weights; not modified.
+        target: initialized network that will load them; not modified.
+        reset_class_embeddings: re-initialize the class embeddings even if the number of classes is unchanged.
+
+    Returns:
+        A state dict for `target`, and a description of each kind of change.
+
+    Raises:
+        ValueError: lists the weights that do not fit `target`.
+    """
+    weights, target_weights = source.state_dict(), target.state_dict()
+    changes = _interpolate_positions(source, target, weights)
+    changes += _adapt_class_embeddings(weights, target_weights, reset_class_embeddings)
+
+    name = "augment_embedding.weight"
+    if name in weights and name not in target_weights:
+        del weights[name]
+        changes.append("augmentation labels dropped")
+    elif name in target_weights and name not in weights:
+        weights[name] = torch.zeros_like(target_weights[name])
+        changes.append("augmentation labels added with weights of zero")
+
+    ours, theirs = (
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (weights, target_weights)
+    )
+    misfits = [
+        f"{name} (has {ours.get(name, 'nothing')}, needs {theirs.get(name, 'nothing')})"
+        for name in sorted(ours | theirs)
+        if ours.get(name) != theirs.get(name)
+    ]
+    if misfits:
+        raise ValueError(f"{len(misfits)} weights do not fit the network: {', '.join(misfits[:8])}")
+    return weights, changes
+
+
+def _interpolate_positions(source: ModelMixin, target: ModelMixin, weights: dict[str, torch.Tensor]) -> list[str]:
+    """Resizes bias tables and position embeddings in `weights` from the grids of `source` to those of `target`."""
+    resized = {}
+    target_names = target.state_dict().keys()
+    for name in [name for name in weights if name in target_names]:
+        module_name, _, weight_name = name.rpartition(".")
+        if weight_name == "relative_position_bias_table":
+            grids = [model.get_submodule(module_name).window for model in (source, target)]
+            sizes = [(2 * height - 1, 2 * width - 1) for height, width in grids]
+            weights[name] = resize_grid(weights[name], *sizes)
+        elif name == "position_embedding":
+            grids = [model.token_grid for model in (source, target)]
+            weights[name] = resize_grid(weights[name][0], *grids)[None]
+        else:
+            continue
+        if grids[0] != grids[1]:
+            resized.setdefault((weight_name, *grids), []).append(name)
+    return [
+        f"{len(names)} x {weight_name} interpolated from {old[0]} x {old[1]} to {new[0]} x {new[1]} tokens"
+        for (weight_name, old, new), names in resized.items()
+    ]
+
+
+def _adapt_class_embeddings(
+    weights: dict[str, torch.Tensor], target_weights: dict[str, torch.Tensor], reset: bool
+) -> list[str]:
+    """Replaces the class embeddings in `weights`, whose last row is the null class, where they do not fit."""
+    name = "class_embedding.weight"
+    rows, new_rows = weights.get(name), target_weights.get(name)
+    if rows is None and new_rows is None:
+        return []
+    if new_rows is None:
+        del weights[name]
+        bias = "time_embedding.linear_2.bias"
+        weights[bias] = weights[bias] + rows[-1]
+        return ["class embeddings dropped, null class folded into the time embedding"]
+    if rows is None:
+        weights[name] = torch.cat([new_rows[:-1], torch.zeros_like(new_rows[-1:])])
+        return [f"{len(new_rows) - 1} class embeddings initialized, null class set to zero"]
+    if reset or len(rows) != len(new_rows):
+        weights[name] = torch.cat([new_rows[:-1], rows[-1:]])
+        return [f"{len(new_rows) - 1} class embeddings re-initialized, null class kept"]
+    return []
+
+
+def resize_grid(rows: torch.Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> torch.Tensor:
+    """Resizes a grid of vectors with bicubic interpolation, as Swin does its bias tables; the center is preserved.
+
+    Args:
+        rows: vectors in row-major order, any float dtype; shape (height * width, K).
+        size: height and width of the grid.
+        new_size: height and width of the new grid.
+
+    Returns:
+        Vectors in the dtype of `rows`, shape (new height * new width, K).
+    """
+    if size == new_size:
+        return rows
+    grid = rows.double().T.reshape(1, -1, *size)  # (1, K, height, width)
+    grid = F.interpolate(grid, size=new_size, mode="bicubic")  # (1, K, new height, new width)
+    return grid.flatten(2)[0].T.contiguous().to(rows.dtype)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler, default_collate
 
-from diffit.augment import draw_augmentation
+from diffit.augment import sample_augmentation
 from diffit.decode import decode_pixels
 from diffit.errors import BadImageError, UserError
 from diffit.sources import ImageTable, Table, detect_num_channels
@@ -154,7 +154,7 @@ class StreamDataset(torch.utils.data.Dataset, ABC):
         position, index = position_and_index
         rng = position_generator(self.stream.seed, position, AUGMENTATION)
         flip, *crop_position = rng.random(3)
-        augmentation = {"augmentation": torch.from_numpy(draw_augmentation(rng))} if self.augment else {}
+        augmentation = {"augmentation": torch.from_numpy(sample_augmentation(rng))} if self.augment else {}
         flip = self.random_flip and flip < 0.5
         bad_images = []
         while True:

@@ -28,9 +28,10 @@ import sample_diffit
 import train_diffit
 from diffit.config import parse_args
 from diffit.decode import decode_image, normalize_pixels
+from diffit.networks import model_class
 from diffit.sources import ImageTable, load_image_table
 from diffit.stream import ImageDataset, PositionStream
-from diffit_model import DiffiTUNet2DModel, model_class
+from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import DiffiTPipeline
 
 ROOT = Path(__file__).parents[1]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffit.augment import NUM_AUGMENT_LABELS, NUM_AUGMENT_NUMBERS, augment, draw_augmentation
+from diffit.augment import NUM_AUGMENT_LABELS, NUM_AUGMENT_NUMBERS, augment, sample_augmentation
+from diffit.networks import model_class
 from diffit.sources import load_image_table
 from diffit.stream import ImageDataset, PositionStream
-from diffit_model import model_class
 from helpers import STATES, assert_same_files, train
 
 # Numbers that, at a probability of 0.5, do nothing, and the entries that let each transform happen.
@@ -32,7 +32,7 @@ def numbers(*transforms: str, **values: float) -> torch.Tensor:
 
 def drawn(count: int, seed: int = 0) -> torch.Tensor:
     rng = np.random.default_rng(seed)
-    return torch.from_numpy(np.stack([draw_augmentation(rng) for _ in range(count)]))
+    return torch.from_numpy(np.stack([sample_augmentation(rng) for _ in range(count)]))
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -199,7 +199,7 @@ def test_probability_of_zero_changes_nothing():
 
 def test_numbers_are_as_many_whatever_they_are():
     rng = np.random.default_rng(0)
-    first, second = draw_augmentation(rng), draw_augmentation(rng)
+    first, second = sample_augmentation(rng), sample_augmentation(rng)
     assert first.shape == second.shape == (NUM_AUGMENT_NUMBERS,) and first.dtype == np.float32
     assert (first != second).all()
 

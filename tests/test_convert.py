@@ -12,7 +12,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from safetensors.torch import load_file, save_file
 
 from convert_nvidia_checkpoint import main, nvidia_names, parse_args
-from diffit_model import DiffiTTransformer2DModel, adapt_weights, model_class
+from diffit.networks import adapt_weights, model_class
+from diffit_model import DiffiTTransformer2DModel
 from diffit_pipeline import DiffiTPipeline
 from helpers import NVIDIA_SIZES, ROOT, nvidia_tensors, run, tiny_vae
 
@@ -287,7 +288,7 @@ def test_other_classes_leave_the_prediction_of_the_null_class(tmp_path):
     target = DiffiTTransformer2DModel.from_config(source.config, num_embeds_ada_norm=10).eval()
     weights, changes = adapt_weights(source, target)
     target.load_state_dict(weights)
-    assert changes == ["10 class embeddings start anew, the null class is kept"]
+    assert changes == ["10 class embeddings re-initialized, null class kept"]
     latents, timesteps, _ = inputs_of(nvidia_tensors())
     with torch.no_grad():
         predictions = [

@@ -41,8 +41,9 @@ from diffit.metrics import (
     precision_recall,
     shuffled_parts,
 )
+from diffit.networks import model_class
 from diffit.sources import load_image_table
-from diffit_model import DiffiTUNet2DModel, model_class
+from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import DiffiTPipeline
 from helpers import LAUNCH, ROOT, TINY_CONFIG, readme_commands, run
 

@@ -10,7 +10,8 @@ import yaml
 from diffit.config import DiffusionConfig
 from diffit.errors import UserError
 from diffit.formulations import DDPM, EDM, choose_formulation
-from diffit_model import DiffiTUNet2DModel, model_class
+from diffit.networks import model_class
+from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import DiffiTPipeline
 from helpers import STATES, TINY_CONFIG, assert_same_files, evaluate_folder, train
 

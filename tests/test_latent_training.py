@@ -15,9 +15,10 @@ from torch.distributions import Normal, kl_divergence
 import convert_nvidia_checkpoint
 from diffit.decode import normalize_pixels
 from diffit.formulations import DDPM, variance_bound
+from diffit.networks import model_class
 from diffit.sources import load_image_table
 from diffit.stream import ImageDataset, PositionStream, collate
-from diffit_model import DiffiTTransformer2DModel, model_class
+from diffit_model import DiffiTTransformer2DModel
 from diffit_pipeline import DiffiTPipeline
 from helpers import ROOT, assert_same_files, evaluate_folder, losses, nvidia_tensors, run, tiny_vae, train
 
@@ -340,9 +341,9 @@ def finetuning_args(converted, vae_dir, tmp_path) -> list[str]:
 
 
 def test_finetuning_starts_from_the_loss_of_the_converted_model(finetuning_args, converted, vae_dir, tmp_path, caplog):
-    """All labels null: the class rows that start anew play no part."""
+    """All labels null: the re-initialized class embeddings play no part."""
     train([*finetuning_args, "--label_dropout=1", "--max_train_steps=1"])
-    assert "10 class embeddings start anew, the null class is kept" in caplog.text
+    assert "10 class embeddings re-initialized, null class kept" in caplog.text
 
     model = DiffiTTransformer2DModel.from_pretrained(converted, subfolder="transformer")
     vae, scheduler = AutoencoderKL.from_pretrained(vae_dir), DDPMScheduler()

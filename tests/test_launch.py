@@ -12,8 +12,8 @@ from diffusers import DDPMPipeline, DDPMScheduler
 
 import sample_diffit
 from diffit.config import build_parser, parse_args
-from diffit.networks import read_model_config
-from diffit_model import DiffiTModelMixin, DiffiTUNet2DModel, model_class
+from diffit.networks import model_class, read_model_config
+from diffit_model import DiffiTModelMixin, DiffiTUNet2DModel
 from helpers import LAUNCH, ROOT, TINY_CONFIG, losses, readme_commands, run, start, torchrun, train
 
 ACCELERATE = sorted((ROOT / "configs/accelerate").glob("*.yaml"))

@@ -18,8 +18,9 @@ from diffusers import (
 )
 
 import sample_diffit
+from diffit.networks import MODEL_CLASSES, model_class
 from diffit.run_dir import MARK
-from diffit_model import MODEL_CLASSES, DiffiTUNet2DModel, model_class
+from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import SCHEDULERS, DiffiTPipeline, image_grid
 from helpers import ROOT, TINY_CONFIG, generators, open_pipeline, quiet, sample, tiny_dit, tiny_unet, tiny_vae
 

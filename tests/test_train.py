@@ -323,7 +323,7 @@ def test_finetuning_keeps_weights_and_renews_class_rows_only(finished_run, train
             "--max_train_steps=1",
         ]
     )
-    assert "2 class embeddings start anew, the null class is kept" in caplog.text
+    assert "2 class embeddings re-initialized, null class kept" in caplog.text
     name = "diffusion_pytorch_model.safetensors"
     old, new = load_file(finished_run / "unet" / name), load_file(tmp_path / "run/unet" / name)
     rows = "class_embedding.weight"

@@ -1,7 +1,7 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The latent network: sizes, diffusers' hooks, what it refuses, and weights for another resolution or other classes.
+"""The latent network: sizes, integration with diffusers, errors, weights for other resolutions and other classes.
 
-That it computes the formulas of the paper is tested in `test_convert.py`, its attention in `test_model.py`.
+`test_convert.py` compares it with the formulas of the paper, `test_model.py` tests its attention.
 """
 
 import copy
@@ -19,16 +19,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffit_model
-from diffit_model import (
-    DiffiTTransformer2DModel,
-    DiffiTUNet2DModel,
-    adapt_weights,
-    choose_attention_backend,
-    model_class,
-    resize_grid,
-    set_attention_backend,
-    sincos_position_embedding,
-)
+from diffit.networks import adapt_weights, choose_attention_backend, model_class, resize_grid, set_attention_backend
+from diffit_model import DiffiTTransformer2DModel, DiffiTUNet2DModel, sincos_position_embedding
 from helpers import ROOT
 
 EXACT = {"rtol": 0, "atol": 0}
@@ -47,7 +39,7 @@ SIZES = {"s": 27.3, "b": 108.0, "l": 380.5, "xl": 561.0}  # million parameters
 
 
 def build_transformer(seed: int = 0, **overrides) -> DiffiTTransformer2DModel:
-    """A network whose output is not zero, unlike that of a new one."""
+    """A network whose output is not zero, unlike that of a newly initialized one."""
     torch.manual_seed(seed)
     model = DiffiTTransformer2DModel(**{**TINY, **overrides}).eval()
     nn.init.xavier_uniform_(model.proj_out.weight)
@@ -80,7 +72,7 @@ def on_meta(size: str) -> DiffiTTransformer2DModel:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sizes, initialisation, positions
+# Sizes, initialization, positions
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -108,7 +100,7 @@ def test_new_weights_are_drawn_as_in_the_paper():
     torch.manual_seed(0)
     model = DiffiTTransformer2DModel(4, 32, num_layers=1)
     std = {name: parameter.std().item() for name, parameter in model.named_parameters() if parameter.ndim > 1}
-    xavier = {"patch_embedding.weight": (16, 128)}  # inputs and outputs as of a linear layer
+    xavier = {"patch_embedding.weight": (16, 128)}  # fan-in and fan-out as of a linear layer
     xavier |= {f"blocks.0.attn.{name}.weight": (128, 384) for name in ("qkv", "qkv_temb")}
     xavier |= {"blocks.0.attn.proj.weight": (128, 128)}
     xavier |= {f"blocks.0.mlp.{name}.weight": (128, 512) for name in ("fc1", "fc2")}
@@ -168,7 +160,7 @@ def test_latents_that_are_not_square_are_read_row_by_row():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In the place of DiTTransformer2DModel
+# Used in place of DiTTransformer2DModel
 
 
 def test_forward_arguments_are_those_of_dit():
@@ -190,7 +182,7 @@ def test_shared_arguments_are_those_of_dit():
 
 def test_out_channels_default_to_in_channels_as_a_number():
     model = build_transformer(out_channels=None)
-    assert model.config.out_channels == 4  # `DiTPipeline` divides it
+    assert model.config.out_channels == 4  # `DiTPipeline` does arithmetic with it
     assert predict(model).shape == (2, 4, 8, 8)
 
 
@@ -228,13 +220,13 @@ def test_model_class_finds_the_network():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# diffusers' hooks
+# Integration with diffusers
 
 
 @pytest.mark.parametrize("config", [{}, {"sample_size": (8, 4), "num_embeds_ada_norm": None}], ids=str)
 def test_saved_and_loaded_network_gives_the_same_output(tmp_path, config):
     model = build_transformer(**config)
-    nn.init.normal_(model.position_embedding)  # positions of a checkpoint may be other than ours
+    nn.init.normal_(model.position_embedding)  # the positions of a checkpoint may differ from ours
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(predict(DiffiTTransformer2DModel.from_pretrained(tmp_path)), predict(model), **EXACT)
     assert (tmp_path / "diffit_model.py").read_bytes() == Path(diffit_model.__file__).read_bytes()
@@ -348,7 +340,7 @@ def test_layerwise_casting_keeps_the_ends_precise():
 
 
 def test_positions_in_float32_beside_bfloat16_weights_are_taken():
-    """Sharding (FSDP) casts parameters and inputs, and leaves buffers as they are."""
+    """Sharding (FSDP) casts parameters and inputs, but not buffers."""
     model = build_transformer()
     positions = model.position_embedding
     model.bfloat16().position_embedding = positions
@@ -363,7 +355,7 @@ def test_deepcopy_shares_no_weights():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -433,7 +425,7 @@ def test_grid_of_the_same_size_stays_bitwise():
 
 
 def test_resized_grid_has_rows_and_columns_in_their_places():
-    """A slope down and a slope across stay such, away from the edges; bicubic weights are not exact for slopes."""
+    """Away from the edges, slopes along rows and columns are preserved, if approximately: bicubic is not exact."""
     down, across = torch.meshgrid(torch.arange(-6.0, 7), torch.arange(-10.0, 11), indexing="ij")
     resized = resize_grid(torch.stack([down, across], dim=-1).reshape(-1, 2), (13, 21), (25, 43))
     new_down, new_across = resized.reshape(25, 43, 2).unbind(-1)
@@ -455,7 +447,7 @@ def test_weights_for_another_resolution_are_interpolated(new_size):
         f"1 x position_embedding interpolated from 4 x 4 to {rows} x {columns} tokens",
         f"2 x relative_position_bias_table interpolated from 4 x 4 to {rows} x {columns} tokens",
     ]
-    # The bias of a token on itself is the centre of the table, and stays.
+    # The bias of a token on itself is the center of the table and must not change.
     tables = [model.blocks[1].attn.relative_position_bias_table for model in (source, target)]
     torch.testing.assert_close(*(table[len(table) // 2] for table in tables), rtol=0, atol=1e-6)
     untouched = [name for name in weights if "position" not in name]
@@ -466,7 +458,7 @@ def test_weights_for_another_resolution_are_interpolated(new_size):
 
 def test_bias_tables_keep_rows_and_columns_apart():
     source, target = build_transformer(), build_transformer(sample_size=(8, 12))
-    by_row = torch.arange(7.0)[:, None, None]  # offsets of rows matter, those of columns do not
+    by_row = torch.arange(7.0)[:, None, None]  # depends on the row offset alone
     with torch.no_grad():
         source.blocks[0].attn.relative_position_bias_table.copy_(by_row.expand(7, 7, 2).flatten(0, 1))
     table = adapt_weights(source, target)[0]["blocks.0.attn.relative_position_bias_table"]
@@ -476,7 +468,7 @@ def test_bias_tables_keep_rows_and_columns_apart():
 def test_positions_of_a_finer_grid_lie_between_those_of_the_coarser():
     source, target = build_transformer(sample_size=16), build_transformer(sample_size=32)
     positions = adapt_weights(source, target)[0]["position_embedding"]
-    halfway = (torch.arange(16).float() + 0.5) / 2 - 0.5  # centres of the finer patches, in coarser ones
+    halfway = (torch.arange(16).float() + 0.5) / 2 - 0.5  # centers of the finer patches in units of the coarser ones
     row = positions.reshape(16, 16, 16)[6, :, 4:8]  # cosines of the column
     expected = torch.cos(halfway[:, None] / 10000 ** (torch.arange(4) / 4))
     torch.testing.assert_close(row[3:-3], expected[3:-3], rtol=0, atol=0.05)
@@ -511,10 +503,10 @@ def build_unet(num_classes: int | None, **kwargs) -> DiffiTUNet2DModel:
     "old, new, reset, change",
     [
         (3, 3, False, None),
-        (3, 5, False, "5 class embeddings start anew, the null class is kept"),
-        (3, 3, True, "3 class embeddings start anew, the null class is kept"),
-        (None, 3, False, "3 class embeddings start anew, the null class is zero"),
-        (3, None, False, "class embeddings dropped, the null class became part of the time embedding"),
+        (3, 5, False, "5 class embeddings re-initialized, null class kept"),
+        (3, 3, True, "3 class embeddings re-initialized, null class kept"),
+        (None, 3, False, "3 class embeddings initialized, null class set to zero"),
+        (3, None, False, "class embeddings dropped, null class folded into the time embedding"),
         (None, None, True, None),
     ],
 )
@@ -531,11 +523,13 @@ def test_null_class_predicts_the_same_whatever_the_classes(build, old, new, rese
         torch.testing.assert_close(target.class_embedding.weight[:-1].detach(), own_rows, **EXACT)
 
 
-@pytest.mark.parametrize("old, new, change", [(9, None, "dropped"), (None, 9, "start at zero"), (9, 9, None)], ids=str)
+@pytest.mark.parametrize(
+    "old, new, change", [(9, None, "dropped"), (None, 9, "added with weights of zero"), (9, 9, None)], ids=str
+)
 def test_labels_of_augmentation_come_and_go_without_changing_predictions(old, new, change):
     source, target = (build_unet(3, num_augment_labels=number) for number in (old, new))
     weights, changes = adapt_weights(source, target)
-    assert changes == ([f"the labels of augmentation {change}"] if change else [])
+    assert changes == ([f"augmentation labels {change}"] if change else [])
     target.load_state_dict(weights)
     torch.testing.assert_close(predict(target), predict(source), **EXACT)
 

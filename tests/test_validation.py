@@ -10,9 +10,9 @@ from diffusers import DDPMScheduler
 from diffit.batches import open_tables
 from diffit.config import parse_args
 from diffit.decode import normalize_pixels
+from diffit.networks import model_class
 from diffit.sources import load_image_table
 from diffit.stream import ImageDataset, PositionStream, split_table
-from diffit_model import model_class
 from diffit_pipeline import DiffiTPipeline
 from helpers import ROOT, logged, mean_colours, run, torchrun, train
 
