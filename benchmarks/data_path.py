@@ -313,37 +313,37 @@ def main() -> None:
             step, share = time_waiting(num_workers, f"{work_dir}/run{num_workers}")
             waiting.append(f"| {num_workers} | {step:.2f} | {share:.1%} |")
     lines = [
-        "# Data path",
+        "# Data pipeline",
         "",
         f"`python benchmarks/data_path.py`, median of {args.rounds} alternating pairs, one process, one thread. "
         f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, Pillow "
         f"{PIL.__version__} (libjpeg-turbo {PIL.features.version('libjpeg_turbo')}), datasets "
-        f"{datasets.__version__}, numpy {np.__version__}. JPEGs of quality 90, {num_bytes / 1000:.0f} kB at 256 "
+        f"{datasets.__version__}, numpy {np.__version__}. JPEG quality 90, {num_bytes / 1000:.0f} kB at 256 "
         f"pixels and {num_large_bytes / 1000:.0f} kB at 1024 x 768.",
         "",
-        "Theirs is the way of `train_unconditional.py`. Our worker draws the noise and leaves the scaling to the "
-        "device, theirs scales and leaves the noise to the device. Ratios of time, ours to theirs: of the workers "
-        "alone, and of all that both processes do, where the device is this CPU.",
+        '"Theirs" is the data pipeline of `train_unconditional.py`. Our worker generates the noise and leaves scaling '
+        "to the device; theirs scales and leaves noise generation to the device. The ratios are our time divided by "
+        "theirs, for the workers alone and for all the work of worker and device, where the device is this CPU.",
         "",
-        "| images | pixels | noise | ours, images/s of a worker | theirs | ratio of workers | ratio of all |",
+        "| images | pixels | noise | ours, images/s per worker | theirs | ratio, workers | ratio, all work |",
         "|---|---|---|---|---|---|---|",
         *table,
         "",
-        "What else our workers may read, with noise and random flips, 16 in a batch:",
+        "Other formats that our workers read, with noise and random flips, 16 images per batch:",
         "",
-        "| images | images/s of a worker |",
+        "| images | images/s per worker |",
         "|---|---|",
         *others,
         "",
-        "What a 256-pixel JPEG costs our worker:",
+        "Cost of a 256-pixel JPEG in our worker:",
         "",
         "| part | ms per image |",
         "|---|---|",
         *parts,
         "",
-        f"Training emoji32, {TRAINING_BATCH_SIZE} images a step, {torch.get_num_threads()} threads:",
+        f"Training emoji32 with {TRAINING_BATCH_SIZE} images per step and {torch.get_num_threads()} threads:",
         "",
-        "| workers | step, s | share of it spent waiting for the batch |",
+        "| workers | step, s | fraction spent waiting for the batch |",
         "|---|---|---|",
         *waiting,
     ]

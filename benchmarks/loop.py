@@ -240,30 +240,30 @@ def main() -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "accelerate"))
     text = f"""# The training loop
 
-`python benchmarks/loop.py`: emoji32's images, {BATCH_SIZE} a step, float32, eager, read in the main process. Turns of
-{TURN} steps, median of {args.pairs} alternating pairs after one that does not count; in brackets the lowest and
-highest. {torch.get_num_threads()} threads, {platform.machine()}, Python {platform.python_version()}, {versions}.
+`python benchmarks/loop.py`: emoji32's images, {BATCH_SIZE} per step, float32, eager, loaded in the main process.
+Segments of {TURN} steps, median of {args.pairs} alternating pairs after one warm-up pair; the lowest and highest in
+brackets. {torch.get_num_threads()} threads, {platform.machine()}, Python {platform.python_version()}, {versions}.
 
-The network of emoji32 with its recipe:
+Emoji32's network and recipe:
 
-| what | seconds a step |
+| what | seconds per step |
 |---|---|
-| `train_diffit.py`: data, EMA, TensorBoard, clipping, checks, all | {script:.3f} |
+| `train_diffit.py`: data, EMA, TensorBoard, clipping, checks, everything | {script:.3f} |
 | forward, backward and optimizer step alone | {bare:.3f} |
-| what the loop adds | {statistics.median(overhead):+.1%} ({overhead[0]:+.1%} to {overhead[-1]:+.1%}) |
+| overhead of the loop | {statistics.median(overhead):+.1%} ({overhead[0]:+.1%} to {overhead[-1]:+.1%}) |
 
-A `UNet2DModel` of channels {UNET["block_out_channels"]}, by us and by diffusers' loop, both with EMA and TensorBoard:
+A `UNet2DModel` with channels {UNET["block_out_channels"]} in our loop and diffusers', both with EMA and TensorBoard:
 
-| side | seconds a step | peak resident memory |
+| side | seconds per step | peak resident memory |
 |---|---|---|
 | `train_diffit.py` | {ours:.3f} | {our_memory:.0f} MiB |
 | `train_unconditional.py` | {theirs:.3f} | {their_memory:.0f} MiB |
 | ours / theirs | {statistics.median(times):.3f} ({times[0]:.3f} to {times[-1]:.3f}) \
 | {our_memory / their_memory:.3f} |
 
-Which freed blocks glibc keeps is luck, so times are measured where it keeps them all
+It is unpredictable which freed blocks glibc keeps. Times are therefore measured with glibc keeping all of them
 (`{" ".join(f"{key}={value}" for key, value in KEEP.items())}`),
-and the peak in other runs, where it keeps none of more than 256 KiB
+and peak memory in separate runs in which it keeps no block above 256 KiB
 (`{" ".join(f"{key}={value}" for key, value in GIVE_BACK.items())}`).
 """
     print(text)

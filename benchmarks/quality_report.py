@@ -94,7 +94,7 @@ def report() -> None:
         "",
         "## Targets",
         "",
-        "| task | question | DiffiT costs (least and most of the seeds) | target | met |",
+        "| task | question | cost of DiffiT (lowest and highest of the seeds) | target | met |",
         "|---|---|---|---|---|",
     ]
     for task in TASKS:
@@ -116,7 +116,7 @@ def report() -> None:
     for task in TASKS:
         lines += ["", f"## {task}", "", f"![curves](quality_{task}.png)", ""]
         lines += [f"![samples](quality_samples_{task}.png)", ""]
-        lines.append(f"*Real images that were held out; then {', '.join(SIDES)}, the same seeds.*")
+        lines.append(f"*Held-out real images, then samples of {', '.join(SIDES)} with the same seeds.*")
         lines += ["", "| side | thousands of images | TFLOPs | minutes | Frechet distance | kernel distance x 1000 |"]
         lines.append("|---|---|---|---|---|---|")
         for side in SIDES:
@@ -133,9 +133,10 @@ def report() -> None:
         others = [row for row in rows if row["task"] == task and row["side"] == PEER]
         others = [row for row in others if row["weights"] != others[0]["weights"]]
         values = [row["frechet_distance"]["value"] for row in others]
-        lines += ["", f"{PEER} with its other weights ({others[0]['weights']}) at the end: "]
+        lines += ["", f"Final result of {PEER} with its other weights ({others[0]['weights']}): "]
         lines[-1] += f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}. "
-        lines[-1] += f"Floor, half of the held-out images against the other: {rows_floor(rows, task):.2f}."
+        lines[-1] += "Real-vs-real baseline, half of the held-out images against the other: "
+        lines[-1] += f"{rows_floor(rows, task):.2f}."
         draw_curves(task, rows, speed)
     lines += ["", *sampling_section(), "", *tuning_section()]
     (RESULTS / "quality.md").write_text("\n".join(lines) + "\n")
@@ -147,19 +148,19 @@ def protocol() -> list[str]:
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
     return [
         f"`make benchmark-quality` on {os.cpu_count()} CPU cores ({platform.machine()}), Python "
-        f"{platform.python_version()}, {versions}, float32, one core for each training.",
+        f"{platform.python_version()}, {versions}, float32, one core per training.",
         "",
-        "Unconditional, no guidance, no flips. A fifth of the images is held out and is the reference; those of them "
-        "that are pixel for pixel in the rest were dropped. 1,000 samples of "
-        f"{STEPS} DDIM steps, `efficientnet_lite0`. Mean and standard deviation over three seeds. FLOPs are those of "
-        "the network, forward and backward; minutes are images times the seconds of a training step (network, "
-        "optimizer and average on ready-made images), all sides measured in turn in one process. Costs at a distance "
-        "are read off the curve of means, straight lines between the budgets in logarithms.",
+        "Unconditional, no guidance, no flips. A fifth of the images is held out as the reference, except exact "
+        f"duplicates of training images. Metrics use 1,000 samples with {STEPS} DDIM steps and `efficientnet_lite0`; "
+        "mean and standard deviation over three seeds. FLOPs are those of the network, forward and backward. Minutes "
+        "are the number of images times the measured seconds per image of a training step (network, optimizer and EMA "
+        "on preloaded images), with all sides measured alternately in one process. The cost to reach a distance is "
+        "read off the curve of means, interpolated log-log between the budgets.",
         "",
-        "Every side has the best of its learning rates and averages, tuned with a seed of its own against the same "
-        "held-out images (the last section; the peer's sweep also holds its default). "
+        "Every side uses its best learning rate and EMA, tuned with a separate seed on the same held-out images (see "
+        "the last section; the peer's sweep includes its default). "
         f"{PEER} keeps its formulation, Adam settings, cosine schedule and 500 steps of warm-up (a third of that in "
-        "the shorter tuning).",
+        "the shorter tuning runs).",
         "",
         (RESULTS / "quality_notes.md").read_text().strip(),
     ]
@@ -198,13 +199,13 @@ def draw_curves(task: str, rows: list[dict], speed: dict) -> None:
 
 def sampling_section() -> list[str]:
     """Frechet distance by evaluations of the network, a line for each scheduler, and by guidance."""
-    lines = ["## Sampling", "", f"The first seed, {TUNING_IMAGES} samples; Frechet distance."]
+    lines = ["## Sampling", "", f"Frechet distance of the first seed, {TUNING_IMAGES} samples."]
     rows = read_rows("quality_more.json")
     by_steps = [row for row in rows if row["what"] == "steps"]
     for task, side in dict.fromkeys((row["task"], row["side"]) for row in by_steps):
         of_model = [row for row in by_steps if (row["task"], row["side"]) == (task, side)]
         evaluations = sorted({row["evaluations"] for row in of_model})
-        lines += ["", f"| {task}, {side}: evaluations | {' | '.join(map(str, evaluations))} |"]
+        lines += ["", f"| {task}, {side}: NFE | {' | '.join(map(str, evaluations))} |"]
         lines.append("|---" * (len(evaluations) + 1) + "|")
         for scheduler in dict.fromkeys(row["scheduler"] for row in of_model):
             cells = {
@@ -217,7 +218,7 @@ def sampling_section() -> list[str]:
     if not guided:
         return lines
     scales, values = zip(*((row["guidance_scale"], row["frechet_distance"]["value"]) for row in guided), strict=True)
-    lines += ["", "Guidance, apart from the headline: the same training by class.", ""]
+    lines += ["", "Guidance, in addition to the main results: the same training with class labels.", ""]
     lines += [
         f"| {guided[0]['task']}: guidance scale | {' | '.join(map(str, scales))} |",
         "|---" * (len(scales) + 1) + "|",
@@ -231,11 +232,9 @@ def tuning_section() -> list[str]:
     lines = [
         "## Tuning",
         "",
-        f"`make benchmark-quality-tuning`: one seed, {TUNING_IMAGES} samples; Frechet distance of ",
+        f"`make benchmark-quality-tuning`: one seed, {TUNING_IMAGES} samples; Frechet distance of each EMA. "
+        "Muon is used for the matrices of the blocks, at three times AdamW's learning rate unless another is given.",
     ]
-    lines[-1] += (
-        "each average. Muon is for the matrices of the blocks, at three times AdamW's rate where no other is named."
-    )
     rows = read_rows("quality_tuning.json") + read_rows("quality_tried.json")
     for task in TASKS:
         lines += [

@@ -83,18 +83,19 @@ def main() -> None:
     checkpoint = statistics.median(checkpoints)
     every = {n: checkpoint / (checkpoint + n * step) for n in (250, 500)}
     parameters = json.loads((ROOT / "configs/model/emoji32.json").read_text())["block_out_channels"]
-    text = f"""# What reliability costs
+    text = f"""# Cost of reliability
 
-`python benchmarks/reliability.py`: emoji32 (channels {parameters}), {BATCH_SIZE} images a step, float32.
-{torch.get_num_threads()} threads, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__};
-the checkpoints on a local disk, median of {len(checkpoints)}; draws: median of {args.rounds} alternating pairs.
+`python benchmarks/reliability.py`: emoji32 (channels {parameters}), {BATCH_SIZE} images per step, float32.
+{torch.get_num_threads()} thread(s), {platform.machine()}, Python {platform.python_version()}, torch
+{torch.__version__}; checkpoints on a local disk, median of {len(checkpoints)}; random numbers:
+median of {args.rounds} alternating pairs.
 
 | what | measured |
 |---|---|
 | optimizer step | {step:.2f} s |
 | checkpoint: write, checksums, fsync, rename | {checkpoint:.2f} s for {size / 2**20:.0f} MiB |
-| its share of the training time, every 250 steps (as in the recipe) | {every[250]:.2%} |
-| its share of the training time, every 500 steps (the default) | {every[500]:.2%} |
+| its fraction of the training time, every 250 steps (as in the recipe) | {every[250]:.2%} |
+| its fraction of the training time, every 500 steps (the default) | {every[500]:.2%} |
 | random numbers of a batch by position | {1000 * position:.1f} ms, {position / step:.2%} of a step |
 | the same numbers from torch's global generator | {1000 * state:.1f} ms, {state / step:.2%} of a step |
 | overhead of randomness by position | {(position - state) / step:.2%} of a step |

@@ -40,24 +40,15 @@ RUNS = {
 NO_KERNEL = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "_unsafe_view")
 ASSUMED = {
     "peak of an H100 in bf16, dense (NVIDIA's data sheet)": (989e12, "989 TFLOP/s"),
-    "share of it that the latent transformers reach (MFU)": (0.35, "35 %"),
-    "share of it that the networks of pixels reach: 128 to 256 channels, norms, small windows": (
-        0.15,
-        "15 %",
-    ),
-    "starting an operator from Python, eager": (8e-6, "8 µs"),
-    "operators with the casts of bf16 autocast, for each without (counted on a CPU for `cifar10`: 1,324 for 880)": (
-        1.5,
-        "1.5",
-    ),
-    "bandwidth of a GPU's memory, for optimizer and averages (80 % of 3.35 TB/s)": (2.7e12, "2.7 TB/s"),
-    "bandwidth of a GPU inside a node (NVLink 4, one direction)": (450e9, "450 GB/s"),
-    "bandwidth of a node to others (eight ports of InfiniBand NDR, which the rings share)": (400e9, "400 GB/s"),
-    "delay of one exchange; a sum over n GPUs takes 2 log2(n) of them for each 25 MiB": (
-        10e-6,
-        "10 µs",
-    ),
-    "writing a checkpoint and reading it again for its checksums": (0.7e9, "0.7 GB/s"),
+    "fraction of it that the latent-space networks reach (MFU)": (0.35, "35 %"),
+    "fraction of it that the pixel-space networks reach (128 to 256 channels, norms, small windows)": (0.15, "15 %"),
+    "launching an operator from Python, eager": (8e-6, "8 µs"),
+    "factor on operators due to bf16 autocast's casts (counted on a CPU for `cifar10`: 1,324 to 880)": (1.5, "1.5"),
+    "memory bandwidth of a GPU, for optimizer and EMA (80 % of 3.35 TB/s)": (2.7e12, "2.7 TB/s"),
+    "bandwidth of a GPU within a node (NVLink 4, one direction)": (450e9, "450 GB/s"),
+    "bandwidth of a node to other nodes (eight InfiniBand NDR ports, shared by the rings)": (400e9, "400 GB/s"),
+    "latency of one exchange; an all-reduce over n GPUs takes 2 log2(n) of them per 25 MiB": (10e-6, "10 µs"),
+    "writing a checkpoint and reading it back for its checksums": (0.7e9, "0.7 GB/s"),
     "time between failures of one GPU (Llama 3, arXiv 2407.21783: 419 in 54 days of 16,384)": (
         54 * 24 * 3600 * 16_384 / 419,
         "50,700 hours",
@@ -167,7 +158,7 @@ def tables() -> str:
     lines = ["Assumed, not measured:", ""]
     lines += [f"- {what}: {value}" for what, (_, value) in ASSUMED.items()]
 
-    head = ["config", "parameters", "GFLOP for an image", "operators in a step", "images", "GPU hours on 8"]
+    head = ["config", "parameters", "GFLOP per image", "operators per step", "images", "GPU hours on 8"]
     rows = []
     for run in runs:
         hours = 8 * run["steps"] * step_seconds(run, 8) / 3600
@@ -178,8 +169,8 @@ def tables() -> str:
         )
     lines += table(head, rows)
 
-    head = ["config", "GPUs", "images on each", "passes, ms", "sent by each", "all-reduce, ms", "update, ms"]
-    head += ["step, ms", "MFU", "all", "images/s", "MB/s a node", "workers a GPU"]
+    head = ["config", "GPUs", "images per GPU", "passes, ms", "sent per GPU", "all-reduce, ms", "update, ms"]
+    head += ["step, ms", "MFU", "total", "images/s", "MB/s per node", "workers per GPU"]
     rows, too_many = [], []
     for run in runs:
         for gpus in GPUS:
@@ -198,7 +189,7 @@ def tables() -> str:
                 + [f"{images / gpus / run['worker_speed']:.1f}"]
             )
     lines += table(head, rows)
-    lines.append(f"Fewer than one image for each GPU, which is refused: {', '.join(too_many)}.")
+    lines.append(f"Less than one image per GPU, which is refused: {', '.join(too_many)}.")
 
     head = ["config", "checkpoint", "saving, s", *(f"best interval on {gpus}" for gpus in GPUS)]
     rows = []

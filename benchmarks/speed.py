@@ -240,29 +240,31 @@ def main() -> None:
     lines = [
         "# Speed and memory",
         "",
-        f"`python benchmarks/speed.py`, float32, eager, {args.rounds} pairs in turn in one process; {os.cpu_count()} "
-        f"CPU cores ({platform.machine()}), {torch.get_num_threads()} threads, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, diffusers {diffusers.__version__}.",
+        f"`python benchmarks/speed.py`, float32, eager, {args.rounds} alternating pairs in one process; "
+        f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads, Python "
+        f"{platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}.",
         "",
-        "A training step is forward, backward, AdamW and weight average. For the latent network, *plain* is NVIDIA's "
-        "model operation by operation, with torch's default AdamW and an average updated parameter by parameter; for "
-        "the image-space network it is ours with a literal implementation of Eq. 3-6, gathering the bias for each "
-        "window. Memory is the peak of a separate process beyond its libraries, with freed blocks returned at once; "
-        "for timing, glibc keeps them, on all sides. Sampling: 50 DDIM steps with classifier-free guidance, 16 "
-        f"images, {SAMPLING_STEPS} of the steps timed.",
+        "A training step is forward, backward, AdamW and EMA. For the latent-space network, *plain* is NVIDIA's model "
+        "operation by operation, with torch's default AdamW and an EMA updated parameter by parameter. For the "
+        "pixel-space network it is a literal implementation of Eq. 3-6 that gathers the bias for each window. Memory "
+        "is the peak of a separate process, without its libraries, with freed blocks returned to the system "
+        "immediately; during timing glibc keeps them, on both sides alike. Sampling: 50 DDIM steps with class "
+        f"guidance, 16 images, {SAMPLING_STEPS} of the steps timed.",
         "",
-        "| work | time: ours / plain | ratio (min to max) | target | memory: ours / plain | ratio | target |",
+        "| work | time: ours / plain | ratio (lowest to highest) | target | memory: ours / plain | ratio | target |",
         "|---|---|---|---|---|---|---|",
         *ratios,
         "",
-        f"Compared with a float32 product of {MATRIX} x {MATRIX} matrices in the same process:",
+        f"Compared with a {MATRIX} x {MATRIX} float32 matrix product in the same process:",
         "",
-        "| training step | images | GFLOP per image | images/s | GFLOP/s | limit, GFLOP/s | fraction of it |",
+        "| training step | images | GFLOP per image | images/s | GFLOP/s | limit, GFLOP/s | fraction of limit |",
         "|---|---|---|---|---|---|---|",
         *fractions,
         "",
-        "Where the time goes (self time of operators in one profiled step). In training, both sides have the same "
-        "products and convolutions, so their fraction of the plain side's time is roughly the lowest possible ratio:",
+        "Where the time goes (operators by self time, one profiled step). In training, both sides compute the same "
+        "products and convolutions. Their fraction of the plain side's time is therefore roughly the lowest possible "
+        "ratio, reached if everything else took no time. Likewise, a step's fraction of the limit can rise at most to "
+        "its present value divided by its fraction of time spent in products and convolutions:",
         "",
         *wheres,
     ]
