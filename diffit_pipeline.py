@@ -117,22 +117,6 @@ def null_label(network: torch.nn.Module) -> int | None:
 # EDM (Karras et al. 2022, arXiv 2206.00364): noise levels sigma in place of timesteps
 
 
-def edm_preconditioning(
-    sigma: torch.Tensor, sigma_data: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """How a network F becomes a denoiser, EDM Eq. 7: `D(x; sigma) = c_skip * x + c_out * F(c_in * x; c_noise)`.
-
-    Args:
-        sigma: noise levels above 0, of any shape.
-        sigma_data: standard deviation of the clean images.
-
-    Returns:
-        c_skip, c_out, c_in and c_noise (EDM Table 1), each in the shape and dtype of `sigma`.
-    """
-    variance = sigma**2 + sigma_data**2
-    return sigma_data**2 / variance, sigma * sigma_data / variance.sqrt(), 1 / variance.sqrt(), sigma.log() / 4
-
-
 def edm_time(sigma: float, sigma_min: float, sigma_max: float, rho: float) -> float:
     """Place of a noise level among those that sampling passes (EDM Eq. 5): 0 at sigma_min or below, 1 at sigma_max."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
@@ -595,23 +579,19 @@ class DiffiTPipeline(DiffusionPipeline):
             predict: of (model input, timestep, time in [0, 1]).
             noise: shape (B, C, H, W).
             churn: `s_churn`, `s_tmin`, `s_tmax`, `s_noise` and the generator, for `edm_heun`.
-
-        Raises:
-            ValueError: if the scheduler is that of a network with another preconditioning.
         """
-        config = self.scheduler.config
-        if config.prediction_type != "epsilon":
-            raise ValueError(f"Heun's method needs the prediction_type epsilon, got {config.prediction_type}")
-        sigmas = self.scheduler.sigmas.tolist()
+        scheduler, config = self.scheduler, self.scheduler.config
+        sigmas = scheduler.sigmas.tolist()
         with self.progress_bar(total=2 * (len(sigmas) - 1) - 1) as progress:
 
             def denoise(sample: torch.Tensor, sigma: float) -> torch.Tensor:
-                on_device = torch.full((), sigma, dtype=sample.dtype, device=sample.device)
-                c_skip, c_out, c_in, c_noise = edm_preconditioning(on_device, config.sigma_data)
+                """D(x; sigma) of EDM Eq. 7: the scheduler turns the network into a denoiser."""
                 time = edm_time(sigma, config.sigma_min, config.sigma_max, config.rho)
-                prediction = predict(c_in * sample, c_noise.float(), time)
+                level = torch.full((), sigma, dtype=sample.dtype, device=sample.device)
+                model_input = scheduler.precondition_inputs(sample, level)
+                prediction = predict(model_input, scheduler.precondition_noise(level).float(), time)
                 progress.update()
-                return c_skip * sample + c_out * prediction
+                return scheduler.precondition_outputs(sample, prediction, level)
 
             return edm_heun(denoise, noise * sigmas[0], sigmas, *churn).float()
 
