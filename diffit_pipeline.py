@@ -1,11 +1,11 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""From noise to images: class-conditional and unconditional sampling with any diffusers scheduler.
+"""Class-conditional and unconditional sampling with any diffusers scheduler.
 
-Used by the previews of training, by sampling and by evaluation, and copied into saved class-conditional folders, so
-that `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` gives a `DiffiTPipeline` anywhere. This file
-stands alone: torch and diffusers.
+Training previews, `sample_diffit.py` and `eval_diffit.py` sample with this pipeline. `save_pretrained` copies this
+file into the folder, so that `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` loads it as a
+`DiffiTPipeline` anywhere. The file therefore stands alone: it imports torch and diffusers only.
 
-Shapes: B images, C channels, H/W height/width (pixels or latents).
+Shapes: B batch (images), C channels, H/W height/width (pixels or latents).
 """
 
 import contextlib
@@ -41,7 +41,7 @@ from diffusers import (
 from diffusers.utils import make_image_grid
 from diffusers.utils.torch_utils import randn_tensor
 
-# What a weaker model must have in common with the one that it guides.
+# Scheduler settings that a guidance model must share with the model that it guides.
 FORWARD_PROCESS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "sigma_data", "prediction_type")
 
 SCHEDULERS = {
@@ -59,27 +59,30 @@ SCHEDULERS = {
 EDM_SCHEDULERS = {
     "edm_dpmsolver++": EDMDPMSolverMultistepScheduler,
     "edm_euler": EDMEulerScheduler,
-    "edm_heun": EDMEulerScheduler,  # the same noise levels; the pipeline corrects each step
+    "edm_heun": EDMEulerScheduler,  # the same noise levels as edm_euler; the pipeline corrects each step
 }
 GUIDANCE_SCHEDULES = ("constant", "power_cosine")
 
 
 def to_displayable(pixels: np.ndarray) -> PIL.Image.Image:
-    """A picture of uint8 of shape (H, W, C): of all channels if they are 1, 3 or 4, else of the first 1 or 3."""
+    """Converts uint8 pixels, shape (H, W, C), to a PIL image.
+
+    All channels are shown if there are 1, 3 or 4; otherwise the first of 2, or the first 3 of 5 and more.
+    """
     channels = pixels.shape[-1]
     shown = channels if channels in (1, 3, 4) else (3 if channels > 4 else 1)
     return PIL.Image.fromarray(pixels[..., 0] if shown == 1 else np.ascontiguousarray(pixels[..., :shown]))
 
 
 def image_grid(images: list[PIL.Image.Image], columns: int | None = None, rows: int | None = None) -> PIL.Image.Image:
-    """Puts images of one size side by side, row by row, for looking at.
+    """Arranges images in a grid, row by row, each with a thin border.
 
-    Small images are enlarged by a whole factor, to 32 pixels at least, and each has a thin border.
+    Small images are enlarged by an integer factor, so that their shorter side has at least 32 pixels.
 
     Args:
-        images: of one size and mode; those that find no place are left out.
-        columns: default: as many as make the grid almost square.
-        rows: default: as many as the images need.
+        images: images of one size and mode; those that do not fit into the grid are left out.
+        columns: number of columns; default: makes the grid almost square.
+        rows: number of rows; default: as many as the images need.
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = rows or math.ceil(len(images) / columns)
@@ -95,15 +98,15 @@ def image_grid(images: list[PIL.Image.Image], columns: int | None = None, rows: 
 
 
 def component_name(network: torch.nn.Module) -> str:
-    """Folder of a network in pipelines and checkpoints: `"transformer"` for those of latents, else `"unet"`."""
+    """Name of a network's component and folder: `"transformer"` for latent-space networks, otherwise `"unet"`."""
     return "transformer" if "num_embeds_ada_norm" in network.config else "unet"
 
 
 def null_label(network: torch.nn.Module) -> int | None:
-    """Index of the null class for classifier-free guidance, or None for an unconditional network.
+    """Index of the null class for classifier-free guidance, which is the number of classes; None if unconditional.
 
-    The number of classes: DiffiT and DiT have a row more than classes for it. `UNet2DModel` has none by itself: here
-    it is trained with one row more, whose index is the last.
+    DiffiT and DiT have one more embedding than classes for it. `UNet2DModel` has none of its own: this project trains
+    it with one additional embedding, the last.
     """
     if "num_embeds_ada_norm" in network.config:
         return network.config.num_embeds_ada_norm
@@ -114,27 +117,18 @@ def null_label(network: torch.nn.Module) -> int | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# EDM (Karras et al. 2022, arXiv 2206.00364): noise levels sigma in place of timesteps
-
-
-def edm_preconditioning(
-    sigma: torch.Tensor, sigma_data: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """How a network F becomes a denoiser, EDM Eq. 7: `D(x; sigma) = c_skip * x + c_out * F(c_in * x; c_noise)`.
-
-    Args:
-        sigma: noise levels above 0, of any shape.
-        sigma_data: standard deviation of the clean images.
-
-    Returns:
-        c_skip, c_out, c_in and c_noise (EDM Table 1), each in the shape and dtype of `sigma`.
-    """
-    variance = sigma**2 + sigma_data**2
-    return sigma_data**2 / variance, sigma * sigma_data / variance.sqrt(), 1 / variance.sqrt(), sigma.log() / 4
+# EDM (Karras et al. 2022, arXiv 2206.00364): noise levels sigma instead of timesteps
 
 
 def edm_time(sigma: float, sigma_min: float, sigma_max: float, rho: float) -> float:
-    """Place of a noise level among those that sampling passes (EDM Eq. 5): 0 at sigma_min or below, 1 at sigma_max."""
+    """Maps a noise level to a time in [0, 1] that is uniform over the sampling steps: the inverse of EDM Eq. 5.
+
+    Args:
+        sigma: noise level, above 0.
+        sigma_min: lowest noise level of the sampler, time 0; lower ones are clamped to it.
+        sigma_max: highest noise level of the sampler, time 1; higher ones are clamped to it.
+        rho: exponent of the noise schedule.
+    """
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return min(max((sigma ** (1 / rho) - low) / (high - low), 0.0), 1.0)
 
@@ -149,21 +143,21 @@ def edm_heun(
     s_noise: float = 1.0,
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> torch.Tensor:
-    """From noise to images by Heun's method: EDM Algorithm 2, and without churn its deterministic Algorithm 1.
+    """Samples with Heun's method: EDM Algorithm 2, which without churn is the deterministic Algorithm 1.
 
     Args:
-        denoise: D(x; sigma), the expected clean images for noisy ones x of the noise level sigma; called twice in each
-            step but once in one that ends at 0, so 2N - 1 times, with x in the dtype of the result.
-        sample: noise of standard deviation `sigmas[0]`; shape (B, C, H, W).
-        sigmas: N + 1 noise levels for N steps, falling; the last is usually 0.
-        s_churn: how much of the noise is renewed on the way; 0 is deterministic.
-        s_tmin: lowest noise level at which noise is renewed.
-        s_tmax: highest.
-        s_noise: standard deviation of new noise, 1 in theory.
-        generator: of the new noise, one for all images or one for each.
+        denoise: D(x; sigma), the expected clean images given noisy images x at noise level sigma. It is called twice
+            per step, but only once in a step that ends at sigma 0: 2N - 1 times (NFE). x has the dtype of the result.
+        sample: noise with standard deviation `sigmas[0]`; shape (B, C, H, W).
+        sigmas: N + 1 decreasing noise levels for N steps; the last is usually 0.
+        s_churn: S_churn, the amount of noise that is renewed during sampling; 0 is deterministic.
+        s_tmin: S_tmin, the lowest noise level at which noise is renewed.
+        s_tmax: S_tmax, the highest noise level at which noise is renewed.
+        s_noise: S_noise, standard deviation of the new noise; 1 in theory.
+        generator: generator of the new noise: one for all images, or one per image.
 
     Returns:
-        Images in float64 (float32 on MPS, which has none), shape (B, C, H, W).
+        Images in float64 (float32 on MPS, which lacks float64), shape (B, C, H, W).
     """
     dtype = torch.float32 if sample.device.type == "mps" else torch.float64
     sample = sample.to(dtype)
@@ -195,20 +189,20 @@ def guidance_weight(
     power: float = 4.0,
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> float:
-    """Weight w(t) of guidance at a timestep: `other + w * (prediction - other)`, so that 1 is no guidance.
+    """Guidance weight w(t) at a timestep, for `other + w * (prediction - other)`; a weight of 1 means no guidance.
 
     Args:
-        timestep: t in [0, num_train_timesteps), integer or fractional; not the number of the sampling step. For an
-            EDM model `edm_time` in [0, 1], which is spaced as its sampling steps are.
-        num_train_timesteps: T; for an EDM model 1.
-        scale: s, the weight wherever a constant schedule guides.
-        schedule: `"constant"`, or `"power_cosine"`: `1 + (s - 1) * (1 - cos(pi * (1 - t/T)^p)) / 2`, which rises from
-            1 at pure noise to s at the image; DiffiT samples ImageNet at 256 pixels with it.
-        power: p of `"power_cosine"`.
-        interval: lowest and highest t/T that are guided (arXiv 2404.07724); outside the weight is 1.
+        timestep: t in [0, num_train_timesteps), integer or fractional; not the index of the sampling step. For an EDM
+            model, `edm_time` in [0, 1].
+        num_train_timesteps: T; 1 for an EDM model.
+        scale: guidance scale s.
+        schedule: `"constant"` (w = s), or `"power_cosine"`: `1 + (s - 1) * (1 - cos(pi * (1 - t/T)^p)) / 2`, which
+            rises from 1 at pure noise to s at the image. DiffiT samples ImageNet 256x256 with the latter.
+        power: exponent p of `"power_cosine"`.
+        interval: lowest and highest t/T that are guided (arXiv 2404.07724); outside, the weight is 1.
 
     Raises:
-        ValueError: if there is no such schedule.
+        ValueError: if the schedule is unknown or the interval is not within [0, 1].
     """
     if not 0 <= interval[0] < interval[1] <= 1:
         raise ValueError(f"guidance_interval must be 0 <= low < high <= 1, got {interval}")
@@ -223,38 +217,44 @@ def guidance_weight(
 
 
 def choose_scheduler(model_path: str, scheduler: str | None = None) -> str:
-    """The name of the scheduler for a folder.
+    """Checks the name of a scheduler against the model in a folder, or chooses the default.
 
     Args:
         model_path: local folder or hub name with `scheduler/`.
-        scheduler: one of `SCHEDULERS`, or of `EDM_SCHEDULERS` for an EDM model; None means `"ddim"`, or for an EDM
-            model `"edm_heun"`.
+        scheduler: a name in `SCHEDULERS`, or in `EDM_SCHEDULERS` for an EDM model. Default: `"ddim"`, or `"edm_heun"`
+            for an EDM model.
+
+    Returns:
+        The name of the scheduler.
 
     Raises:
-        ValueError: if there is no such scheduler for the model of this folder.
+        ValueError: if the scheduler is unknown or does not suit the model.
     """
     config = DDPMScheduler.load_config(model_path, subfolder="scheduler")
     edm = config.get("_class_name") in {scheduler_class.__name__ for scheduler_class in EDM_SCHEDULERS.values()}
     names = sorted(EDM_SCHEDULERS if edm else SCHEDULERS)
     scheduler = scheduler or ("edm_heun" if edm else "ddim")
     if scheduler not in names:
-        kind = "an EDM model" if edm else "no EDM model"
-        raise ValueError(f"scheduler must be one of {', '.join(names)}, as {model_path} is {kind}, got {scheduler!r}")
+        formulation = "EDM" if edm else "DDPM"
+        raise ValueError(
+            f"scheduler {scheduler!r} does not suit {model_path}, a model trained with {formulation}: choose one of "
+            f"{', '.join(names)}"
+        )
     return scheduler
 
 
 def predicts_variance(network: torch.nn.Module) -> bool:
-    """Whether a second half of the output channels is the variance of each step, as in improved DDPM."""
+    """Whether the second half of the output channels parametrizes the variance of each step, as in improved DDPM."""
     return network.config.out_channels == 2 * network.config.in_channels
 
 
 def load_network(model_path: str, model_class: Callable[[dict], type], dtype=torch.float32) -> torch.nn.Module:
-    """The network of a pipeline folder, `unet/` or `transformer/`, without running code that lies in the folder.
+    """Loads the network in `unet/` or `transformer/` of a pipeline folder, without running any code in the folder.
 
     Args:
         model_path: local folder or hub name with `model_index.json`.
-        model_class: gives the class of the network for the contents of its `config.json`.
-        dtype: of the weights.
+        model_class: maps the contents of the network's `config.json` to its class.
+        dtype: dtype of the weights.
     """
     part = "transformer" if "transformer" in DiffusionPipeline.load_config(model_path) else "unet"
     network_class = model_class(UNet2DModel.load_config(model_path, subfolder=part))
@@ -262,21 +262,23 @@ def load_network(model_path: str, model_class: Callable[[dict], type], dtype=tor
 
 
 class DiffiTPipeline(DiffusionPipeline):
-    """Samples images from a `DiffiTUNet2DModel` or `DiffiTTransformer2DModel`, or networks with their interfaces.
+    """Samples images with a `DiffiTUNet2DModel`, a `DiffiTTransformer2DModel`, or a network with such an interface.
 
     Args:
-        unet: of pixels, with the interface of `UNet2DModel`; None for a latent model. Predicts noise, image or
-            velocity.
+        unet: pixel-space network with the interface of `UNet2DModel`, which predicts noise, image or velocity; None
+            for a latent-space model.
         scheduler: any diffusers scheduler.
-        id2label: names of each class, separated by commas, by its number as a string; None if there are no names.
-        transformer: of latents, with the interface of `DiTTransformer2DModel`; None for a model of pixels. A second
-            half of its output channels is the variance: a `DDPMScheduler` with `variance_type="learned_range"` or
-            `"learned"` uses it, any other scheduler gets the first half.
-        vae: an `AutoencoderKL` for the images of a latent model; without one there are only latents.
-        heun: with an `EDMEulerScheduler`, correct each Euler step as Heun's method does, see `edm_heun`.
+        id2label: maps a class index, as a string, to the names of the class, separated by commas; None if the classes
+            have no names.
+        transformer: latent-space network with the interface of `DiTTransformer2DModel`; None for a pixel-space model.
+            If it predicts a variance in the second half of its output channels, a `DDPMScheduler` with
+            `variance_type="learned_range"` or `"learned"` uses it; any other scheduler gets the first half only.
+        vae: `AutoencoderKL` that decodes the latents; without one, a latent-space model returns latents only.
+        heun: with an `EDMEulerScheduler`, correct each Euler step by Heun's method, see `edm_heun`.
 
     Raises:
-        ValueError: unless there is one network, `unet` or `transformer`.
+        ValueError: unless exactly one of `unet` and `transformer` is given, or if the VAE has another number of
+            latent channels than the transformer.
     """
 
     model_cpu_offload_seq = "unet->transformer->vae"
@@ -287,7 +289,7 @@ class DiffiTPipeline(DiffusionPipeline):
     ):
         super().__init__()
         if (unet is None) == (transformer is None):
-            raise ValueError("a pipeline has one network: either unet or transformer")
+            raise ValueError("a pipeline has exactly one network: give either unet or transformer")
         if (
             vae is not None
             and transformer is not None
@@ -311,22 +313,23 @@ class DiffiTPipeline(DiffusionPipeline):
         vae: AutoencoderKL | None = None,
         network: torch.nn.Module | None = None,
     ):
-        """Loads any pipeline folder that training wrote, or one of `DiTPipeline`, without running code in it.
+        """Loads a pipeline folder written by training, or a `DiTPipeline` folder, without running any code in it.
 
-        The scheduler keeps the noise schedule and prediction type of the folder's. For a latent model nothing is
-        clipped, as latents are not in [-1, 1], and if the network predicts variance, `"ddpm"` is the ancestral
-        sampling of improved DDPM: it uses that variance, at evenly spaced timesteps from the first to the last.
+        The scheduler keeps the noise schedule and prediction type of the folder's scheduler. For a latent-space model,
+        predictions are not clipped, because latents exceed [-1, 1]; and if the network predicts a variance, `"ddpm"`
+        is the ancestral sampling of improved DDPM, which uses it, with timesteps evenly spaced from first to last.
 
         Args:
             model_path: local folder or hub name with `model_index.json`, `scheduler/`, and `unet/` or `transformer/`.
-            model_class: gives the class of the network for the contents of its `config.json`.
-            scheduler: as for `choose_scheduler`.
-            dtype: of the network's weights; the VAE stays in float32.
-            vae: for a latent model, in place of the folder's `vae/`, if it has one.
-            network: in place of the folder's, which then needs `scheduler/` only, as a checkpoint of training has it.
+            model_class: maps the contents of the network's `config.json` to its class.
+            scheduler: name of the scheduler, see `choose_scheduler`.
+            dtype: dtype of the network's weights; the VAE stays in float32.
+            vae: VAE of a latent-space model that replaces the one in `vae/`.
+            network: network that replaces the folder's; the folder then needs `scheduler/` only, as in a training
+                checkpoint.
 
         Raises:
-            ValueError: if there is no such scheduler for the model of this folder.
+            ValueError: if the scheduler is unknown or does not suit the model.
         """
         index = cls.load_config(model_path) if network is None else {}
         scheduler = choose_scheduler(model_path, scheduler)
@@ -341,7 +344,7 @@ class DiffiTPipeline(DiffusionPipeline):
             vae = AutoencoderKL.from_pretrained(model_path, subfolder="vae", use_safetensors=True)
         settings = {"clip_sample": False}
         if scheduler_class is not DDPMScheduler:
-            settings["variance_type"] = None  # with any other, the DPM solvers cut predictions to three channels
+            settings["variance_type"] = None  # otherwise DPM solvers keep only three channels of the prediction
         elif predicts_variance(network):
             settings |= {"variance_type": "learned_range", "timestep_spacing": "linspace"}
         accepted = inspect.signature(scheduler_class).parameters
@@ -351,22 +354,23 @@ class DiffiTPipeline(DiffusionPipeline):
 
     @property
     def network(self) -> torch.nn.Module:
-        """The model of pixels or of latents."""
+        """The denoising network: `unet` or `transformer`."""
         return self.transformer if self.unet is None else self.unet
 
     @property
     def image_channels(self) -> int:
-        """Channels of the images; of the latents if there is no VAE to decode them."""
+        """Channels of the images, or of the latents if there is no VAE to decode them."""
         return self.network.config.in_channels if self.vae is None else self.vae.config.out_channels
 
     def label_ids(self, class_labels: int | str | list[int | str] | torch.Tensor) -> list[int]:
-        """Numbers of classes that are given by number or by name.
+        """Converts class labels, given as indices or names, to indices.
 
-        A string that is the whole name of a class, or else a part of it between commas, means that class; otherwise
-        it must be a number.
+        A name may be a class's full name or one of its comma-separated synonyms. Full names take precedence over
+        synonyms, and names over numbers.
 
         Raises:
-            ValueError: names the label that does not exist or that several classes share.
+            ValueError: if the model is unconditional, a label is unknown, or several classes share it; names the
+                label.
         """
         if isinstance(class_labels, torch.Tensor):
             class_labels = class_labels.tolist()
@@ -375,7 +379,7 @@ class DiffiTPipeline(DiffusionPipeline):
         num_classes = null_label(self.network)
         if num_classes is None:
             raise ValueError(f"class labels {class_labels} were given, but the model is unconditional")
-        whole_names, synonyms = {}, {}  # the numbers of the classes of each name; ImageNet has two cranes
+        whole_names, synonyms = {}, {}  # class indices of each name: sets, because ImageNet has two cranes
         for number, name in (self.config.id2label or {}).items():
             whole_names.setdefault(name, set()).add(int(number))
             for synonym in name.split(","):
@@ -389,19 +393,19 @@ class DiffiTPipeline(DiffusionPipeline):
                 raise ValueError(f"{label!r} is the name of the classes {matches}: give a number")
             if not matches or not 0 <= matches[0] < num_classes:
                 known = ", ".join(whole_names) if 0 < len(whole_names) <= 100 else f"0 to {num_classes - 1}"
-                raise ValueError(f"no class {label!r}; classes: {known}")
+                raise ValueError(f"no class {label!r}; the classes are {known}")
             ids += matches
         return ids
 
     def check_guidance(self, channels: int | None, guidance_model: torch.nn.Module | None) -> None:
-        """Checks what guidance needs of the models.
+        """Checks guidance settings against the models.
 
         Args:
             channels: `guidance_channels` of a call.
             guidance_model: `guidance_model` of a call.
 
         Raises:
-            ValueError: if there are fewer channels, or if the other model has other channels or classes.
+            ValueError: if the model has fewer channels, or if the two models differ in input channels or classes.
         """
         in_channels = self.network.config.in_channels
         if channels is not None and not 1 <= channels <= in_channels:
@@ -413,7 +417,7 @@ class DiffiTPipeline(DiffusionPipeline):
             ("classes", null_label(self.network), null_label(guidance_model)),
         ):
             if mine != other:
-                raise ValueError(f"guidance_model has {other} {what}, the model {mine}: they must be alike")
+                raise ValueError(f"guidance_model has {other} {what}, the model {mine}: they must be equal")
 
     @torch.no_grad()
     def __call__(
@@ -441,38 +445,42 @@ class DiffiTPipeline(DiffusionPipeline):
         """Generates images.
 
         Args:
-            class_labels: classes by number or name, one for all images or one for each; None: no class (the null
-                class of a conditional network).
-            batch_size: number of images B; default: one for each class label, or 1.
-            num_inference_steps: steps of the scheduler; one of Heun takes two forward passes, but for the last.
-            guidance_scale: classifier-free guidance, `uncond + scale * (cond - uncond)`; where it is 1 it is off and
-                a step takes one forward pass instead of one of the double batch.
-            eta: of DDIM, 0 (deterministic) to 1 (as much noise as DDPM); other schedulers ignore it.
-            generator: one for all images or one for each. Noise is drawn in float32 on the generator's device; with
-                one CPU generator for each image, the noise of an image depends on its generator alone.
-            height: in pixels (in latents if there is no VAE); default: that of the network's `sample_size`.
-            width: as height.
-            output_type: `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), the latter two in [0, 1]; `"latent"`
-                for what was denoised, neither decoded nor clipped.
+            class_labels: class indices or names, one for all images or one per image. Default: no class, which for a
+                conditional network is the null class.
+            batch_size: number of images B. Default: one per class label, or 1.
+            num_inference_steps: number of scheduler steps. A step of Heun's method takes two forward passes, the last
+                one takes one.
+            guidance_scale: scale of classifier-free guidance, `uncond + scale * (cond - uncond)`. Where it is 1,
+                guidance is off, and the batch of a forward pass is not doubled.
+            eta: noise of DDIM, from 0 (deterministic) to 1 (as much as DDPM); other schedulers ignore it.
+            generator: one generator for all images, or one per image. Noise is sampled in float32 on the generator's
+                device. With one CPU generator per image, the noise of an image depends on its own generator only.
+            height: height in pixels, or in latents without a VAE. Default: the network's `sample_size`.
+            width: width in pixels, or in latents without a VAE. Default: the network's `sample_size`.
+            output_type: `"pil"`; `"np"`, shape (B, H, W, C), or `"pt"`, shape (B, C, H, W), both in [0, 1]; or
+                `"latent"`, the denoised sample, neither decoded nor clipped.
             return_dict: return an `ImagePipelineOutput` rather than a tuple.
-            guidance_schedule: how the scale depends on the timestep: see `guidance_weight`.
-            guidance_power: see `guidance_weight`.
-            guidance_interval: lowest and highest timestep that is guided, as fractions of the training timesteps; of
-                an EDM model, lowest and highest `edm_time`.
-            guidance_channels: only the first so many channels are guided, the others are those of the conditional
-                pass, and so is the variance in any case; default: all. The published ImageNet numbers of DiT and
-                DiffiT guide 3 of 4 latent channels.
-            guidance_model: a weaker model for autoguidance (arXiv 2406.02507), on the same device: `weak + scale *
-                (strong - weak)`, both with the same class or none, in place of classifier-free guidance. A step
-                takes one forward pass of each where the scale is not 1.
-            s_churn: of Heun's method, as `s_tmin`, `s_tmax` and `s_noise`: see `edm_heun`.
+            guidance_schedule: dependence of the scale on the timestep, see `guidance_weight`.
+            guidance_power: exponent of the `"power_cosine"` schedule, see `guidance_weight`.
+            guidance_interval: lowest and highest timestep that is guided, as fractions of the training timesteps, or
+                as `edm_time` for an EDM model.
+            guidance_channels: apply guidance to the first N channels only; the other channels, and a predicted
+                variance in any case, come from the conditional pass. Default: all. The published ImageNet numbers of
+                DiT and DiffiT guide 3 of 4 latent channels.
+            guidance_model: weaker model for autoguidance (arXiv 2406.02507), on the same device. It replaces
+                classifier-free guidance by `weak + scale * (strong - weak)`, both with the same class or none. Where
+                the scale is not 1, a step takes one forward pass of each model.
+            s_churn: amount of noise that Heun's method renews, see `edm_heun`; 0 is deterministic.
             s_tmin: lowest sigma with churn.
             s_tmax: highest sigma with churn.
             s_noise: standard deviation of the noise that churn adds.
 
+        Returns:
+            The images, as an `ImagePipelineOutput` or a tuple of one element.
+
         Raises:
-            ValueError: for a class that does not exist, guidance without classes or a weaker model, churn without
-                Heun's method, or numbers that do not fit.
+            ValueError: for an unknown class, guidance without classes or a guidance model, churn without Heun's
+                method, or counts and sizes that do not match.
         """
         network, device = self.network, self._execution_device
         if class_labels is None and guidance_model is None and guidance_scale != 1:
@@ -480,7 +488,7 @@ class DiffiTPipeline(DiffusionPipeline):
         if output_type != "latent" and self.transformer is not None and self.vae is None:
             raise ValueError("images of a latent model need a vae: give the pipeline one, or output_type='latent'")
         if output_type == "pil" and self.image_channels not in (1, 3, 4):
-            raise ValueError(f"no picture has {self.image_channels} channels: give output_type='np' or 'pt'")
+            raise ValueError(f"PIL has no images with {self.image_channels} channels: give output_type='np' or 'pt'")
         self.check_guidance(guidance_channels, guidance_model)
         uses_heun = self.heun and isinstance(self.scheduler, EDMEulerScheduler)
         if s_churn != 0 and not uses_heun:
@@ -536,7 +544,7 @@ class DiffiTPipeline(DiffusionPipeline):
     def _labels(
         self, class_labels: int | str | list[int | str] | torch.Tensor | None, batch_size: int | None
     ) -> tuple[torch.Tensor | None, int]:
-        """A class number for each image, shape (B), None for an unconditional network; and the number of images."""
+        """Class indices, shape (B), or None for an unconditional network; and the number of images B."""
         null = null_label(self.network)
         if class_labels is not None:
             ids = self.label_ids(class_labels)
@@ -550,7 +558,7 @@ class DiffiTPipeline(DiffusionPipeline):
         return None if ids is None else torch.tensor(ids, device=self._execution_device), batch_size
 
     def _sample_shape(self, batch_size: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
-        """Shape (B, C, H, W) of what is denoised, for images of height x width pixels."""
+        """Shape (B, C, H, W) of the denoised sample, for images of `height` x `width` pixels."""
         size = self.network.config.sample_size
         if size is None and (height is None or width is None):
             raise ValueError("the network has no `sample_size`: give height and width")
@@ -564,11 +572,11 @@ class DiffiTPipeline(DiffusionPipeline):
         return batch_size, self.network.config.in_channels, *sides
 
     def _step_kwargs(self, eta: float, generator: torch.Generator | list[torch.Generator] | None) -> dict:
-        """What this scheduler's `step` takes beside the prediction."""
+        """Optional arguments that this scheduler's `step` accepts."""
         accepted = inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"eta": eta} if "eta" in accepted else {}
         if "use_clipped_model_output" in accepted:
-            # Where DDIM clips the image, the noise must follow it, or guidance drives the sample out of range.
+            # Recomputes the noise from the clipped image; otherwise guidance drives DDIM samples out of range.
             step_kwargs["use_clipped_model_output"] = True
         if "generator" in accepted:
             step_kwargs["generator"] = generator
@@ -578,7 +586,7 @@ class DiffiTPipeline(DiffusionPipeline):
         """Time in [0, 1] of each timestep of the scheduler: t / T, or `edm_time`."""
         config = self.scheduler.config
         if not isinstance(self.scheduler, tuple(EDM_SCHEDULERS.values())):
-            # Read from the device once, not at every step.
+            # One transfer from the device for all steps.
             return [timestep / config.num_train_timesteps for timestep in self.scheduler.timesteps.tolist()]
         sigmas = self.scheduler.sigmas[:-1].tolist()
         return [edm_time(sigma, config.sigma_min, config.sigma_max, config.rho) for sigma in sigmas]
@@ -589,29 +597,28 @@ class DiffiTPipeline(DiffusionPipeline):
         noise: torch.Tensor,
         *churn: float | torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
-        """Images (B, C, H, W) in float32 from standard normal noise, at the noise levels of the scheduler.
+        """Samples with Heun's method at the scheduler's noise levels.
 
         Args:
-            predict: of (model input, timestep, time in [0, 1]).
-            noise: shape (B, C, H, W).
+            predict: function of (model input, timestep, time in [0, 1]).
+            noise: standard normal; shape (B, C, H, W).
             churn: `s_churn`, `s_tmin`, `s_tmax`, `s_noise` and the generator, for `edm_heun`.
 
-        Raises:
-            ValueError: if the scheduler is that of a network with another preconditioning.
+        Returns:
+            Shape (B, C, H, W), float32.
         """
-        config = self.scheduler.config
-        if config.prediction_type != "epsilon":
-            raise ValueError(f"Heun's method needs the prediction_type epsilon, got {config.prediction_type}")
-        sigmas = self.scheduler.sigmas.tolist()
+        scheduler, config = self.scheduler, self.scheduler.config
+        sigmas = scheduler.sigmas.tolist()
         with self.progress_bar(total=2 * (len(sigmas) - 1) - 1) as progress:
 
             def denoise(sample: torch.Tensor, sigma: float) -> torch.Tensor:
-                on_device = torch.full((), sigma, dtype=sample.dtype, device=sample.device)
-                c_skip, c_out, c_in, c_noise = edm_preconditioning(on_device, config.sigma_data)
+                """D(x; sigma) of EDM Eq. 7: the scheduler turns the network into a denoiser."""
                 time = edm_time(sigma, config.sigma_min, config.sigma_max, config.rho)
-                prediction = predict(c_in * sample, c_noise.float(), time)
+                level = torch.full((), sigma, dtype=sample.dtype, device=sample.device)
+                model_input = scheduler.precondition_inputs(sample, level)
+                prediction = predict(model_input, scheduler.precondition_noise(level).float(), time)
                 progress.update()
-                return c_skip * sample + c_out * prediction
+                return scheduler.precondition_outputs(sample, prediction, level)
 
             return edm_heun(denoise, noise * sigmas[0], sigmas, *churn).float()
 
@@ -624,7 +631,7 @@ class DiffiTPipeline(DiffusionPipeline):
         channels: int | None,
         guidance_model: torch.nn.Module | None,
     ) -> torch.Tensor:
-        """The network's prediction for the sample, guided if the weight is not 1; shape (B, out_channels, H, W)."""
+        """Prediction of the network, guided unless the weight is 1; shape (B, out_channels, H, W)."""
         if weight != 1 and guidance_model is None:
             labels = torch.cat([labels, torch.full_like(labels, null_label(self.network))])  # (2B)
             sample = sample.repeat(2, 1, 1, 1)  # (2B, C, H, W)
@@ -641,19 +648,19 @@ class DiffiTPipeline(DiffusionPipeline):
         return torch.cat([guided, prediction[:, channels:]], dim=1)
 
     def _decode(self, sample: torch.Tensor) -> torch.Tensor:
-        """Images in [0, 1] of shape (B, C, H, W), from latents if there is a VAE."""
+        """Converts a denoised sample to images in [0, 1], shape (B, C, H, W); a VAE decodes latents."""
         if self.vae is not None:
             latents = sample / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
             sample = self.vae.decode(latents.to(self.vae.dtype)).sample.float()
         return (sample / 2 + 0.5).clamp(0, 1)
 
     def save_config(self, save_directory: str | Path, **kwargs) -> None:
-        """As in diffusers, and makes the folder load as this class anywhere: its file, and its name in the index."""
+        """Extends diffusers' method: adds this file and this class's name, so that the folder loads anywhere."""
         super().save_config(save_directory, **kwargs)
         index_file = Path(save_directory, self.config_name)
         index = json.loads(index_file.read_text())
         index["_class_name"] = ["diffit_pipeline", "DiffiTPipeline"]
-        index = {key: value for key, value in index.items() if value != [None, None]}  # components that are not there
+        index = {key: value for key, value in index.items() if value != [None, None]}  # drops missing components
         index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         target = Path(save_directory, "diffit_pipeline.py")
         if target.resolve() != Path(__file__).resolve():

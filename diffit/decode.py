@@ -1,5 +1,8 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Bytes of an image, from wherever they come, to pixels."""
+"""Decodes the bytes of an image file into cropped and resized pixels.
+
+Shapes: C channels, H/W height/width in pixels.
+"""
 
 import io
 import math
@@ -12,13 +15,13 @@ import torch
 
 from diffit.errors import BadImageError
 
-# Others are not even tried, whatever a file is called: for an EPS, Pillow would start Ghostscript.
+# Pillow tries no other format, whatever the file is called: for an EPS it would start Ghostscript.
 PILLOW_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-MAX_IMAGE_PIXELS = 8192 * 8192  # 67 megapixels: a photo of 50 is read, one of 100 is refused
+MAX_IMAGE_PIXELS = 8192 * 8192  # 67 megapixels: a 50-megapixel photo is read, a 100-megapixel one is refused
 
 
 def _open_image(name: str, data: bytes) -> PIL.Image.Image | np.ndarray:
-    """An image whose pixels are not decoded yet, of at most `MAX_IMAGE_PIXELS`."""
+    """Opens an image of at most `MAX_IMAGE_PIXELS` without decoding its pixels."""
     if not data:
         raise BadImageError(f"image is empty (0 bytes): {name}")
     if data[:6] == b"\x93NUMPY":
@@ -26,10 +29,10 @@ def _open_image(name: str, data: bytes) -> PIL.Image.Image | np.ndarray:
     try:
         with warnings.catch_warnings(
             category=PIL.Image.DecompressionBombWarning, action="ignore"
-        ):  # our limit is less
+        ):  # our own limit is lower
             image = PIL.Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
     except PIL.UnidentifiedImageError as error:
-        raise BadImageError(f"damaged, or no image of the formats {', '.join(PILLOW_FORMATS)}: {name}") from error
+        raise BadImageError(f"damaged, or not an image in {', '.join(PILLOW_FORMATS)}: {name}") from error
     except PIL.Image.DecompressionBombError as error:
         raise _too_large(name, f"more than {2 * PIL.Image.MAX_IMAGE_PIXELS:,} pixels") from error
     except (OSError, ValueError, SyntaxError) as error:
@@ -44,13 +47,13 @@ def _open_array(name: str, data: bytes) -> np.ndarray:
     read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
         shape, fortran_order, dtype = read_header[np.lib.format.read_magic(file)](file)
-    except Exception as error:  # numpy parses the header as Python: any error may come of it
+    except Exception as error:  # numpy parses the header as a Python literal, which may raise anything
         raise BadImageError(f"cannot decode array {name}: {error}") from error
     if dtype not in (np.uint8, np.uint16) or len(shape) not in (2, 3) or min(shape) < 1:
-        raise BadImageError(f"array must be uint8 or uint16 of shape H x W or H x W x C: {name}")
+        raise BadImageError(f"array must be uint8 or uint16 and of shape H x W or H x W x C: {name}")
     if shape[0] * shape[1] > MAX_IMAGE_PIXELS:
         raise _too_large(name, f"{shape[1]} x {shape[0]} pixels")
-    # The file's own bytes, not `np.load`, which would allocate whatever the header promises.
+    # Not `np.load`, which would allocate whatever the header promises.
     if math.prod(shape) * dtype.itemsize != len(data) - file.tell():
         raise BadImageError(f"cannot decode array: its header says {shape}, which is not the size of the file: {name}")
     return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if fortran_order else "C")
@@ -58,8 +61,8 @@ def _open_array(name: str, data: bytes) -> np.ndarray:
 
 def _too_large(name: str, size: str) -> BadImageError:
     return BadImageError(
-        f"image of {size}, more than the {MAX_IMAGE_PIXELS:,} that are read; shrink it first, for example by "
-        f"`mogrify -resize 4096x4096 FILE` of ImageMagick: {name}"
+        f"image of {size}, more than the {MAX_IMAGE_PIXELS:,} allowed; shrink it first, for example with "
+        f"ImageMagick's `mogrify -resize 4096x4096 FILE`: {name}"
     )
 
 
@@ -68,21 +71,21 @@ def _has_transparency(image: PIL.Image.Image) -> bool:
 
 
 def _natural_channels(image: PIL.Image.Image | np.ndarray) -> int:
-    """Channels that an image has by itself: transparency does not count, it is composed on white."""
+    """Number of channels before any conversion. Transparency does not count, because it is composed on white."""
     if isinstance(image, np.ndarray):
         return 1 if image.ndim == 2 else image.shape[-1]
     return 1 if image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I") else 3
 
 
 def _planes(image: PIL.Image.Image | np.ndarray, name: str, num_channels: int) -> list[PIL.Image.Image]:
-    """An image as PIL images with values in [0, 255] that together have `num_channels` channels."""
+    """Splits or converts an image into PIL images in [0, 255] that together have `num_channels` channels."""
     if isinstance(image, np.ndarray):
         image = image.reshape(*image.shape[:2], -1).astype(np.float32) * (255 / np.iinfo(image.dtype).max)
         planes = [PIL.Image.fromarray(image[..., c]) for c in range(image.shape[-1])]
         planes = planes * num_channels if len(planes) == 1 else planes
     elif image.mode == "F":
-        raise BadImageError(f"floating point image, whose range is unknown: {name}")
-    elif image.mode.startswith("I"):  # 16 bits, kept as they are rather than cut to 8
+        raise BadImageError(f"floating-point image, whose range is unknown: {name}")
+    elif image.mode.startswith("I"):  # 16 bits, which `convert` would cut to 8
         values = np.asarray(PIL.ImageOps.exif_transpose(image)).astype(np.float32)
         if values.min() < 0 or values.max() > 65535:
             raise BadImageError(f"integer image with values outside [0, 65535]: {name}")
@@ -112,34 +115,35 @@ def decode_pixels(
     flip: bool = False,
     keep_colour: bool = False,
 ) -> torch.Tensor:
-    """Decodes, crops to the aspect ratio of `resolution`, resizes (Lanczos, antialiased) and flips one image.
+    """Decodes one image, crops it to the aspect ratio of `resolution`, resizes it (antialiased Lanczos) and flips it.
 
-    Transparency is composed on white unless `num_channels` is 4, EXIF rotation is applied, of an animation the first
-    frame is taken, 16-bit images are scaled, not cut.
+    Transparency is composed on white unless `num_channels` is 4. EXIF rotation is applied. An animation yields its
+    first frame. 16-bit images are scaled to [0, 255] without rounding.
 
     Args:
-        name: used in messages.
-        data: the file's bytes; of `PILLOW_FORMATS`, or `.npy` of uint8 or uint16 with any number of channels.
-        resolution: height H and width W of the result.
+        name: name of the image in error messages.
+        data: bytes of a file in one of `PILLOW_FORMATS`, or of a uint8 or uint16 `.npy` with any number of channels.
+        resolution: height H and width W of the result, in pixels.
         num_channels: channels C of the result.
-        crop_position: where the crop lies in what is left over, (top to bottom, left to right), each in [0, 1].
-        flip: mirror left and right.
+        crop_position: position of the crop from top (0) to bottom (1) and from left (0) to right (1).
+        flip: mirror the image horizontally.
         keep_colour: refuse an image with more channels than `num_channels` rather than drop its colours.
 
     Returns:
-        Shape (C, H, W), grey levels for `normalize_pixels`: uint8, or float32 for images of 16 bits and for arrays.
+        Grey levels in [0, 255], shape (C, H, W), for `normalize_pixels`: uint8, or float32 for 16-bit images and for
+        arrays.
 
     Raises:
-        BadImageError: names the image, for a file that is empty, truncated, no image, of an unusable mode, or of
-            more than `MAX_IMAGE_PIXELS`.
+        BadImageError: if the file is empty, truncated, not an image, in an unusable mode, or larger than
+            `MAX_IMAGE_PIXELS`; the message names the image.
     """
     height, width = resolution
     try:
         image = _open_image(name, data)
         if keep_colour and _natural_channels(image) > num_channels:
             raise BadImageError(
-                f"image has colours, but those looked at were grayscale (--num_channels {num_channels} was chosen "
-                f"by them; give it to convert): {name}"
+                f"image has colours, but --num_channels {num_channels} was inferred from grayscale samples; "
+                f"give the flag to convert it: {name}"
             )
         planes = _planes(image, name, num_channels)
     except BadImageError:
@@ -148,7 +152,7 @@ def decode_pixels(
         raise BadImageError(f"cannot decode image {name}: {error}") from error
     image_width, image_height = planes[0].size
     scale = min(image_height / height, image_width / width)
-    top = max(0.0, image_height - height * scale) * crop_position[0]  # rounding may leave less than nothing
+    top = max(0.0, image_height - height * scale) * crop_position[0]  # rounding can make the margin negative
     left = max(0.0, image_width - width * scale) * crop_position[1]
     box = (left, top, min(left + width * scale, image_width), min(top + height * scale, image_height))
     if (image_width, image_height) != (width, height):
@@ -157,32 +161,40 @@ def decode_pixels(
         planes = [plane.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT) for plane in planes]
     pixels = np.stack([np.asarray(band) for plane in planes for band in plane.split()])  # (C, H, W)
     if pixels.dtype != np.uint8:
-        pixels = pixels.clip(0, 255)  # resizing overshoots where it does not round to bytes
+        pixels = pixels.clip(0, 255)  # Lanczos overshoots, and only 8-bit images are clipped by Pillow
     return torch.from_numpy(pixels)
 
 
 def normalize_pixels(pixels: torch.Tensor) -> torch.Tensor:
-    """Grey levels of `decode_pixels` to float32 in [-1, 1]. The device does it: workers pass on a byte for each.
+    """Maps the grey levels of `decode_pixels` to float32 in [-1, 1].
+
+    This runs on the device, so that workers send one byte per value rather than four.
 
     Args:
         pixels: levels in [0, 255], uint8 or float32; any shape.
+
+    Returns:
+        Same shape, float32.
     """
-    # Not by a number, of which CUDA would multiply by the reciprocal: the last bit would depend on the device.
+    # The divisor is a tensor because CUDA multiplies by the reciprocal of a number, which changes the last bit.
     half = torch.full((), 127.5, device=pixels.device)
     return pixels.to(torch.float32, copy=True).div_(half).sub_(1)
 
 
 def decode_image(*args, **kwargs) -> torch.Tensor:
-    """The image of `decode_pixels`, which has the same arguments, shape (C, H, W), float32 in [-1, 1]."""
+    """Decodes an image with `decode_pixels` (same arguments) into float32 in [-1, 1], shape (C, H, W)."""
     return normalize_pixels(decode_pixels(*args, **kwargs))
 
 
 def image_size(name: str, data: bytes) -> tuple[int, int]:
-    """Height and width in pixels of an image as it is decoded, that is with its EXIF rotation applied.
+    """Height and width in pixels of the decoded image, that is, with its EXIF rotation applied.
 
     Args:
-        name: used in messages.
-        data: the file's bytes.
+        name: name of the image in error messages.
+        data: bytes of the file.
+
+    Raises:
+        BadImageError: if the file cannot be opened as an image.
     """
     image = _open_image(name, data)
     if isinstance(image, np.ndarray):

@@ -1,5 +1,5 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Errors written for people: one line each, which names the flag or file and its value.
+"""Errors written for users: one line that names the flag or file and its value.
 
 `diffit.command_line.run_script` prints them without a traceback. Any other exception is a bug and keeps its traceback.
 """
@@ -10,38 +10,38 @@ from collections.abc import Callable, Iterator
 
 
 class UserError(ValueError):
-    """What was asked for cannot be done. Ends a script with exit code 2.
+    """A request that cannot be fulfilled, such as a wrong flag. Ends a script with exit code 2.
 
     Attributes:
-        raised_in: which processes of a run raise this very error, so that it is printed once: `"node"`, all those on
-            this machine; `"run"`, all of them; `"process"`, this one alone.
+        raised_in: which processes raise the same error, so that it is printed only once: `"node"`, all processes on
+            this machine; `"run"`, all processes of the run; `"process"`, only this one.
     """
 
     raised_in = "node"
 
 
 class BadImageError(UserError):
-    """An image that cannot be read as asked; the message names its file."""
+    """An image that cannot be read as requested; the message names its file."""
 
-    raised_in = "process"  # the others read other images
+    raised_in = "process"  # the other processes read other images
 
 
 class RunError(RuntimeError):
-    """A run cannot continue although nothing was asked wrongly: a full disk, a diverged training. Exit code 1."""
+    """A run that cannot continue through no mistake in the request: a full disk, divergence. Exit code 1."""
 
     raised_in = "node"
 
 
 @contextlib.contextmanager
 def user_errors(what: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turns exceptions of a library, raised in the `with` block, into a `UserError`.
+    """Turns a library's exceptions, raised in the `with` block, into a `UserError`.
 
     Args:
-        what: the flag and its value, which the message starts with.
-        kinds: exceptions that what the user gave may cause there; a `UserError` passes through as it is.
+        what: start of the message: the flag and its value.
+        kinds: exception classes that the user's input may cause; a `UserError` passes through unchanged.
 
     Raises:
-        UserError: `what`, and the message of the library.
+        UserError: `what`, followed by the library's message.
     """
     try:
         yield
@@ -52,14 +52,17 @@ def user_errors(what: str, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def load_model(what: str, load: Callable, *arguments, **keywords):
-    """Loads a network or a pipeline from files of strangers, which may make a library raise anything.
+    """Loads a network or a pipeline from untrusted files, which may make a library raise anything.
 
     Args:
-        what: the flag and its value, which a message starts with.
-        load: such as `AutoencoderKL.from_pretrained`, with its arguments.
+        what: start of an error message: the flag and its value.
+        load: loader such as `AutoencoderKL.from_pretrained`, called with the remaining arguments.
+
+    Returns:
+        What `load` returns.
 
     Raises:
-        UserError: `what` and the message of the library, or the weights that are missing.
+        UserError: `what`, followed by the library's message or the names of missing weights.
     """
     with user_errors(what, Exception):
         loaded = load(*arguments, **keywords)
@@ -72,7 +75,7 @@ def load_model(what: str, load: Callable, *arguments, **keywords):
 
 
 def message_of(error: BaseException) -> str:
-    """The message of an exception on one line, without the traceback that a data-loader worker puts before it."""
+    """The message of an exception on one line, without the traceback that a data-loader worker prepends."""
     text = str(error)
     if text.startswith("Caught ") and " in DataLoader worker process " in text.split("\n")[0]:
         text = text.rpartition(f"{type(error).__name__}: ")[2]
@@ -80,17 +83,17 @@ def message_of(error: BaseException) -> str:
 
 
 def local_rank() -> int:
-    """Number of this process among those that the launcher started on this machine; 0 without a launcher."""
+    """Rank of this process on its machine; 0 without a launcher."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
 
 
 def global_rank() -> int:
-    """Number of this process among all that the launcher started; 0 without a launcher."""
+    """Rank of this process in the run; 0 without a launcher."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
 
 
 def speaks_for(error: UserError | RunError) -> bool:
-    """Whether this process is the one, of those that raise an error, that prints it."""
+    """Whether this process prints the error. Of the processes that raise it, exactly one does."""
     if error.raised_in == "process":
         return True
     return (global_rank() if error.raised_in == "run" else local_rank()) == 0

@@ -1,5 +1,5 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Latents: the moments of a VAE's posterior, drawn from on the way or prepared before.
+"""Latents: the posterior moments of a VAE, computed during training or prepared in advance.
 
 Shapes: B batch, C channels, H/W height/width in pixels, c channels and h/w height/width of latents."""
 
@@ -17,7 +17,7 @@ from diffit.errors import BadImageError, UserError, load_model
 from diffit.sources import Table, _parse_json, _read_parquet
 from diffit.stream import PositionStream, StreamDataset
 
-LATENTS_METADATA = "latents.json"  # in the folder that `scripts/prepare_latents.py` writes
+LATENTS_METADATA = "latents.json"  # metadata of a folder written by `scripts/prepare_latents.py`
 LATENTS_METADATA_TYPES = {
     **{"encoder_digest": str, "scaling_factor": float, "shift_factor": float, "resolution": list},
     **{"latent_shape": list, "mirrored": bool, "num_images": int, "data_digest": str, "images_per_shard": int},
@@ -25,10 +25,10 @@ LATENTS_METADATA_TYPES = {
 
 
 def load_vae(name_or_path: str) -> AutoencoderKL:
-    """The frozen VAE of a folder or a hub name, in float32.
+    """Loads a VAE from a folder or the hub, frozen and in float32.
 
     Raises:
-        ValueError: names --vae_model_name_or_path, if there is no `AutoencoderKL` in safetensors.
+        UserError: names --vae_model_name_or_path, if it does not hold an `AutoencoderKL` in safetensors.
     """
     what = f"--vae_model_name_or_path {name_or_path}: cannot read an AutoencoderKL in safetensors"
     vae = load_model(what, AutoencoderKL.from_pretrained, name_or_path, use_safetensors=True)
@@ -36,15 +36,15 @@ def load_vae(name_or_path: str) -> AutoencoderKL:
 
 
 def pixels_per_latent(vae: AutoencoderKL) -> int:
-    """Pixels in height and width that become one latent."""
+    """Downsampling factor of the VAE: pixels per latent along each side."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def vae_latent_shape(vae: AutoencoderKL, resolution: tuple[int, int]) -> tuple[int, int, int]:
-    """Shape (c, h, w) of the latents of images of `resolution` (H, W).
+    """Shape (c, h, w) of the latents for images of `resolution` (H, W).
 
     Raises:
-        ValueError: names --resolution, if the VAE cannot divide it.
+        UserError: names --resolution, if it is not a multiple of the VAE's downsampling factor.
     """
     factor = pixels_per_latent(vae)
     height, width = resolution
@@ -54,9 +54,9 @@ def vae_latent_shape(vae: AutoencoderKL, resolution: tuple[int, int]) -> tuple[i
 
 
 def vae_description(vae: AutoencoderKL) -> dict:
-    """What latents depend on: `encoder_digest`, `scaling_factor` and `shift_factor` (0 if the VAE has none).
+    """Everything in a VAE that latents depend on: `encoder_digest`, `scaling_factor`, `shift_factor` (0 if absent).
 
-    Decoders may differ: the improved ones of Stable Diffusion read the latents of the first encoder.
+    The decoder is left out on purpose: Stable Diffusion's improved decoders read the latents of the original encoder.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(vae.state_dict().items()):
@@ -71,13 +71,14 @@ def vae_description(vae: AutoencoderKL) -> dict:
 
 
 def encode_moments(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """Mean and log-variance of the posterior of a VAE.
+    """Encodes images into the mean and log-variance of the VAE's posterior.
 
     Args:
+        vae: the encoder.
         images: shape (B, C, H, W), float32 in [-1, 1].
 
     Returns:
-        Shape (B, 2c, h, w), float32: c channels of means, then c of log-variances.
+        Shape (B, 2c, h, w), float32: c channels of means, then c channels of log-variances.
     """
     with torch.no_grad():
         return vae.encode(images.to(vae.dtype)).latent_dist.parameters.float()
@@ -86,13 +87,15 @@ def encode_moments(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
 def sample_latents(
     moments: torch.Tensor, posterior_noise: torch.Tensor, scaling_factor: float, shift_factor: float = 0.0
 ) -> torch.Tensor:
-    """Latents to train on, drawn from the posterior of a VAE: the reverse of what a pipeline does before it decodes.
+    """Samples training latents from the VAE's posterior: `(z - shift_factor) * scaling_factor`.
+
+    A pipeline inverts the scaling before it decodes.
 
     Args:
-        moments: means, then log-variances (which are clamped to [-30, 20], as in diffusers); shape (B, 2c, h, w).
+        moments: means, then log-variances (clamped to [-30, 20], as in diffusers); shape (B, 2c, h, w).
         posterior_noise: standard normal; shape (B, c, h, w).
-        scaling_factor: of the VAE's config.
-        shift_factor: of the VAE's config.
+        scaling_factor: `scaling_factor` in the VAE's config.
+        shift_factor: `shift_factor` in the VAE's config, 0 if absent.
 
     Returns:
         Shape (B, c, h, w).
@@ -104,20 +107,20 @@ def sample_latents(
 
 @dataclass(frozen=True)
 class LatentTable(Table):
-    """Moments of images and of their mirror images, written by `scripts/prepare_latents.py`.
+    """Reads the moments of images and of their mirror images, as written by `scripts/prepare_latents.py`.
 
-    `rows`, in the format of Arrow, has the columns `moments` and perhaps `mirrored_moments` (2c, h, w), and
-    `bad_image`: null, or why there are none.
+    `rows`, in Arrow format, has the columns `moments` and optionally `mirrored_moments`, each (2c, h, w), and
+    `bad_image`: null, or the reason why the image has no moments.
 
     Attributes:
-        metadata: of the folder: the VAE's `vae_description`, `resolution` [H, W], `latent_shape` [c, h, w],
-            `mirrored`, `data_digest` of the images, and more.
+        metadata: contents of `latents.json`: the VAE's `vae_description`, `resolution` [H, W], `latent_shape`
+            [c, h, w], `mirrored`, `data_digest` of the images, and more.
     """
 
     metadata: dict = field(kw_only=True)
 
     def content(self, index: int) -> bytes:
-        # Of the images: latents differ in the last bit if they were made in other batches.
+        # Identifies the image, not its latents, whose last bits depend on the batch in which they were encoded.
         return f"{self.metadata['data_digest']} {int(self.indices[index])}".encode()
 
     def read(self, index: int, mirrored: bool = False) -> torch.Tensor:
@@ -126,7 +129,7 @@ class LatentTable(Table):
         Raises:
             BadImageError: if the image could not be read when the latents were prepared.
         """
-        row = self.rows[int(self.indices[index])]  # of Arrow: only the column that is asked for becomes an array
+        row = self.rows[int(self.indices[index])]  # an Arrow table: only the column used below becomes an array
         if (message := row["bad_image"][0].as_py()) is not None:
             raise BadImageError(f"no latents in {self.source}: {message}")
         column = row["mirrored_moments" if mirrored else "moments"]
@@ -134,7 +137,7 @@ class LatentTable(Table):
 
 
 def latent_shard_names(num_images: int, images_per_shard: int) -> list[str]:
-    """Names of the parquet files in a folder of latents, as on the HuggingFace hub; the last may hold fewer images."""
+    """Names of the parquet files in a folder of latents, in the hub's style; the last may hold fewer images."""
     num_shards = math.ceil(num_images / images_per_shard)
     return [f"data/train-{shard:05d}-of-{num_shards:05d}.parquet" for shard in range(num_shards)]
 
@@ -142,7 +145,7 @@ def latent_shard_names(num_images: int, images_per_shard: int) -> list[str]:
 def latent_features(
     latent_shape: tuple[int, int, int], mirrored: bool, class_names: tuple[str, ...] | None
 ) -> Features:
-    """Columns of prepared latents, see `LatentTable`, and `label` if there are classes."""
+    """Columns of prepared latents (see `LatentTable`), with `label` if there are classes."""
     channels, height, width = latent_shape
     moments = Array3D((2 * channels, height, width), "float32")
     features = {"moments": moments} | ({"mirrored_moments": moments} if mirrored else {})
@@ -153,14 +156,15 @@ def latent_features(
 
 
 def load_latent_table(latents_dir: str, cache_dir: str | None = None) -> LatentTable:
-    """Opens a folder that `scripts/prepare_latents.py` has written.
+    """Opens a folder written by `scripts/prepare_latents.py`.
 
     Args:
         latents_dir: the folder.
-        cache_dir: of `load_dataset`.
+        cache_dir: cache folder of `datasets.load_dataset`.
 
     Raises:
-        ValueError: if it is no such folder, not complete, or its shards are not what its metadata says.
+        UserError: names --latents_dir, if it is not such a folder, is incomplete, or its shards contradict its
+            metadata.
     """
     root = Path(latents_dir)
     if not (root / LATENTS_METADATA).is_file():
@@ -174,7 +178,7 @@ def load_latent_table(latents_dir: str, cache_dir: str | None = None) -> LatentT
     if missing:
         raise UserError(
             f"--latents_dir {root}: {len(missing)} of {len(names)} shards are missing, the first is {missing[0]}; "
-            "run the command of scripts/prepare_latents.py again, it goes on where it ended"
+            "run the same scripts/prepare_latents.py command again to resume it"
         )
     rows = _read_parquet([str(root / name) for name in names], cache_dir)
     class_names = tuple(rows.features["label"].names) if "label" in rows.features else None
@@ -182,7 +186,7 @@ def load_latent_table(latents_dir: str, cache_dir: str | None = None) -> LatentT
     if rows.features != features or len(rows) != metadata["num_images"]:
         raise UserError(
             f"--latents_dir {root}: the shards hold {len(rows)} rows of {rows.features}, {LATENTS_METADATA} says "
-            f"{metadata['num_images']} of {features}; prepare the latents anew, in another folder"
+            f"{metadata['num_images']} of {features}; prepare the latents again in a new folder"
         )
     labels = None if class_names is None else np.array(rows["label"], np.int64)
     columns = [name for name in rows.features if name != "label"]
@@ -191,18 +195,18 @@ def load_latent_table(latents_dir: str, cache_dir: str | None = None) -> LatentT
 
 
 class LatentDataset(StreamDataset):
-    """Prepared latents to train on: `moments`, shape (2c, h, w), float32.
+    """Prepared latents as `moments`, shape (2c, h, w), float32.
 
-    At the same seed, the order, the flips and all random numbers are those of an `ImageDataset` with `latent_shape`.
+    For the same seed, order, flips and random numbers equal those of an `ImageDataset` with `latent_shape`.
 
     Args:
-        table: where the latents are.
-        stream: order of the images, for replacing bad ones.
-        random_flip: take the mirror image of half of the images.
-        on_bad_image: what to do about images that were bad when the latents were prepared, see `ImageDataset`.
+        table: reader of the latents.
+        stream: order of the images; determines the replacement of a bad image.
+        random_flip: take the mirror image with probability 1/2.
+        on_bad_image: how to treat images that were bad when the latents were prepared, see `ImageDataset`.
 
     Raises:
-        ValueError: names --random_flip, if there are no mirror images.
+        UserError: names --random_flip, if the latents were prepared without mirror images.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Stops a process whose launcher (torchrun or `accelerate launch`) is gone.
+"""Stops a process whose launcher (torchrun or `accelerate launch`) has died.
 
-A launcher that dies by SIGKILL cannot stop the processes that it started. Without this module they would wait for each
-other for hours or train on, and keep the output folder. Scripts call `follow_launcher` before their slow imports, so
-nothing here may take long to import.
+A launcher killed by SIGKILL cannot stop the processes that it started. Without this module they would wait for each
+other for hours, or continue training, and block the output folder. Scripts call `follow_launcher` before their slow
+imports, so this module must import quickly.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ from pathlib import Path
 
 import psutil
 
-EXIT_STOPPED = 75  # exit code after a signal, a time limit or the launcher's death: the run can be resumed
-PR_SET_PDEATHSIG = 1  # option of Linux's prctl: the signal that a process gets when its parent dies
-POLL_SECONDS = 1.0  # how often a launcher that is not our parent is looked at
+EXIT_STOPPED = 75  # os.EX_TEMPFAIL, which Windows lacks: stopped by a signal, a time limit or the launcher's death
+PR_SET_PDEATHSIG = 1  # Linux prctl option: the signal that a process gets when its parent dies
+POLL_SECONDS = 1.0  # interval of checks on a launcher that is not our parent
 
-# How launchers are named on a command line: programs, modules (also as the end of a file's path) and sub-commands.
+# Names of launchers on a command line: programs, modules (also as the end of a file's path) and sub-commands.
 LAUNCHERS = (
     "torchrun",
     "torch.distributed.run",
@@ -33,16 +33,16 @@ LAUNCHERS = (
     "accelerate.commands.accelerate_cli launch",
 )
 
-_launcher: int | None = None  # process number of the launcher that this process follows
+_launcher: int | None = None  # process id of the launcher that this process follows
 
 
 def follow_launcher() -> None:
-    """Makes this process get SIGTERM when its launcher dies. Does nothing without a launcher.
+    """Makes this process receive SIGTERM when its launcher dies. Does nothing without a launcher.
 
-    To be called by a script that runs as `__main__`; importing the script must not tie the importer to a launcher.
+    Only a script that runs as `__main__` may call this: importing it must not tie the importing process to a launcher.
 
     Raises:
-        SystemExit: with `EXIT_STOPPED` if the launcher is dead already.
+        SystemExit: with `EXIT_STOPPED`, if the launcher is already dead.
     """
     global _launcher
     if not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
@@ -55,19 +55,19 @@ def follow_launcher() -> None:
         return
     _launcher = launcher.pid
     if launcher.pid == parent and is_launcher(command_line(launcher)) and signal_at_parents_death():
-        if os.getppid() != parent:  # it died before the kernel knew that the signal is wanted
+        if os.getppid() != parent:  # it died before the kernel was asked for the signal
             exit_without_launcher()
         return
     threading.Thread(target=_watch, args=(launcher.pid,), daemon=True).start()
 
 
 def launcher_is_gone() -> bool:
-    """Whether the launcher that this process follows is dead. False without a launcher."""
+    """Whether the launcher of this process is dead. False without a launcher."""
     return _launcher is not None and is_dead(_launcher)
 
 
 def exit_without_launcher() -> None:
-    """Leaves at the very start, with one line."""
+    """Exits at the very start, with a one-line message."""
     print("the launcher (torchrun or accelerate launch) is gone: stopped before the start", file=sys.stderr)
     sys.exit(EXIT_STOPPED)
 
@@ -77,22 +77,22 @@ def exit_without_launcher() -> None:
 
 
 def find_launcher() -> psutil.Process | None:
-    """The nearest ancestor that is a launcher; a shell or another program may stand in between."""
+    """The nearest ancestor that is a launcher; shells or other programs may be in between."""
     process, ancestors = psutil.Process(), []
-    with contextlib.suppress(psutil.Error):  # an ancestor ended while we looked
+    with contextlib.suppress(psutil.Error):  # an ancestor ended in the meantime
         while (process := process.parent()) is not None:
             ancestors.append(process)
     for ancestor in ancestors:
         if is_launcher(command_line(ancestor)):
             return ancestor
-    # Not every launcher has a telling name: some programs launch through torch's or accelerate's Python API.
+    # A launcher's name need not reveal it: some programs launch through torch's or accelerate's Python API.
     if ancestors and was_launched() and has_loaded_torch(ancestors[0].pid):
         return ancestors[0]
     return None
 
 
 def command_line(process: psutil.Process) -> list[str]:
-    """The words of a command line; none if it cannot be read."""
+    """The command line of a process as a list of words; empty if it cannot be read."""
     try:
         return process.cmdline()
     except psutil.Error:
@@ -100,13 +100,13 @@ def command_line(process: psutil.Process) -> list[str]:
 
 
 def is_launcher(command: list[str]) -> bool:
-    """Whether a command line runs a launcher, rather than only mentions one, as `bash -c "torchrun ..."` does."""
+    """Whether a command line runs a launcher rather than merely mentioning one, as `bash -c "torchrun ..."` does."""
     words = list(command)
     if words and re.match("python|pypy", Path(words[0]).name):
         words.pop(0)
         while words and words[0].startswith("-"):
             option = words.pop(0)
-            if re.fullmatch("-[a-zA-Z]*m", option):  # a module follows; also joined with other options: -um
+            if re.fullmatch("-[a-zA-Z]*m", option):  # a module follows; -m may be combined with other options: -um
                 return _names_launcher(words[:1], words[1:])
             if re.fullmatch("-[a-zA-Z]*c", option):  # code follows
                 return False
@@ -123,25 +123,25 @@ def _names_launcher(names: list[str], arguments: list[str]) -> bool:
 
 
 def was_launched() -> bool:
-    """Whether the environment says that a launcher started this very process, and not only an ancestor."""
+    """Whether the environment shows that a launcher started this process itself, not just one of its ancestors."""
     if not hasattr(os, "getsid"):  # Windows
         return False
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # of torchrun, which makes each process the leader of a session
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun, which makes each process a session leader
         return os.getsid(0) == os.getpid()
-    return "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION" in os.environ  # nobody exports this one by hand
+    return "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION" in os.environ  # nobody sets this variable by hand
 
 
 def is_orphan() -> bool:
-    """Whether this process, which has no launcher among its ancestors, had one. If in doubt, it had none."""
-    if os.getppid() == 0 or not was_launched():  # 0: the parent is outside our container, and so may the launcher be
+    """Whether this process, which has no launcher among its ancestors, used to have one. False in case of doubt."""
+    if os.getppid() == 0 or not was_launched():  # 0: the parent is outside our container, as the launcher may be
         return False
-    # `accelerate launch` leaves its process in the group of the shell's job, which it leads itself if it is alone.
+    # `accelerate launch` leaves its process in the process group of the shell job, which it leads if it runs alone.
     group = os.getpgid(0)
     return "TORCHELASTIC_RUN_ID" in os.environ or (group != 0 and is_dead(group))
 
 
 def has_loaded_torch(pid: int) -> bool:
-    """Whether torch's library is in a process's memory. False where that cannot be told."""
+    """Whether a process has loaded torch's library. False where that cannot be determined."""
     try:
         return "libtorch" in Path(f"/proc/{pid}/maps").read_text(errors="replace")
     except OSError:  # not Linux, or a process of another user
@@ -153,9 +153,10 @@ def has_loaded_torch(pid: int) -> bool:
 
 
 def signal_at_parents_death() -> bool:
-    """Asks Linux for SIGTERM when our parent dies; False on other systems.
+    """Asks the Linux kernel to send SIGTERM when our parent dies. Returns False on other systems.
 
-    The kernel goes by the thread that started us: torchrun and `accelerate launch` do so in their main thread.
+    The kernel sends it when the thread that started us ends, which for torchrun and `accelerate launch` is the main
+    thread.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -166,9 +167,9 @@ def signal_at_parents_death() -> bool:
 
 
 def is_dead(pid: int) -> bool:
-    """Whether a process has ended, even if nobody has waited for it yet.
+    """Whether a process has ended, even if its parent has not yet waited for it.
 
-    Start times are not compared: they move when the clock is set, and no number is given out again within a second.
+    Start times are not compared: they shift when the clock is set, and no process id is reused within a second.
     """
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE

@@ -1,5 +1,5 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""One run at a time owns an output folder."""
+"""A lock that lets only one run at a time use an output folder."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def _machine() -> str:
-    """Tells machines (and containers, whose process numbers differ) apart."""
+    """Identifies this machine and boot, and the container, whose process ids mean nothing outside it."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):  # Linux
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -28,15 +28,16 @@ def _machine() -> str:
 
 
 class OutputDirLock:
-    """Lets one run at a time own a folder: the file `.running` in it names the owner and is touched again and again.
+    """Lets only one run at a time own a folder: the owner writes a file `.running` into it and keeps refreshing it.
 
-    Needs no file locks, so it works on shared file systems that have none. An owner on this machine is alive if its
-    process is; an owner elsewhere is watched for a while, which needs no common clock.
+    It needs no file locks, which many shared file systems lack. An owner on this machine is alive if its process is.
+    An owner on another machine is watched for a while for a refresh, which needs no common clock. `filelock` has a
+    similar lease; `benchmarks/LOG.md` says why it does not do here.
 
     Args:
         folder: created if it does not exist.
-        heartbeat: seconds between two touches.
-        patience: seconds without a touch after which an owner on another machine counts as dead.
+        heartbeat: seconds between two refreshes.
+        patience: seconds without a refresh after which an owner on another machine counts as dead.
     """
 
     FILE = ".running"
@@ -50,10 +51,10 @@ class OutputDirLock:
         self._is_writing = False
 
     def __enter__(self) -> str:
-        """Takes the folder and returns the token that proves it.
+        """Takes the folder and returns the token that identifies this owner.
 
         Raises:
-            ValueError: if another run owns the folder.
+            UserError: names --output_dir, if another run owns the folder or it cannot be created.
         """
         process = psutil.Process()
         owner = {
@@ -79,7 +80,7 @@ class OutputDirLock:
         return self.token
 
     def __exit__(self, *exception) -> None:
-        """Gives the folder back if it was taken, and removes it if nothing was written there."""
+        """Releases the folder if this run still owns it, and removes the folder if it is empty."""
         self._released.set()
         if self._owner().get("token") == self.token or self._was_cut_off():
             with contextlib.suppress(OSError):
@@ -87,14 +88,14 @@ class OutputDirLock:
                 self.folder.rmdir()
 
     def check_visible(self, token: str, patience: float = 30) -> None:
-        """For every process: whether the folder that it sees is the one that the main process has taken.
+        """Checks that this process sees the folder that the main process has locked. To be called on every process.
 
         Args:
-            token: what the main process got.
+            token: the token that the main process got.
             patience: seconds that a shared file system may take to show a new file.
 
         Raises:
-            ValueError: if it is another folder.
+            UserError: names --output_dir and the machine, if this process sees another folder.
         """
         deadline = time.monotonic() + patience
         while self._owner().get("token") != token:
@@ -105,18 +106,18 @@ class OutputDirLock:
                 )
             time.sleep(0.5)
             with contextlib.suppress(OSError):
-                os.listdir(self.folder)  # makes a network file system look again
+                os.listdir(self.folder)  # makes a network file system refresh its cache
 
     def check_owned(self) -> None:
-        """For the main process, before it writes what another run must not find mixed with its own.
+        """Checks that this run still owns the folder. To be called on the main process before it writes a checkpoint.
 
         Raises:
-            OSError: if another run has taken the folder, which it may if this process stood still for long.
+            OSError: if another run has taken the folder over, as it may if this process was suspended for long.
         """
         try:
             owner = json.loads(self.file.read_text())
         except FileNotFoundError:
-            logger.warning(f"{self.file} is gone: writing it again")
+            logger.warning(f"{self.file} was deleted: writing it again")
             self._write_owner()
             return
         except ValueError:
@@ -127,14 +128,14 @@ class OutputDirLock:
             )
 
     def _is_beginning_of_ours(self) -> bool:
-        """Whether the file holds what a run leaves that died while writing it: the beginning of its text."""
+        """Whether the file holds the beginning of an owner's record, as a run leaves it that dies while writing it."""
         with contextlib.suppress(OSError, ValueError):
             text = self.file.read_text()
             return text.startswith('{"token"') or not text
-        return True  # gone meanwhile
+        return True  # deleted in the meantime
 
     def _write_owner(self) -> None:
-        self._is_writing = True  # until it is whole: a signal may end the script at any line
+        self._is_writing = True  # until the file is complete: a signal may end the script at any line
         try:
             self._create()
         except FileExistsError:
@@ -147,14 +148,14 @@ class OutputDirLock:
             file.write(self._owner_text)
 
     def _was_cut_off(self) -> bool:
-        """Whether the file is the beginning of ours, because a signal came while it was written."""
+        """Whether a signal interrupted the writing of our own file, so that it holds only the beginning."""
         try:
             return self._is_writing and self._owner_text.startswith(self.file.read_text())
         except OSError:
             return False
 
     def _owner(self) -> dict:
-        with contextlib.suppress(OSError, ValueError):  # gone, or not yet written
+        with contextlib.suppress(OSError, ValueError):  # deleted, or not completely written yet
             return json.loads(self.file.read_text())
         return {}
 
@@ -164,28 +165,34 @@ class OutputDirLock:
                 os.utime(self.file)
 
     def _take_over(self) -> bool:
-        """Puts this owner in the place of a dead one; False if another run did so at the same time."""
+        """Replaces a dead owner by this one. Returns False if another run was faster.
+
+        Raises:
+            UserError: if the owner is alive, or the file is not ours.
+        """
         owner = self._owner()
         if not owner and not self._is_beginning_of_ours():
             raise UserError(
-                f"--output_dir {self.folder}: the file {self.FILE} there was not written by a training run"
+                f"--output_dir {self.folder} holds a file {self.FILE} that was not written by this project; move it "
+                "away, or choose another folder"
             )
         if self._is_alive(owner):
             raise UserError(
-                f"--output_dir {self.folder}: another run works there (process {owner.get('pid')} on "
-                f"{owner.get('host')}); wait for its end or choose another folder"
+                f"--output_dir {self.folder} is in use by another run (process {owner.get('pid')} on "
+                f"{owner.get('host')}); wait for it to end, or choose another folder"
             )
         if self._owner() != owner:
             return False
         temporary = self.file.with_name(f"{self.FILE}-{self.token}")
         temporary.write_text(self._owner_text)
-        temporary.replace(self.file)  # the file is never missing, so that nobody else takes the folder in between
-        time.sleep(0.5)  # of several that came here at once, the last one wins
+        temporary.replace(self.file)  # atomic: were the file missing for a moment, a third run could take the folder
+        time.sleep(0.5)  # if several runs get here at once, the last one wins
         if self._owner().get("token") != self.token:
             return False
         if "pid" in owner:
-            place = f"process {owner['pid']} on {owner.get('host')}"
-            logger.warning(f"{self.folder} is taken over from {place}, which is dead")
+            logger.warning(
+                f"took over {self.folder}: its owner, process {owner['pid']} on {owner.get('host')}, is dead"
+            )
         return True
 
     def _is_alive(self, owner: dict) -> bool:
@@ -196,10 +203,12 @@ class OutputDirLock:
                     return False
                 if abs(process.create_time() - owner["started"]) < 1:
                     return True
-                # Another process has its number now, or the clock was set: its file will tell.
+                # Either another process has that id now, or the clock was set. Only the file can tell.
             except psutil.Error:
                 return False
-        logger.warning(f"{self.file} is of a run on {owner.get('host')}: watching for {self.patience} s if it lives")
+        logger.warning(
+            f"{self.file} belongs to a run on {owner.get('host')}: waiting {self.patience} s for a sign of life"
+        )
         first = self._touched()
         deadline = time.monotonic() + self.patience
         while time.monotonic() < deadline:
@@ -213,7 +222,7 @@ class OutputDirLock:
 
     def _touched(self) -> int | None:
         try:
-            with self.file.open() as file:  # opening makes a network file system look again
+            with self.file.open() as file:  # opening makes a network file system refresh its cache
                 return os.fstat(file.fileno()).st_mtime_ns
         except OSError:
             return None

@@ -1,10 +1,10 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What in a folder is ours, and so may be overwritten, deleted, and must not be read as data.
+"""Tells our own files in a folder, which may be overwritten or deleted and are never read as data, from the user's.
 
-Whatever a script writes into a folder that the user named is listed in a mark, the hidden file `.diffit.json` beside
-it, before it is written; afterwards the mark holds its fingerprint. What the mark does not list, or what has changed
-since, is the user's: it is never overwritten, deleted or moved, and names that a script needs and finds taken are
-refused at the start. The same lists tell which files below a data folder are products of earlier runs, not images.
+Before a script writes a file into a folder that the user chose, it lists the file in the folder's mark, the hidden
+`.diffit.json`; afterwards it adds the file's fingerprint. A file that the mark does not list, or that has changed
+since, belongs to the user: it is never overwritten, deleted or moved, and if a script needs its name, the script
+refuses the folder at the start. The same lists exclude the products of earlier runs from a data folder.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from diffit.errors import UserError, user_errors
 
 MARK = ".diffit.json"
 CODE_FOLDER = Path(__file__).resolve().parents[1]
-MANIFEST = "manifest.json"  # of a checkpoint: size and checksum of each file
-HASHED_BYTES = 16 * 2**20  # of larger files the size alone is the fingerprint
-SHOWN = 3  # names in a message
+MANIFEST = "manifest.json"  # size and checksum of each file in a checkpoint
+HASHED_BYTES = 16 * 2**20  # the fingerprint of a larger file is its size alone
+SHOWN = 3  # maximum number of file names in a message
 
-# What a training run writes. Folders stand for everything below them.
+# Everything that a training run writes. A folder stands for everything below it.
 PIPELINE_FILES = ("README.md", "sample_grid.png", "diffit_pipeline.py", "training_args.yaml", "model_index.json")
 PIPELINE_FOLDERS = ("unet", "transformer", "vae", "scheduler")
 RUN_OUTPUTS = (
@@ -36,7 +36,7 @@ RUN_OUTPUTS = (
 
 
 def fingerprint(file: Path) -> str:
-    """Tells whether a file is still what was written: its SHA-256, or of a large one the size in bytes."""
+    """Identifies the contents of a file: its SHA-256, or the size in bytes above `HASHED_BYTES`."""
     size = file.stat().st_size
     if size > HASHED_BYTES:
         return f"size:{size}"
@@ -44,7 +44,7 @@ def fingerprint(file: Path) -> str:
 
 
 def files_below(path: Path) -> Iterator[Path]:
-    """A file or link itself, or all files and links below a folder. Links are not followed."""
+    """Yields a file or link itself, or all files and links below a folder. Links are not followed."""
     if path.is_symlink() or path.is_file():
         yield path
     elif path.is_dir():
@@ -57,18 +57,18 @@ class OutputFolder:
     """A folder that a script writes to. Only one process of a run may use it.
 
     Args:
-        folder: need not exist.
-        writer: the script, for the mark and for messages. What other scripts have written there is not this one's.
-        flag: that names the folder, for messages.
+        folder: the folder; it need not exist.
+        writer: name of the script, for the mark and for messages. Files of other scripts do not count as this one's.
+        flag: flag that names the folder, for messages.
 
     Raises:
-        UserError: if it is not a folder, or its mark is something else.
+        UserError: if `folder` is not a folder, or its mark is not a file.
 
     Attributes:
-        files: our files by their names relative to the folder, with their fingerprints; None while a file is being
-            written. A name that ends in `/` stands for everything below that folder, `./` for everything here.
-        unproved: names that are left alone, but are no reason to refuse the folder: the model card of a run of a
-            version without marks, which may have been edited.
+        files: maps our files, by their names relative to the folder, to their fingerprints; None while a file is
+            being written. A name that ends in `/` stands for everything below that folder, `./` for all of this one.
+        unproved: names of files that may have been edited, and that are left alone without refusing the folder: the
+            model cards of a run by a version without marks.
     """
 
     def __init__(self, folder: str | Path, writer: str, flag: str = "--output_dir"):
@@ -76,49 +76,49 @@ class OutputFolder:
         if os.path.lexists(self.folder) and not self.folder.is_dir():
             raise UserError(f"{flag} {folder} is not a folder")
         if (self.folder / MARK).is_dir():
-            raise UserError(f"{flag} {folder}: {MARK} there is a folder, and must be the list of our files")
+            raise UserError(f"{flag} {folder}: {MARK} must be a file, the list of files written there; it is a folder")
         self.files: dict[str, str | None] = our_files(self.folder, writer)
         is_marked = bool(read_mark(self.folder))
         self.unproved = set() if is_marked or not self.files else {"README.md", "best/README.md"}
 
     def is_ours(self, name: str) -> bool:
-        """Whether a mark proves that a file, by its name relative to the folder, is ours."""
+        """Whether the mark proves that a file, named relative to the folder, is ours."""
         return is_listed(name, self.files)
 
     def is_unchanged(self, name: str) -> bool:
-        """Whether a file is ours and still what was written."""
+        """Whether a file is ours and has not changed since it was written."""
         file, recorded = self.folder / name, self.files.get(name)
         if not self.is_ours(name) or file.is_symlink() or not file.is_file():
             return False
         return recorded is None or recorded == fingerprint(file)
 
     def refuse_code_folder(self) -> None:
-        """Refuses the folder of this code: what a script writes there would be mixed with it, or overwrite it.
+        """Refuses the folder of this code, which outputs would clutter or overwrite.
 
         Raises:
-            UserError: if it is that folder.
+            UserError: names the flag, if it is that folder.
         """
         if self.folder.resolve() == CODE_FOLDER or is_within(self.folder, CODE_FOLDER / "diffit"):
-            raise UserError(f"{self.flag} {self.folder} is the folder of this code: choose another folder")
+            raise UserError(f"{self.flag} {self.folder} is the folder of this code; choose another folder")
 
     def create(self) -> None:
         """Creates the folder.
 
         Raises:
-            UserError: if that cannot be done, or the folder is that of this code.
+            UserError: if it cannot be created, or is the folder of this code.
         """
         self.refuse_code_folder()
         with user_errors(f"{self.flag} {self.folder}", OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def check_free(self, names: Iterable[str]) -> None:
-        """To be called at the start, before anything slow and before anything is written.
+        """Checks that no file of the user's would be overwritten. To be called at the start, before any slow work.
 
         Args:
-            names: that will be written: files, folders, and patterns for `Path.glob`.
+            names: everything that will be written: files, folders, and patterns for `Path.glob`.
 
         Raises:
-            UserError: lists files of these names that are not ours, or were changed since we wrote them.
+            UserError: lists files with these names that are not ours, or have changed since we wrote them.
         """
         foreign, changed = [], []
         for name in names:
@@ -132,16 +132,16 @@ class OutputFolder:
         if foreign:
             raise UserError(
                 f"{self.flag} {self.folder} holds {listed(foreign)}, which {self.writer} did not write and would "
-                "overwrite: choose another folder, or move what is yours away"
+                "overwrite; choose another folder, or move your files away"
             )
         if changed:
             raise UserError(
                 f"{self.flag} {self.folder}: {listed(changed)} changed since {self.writer} wrote it and would be "
-                "overwritten: move your version away, or choose another folder"
+                "overwritten; move your version away, or choose another folder"
             )
 
     def _found(self, name: str) -> Iterator[str]:
-        """Names of the files that stand where a file, a folder or a pattern is to be written."""
+        """Names of existing files that are in the way of a file, folder or pattern to be written."""
         for parent in list(PurePosixPath(name).parents)[-2::-1]:
             place = self.folder / parent
             if os.path.lexists(place) and not place.is_dir():  # a file where a folder is needed
@@ -157,35 +157,35 @@ class OutputFolder:
             yield from (file.relative_to(self.folder).as_posix() for file in below)
 
     def announce(self, names: Iterable[str]) -> None:
-        """Lists files in the mark that are about to be written."""
+        """Lists files in the mark before they are written."""
         self._update({name: None for name in names})
 
     def record(self, names: Iterable[str]) -> None:
-        """Notes the fingerprints of files that have been written; names of which there is no file are struck off."""
+        """Records the fingerprints of files that have been written, and removes missing files from the mark."""
         names = list(names)
         there = [name for name in names if (self.folder / name).is_file()]
         self._update({name: fingerprint(self.folder / name) for name in there}, set(names) - set(there))
 
     def forget(self, names: Iterable[str]) -> None:
-        """Strikes files off the mark that are no longer there."""
+        """Removes files from the mark that no longer exist."""
         self._update({}, set(names))
 
     def _update(self, entries: dict[str, str | None], struck_off: Iterable[str] = ()) -> None:
-        # Another process may have changed the mark meanwhile, as two samplings into one folder do.
+        # Read again: another process may have changed the mark, for example a second sampling into this folder.
         marked = read_mark(self.folder)
         files = {**marked.get(self.writer, self.files), **entries}
         self.files = {name: value for name, value in files.items() if name not in struck_off}
         write_mark(self.folder, marked | {self.writer: self.files})
 
     def write(self, name: str, save: Callable[[Path], object]) -> bool:
-        """Writes one file, unless there is one of that name which is not ours or was changed.
+        """Writes one file, unless a file of that name exists that is not ours or has changed.
 
         Args:
-            name: relative to the folder.
-            save: writes the file at a path.
+            name: name of the file, relative to the folder.
+            save: function that writes the file to a given path.
 
         Returns:
-            Whether it was written.
+            Whether the file was written.
         """
         file = self.folder / name
         if os.path.lexists(file) and not self.is_unchanged(name):
@@ -197,17 +197,17 @@ class OutputFolder:
         return True
 
     def publish(self, staged: Path, target: str = "", earlier: Iterable[str] = ()) -> list[str]:
-        """Moves the files of a staging folder to their places, `model_index.json` last.
+        """Moves the files of a staging folder to their final places, `model_index.json` last.
 
-        A file of that name which is not ours, or was changed, stays; its new version stays in the staging folder.
+        An existing file that is not ours, or has changed, stays; its new version then stays in the staging folder.
 
         Args:
-            staged: a folder below this one.
-            target: sub-folder that the files are moved to.
-            earlier: names of files of the version that is replaced; those that have no new version are deleted.
+            staged: staging folder below this folder.
+            target: sub-folder that the files are moved to; "" for this folder.
+            earlier: names of the files of the version that is replaced; those without a new version are deleted.
 
         Returns:
-            Names of the files that could not be moved.
+            Names of the existing files that were kept.
         """
         found = sorted(files_below(staged), key=lambda file: (file.name == "model_index.json", file))
         places = {file: PurePosixPath(target, file.relative_to(staged).as_posix()).as_posix() for file in found}
@@ -225,7 +225,11 @@ class OutputFolder:
         return kept
 
     def remove(self, names: Iterable[str]) -> None:
-        """Deletes files that are ours and unchanged, then folders that are empty; all others stay."""
+        """Deletes those of the files that are ours and unchanged, then folders that have become empty.
+
+        Args:
+            names: files, or folders that end in `/`, relative to this folder. Everything below a folder is deleted.
+        """
         names = list(names)
         for name in names:
             file = self.folder / name
@@ -243,27 +247,27 @@ class OutputFolder:
 
 
 def listed(names: list[str]) -> str:
-    """The first few of some names, and how many more there are."""
+    """Joins the first few names into a text that also says how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 
 
 def is_listed(name: str, files: Iterable[str]) -> bool:
-    """Whether names of a mark, some of which stand for whole folders, include a file."""
+    """Whether the names in a mark, some of which stand for whole folders, include a file."""
     if name in files or "./" in files:
         return True
     return any(f"{parent.as_posix()}/" in files for parent in PurePosixPath(name).parents)
 
 
 def remove_empty_folders(path: Path) -> None:
-    """Deletes the empty folders below a path, and the path if nothing is left in it."""
+    """Deletes the empty folders below a path, and the path itself if nothing is left in it."""
     for folder, _, _ in os.walk(path, topdown=False):
         with contextlib.suppress(OSError):
             os.rmdir(folder)
 
 
 def is_within(path: str | Path, folder: str | Path) -> bool:
-    """Whether a path is a folder or lies below it, with links resolved."""
+    """Whether a path is `folder` or lies below it, with links resolved."""
     return Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 
@@ -272,7 +276,7 @@ def is_within(path: str | Path, folder: str | Path) -> bool:
 
 
 def read_mark(folder: Path) -> dict[str, dict[str, str | None]]:
-    """What a folder's mark lists, by script (see `OutputFolder.files`); empty without one, and if it is damaged."""
+    """Contents of a folder's mark, by script (see `OutputFolder.files`); empty if it is missing or damaged."""
     try:
         mark = json.loads((folder / MARK).read_text(encoding="utf-8"))["files_written_by"]
         return {str(writer): dict(files) for writer, files in mark.items()}
@@ -281,7 +285,7 @@ def read_mark(folder: Path) -> dict[str, dict[str, str | None]]:
 
 
 def write_mark(folder: Path, files: dict[str, dict[str, str | None]]) -> None:
-    """Writes a mark; it is there whole or not at all."""
+    """Writes a mark atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{MARK}-{os.getpid()}"
     temporary.write_text(json.dumps({"files_written_by": files}, indent=1) + "\n", encoding="utf-8")
@@ -289,13 +293,13 @@ def write_mark(folder: Path, files: dict[str, dict[str, str | None]]) -> None:
 
 
 def claim_whole_folder(folder: Path, writer: str) -> None:
-    """Creates a folder in which everything is ours, such as one whose name is a checksum of its settings."""
+    """Marks everything in a new or empty folder as ours, for folders named by a checksum of their settings."""
     if not folder.is_dir() or not any(folder.iterdir()):
         write_mark(folder, {writer: {"./": None}})
 
 
 def remove_whole_folder(folder: Path) -> None:
-    """Deletes a folder of which everything is ours; any other stays."""
+    """Deletes a folder if everything in it is ours, otherwise leaves it untouched."""
     if "./" in our_files(folder):
         for file in list(files_below(folder)):
             file.unlink(missing_ok=True)
@@ -303,11 +307,14 @@ def remove_whole_folder(folder: Path) -> None:
 
 
 def our_files(folder: Path, writer: str | None = None) -> dict[str, str | None]:
-    """What in a folder is ours, by its mark or, for products of versions without marks, by what they hold.
+    """Our files in a folder, by its mark, or by their contents if a version without marks has written them.
 
     Args:
-        folder: need not exist.
-        writer: one script; None means all of them.
+        folder: the folder; it need not exist.
+        writer: name of a script whose files are wanted; None for all scripts.
+
+    Returns:
+        Names and fingerprints as in `OutputFolder.files`.
     """
     by_writer = read_mark(folder)
     if not by_writer:
@@ -319,7 +326,7 @@ def our_files(folder: Path, writer: str | None = None) -> dict[str, str | None]:
 
 
 def _unmarked_products(folder: Path) -> Iterator[tuple[str, str]]:
-    """Scripts and the names of files that versions without marks have written."""
+    """Yields (script, file name) of the files that versions without marks have written."""
     if (folder / "training_args.yaml").is_file():
         yield from (("train_diffit.py", name) for name in _unmarked_run(folder))
     if (folder / "samples.json").is_file():
@@ -342,7 +349,7 @@ def _unmarked_products(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _unmarked_run(folder: Path) -> Iterator[str]:
-    """Files of a training run of a version that left no mark: those of our names, where what they hold agrees."""
+    """Yields the files of a training run by a version without marks: files with our names and matching contents."""
     try:
         arguments = yaml.safe_load((folder / "training_args.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -370,11 +377,11 @@ def _unmarked_run(folder: Path) -> Iterator[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints, which have a manifest for a mark
+# Checkpoints, whose manifest serves as their mark
 
 
 def manifest_files(checkpoint: Path) -> list[str]:
-    """Names of the files of a checkpoint of ours by its manifest; empty if it has none, or it is not ours."""
+    """Names of the files in a checkpoint of ours, by its manifest; empty if it has no manifest or is not ours."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -385,12 +392,12 @@ def manifest_files(checkpoint: Path) -> list[str]:
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """N of `checkpoint-N`."""
+    """Optimizer step N in the name `checkpoint-N`."""
     return int(checkpoint.name.split("-")[1])
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Folders `checkpoint-N` of a run, oldest first; `verify_checkpoint` tells whether one is damaged."""
+    """The `checkpoint-N` folders of a run, oldest first, including damaged ones (see `verify_checkpoint`)."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=checkpoint_step)
 
@@ -401,12 +408,12 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Deletes the files that a checkpoint's manifest names, and the folder if nothing else is in it.
+    """Deletes the files named in a checkpoint's manifest, and the folder if nothing else is in it.
 
-    A folder that is not a checkpoint of ours stays as it is.
+    A folder that is not a checkpoint of ours is left untouched.
 
     Raises:
-        OSError: if a file cannot be deleted, or the folder is a link to another place.
+        OSError: if a file cannot be deleted, or the folder is a link.
     """
     if path.is_symlink():
         raise OSError(f"{path} is a link")

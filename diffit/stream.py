@@ -1,8 +1,8 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
 """The endless stream of positions that training reads, and the tensors at each position.
 
-Randomness is a function of the position in the stream, not a state. Position p of a table of n images is image
-`permutation(seed, p // n)[p % n]`, and everything else drawn for it comes from a generator seeded by (seed, p).
+Randomness is a function of the position in the stream, not a state. With n images in the table, position p holds image
+`permutation(seed, p // n)[p % n]`, and every other random number for p comes from a generator seeded by (seed, p).
 Data-loader workers therefore hold no state, and a run resumes from one integer.
 
 Shapes: B batch, C channels, H/W height/width in pixels, n images in the table."""
@@ -19,27 +19,27 @@ from diffit.decode import decode_pixels
 from diffit.errors import BadImageError, UserError
 from diffit.sources import ImageTable, Table, detect_num_channels
 
-# Independent streams of random numbers for one (seed, position).
+# Independent streams of random numbers for the same (seed, position).
 PERMUTATION, AUGMENTATION, DIFFUSION = range(3)
 
 
 def position_generator(seed: int, position: int, stream: int) -> np.random.Generator:
-    """Random numbers as a function of (seed, position): numpy's counter-based Philox, the same on every machine.
+    """A generator that depends on (seed, position) only: numpy's counter-based Philox, the same on every machine.
 
     Args:
-        seed: any int from 0 to 2**64 - 1.
-        position: any int from 0 to 2**64 - 1.
-        stream: `PERMUTATION`, `AUGMENTATION` or `DIFFUSION`; different ones are independent.
+        seed: integer in [0, 2**64).
+        position: integer in [0, 2**64).
+        stream: `PERMUTATION`, `AUGMENTATION` or `DIFFUSION`, which are independent of each other.
     """
     return np.random.Generator(np.random.Philox(key=[seed, position], counter=[0, 0, 0, stream]))
 
 
 class PositionStream:
-    """Which image stands at which position: epoch after epoch, each in an order of its own.
+    """Maps stream positions to images, epoch after epoch, with a new permutation in each epoch.
 
     Args:
-        num_images: images n in the table.
-        seed: of the permutations.
+        num_images: number of images n in the table.
+        seed: seed of the permutations, in [0, 2**64).
     """
 
     def __init__(self, num_images: int, seed: int):
@@ -48,7 +48,7 @@ class PositionStream:
         self._epoch, self._permutation = None, None
 
     def index(self, position: int) -> int:
-        """Index in [0, n) of the image at a position: `permutation(seed, position // n)[position % n]`."""
+        """Index in [0, n) of the image at `position`: `permutation(seed, position // n)[position % n]`."""
         epoch, offset = divmod(position, self.num_images)
         if epoch != self._epoch:
             self._permutation = position_generator(self.seed, epoch, PERMUTATION).permutation(self.num_images)
@@ -57,17 +57,17 @@ class PositionStream:
 
 
 class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
-    """Endless micro-batches of (position, index) for one process; does its own sharding.
+    """Endless micro-batches of (position, index) for one process. It shards the stream itself.
 
-    Each micro-batch of all processes together covers the next `num_processes * batch_size` positions, so an optimizer
-    step covers the same positions however they are shared among processes and accumulation.
+    Together, the processes' micro-batches cover the next `num_processes * batch_size` positions. An optimizer step
+    therefore covers the same positions for any split between processes and gradient accumulation.
 
     Args:
         stream: order of the images.
-        batch_size: images per micro-batch and process B.
+        batch_size: images per micro-batch and process (B).
         start_position: first position to read.
         num_processes: number of processes.
-        process_index: of this process, in [0, num_processes).
+        process_index: index of this process, in [0, num_processes).
     """
 
     def __init__(
@@ -92,34 +92,38 @@ class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
 
 
 def split_table(table: Table, validation_fraction: float) -> tuple[Table, Table]:
-    """Splits off a validation set, the same for every seed, so that runs can be compared.
+    """Splits off a validation set that is the same for every seed, so that runs can be compared.
 
     Args:
         table: all images.
-        validation_fraction: share in (0, 1) that is held out, at least one image.
+        validation_fraction: held-out fraction in (0, 1); at least one image is held out.
 
     Returns:
         Training and validation images.
+
+    Raises:
+        UserError: names --validation_fraction, if no image is left for training.
     """
     order = PositionStream(len(table), seed=0)
     num_validation = max(1, round(len(table) * validation_fraction))
     if num_validation >= len(table):
-        raise UserError(f"--validation_fraction {validation_fraction} leaves none of {len(table)} images to train on")
+        raise UserError(f"--validation_fraction {validation_fraction} leaves none of {len(table)} images for training")
     held_out = {order.index(position) for position in range(num_validation)}
     training = [index for index in range(len(table)) if index not in held_out]
     return table.select(training), table.select(sorted(held_out))
 
 
 class StreamDataset(torch.utils.data.Dataset, ABC):
-    """What training needs at a position of the stream: an image, its label, and the random numbers drawn for it.
+    """Everything that training needs at a position of the stream: an image, its label, and their random numbers.
 
     Args:
-        table: where the images are.
-        stream: order of the images, for replacing bad ones.
-        random_flip: mirror half of the images left and right.
-        on_bad_image: `"error"`, or `"skip"`: take the next readable image of the permutation and report the name.
-        latent_shape: shape (c, h, w) of the latents to train on; None: training in pixels.
-        augment: draw the numbers of `diffit.augment`.
+        table: reader of the images.
+        stream: order of the images; determines the replacement of a bad image.
+        random_flip: mirror each image horizontally with probability 1/2.
+        on_bad_image: `"error"` raises; `"skip"` takes the next readable image of the permutation and reports the bad
+            one's name.
+        latent_shape: shape (c, h, w) of the latents to train on; None for pixel-space training.
+        augment: draw the random numbers of `diffit.augment`.
     """
 
     def __init__(
@@ -139,14 +143,19 @@ class StreamDataset(torch.utils.data.Dataset, ABC):
         self.augment = augment
 
     def __getitem__(self, position_and_index: tuple[int, int]) -> dict:
-        """Everything for one position, a function of (seed, position) alone.
+        """Builds the item of one position; it depends on (seed, position) only.
 
         Returns:
-            A dictionary: `position`; the image, see the class; `class_labels`, int (absent without labels); `noise`,
-            standard normal, in the shape of what is trained on, float32; `time_uniform` and `dropout_uniform`, float32
-            in [0, 1), from which timestep and label dropout follow; `posterior_noise`, like `noise` (only for
-            latents), see `sample_latents`; `augmentation` (only if asked for), see `diffit.augment`; `bad_images`,
-            messages about images that were skipped.
+            A dictionary with
+
+            - `position`;
+            - the image under the key that the subclass documents;
+            - `class_labels`: int; absent if the data have no labels;
+            - `noise`: standard normal, float32, shape of the pixels or latents that are trained on;
+            - `time_uniform`, `dropout_uniform`: float32 in [0, 1), mapped to the timestep and to label dropout;
+            - `posterior_noise`: like `noise`; only for latents, see `sample_latents`;
+            - `augmentation`: only if `augment` is set, see `diffit.augment`;
+            - `bad_images`: messages about images that were skipped.
 
         Raises:
             BadImageError: names the file, unless bad images are skipped.
@@ -167,7 +176,7 @@ class StreamDataset(torch.utils.data.Dataset, ABC):
                 bad_images.append(str(error))
                 num_images = len(self.table)
                 if len(bad_images) == num_images:
-                    raise BadImageError(f"no readable image in {self.table.source}; the last: {error}") from error
+                    raise BadImageError(f"no readable image in {self.table.source}; last error: {error}") from error
                 epoch_start = position - position % num_images
                 index = self.stream.index(epoch_start + (position + len(bad_images)) % num_images)
         rng = position_generator(self.stream.seed, position, DIFFUSION)
@@ -189,26 +198,33 @@ class StreamDataset(torch.utils.data.Dataset, ABC):
 
     @abstractmethod
     def _load(self, index: int, flip: bool, crop_position: tuple[float, float]) -> dict[str, torch.Tensor]:
-        """The image by its name in the item.
+        """Reads an image and returns it under its key in the item.
+
+        Args:
+            index: index of the image in the table.
+            flip: mirror the image horizontally.
+            crop_position: position of the crop from top (0) to bottom (1) and from left (0) to right (1).
 
         Raises:
-            BadImageError: if it cannot be read.
+            BadImageError: if the image cannot be read.
         """
 
 
 class ImageDataset(StreamDataset):
-    """Images to train on, or to encode on the device: `pixel_values`, shape (C, H, W), see `normalize_pixels`.
+    """Images as `pixel_values`, shape (C, H, W): grey levels for `normalize_pixels`.
 
     Args:
-        table: where the images are.
-        stream: order of the images, for replacing bad ones.
-        resolution: height and width in pixels.
-        num_channels: channels C; None: what the images have, and colour among grayscale is an error.
-        center_crop: crop the centre rather than a random place.
-        random_flip: mirror half of the images left and right.
-        on_bad_image: `"error"`, or `"skip"`: take the next readable image of the permutation and report the name.
-        latent_shape: shape (c, h, w) of the latents to train on; None: training in pixels.
-        augment: draw the numbers of `diffit.augment`, which transforms images on the device.
+        table: reader of the images.
+        stream: order of the images; determines the replacement of a bad image.
+        resolution: height H and width W in pixels.
+        num_channels: channels C; None infers them from a sample of the images, and a colour image among grayscale
+            ones is then an error.
+        center_crop: crop the centre rather than a random position.
+        random_flip: mirror each image horizontally with probability 1/2.
+        on_bad_image: `"error"` raises; `"skip"` takes the next readable image of the permutation and reports the bad
+            one's name.
+        latent_shape: shape (c, h, w) of the latents to train on; None for pixel-space training.
+        augment: draw the random numbers of `diffit.augment`, which transforms the images on the device.
     """
 
     def __init__(
@@ -242,9 +258,9 @@ class ImageDataset(StreamDataset):
 
 
 def collate(items: list[dict]) -> dict:
-    """Stacks items of a `StreamDataset` to a batch: shapes gain B in front, `bad_images` becomes one list."""
+    """Stacks items of a `StreamDataset` into a batch: tensors gain a leading B, `bad_images` becomes one list."""
     bad_images = [message for item in items for message in item["bad_images"]]
-    if len({item["pixel_values"].dtype for item in items if "pixel_values" in item}) > 1:  # some are of 16 bits
+    if len({item["pixel_values"].dtype for item in items if "pixel_values" in item}) > 1:  # 8-bit and 16-bit images
         items = [item | {"pixel_values": item["pixel_values"].float()} for item in items]
     batch = default_collate([{key: value for key, value in item.items() if key != "bad_images"} for item in items])
     return batch | {"bad_images": bad_images}

@@ -1,14 +1,15 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Converts NVIDIA's latent DiffiT checkpoints to a folder that diffusers loads, and trained models back.
+"""Converts NVIDIA's latent DiffiT checkpoints to folders that diffusers loads, and trained models back.
 
     python scripts/convert_nvidia_checkpoint.py --checkpoint diffit_256.safetensors --output_dir diffit-256 \\
         --vae stabilityai/sd-vae-ft-ema
     python scripts/convert_nvidia_checkpoint.py --to_nvidia --checkpoint diffit-256 --output_dir back
 
-The folder is that of a `DiTPipeline`: `transformer/`, a DDIM `scheduler/`, and `vae/` if `--vae` names one.
-`DiTPipeline.from_pretrained("diffit-256", trust_remote_code=True)` loads it; without a `vae/`, give it `vae=` too.
-Back again, `--output_dir` holds `diffit.safetensors`. Weights keep their bits; every size is read off their shapes.
-The 561 M parameters of XL/2 (a file of 2.3 GB) take seconds, and 2.3 GB of memory above the imports.
+The folder is a `DiTPipeline`: `transformer/`, a DDIM `scheduler/`, and `vae/` if `--vae` is given.
+`DiTPipeline.from_pretrained("diffit-256", trust_remote_code=True)` loads it; if it has no `vae/`, pass `vae=` as well.
+In the other direction, `--output_dir` will hold `diffit.safetensors`. Weights are copied bit for bit, and the model
+config is inferred from their shapes. XL/2 (561 M parameters, 2.3 GB) takes seconds and 2.3 GB of memory, not counting
+the imports.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from diffit.errors import UserError, load_model, user_errors
 from diffit.run_dir import OutputFolder
 from diffit_model import DiffiTTransformer2DModel, relative_position_index
 
-# What NVIDIA's layout calls otherwise than `DiffiTTransformer2DModel`; the names inside the blocks are the same.
+# Module names in NVIDIA's layout that differ in `DiffiTTransformer2DModel`; names inside the blocks are the same.
 OUR_NAMES = {
     "pos_embed": "position_embedding",
     "x_embedder.proj": "patch_embedding",
@@ -43,7 +44,7 @@ LINEAR_LAYERS_OF_A_BLOCK = ("attn.qkv", "attn.qkv_temb", "attn.proj", "mlp.fc1",
 
 
 def rename(tensors: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, torch.Tensor]:
-    """The same tensors, with what comes before `.weight` or `.bias` replaced where `names` has it."""
+    """Renames the modules (names without `.weight` or `.bias`) that are in `names`; other tensors keep their names."""
     renamed = {}
     for name, tensor in tensors.items():
         module_name, suffix = re.fullmatch(r"(.*?)(\.weight|\.bias)?", name).groups(default="")
@@ -52,7 +53,7 @@ def rename(tensors: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str,
 
 
 def nvidia_names(num_layers: int) -> list[str]:
-    """Names of all tensors in NVIDIA's layout for this many blocks: 346 for 28."""
+    """Names of all tensors in NVIDIA's layout for `num_layers` blocks: 346 names for 28 blocks."""
     names = ["pos_embed", "y_embedder.embedding_table.weight"]
     modules = ["x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "final_layer.linear"]
     for i in range(num_layers):
@@ -62,10 +63,10 @@ def nvidia_names(num_layers: int) -> list[str]:
 
 
 def check_names(tensors: dict[str, torch.Tensor]) -> None:
-    """Checks that the names are those of NVIDIA's layout, for as many blocks as there are.
+    """Checks that the names match NVIDIA's layout, for the number of blocks found.
 
     Raises:
-        ValueError: lists the names that are missing and those that are unknown.
+        UserError: lists the missing and the unknown names.
     """
     blocks = [int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))]
     expected = nvidia_names(max(blocks, default=0) + 1)
@@ -79,13 +80,13 @@ def check_names(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def infer_config(tensors: dict[str, torch.Tensor]) -> dict:
-    """Arguments of the `DiffiTTransformer2DModel` that the tensors are of, from their shapes.
+    """Infers the arguments of `DiffiTTransformer2DModel` from the shapes of the weights.
 
     Args:
-        tensors: in NVIDIA's layout, all names present.
+        tensors: weights in NVIDIA's layout, with no name missing.
 
     Raises:
-        ValueError: names the tensors whose shapes contradict each other.
+        UserError: names the tensors whose shapes contradict each other.
     """
 
     def shape(name: str, num_dimensions: int) -> torch.Size:
@@ -118,13 +119,15 @@ def infer_config(tensors: dict[str, torch.Tensor]) -> dict:
 
 
 def model_from_nvidia(tensors: dict[str, torch.Tensor]) -> DiffiTTransformer2DModel:
-    """The network with these very tensors as its weights. Its derived buffers stay on the meta device: save it.
+    """Builds a network that shares these tensors as its weights.
+
+    Its derived buffers stay on the meta device, so it can be saved but not run.
 
     Args:
-        tensors: in NVIDIA's layout.
+        tensors: weights in NVIDIA's layout.
 
     Raises:
-        ValueError: if names, shapes or relative position indices are not those of the layout; the message lists them.
+        UserError: lists the names, shapes or relative position indices that do not match the layout.
     """
     check_names(tensors)
     with torch.device("meta"):
@@ -134,8 +137,8 @@ def model_from_nvidia(tensors: dict[str, torch.Tensor]) -> DiffiTTransformer2DMo
     for name, tensor in rename(tensors, OUR_NAMES).items():
         if not name.endswith("relative_position_index"):
             weights[name] = tensor
-        elif tensor.dtype != index.dtype or not tensor.equal(index):  # in another order, so would be the tables
-            raise UserError(f"{name} is not that of a square grid of {' x '.join(map(str, model.token_grid))} tokens")
+        elif tensor.dtype != index.dtype or not tensor.equal(index):  # the rows of the bias tables would be permuted
+            raise UserError(f"{name} is not the index of a grid of {' x '.join(map(str, model.token_grid))} tokens")
     misfits = [
         f"{name} has shape {tuple(weights[name].shape)}, expected {tuple(wanted.shape)}"
         for name, wanted in model.state_dict().items()
@@ -148,13 +151,13 @@ def model_from_nvidia(tensors: dict[str, torch.Tensor]) -> DiffiTTransformer2DMo
 
 
 def nvidia_from_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors in NVIDIA's layout: the inverse of `model_from_nvidia`.
+    """Converts weights to NVIDIA's layout: the inverse of `model_from_nvidia`.
 
     Args:
         weights: state dict of a class-conditional `DiffiTTransformer2DModel` for square latents.
 
     Raises:
-        ValueError: if NVIDIA's layout cannot hold this network.
+        UserError: if NVIDIA's layout cannot represent this network.
     """
     tensors = rename(weights, {ours: theirs for theirs, ours in OUR_NAMES.items()})
     if "position_embedding" not in weights:
@@ -162,28 +165,28 @@ def nvidia_from_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     side = math.isqrt(weights["position_embedding"].shape[1])
     index = relative_position_index((side, side))
     for name in [name for name in tensors if name.endswith("relative_position_bias_table")]:
-        tensors[name.replace("bias_table", "index")] = index.clone()  # a file holds no tensor under two names
-    model_from_nvidia(tensors)  # raises what there is to raise
+        tensors[name.replace("bias_table", "index")] = index.clone()  # safetensors refuses tensors that share memory
+    model_from_nvidia(tensors)  # for its checks
     return tensors
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name, memory-mapped.
+    """Loads tensors by name, memory-mapped.
 
     Raises:
-        ValueError: if the file is damaged.
+        UserError: names --checkpoint, if the file is damaged.
     """
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise UserError(f"--checkpoint {path} is damaged or no .safetensors file: {error}") from error
+        raise UserError(f"--checkpoint {path} is damaged or not a .safetensors file: {error}") from error
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name, from a `.safetensors` file, or a `.pt` file that holds nothing but tensors.
+    """Loads tensors by name from a `.safetensors` file, or from a `.pt` file that holds nothing but tensors.
 
     Raises:
-        ValueError: if the file is not there, damaged, or holds something else.
+        UserError: names --checkpoint, if the file is missing, damaged, or holds anything else.
     """
     if not path.is_file():
         raise UserError(f"--checkpoint {path}: no such file")
@@ -193,25 +196,26 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"--checkpoint {path}: expected a .safetensors or .pt file")
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's own message advises to load it without the protection
+    except Exception as error:  # torch's own message suggests loading the file without `weights_only`
         raise UserError(
             f"--checkpoint {path} is damaged, or holds more than tensors ({type(error).__name__})"
         ) from error
     is_named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
     if not is_named or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         found = ", ".join(map(str, tensors)) if isinstance(tensors, dict) else type(tensors).__name__
-        raise UserError(f"--checkpoint {path} must hold tensors by name, it holds {found}")
+        raise UserError(f"--checkpoint {path} must hold a dictionary of tensors, it holds {found}")
     return tensors
 
 
 def read_trained_folder(path: Path) -> dict[str, torch.Tensor]:
-    """Weights of a saved `DiffiTTransformer2DModel`.
+    """Loads the weights of a saved `DiffiTTransformer2DModel`.
 
     Args:
-        path: folder of the network, or of a pipeline with it in `transformer/`.
+        path: folder of the network, or of a pipeline that has it in `transformer/`.
 
     Raises:
-        ValueError: if there are none, or they are damaged.
+        UserError: names --checkpoint, if the weights are missing or damaged, or --to_nvidia, if they were trained for
+            another objective than NVIDIA's.
     """
     files = [path / folder / "diffusion_pytorch_model.safetensors" for folder in ("transformer", "")]
     scheduler_file = path / "scheduler" / "scheduler_config.json"
@@ -222,7 +226,7 @@ def read_trained_folder(path: Path) -> dict[str, torch.Tensor]:
         if target != ("epsilon", "linear"):  # EDM has no beta_schedule
             raise UserError(
                 f"--to_nvidia: {path} was trained with {scheduler.get('_class_name')}, prediction_type {target[0]} "
-                f"and beta_schedule {target[1]}; that layout means epsilon and linear betas"
+                f"and beta_schedule {target[1]}; NVIDIA's layout implies epsilon and linear betas"
             )
     for file in files:
         if file.is_file():
@@ -231,27 +235,36 @@ def read_trained_folder(path: Path) -> dict[str, torch.Tensor]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line and checks what can be checked before anything is loaded."""
+    """Parses the flags and checks everything that needs no weights."""
     parser = Parser(__doc__)
     parser.add_argument(
-        "--checkpoint", required=True, type=path_type, help="file of NVIDIA's; with --to_nvidia a folder"
+        "--checkpoint",
+        required=True,
+        type=path_type,
+        help="NVIDIA's .safetensors or .pt file; with --to_nvidia, the folder of a trained model (required)",
     )
-    parser.add_argument("--output_dir", required=True, type=path_type, help="folder to write, empty or not there yet")
     parser.add_argument(
-        "--vae", type=path_type, help="folder or hub name of the AutoencoderKL to put beside the network"
+        "--output_dir", required=True, type=path_type, help="folder for the result, new or empty (required)"
     )
-    parser.add_argument("--to_nvidia", action="store_true", help="from a trained folder to NVIDIA's layout")
+    parser.add_argument(
+        "--vae",
+        type=path_type,
+        help="folder or hub name of the AutoencoderKL to save with the network (default: none)",
+    )
+    parser.add_argument(
+        "--to_nvidia", action="store_true", help="convert a trained folder to NVIDIA's layout (default: off)"
+    )
     args = parser.parse_args(argv)
     args.checkpoint, args.output_dir = Path(args.checkpoint), Path(args.output_dir)
     if args.to_nvidia and args.vae:
-        parser.error("--vae has no place in NVIDIA's layout: leave it out with --to_nvidia")
+        parser.error("--vae cannot be used with --to_nvidia: NVIDIA's layout has no VAE")
     if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
         parser.error(f"--output_dir {args.output_dir} is not an empty folder")
     return args
 
 
 def main(args: argparse.Namespace) -> None:
-    """Reads, converts and writes; nothing is written if anything is wrong."""
+    """Reads, converts and writes. If anything is wrong, nothing is written."""
     folder = OutputFolder(args.output_dir, Path(__file__).name)
     if args.to_nvidia:
         tensors = nvidia_from_weights(read_trained_folder(args.checkpoint))
@@ -269,7 +282,7 @@ def main(args: argparse.Namespace) -> None:
                 f"--vae {args.vae} has {vae.config.latent_channels} latent channels, "
                 f"the checkpoint {model.config.in_channels}"
             )
-    # The diffusion that the weights were trained for; without clipping, which is for pixels.
+    # The diffusion process of the training. Clipping is off because latents are not confined to [-1, 1].
     scheduler = DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=1e-4,

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("output", help="the parquet file to write")
+    parser.add_argument("output", help="parquet file to write (required)")
     args = parser.parse_args()
 
     digits = load_digits()

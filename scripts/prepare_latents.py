@@ -1,5 +1,5 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Encodes images and their mirror images with a VAE, once, so that training need not.
+"""Encodes images and their mirror images with a VAE in advance, so that training does not have to.
 
     python scripts/prepare_latents.py --vae_model_name_or_path outputs/vae-digits --resolution 32 --no-mirror \\
         --train_data_file data/digits.parquet --output_dir outputs/latents-digits
@@ -7,16 +7,17 @@
         --train_data_dir imagenet/train --resolution 256 --batch_size 64 --dataloader_num_workers 12 \\
         --output_dir imagenet-latents
 
-Images are cropped to the centre. What is stored are the moments of the VAE's posterior (means and log-variances,
-float32), so that training still draws from it: 64 KiB for an image of 256 pixels and its mirror image.
+Images are center-cropped. The script stores the moments of the VAE's posterior (means and log-variances, float32), so
+that training still samples from it: 64 KiB for a 256x256 image and its mirror image.
 
-`--output_dir` holds `data/train-00000-of-00002.parquet`, ..., which `datasets.load_dataset(DIR)` reads, with the
-columns `moments` and `mirrored_moments` (2c, h, w), `label` (of labelled images) and `bad_image`; and `latents.json`.
-Row i is image i of the source. With `--on_bad_image skip`, the row of a bad image says why in `bad_image` and its
-moments are NaN; no row is left out, so training meets the same images at the same positions with or without a cache.
+`--output_dir` will hold `latents.json` and `data/train-00000-of-00002.parquet`, ..., which
+`datasets.load_dataset(DIR)` reads. The columns are `moments` and `mirrored_moments` (2c, h, w), `label` (if the images
+have labels) and `bad_image`. Row i is image i of the source. With `--on_bad_image skip`, the row of a bad image gives
+the reason in `bad_image`, and its moments are NaN. No row is left out, so training sees the same images at the same
+positions with or without prepared latents.
 
-Shards are ranges of images. One is written under another name and renamed, so it is complete or does not exist: the
-same command goes on where an earlier one ended, on any number of processes, and the result is the same.
+A shard holds a range of images. It is written under a temporary name and then renamed, so it is complete or does not
+exist. The same command therefore resumes an interrupted run, on any number of processes, with the same result.
 """
 
 import sys
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from diffit.launcher import follow_launcher
 
 if __name__ == "__main__":
-    follow_launcher()  # before the slow imports: the launcher may die meanwhile
+    follow_launcher()  # before the slow imports, during which the launcher may die
 
 import argparse
 import contextlib
@@ -70,36 +71,72 @@ DATA_FLAGS = (
     *("dataset_name", "dataset_config_name", "dataset_split", "train_data_dir", "train_data_file"),
     *("image_column", "label_column", "cache_dir"),
 )
-PATHS = ("vae", "source")  # in the metadata, for people: they may differ where the contents are the same
+PATHS = ("vae", "source")  # metadata for people only: paths may differ although their contents are the same
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Flags; those of the data are those of `train_diffit.py`."""
+    """Parses the flags. The data flags are those of `train_diffit.py`."""
     parser = Parser(__doc__)
     parser.add_argument(
-        "--vae_model_name_or_path", type=path_type, required=True, help="an AutoencoderKL: a folder or a hub name"
+        "--vae_model_name_or_path",
+        type=path_type,
+        required=True,
+        help="folder or hub name of the AutoencoderKL that encodes the images (required)",
     )
     parser.add_argument(
-        "--output_dir", type=path_type, required=True, help="new, or of an earlier run of the same command"
+        "--output_dir",
+        type=path_type,
+        required=True,
+        help="folder for the latents: new, or written by an interrupted run with the same flags (required)",
     )
-    parser.add_argument("--resolution", type=resolution_type, required=True, help="of the images: N or HxW pixels")
-    parser.add_argument("--mirror", action=argparse.BooleanOptionalAction, default=True, help="for --random_flip")
-    parser.add_argument("--batch_size", type=int, default=16, help="images that a process encodes at once")
-    parser.add_argument("--images_per_shard", type=int, default=1024)
-    parser.add_argument("--on_bad_image", choices=("error", "skip"), default="error")
-    parser.add_argument("--dataloader_num_workers", type=number_type(int, 0), default=0)
+    parser.add_argument(
+        "--resolution", type=resolution_type, required=True, help="size of the images in pixels, N or HxW (required)"
+    )
+    parser.add_argument(
+        "--mirror",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="encode the mirror image of each image, too, which training with --random_flip needs (default: on)",
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=16, help="images per encoder pass and process (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--images_per_shard", type=int, default=1024, help="images per parquet file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--on_bad_image",
+        choices=("error", "skip"),
+        default="error",
+        help="error: stop at the first image that cannot be read; skip: record it as bad and continue "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dataloader_num_workers",
+        type=number_type(int, 0),
+        default=0,
+        help="worker processes that decode images, per process; 0 decodes in the main process (default: %(default)s)",
+    )
 
     group = parser.add_argument_group("data: one of --dataset_name, --train_data_dir, --train_data_file")
-    group.add_argument("--dataset_name", type=path_type, help="hub name, or local path for datasets.load_dataset")
-    group.add_argument("--dataset_config_name")
-    group.add_argument("--dataset_split", default="train")
     group.add_argument(
-        "--train_data_dir", type=path_type, help="folder or zip of images; dataset.json, metadata.jsonl, parquet too"
+        "--dataset_name", type=path_type, help="hub name or local path for datasets.load_dataset (default: none)"
     )
-    group.add_argument("--train_data_file", type=path_type, help="a parquet file")
-    group.add_argument("--image_column", help="default: the only one of type Image")
-    group.add_argument("--label_column", help="default: the only one of type ClassLabel")
-    group.add_argument("--cache_dir", type=path_type, help="of datasets.load_dataset")
+    group.add_argument(
+        "--dataset_config_name", help="configuration of --dataset_name (default: the data set's default configuration)"
+    )
+    group.add_argument("--dataset_split", default="train", help="split of --dataset_name (default: %(default)s)")
+    group.add_argument(
+        "--train_data_dir",
+        type=path_type,
+        help="folder or zip of images; dataset.json, metadata.jsonl and parquet files are read, too (default: none)",
+    )
+    group.add_argument("--train_data_file", type=path_type, help="parquet file of images (default: none)")
+    group.add_argument("--image_column", help="column of the images (default: the only column of type Image)")
+    group.add_argument("--label_column", help="column of the labels (default: the only column of type ClassLabel)")
+    group.add_argument(
+        "--cache_dir", type=path_type, help="cache folder of datasets.load_dataset (default: the datasets library's)"
+    )
     args = parser.parse_args(argv)
     for name in ("batch_size", "images_per_shard"):
         if getattr(args, name) < 1:
@@ -108,13 +145,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class CenterCrops(torch.utils.data.Dataset):
-    """Images by index, cropped to the centre: (pixels (C, H, W) in [-1, 1], None), or (NaN, why) for a bad one.
+    """Center-cropped images by index: (pixels, None), or (NaN, reason) for a bad image. Shape (C, H, W), in [-1, 1].
 
     Args:
-        table: where the images are.
+        table: reader of the images.
         resolution: height H and width W in pixels.
         num_channels: channels C.
-        on_bad_image: `"error"` raises a BadImageError, `"skip"` goes on.
+        on_bad_image: `"error"` raises a BadImageError; `"skip"` returns the reason.
     """
 
     def __init__(self, table: ImageTable, resolution: tuple[int, int], num_channels: int, on_bad_image: str):
@@ -133,16 +170,16 @@ class CenterCrops(torch.utils.data.Dataset):
 
 
 def collate_crops(items: list[tuple[torch.Tensor, str | None]]) -> tuple[torch.Tensor, list[str | None]]:
-    """Pixels (B, C, H, W) and messages of a batch of `CenterCrops`."""
+    """Collates items of `CenterCrops` into pixels, shape (B, C, H, W), and B messages."""
     pixels, messages = zip(*items, strict=True)
     return torch.stack(pixels), list(messages)
 
 
 def check_metadata(output_dir: Path, metadata: dict) -> None:
-    """Writes the metadata into a new folder, or compares it with that of an earlier run.
+    """Writes the metadata into a new folder, or compares it with the metadata of an earlier run.
 
     Raises:
-        ValueError: names what differs from the earlier run.
+        UserError: names --output_dir and the settings that differ from the earlier run.
     """
     file = output_dir / LATENTS_METADATA
     names = [LATENTS_METADATA, *latent_shard_names(metadata["num_images"], metadata["images_per_shard"])]
@@ -161,20 +198,20 @@ def check_metadata(output_dir: Path, metadata: dict) -> None:
     if differ:
         listed = "; ".join(f"{name} is {earlier.get(name)} there, {metadata[name]} now" for name in differ)
         raise UserError(
-            f"--output_dir {output_dir} holds other latents: {listed}. Give the flags of the earlier run, or another "
+            f"--output_dir {output_dir} holds other latents: {listed}. Use the flags of the earlier run, or another "
             "folder"
         )
 
 
 def missing_shards(output_dir: Path, names: list[str]) -> list[int]:
-    """Numbers of the shards that are yet to be made."""
+    """Indices of the shards that have not been written yet."""
     return [number for number, name in enumerate(names) if not (output_dir / name).exists()]
 
 
 def encode(
     vae: AutoencoderKL, batches: Iterator[tuple[torch.Tensor, list[str | None]]], mirror: bool
 ) -> dict[str, list]:
-    """The columns of one shard, but for the labels, from batches of `CenterCrops`."""
+    """Encodes batches of `CenterCrops` into the columns of one shard, except the labels."""
     columns = {"moments": []} | ({"mirrored_moments": []} if mirror else {}) | {"bad_image": []}
     for pixels, messages in batches:
         pixels = pixels.to(vae.device)  # (B, C, H, W)
@@ -183,14 +220,14 @@ def encode(
             columns["mirrored_moments"].append(encode_moments(vae, pixels.flip(-1)).cpu().numpy())
         columns["bad_image"].append(messages)
         for message in filter(None, messages):
-            logger.warning(f"bad image, stored as such: {message}")
+            logger.warning(f"bad image, recorded without latents: {message}")
     return {name: np.concatenate(batches) for name, batches in columns.items()}
 
 
 def write_shard(file: Path, columns: dict[str, list], features: Features) -> None:
-    """Writes a parquet file that is complete or does not exist, also after a power failure.
+    """Writes a parquet file atomically and durably: even after a power failure it is complete or does not exist.
 
-    What a killed run left under the temporary name is overwritten.
+    A temporary file left by a killed run is overwritten.
     """
     temporary = file.with_name(f".{file.name}.tmp")
     with temporary.open("wb") as stream:
@@ -201,7 +238,7 @@ def write_shard(file: Path, columns: dict[str, list], features: Features) -> Non
 
 
 def prepare(accelerator: Accelerator, args: argparse.Namespace) -> None:
-    """Encodes the shards that are not there yet, shared among the processes."""
+    """Encodes the missing shards, divided among the processes."""
     vae = on_all_processes(accelerator, load_vae, args.vae_model_name_or_path).to(accelerator.device)
     latent_shape = vae_latent_shape(vae, args.resolution)
     source = {name: getattr(args, name) for name in DATA_FLAGS}
@@ -211,7 +248,7 @@ def prepare(accelerator: Accelerator, args: argparse.Namespace) -> None:
         run_on_main_and_broadcast(accelerator, detect_num_channels, table) > num_channels
         and accelerator.is_main_process
     ):
-        logger.warning(f"{table.source} has more than the VAE's {num_channels} channels: colours are dropped")
+        logger.warning(f"{table.source} has more channels than the VAE ({num_channels}): colours are dropped")
     metadata = {
         "vae": args.vae_model_name_or_path,
         **vae_description(vae),
@@ -231,7 +268,7 @@ def prepare(accelerator: Accelerator, args: argparse.Namespace) -> None:
     mine = missing[accelerator.process_index :: accelerator.num_processes]
 
     features = latent_features(latent_shape, args.mirror, table.class_names)
-    # A batch never crosses shards, so what a shard holds does not depend on who makes it.
+    # A batch never crosses a shard boundary, so the contents of a shard do not depend on which process encodes it.
     ranges = [range(len(table))[n * args.images_per_shard : (n + 1) * args.images_per_shard] for n in mine]
     batches = [list(BatchSampler(images, args.batch_size, drop_last=False)) for images in ranges]
     loader = iter(
@@ -257,10 +294,10 @@ def prepare(accelerator: Accelerator, args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Takes possession of --output_dir and fills it."""
+    """Locks `--output_dir`, then encodes."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     disable_datasets_progress_bars()
-    join_processes(timeout=timedelta(hours=12))  # at the end, they wait for the one that has the most to encode
+    join_processes(timeout=timedelta(hours=12))  # at the end, all processes wait for the slowest one
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     lock = OutputDirLock(args.output_dir)
     with contextlib.ExitStack() as resources:

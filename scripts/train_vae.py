@@ -1,11 +1,12 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Trains a small `AutoencoderKL`, for latents of data that the VAEs of Stable Diffusion are too large for.
+"""Trains a small `AutoencoderKL`, for data for which the VAEs of Stable Diffusion are too large.
 
     python scripts/train_vae.py --train_data_file data/digits.parquet --output_dir outputs/vae-digits
 
-The defaults are for the included digits, drawn at 32 x 32 pixels: latents of 4 x 4 x 4, two minutes on one CPU core.
-Mean squared error plus a small KL term; no perceptual or adversarial loss, which photographs need.
-The scaling factor in the saved config is 1 / (standard deviation of the latents), so that these have unit variance.
+The defaults suit the included digits at 32x32 pixels: latents of shape (4, 4, 4), two minutes on one CPU core. The
+loss is the mean squared error plus a small KL term, without the perceptual and adversarial losses that photographs
+need. The scaling factor in the saved config is 1 / (standard deviation of the latents), so that they have unit
+variance.
 """
 
 import sys
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from diffit.launcher import follow_launcher
 
 if __name__ == "__main__":
-    follow_launcher()  # before the slow imports: the launcher may die meanwhile
+    follow_launcher()  # before the slow imports, during which the launcher may die
 
 import argparse
 import math
@@ -38,29 +39,56 @@ from diffit.stream import ImageDataset, PositionStream, StreamBatchSampler, coll
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses the flags and checks them against each other."""
     parser = Parser(__doc__)
-    parser.add_argument("--train_data_dir", type=path_type, help="folder or zip of images, see train_diffit.py")
-    parser.add_argument("--train_data_file", type=path_type, help="a parquet file")
-    parser.add_argument("--output_dir", type=path_type, required=True, help="folder for the VAE")
-    parser.add_argument("--resolution", type=positive_int, default=32, help="height and width in pixels")
+    parser.add_argument(
+        "--train_data_dir", type=path_type, help="folder or zip of images, see train_diffit.py (default: none)"
+    )
+    parser.add_argument("--train_data_file", type=path_type, help="parquet file of images (default: none)")
+    parser.add_argument("--output_dir", type=path_type, required=True, help="folder for the trained VAE (required)")
+    parser.add_argument(
+        "--resolution",
+        type=positive_int,
+        default=32,
+        help="height and width of the images in pixels (default: %(default)s)",
+    )
     parser.add_argument(
         "--block_out_channels",
         type=positive_int,
         nargs="+",
         default=[16, 32, 32, 32],
-        help="each but the first halves the size",
+        help="channels of each level; each level but the first halves height and width (default: 16 32 32 32)",
     )
-    parser.add_argument("--latent_channels", type=positive_int, default=4)
     parser.add_argument(
-        "--kl_weight", type=number_type(float, 0), default=1e-2, help="of the KL term (per pixel, channel)"
+        "--latent_channels", type=positive_int, default=4, help="channels of the latents (default: %(default)s)"
     )
-    parser.add_argument("--max_train_steps", type=positive_int, default=300)
-    parser.add_argument("--train_batch_size", type=positive_int, default=64)
-    parser.add_argument("--learning_rate", type=number_type(float, 0), default=2e-3)
-    parser.add_argument("--seed", type=number_type(int, 0, 2**63 - 1), default=0)
+    parser.add_argument(
+        "--kl_weight",
+        type=number_type(float, 0),
+        default=1e-2,
+        help="weight of the KL term, which is averaged over pixels and channels (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max_train_steps", type=positive_int, default=300, help="optimizer steps (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--train_batch_size", type=positive_int, default=64, help="images per optimizer step (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--learning_rate",
+        type=number_type(float, 0),
+        default=2e-3,
+        help="peak learning rate of AdamW, with 20 steps of warm-up and cosine decay (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=number_type(int, 0, 2**63 - 1),
+        default=0,
+        help="seed of weights, image order and noise (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     if (args.train_data_dir is None) == (args.train_data_file is None):
-        parser.error("give one of --train_data_dir and --train_data_file")
+        parser.error("give either --train_data_dir or --train_data_file")
     factor = 2 ** (len(args.block_out_channels) - 1)
     if args.resolution % factor:
         parser.error(f"--resolution {args.resolution} must be a multiple of {factor} (see --block_out_channels)")
@@ -68,7 +96,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_batches(table: ImageTable, args: argparse.Namespace, num_channels: int) -> Iterator[torch.Tensor]:
-    """Endless batches of images (B, C, H, W) in [-1, 1], cropped to the centre."""
+    """Endless batches of center-cropped images, shape (B, C, H, W), in [-1, 1]."""
     stream = PositionStream(len(table), args.seed)
     size = (args.resolution, args.resolution)
     dataset = ImageDataset(table, stream, size, num_channels, center_crop=True)
@@ -77,7 +105,7 @@ def read_batches(table: ImageTable, args: argparse.Namespace, num_channels: int)
 
 
 def build_vae(args: argparse.Namespace, num_channels: int) -> AutoencoderKL:
-    """A new network of a few layers, without attention."""
+    """Builds a small, randomly initialized VAE without attention."""
     num_levels = len(args.block_out_channels)
     return AutoencoderKL(
         in_channels=num_channels,
@@ -94,7 +122,16 @@ def build_vae(args: argparse.Namespace, num_channels: int) -> AutoencoderKL:
 
 
 def compute_loss(vae: AutoencoderKL, images: torch.Tensor, kl_weight: float) -> torch.Tensor:
-    """Squared error of the decoded latents plus the KL divergence to a standard normal, both per pixel and channel."""
+    """Mean squared reconstruction error plus the weighted KL divergence to N(0, 1), both per pixel and channel.
+
+    Args:
+        vae: the network.
+        images: shape (B, C, H, W), in [-1, 1].
+        kl_weight: weight of the KL term.
+
+    Returns:
+        The loss, a scalar.
+    """
     posterior = vae.encode(images).latent_dist
     reconstruction = vae.decode(posterior.sample()).sample
     return F.mse_loss(reconstruction, images) + kl_weight * posterior.kl().mean() / images[0].numel()
@@ -102,21 +139,21 @@ def compute_loss(vae: AutoencoderKL, images: torch.Tensor, kl_weight: float) -> 
 
 @torch.no_grad()
 def measure_psnr(vae: AutoencoderKL, images: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio of images after encoding, sampling and decoding; in dB."""
+    """Peak signal-to-noise ratio in dB of images, shape (B, C, H, W), after encoding, sampling and decoding."""
     reconstruction = vae.decode(vae.encode(images).latent_dist.sample()).sample.clamp(-1, 1)
-    return -10 * math.log10(F.mse_loss(reconstruction, images).item() / 4)  # the range of values is 2
+    return -10 * math.log10(F.mse_loss(reconstruction, images).item() / 4)  # the squared range of [-1, 1] is 4
 
 
 @torch.no_grad()
 def measure_std(vae: AutoencoderKL, batches: Iterator[torch.Tensor]) -> float:
-    """Standard deviation of latents drawn from the posterior."""
+    """Standard deviation of latents sampled from the posterior, over batches of shape (B, C, H, W)."""
     return torch.cat([vae.encode(images).latent_dist.sample() for images in batches]).std().item()
 
 
 def main(args: argparse.Namespace) -> None:
-    """Trains, measures on held-out images, and saves."""
+    """Trains and saves the VAE, and prints its PSNR on held-out images."""
     torch.manual_seed(args.seed)
-    # A CUDA build of torch names its accelerator whether or not there is one.
+    # Without `check_available`, a CUDA build of torch reports an accelerator even if the machine has none.
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     folder = OutputFolder(args.output_dir, Path(__file__).name)
     folder.check_free(("config.json", "*.safetensors"))

@@ -323,7 +323,7 @@ REFUSED = {
     "heads_that_do_not_divide": ({TABLE: torch.ones(49, 7)}, "24 .* 7 heads"),
     "index_of_another_order": (
         {"blocks.1.attn.relative_position_index": torch.arange(16)[None] - torch.arange(16)[:, None] + 24},
-        r"blocks\.1\.attn\.relative_position_index is not that of a square grid of 4 x 4 tokens",
+        r"blocks\.1\.attn\.relative_position_index is not the index of a grid of 4 x 4 tokens",
     ),
     "no_classes": ({"y_embedder.embedding_table.weight": torch.ones(1, 24)}, "num_embeds_ada_norm"),
 }
@@ -350,7 +350,7 @@ class Opener:
     "content, message",
     [
         ({"weight": Opener()}, "holds more than tensors"),
-        ({"model": {"weight": torch.ones(1)}, "ema": {}}, "must hold tensors by name, it holds model, ema"),
+        ({"model": {"weight": torch.ones(1)}, "ema": {}}, "it holds model, ema"),
         ([torch.ones(1)], "it holds list"),
     ],
     ids=["code", "nested", "list"],

@@ -30,7 +30,7 @@ def write_owner(lock: OutputDirLock, **changes) -> None:
 
 def test_folder_of_a_living_run_is_refused(tmp_path):
     with OutputDirLock(tmp_path):
-        with pytest.raises(ValueError, match=f"{tmp_path}: another run works there .process {os.getpid()}"):
+        with pytest.raises(ValueError, match=f"{tmp_path} is in use by another run .process {os.getpid()}"):
             OutputDirLock(tmp_path).__enter__()
     with OutputDirLock(tmp_path):  # given back
         pass
@@ -58,7 +58,7 @@ def test_living_owner_stays_owner_when_the_clock_is_set(tmp_path):
     with OutputDirLock(tmp_path, heartbeat=0.05) as token:
         owner = json.loads((tmp_path / ".running").read_text())
         (tmp_path / ".running").write_text(json.dumps(owner | {"started": owner["started"] + 3600}))
-        with pytest.raises(ValueError, match="another run works there"):
+        with pytest.raises(ValueError, match="in use by another run"):
             OutputDirLock(tmp_path, heartbeat=0.05, patience=5).__enter__()
         assert json.loads((tmp_path / ".running").read_text())["token"] == token
 
@@ -172,7 +172,7 @@ def test_second_run_on_one_folder_is_refused_and_the_first_goes_on(base_args, tm
     flags = [f"--output_dir={tmp_path / 'run'}", "--max_train_steps=100000", "--resume_from_checkpoint=latest"]
     first = start(["train_diffit.py", *base_args, *flags, "--checkpointing_steps=10"])
     wait_for_file(tmp_path / "run/checkpoint-10", first)
-    with pytest.raises(ValueError, match=f"another run works there .process {first.pid}"):
+    with pytest.raises(ValueError, match=f"in use by another run .process {first.pid}"):
         train([*base_args, *flags])
     assert first.poll() is None
     first.terminate()

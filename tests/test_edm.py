@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 
 import sample_diffit
-from diffit_pipeline import EDM_SCHEDULERS, DiffiTPipeline, choose_scheduler, edm_heun, edm_preconditioning, edm_time
+from diffit_pipeline import EDM_SCHEDULERS, DiffiTPipeline, choose_scheduler, edm_heun, edm_time
 from helpers import count_batches, generators, open_pipeline, quiet, sample, tiny_unet
 
 MEAN = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64)
@@ -56,33 +56,40 @@ def ddpm_folder(tmp_path_factory) -> Path:
     return folder
 
 
-# --- preconditioning
+# --- preconditioning: training and sampling take it from diffusers' scheduler
+
+
+def preconditioning(sigma: torch.Tensor, sigma_data: float) -> tuple[torch.Tensor, ...]:
+    """c_skip, c_out, c_in and c_noise: what the scheduler makes of images and network outputs that are 0 or 1."""
+    scheduler = EDMEulerScheduler(sigma_data=sigma_data)
+    ones, zeros = torch.ones_like(sigma), torch.zeros_like(sigma)
+    c_skip, c_out = (scheduler.precondition_outputs(*images, sigma) for images in ((ones, zeros), (zeros, ones)))
+    return c_skip, c_out, scheduler.precondition_inputs(ones, sigma), scheduler.precondition_noise(sigma)
 
 
 def test_preconditioning_equals_values_by_hand():
     """sigma_data 0.5: sigma 0.5 gives sigma^2 + sigma_data^2 = 0.5, sigma 1.2 gives 1.69 = 1.3^2."""
-    c_skip, c_out, c_in, c_noise = edm_preconditioning(torch.tensor([0.5, 1.2]), 0.5)
+    c_skip, c_out, c_in, c_noise = preconditioning(torch.tensor([0.5, 1.2]), 0.5)
     torch.testing.assert_close(c_skip, torch.tensor([0.5, 0.25 / 1.69]), rtol=1e-6, atol=0)
     torch.testing.assert_close(c_out, torch.tensor([0.35355339, 0.6 / 1.3]), rtol=1e-6, atol=0)
     torch.testing.assert_close(c_in, torch.tensor([1.41421356, 1 / 1.3]), rtol=1e-6, atol=0)
     torch.testing.assert_close(c_noise, torch.tensor([-0.17328680, 0.04558039]), rtol=1e-6, atol=0)
 
 
-def test_preconditioning_equals_that_of_diffusers():
-    scheduler = EDMEulerScheduler(sigma_data=0.7)
-    sigma = torch.tensor([0.002, 0.3, 5.0, 80.0], dtype=torch.float64)[:, None]
-    sample, output = standard_normal(4), standard_normal(4, seed=1)
-    c_skip, c_out, c_in, c_noise = edm_preconditioning(sigma, 0.7)
-    expected = scheduler.precondition_outputs(sample, output, sigma)
-    torch.testing.assert_close(c_skip * sample + c_out * output, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(c_in * sample, scheduler.precondition_inputs(sample, sigma), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(c_noise, scheduler.precondition_noise(sigma), rtol=1e-12, atol=1e-12)
+def test_preconditioning_equals_table_1_of_edm():
+    sigma = torch.tensor([0.002, 0.3, 5.0, 80.0], dtype=torch.float64)
+    c_skip, c_out, c_in, c_noise = preconditioning(sigma, 0.7)
+    total = 0.7**2 + sigma**2
+    torch.testing.assert_close(c_skip, 0.7**2 / total, rtol=1e-12, atol=0)
+    torch.testing.assert_close(c_out, 0.7 * sigma / total.sqrt(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(c_in, 1 / total.sqrt(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(c_noise, sigma.log() / 4, rtol=1e-12, atol=0)
 
 
 def test_preconditioning_keeps_input_and_target_at_unit_variance():
     """Var(c_in x) = 1, and the target of F, (y - c_skip x) / c_out, has variance 1 (EDM appendix B.6)."""
     sigma = torch.tensor([0.01, 0.5, 20.0], dtype=torch.float64)
-    c_skip, c_out, c_in, _ = edm_preconditioning(sigma, 0.5)
+    c_skip, c_out, c_in, _ = preconditioning(sigma, 0.5)
     ones = torch.ones(3, dtype=torch.float64)
     torch.testing.assert_close(c_in**2 * (0.25 + sigma**2), ones, rtol=1e-12, atol=0)
     torch.testing.assert_close(((1 - c_skip) ** 2 * 0.25 + c_skip**2 * sigma**2) / c_out**2, ones, rtol=1e-9, atol=0)
@@ -276,9 +283,9 @@ def test_saved_folder_is_sampled_without_a_flag(edm_folder):
 
 
 def test_scheduler_of_the_other_formulation_is_refused(edm_folder, ddpm_folder):
-    with pytest.raises(ValueError, match="one of edm_dpmsolver.*edm_euler, edm_heun, as .* is an EDM model.*'ddim'"):
+    with pytest.raises(ValueError, match="'ddim'.*EDM: .* edm_dpmsolver.*edm_euler, edm_heun"):
         open_pipeline(edm_folder, scheduler="ddim")
-    with pytest.raises(ValueError, match="one of ddim.*, as .* is no EDM model, got 'edm_heun'"):
+    with pytest.raises(ValueError, match="'edm_heun'.*DDPM: .* ddim"):
         open_pipeline(ddpm_folder, scheduler="edm_heun")
     assert [choose_scheduler(str(folder)) for folder in (edm_folder, ddpm_folder)] == ["edm_heun", "ddim"]
 
@@ -331,10 +338,17 @@ def test_churn_needs_heun(name, edm_folder):
         open_pipeline(edm_folder, scheduler=name)([0], s_churn=1.0)
 
 
-def test_heun_refuses_another_preconditioning():
-    pipeline = quiet(DiffiTPipeline(tiny_unet(), EDMEulerScheduler(prediction_type="v_prediction")))
-    with pytest.raises(ValueError, match="prediction_type epsilon, got v_prediction"):
-        pipeline(num_inference_steps=2)
+def test_heun_follows_the_prediction_type_of_the_scheduler():
+    """v_prediction changes the sign of c_out (in diffusers), so the negated network gives the same images."""
+    pipeline = edm_pipeline()
+    settings = {"num_inference_steps": 4, "output_type": "latent"}
+    expected = pipeline(generator=generators([0]), **settings).images
+    pipeline.scheduler = EDMEulerScheduler(prediction_type="v_prediction")
+    assert (pipeline(generator=generators([0]), **settings).images - expected).abs().max() > 0.01
+    with torch.no_grad():
+        for parameter in pipeline.unet.conv_out.parameters():
+            parameter.neg_()
+    torch.testing.assert_close(pipeline(generator=generators([0]), **settings).images, expected, rtol=0, atol=1e-5)
 
 
 # --- the script
@@ -367,10 +381,10 @@ def test_script_refuses_to_mix_images_of_another_churn(edm_folder, tmp_path):
 @pytest.mark.parametrize(
     ("folder", "flags", "words"),
     [
-        ("edm_folder", ["--scheduler=ddim"], "scheduler must be one of edm_.* got 'ddim'"),
+        ("edm_folder", ["--scheduler=ddim"], "'ddim'.*EDM: .* edm_"),
         ("edm_folder", ["--eta=0.5"], "--eta is of --scheduler ddim, got edm_heun"),
         ("ddpm_folder", ["--s_churn=1"], "--s_churn is of --scheduler edm_heun, got ddim"),
-        ("ddpm_folder", ["--scheduler=edm_euler"], "scheduler must be one of ddim.* got 'edm_euler'"),
+        ("ddpm_folder", ["--scheduler=edm_euler"], "'edm_euler'.*DDPM: .* ddim"),
     ],
 )
 def test_flags_of_the_other_formulation_are_refused(folder, flags, words, request, tmp_path):

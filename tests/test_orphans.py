@@ -418,7 +418,7 @@ def test_launcher_killed_alone_at_any_moment_leaves_no_process_and_the_same_weig
         assert run.process.poll() is None, run.log.read_text()[-3000:]
         since_start, processes = time.monotonic() - run.started, len(run.alive())
         seconds = run.kill()
-        assert "another run works there" not in run.log.read_text()
+        assert "in use by another run" not in run.log.read_text()
         complete = [c for c in list_checkpoints(run_dir) if not verify_checkpoint(c)]
         step = checkpoint_step(complete[-1]) if complete else 0
         print(f"{kill:>4}  {moment:<34} {since_start:>13.2f} {processes:>9} {seconds:>13.2f} {step:>5}", flush=True)
