@@ -24,7 +24,19 @@ from diffit.plan import build_tables, resolve_diffusion, resolve_duration
 from diffit.sources import load_image_table
 from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import DiffiTPipeline
-from helpers import ROOT, TINY_CONFIG, logged, losses, plain_loop, refusal, relative_differences, run, start, train
+from helpers import (
+    ROOT,
+    TINY_CONFIG,
+    logged,
+    losses,
+    mentions,
+    plain_loop,
+    refusal,
+    relative_differences,
+    run,
+    start,
+    train,
+)
 
 QUICKSTART = ["--config", str(ROOT / "configs/train/quickstart.yaml")]
 
@@ -33,7 +45,7 @@ QUICKSTART = ["--config", str(ROOT / "configs/train/quickstart.yaml")]
 
 
 def test_misspelt_flag_is_named(capsys):
-    assert "--learning_rat" in refusal([*QUICKSTART, "--learning_rat", "1"], capsys)
+    assert mentions("--learning_rat").search(refusal([*QUICKSTART, "--learning_rat", "1"], capsys))
 
 
 def test_misspelt_flag_is_refused_before_data_or_models_are_touched(tmp_path):
@@ -41,36 +53,36 @@ def test_misspelt_flag_is_refused_before_data_or_models_are_touched(tmp_path):
     flags = [*absent, "--max_train_steps=1", f"--output_dir={tmp_path}/run", "--learning_rat=1"]
     process = start(["train_diffit.py", *flags])
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2 and "unrecognized arguments: --learning_rat=1" in output
+    assert process.returncode == 2 and mentions("--learning_rat").search(output)
     assert not list(tmp_path.iterdir())
 
 
 def test_abbreviated_flag_is_refused(capsys):
-    assert "--learning" in refusal([*QUICKSTART, "--learning", "1"], capsys)
+    assert mentions("--learning").search(refusal([*QUICKSTART, "--learning", "1"], capsys))
 
 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("learning_rat: 1e-4", ["'learning_rat'", "did you mean 'learning_rate'"]),
+        ("learning_rat: 1e-4", ["wrong.yaml", "learning_rat", "learning_rate"]),
         ("learning_rate: fast", ["--learning_rate", "'fast'"]),
         ("prediction_type: noise", ["--prediction_type", "noise"]),
-        ("center_crop: no", ["center_crop", "true or false"]),
+        ("center_crop: no", ["wrong.yaml", "center_crop", "true", "false", "'no'"]),
         ("train_batch_size: 0", ["--train_batch_size", "0"]),
-        ("train_batch_size: [1, 2]", ["train_batch_size", "one value"]),
-        ("model_kwargs: 3", ["model_kwargs", "mapping"]),
-        ("- a", ["flag: value"]),
-        ("seed: 1\nseed: 2", ["seed", "twice"]),
-        ("output_dir: null", ["output_dir", "one value"]),
-        ("model_kwargs: {dropout: [[1], [2]]}", ["model_kwargs", "dropout"]),
-        ("a: [", ["not valid YAML"]),
+        ("train_batch_size: [1, 2]", ["wrong.yaml", "train_batch_size", "['1', '2']"]),
+        ("model_kwargs: 3", ["wrong.yaml", "model_kwargs", "'3'"]),
+        ("- a", ["--config", "wrong.yaml", "flag: value"]),
+        ("seed: 1\nseed: 2", ["wrong.yaml", "seed"]),
+        ("output_dir: null", ["wrong.yaml", "output_dir", "'null'"]),
+        ("model_kwargs: {dropout: [[1], [2]]}", ["wrong.yaml", "model_kwargs", "dropout", "[['1'], ['2']]"]),
+        ("a: [", ["--config", "wrong.yaml", "YAML"]),
     ],
 )
 def test_wrong_config_file_is_refused(line, words, tmp_path, capsys):
     file = tmp_path / "wrong.yaml"
     file.write_text(line + "\n")
     message = refusal(["--config", str(file)], capsys)
-    assert all(word in message for word in words), message
+    assert mentions(*words).search(message), message
 
 
 @pytest.mark.parametrize(
@@ -97,7 +109,7 @@ def test_wrong_config_file_is_refused(line, words, tmp_path, capsys):
 )
 def test_wrong_command_line_is_refused(arguments, words, capsys):
     message = refusal([*QUICKSTART, *arguments], capsys)
-    assert all(word in message for word in words), message
+    assert mentions(*words).search(message), message
 
 
 def test_order_is_defaults_config_command_line(tmp_path):
@@ -134,9 +146,9 @@ def test_duration_becomes_steps(duration, steps):
 @pytest.mark.parametrize(
     ("pair", "words"),
     [
-        ("window=4", ["'window'", "did you mean"]),
-        ("window_size=0", ["window_size"]),
-        ("norm_num_groups=3", ["norm_num"]),
+        ("window=4", ["'window'", "'window_size'"]),
+        ("window_size=0", ["window_size", 0]),
+        ("norm_num_groups=3", ["norm_num_groups", 3]),
         ("dropout=high", ["dropout", "'high'"]),
         ("block_out_channels=8", ["block_out_channels", "8"]),
         ("layers_per_block=1.5", ["layers_per_block", "1.5"]),
@@ -144,9 +156,8 @@ def test_duration_becomes_steps(duration, steps):
     ],
 )
 def test_wrong_model_kwargs_are_refused(pair, words, train_args):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=mentions(*words)):
         train([*train_args, "--model_kwargs", pair])
-    assert all(word in str(error.value) for word in words)
 
 
 def test_scientific_numbers_of_model_kwargs_are_numbers(train_args, tmp_path):
@@ -165,7 +176,7 @@ def test_scientific_numbers_of_model_kwargs_are_numbers(train_args, tmp_path):
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_training(flags, words, train_args, tmp_path):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=mentions(words)):
         train([*train_args, *flags])
     assert not (tmp_path / "run").exists()
 
@@ -190,7 +201,7 @@ def test_validation_classes_are_matched_by_name(train_args, image_folder, tmp_pa
 
 
 def test_global_batch_that_does_not_divide_is_refused(train_args):
-    with pytest.raises(ValueError, match="--global_batch_size 10"):
+    with pytest.raises(ValueError, match=mentions("--global_batch_size 10")):
         train([*train_args, "--global_batch_size=10"])
 
 
@@ -198,17 +209,17 @@ def test_world_size_without_a_launcher_is_refused(train_args, monkeypatch):
     # accelerate would take one process for the only one: rank 0 of 1, twice.
     monkeypatch.setattr("diffit.processes.PartialState", lambda **kwargs: PartialState(cpu=False))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="2 processes"):
+    with pytest.raises(ValueError, match=mentions("2 processes", "WORLD_SIZE", 1)):
         train(train_args)
 
 
 def test_labels_that_are_missing_are_refused(train_args, image_folder):
-    with pytest.raises(ValueError, match="--class_conditional"):
+    with pytest.raises(ValueError, match=mentions("--class_conditional", image_folder / "red")):
         train([*train_args, f"--train_data_dir={image_folder / 'red'}"])
 
 
 def test_channels_that_differ_from_the_config_are_refused(train_args):
-    with pytest.raises(ValueError, match="--num_channels 1"):
+    with pytest.raises(ValueError, match=mentions("--num_channels 1", 3)):
         train([*train_args, "--model_kwargs", "in_channels=1"])
 
 
@@ -223,52 +234,52 @@ def test_dry_run_prints_sizes_and_writes_nothing(train_args, capsys, tmp_path):
 
 
 def test_resolution_that_the_network_cannot_divide_is_refused(train_args):
-    with pytest.raises(ValueError, match="--resolution 12x8: .* multiples of 8"):
+    with pytest.raises(ValueError, match=mentions("--resolution 12x8", 8)):
         train([*train_args, "--resolution=12x8"])
 
 
 def test_fp16_of_the_launcher_is_refused_on_a_cpu(train_args, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises(ValueError, match="fp16"):
+    with pytest.raises(ValueError, match=mentions("fp16", "--mixed_precision bf16")):
         train(train_args)
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--lr_scheduler=warmup_stable_decay"], "need each other"),
-        (["--lr_decay_steps=2"], "need each other"),
-        (["--lr_warmup_kimg=1"], "--lr_warmup_steps or --lr_warmup_kimg"),
-        (["--ema_half_life_kimg", "1", "1"], "names a width twice"),
-        (["--ema_half_life_kimg", "1", "--no-use_ema"], "--ema_half_life_kimg needs --use_ema"),
-        (["--eval_steps=1", "--on_bad_image=skip"], "--eval_steps needs images that can be read"),
+        (["--lr_scheduler=warmup_stable_decay"], ["--lr_scheduler warmup_stable_decay", "--lr_decay_steps"]),
+        (["--lr_decay_steps=2"], ["--lr_scheduler warmup_stable_decay", "--lr_decay_steps"]),
+        (["--lr_warmup_kimg=1"], ["--lr_warmup_steps", "--lr_warmup_kimg"]),
+        (["--ema_half_life_kimg", "1", "1"], ["--ema_half_life_kimg", "[1.0, 1.0]"]),
+        (["--ema_half_life_kimg", "1", "--no-use_ema"], ["--ema_half_life_kimg", "--use_ema"]),
+        (["--eval_steps=1", "--on_bad_image=skip"], ["--eval_steps", "--on_bad_image"]),
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(flags, words, train_args, capsys):
-    assert words in refusal([*train_args, *flags], capsys)
+    assert mentions(*words).search(refusal([*train_args, *flags], capsys))
 
 
 def test_augmentation_of_latents_is_refused(train_args, capsys):
     flags = ["--augmentation_probability=0.1", "--vae_model_name_or_path=x"]
-    assert "--augmentation_probability is for training in pixels" in refusal([*train_args, *flags], capsys)
+    assert mentions("--augmentation_probability", "latents").search(refusal([*train_args, *flags], capsys))
 
 
 def test_flag_of_the_other_formulation_is_refused(train_args):
-    with pytest.raises(ValueError, match="--sigma_std are of --formulation edm"):
+    with pytest.raises(ValueError, match=mentions("--sigma_std", "--formulation", "edm", "ddpm")):
         train([*train_args, "--sigma_std=1"])
-    with pytest.raises(ValueError, match="--prediction_type is of --formulation ddpm"):
+    with pytest.raises(ValueError, match=mentions("--prediction_type", "--formulation", "ddpm", "edm")):
         train([*train_args, "--formulation=edm", "--prediction_type=epsilon"])
 
 
 def test_schedule_longer_than_the_training_is_refused(train_args):
-    with pytest.raises(ValueError, match="are longer than the training"):
+    with pytest.raises(ValueError, match=mentions("--lr_warmup_steps 2", "--lr_decay_steps 4", "4 steps")):
         train([*train_args, "--lr_scheduler=warmup_stable_decay", "--lr_decay_steps=4"])
 
 
 def test_flex_where_it_cannot_train_is_refused():
     args = build_parser().parse_args(["--attention_backend", "flex"])
     accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
-    with pytest.raises(ValueError, match="--attention_backend flex cannot train on the device cpu.*use native"):
+    with pytest.raises(ValueError, match=mentions("--attention_backend flex", "cpu", "native")):
         set_up_model(accelerator, args, torch.nn.Linear(1, 1))
 
 
@@ -459,7 +470,7 @@ def test_bad_image_stops_training_by_name_or_is_skipped(train_args, image_folder
     shutil.copytree(image_folder, folder)
     (folder / "red" / "broken.png").write_bytes(b"no image")
     arguments = [*train_args, f"--train_data_dir={folder}", "--max_train_steps=7"]
-    with pytest.raises(ValueError, match="broken.png"):
+    with pytest.raises(ValueError, match=mentions("broken.png")):
         train(arguments)
     train([*arguments, "--on_bad_image=skip", "--overwrite_output_dir"])
     assert "broken.png" in caplog.text
@@ -519,7 +530,9 @@ def test_finetuning_takes_over_what_the_weights_predict(train_args, tmp_path, ca
         assert resolved == ("epsilon", "linear", 500) and args.snr_gamma is None
     args = parse_args([*arguments, "--max_train_steps=1", path, "--prediction_type=v_prediction"])
     resolve_diffusion(args)
-    assert args.prediction_type == "v_prediction" and "was trained with --prediction_type epsilon" in caplog.text
+    assert args.prediction_type == "v_prediction" and mentions(path.split("=")[1], "--prediction_type epsilon").search(
+        caplog.text
+    )
 
 
 def test_finetuning_keeps_weights_and_renews_class_rows_only(finished_run, train_args, image_folder, tmp_path, caplog):
@@ -536,7 +549,7 @@ def test_finetuning_keeps_weights_and_renews_class_rows_only(finished_run, train
             "--max_train_steps=1",
         ]
     )
-    assert "2 class embeddings start anew, the null class is kept" in caplog.text
+    assert mentions("2 class embeddings").search(caplog.text)
     name = "diffusion_pytorch_model.safetensors"
     old, new = load_file(finished_run / "unet" / name), load_file(tmp_path / "run/unet" / name)
     rows = "class_embedding.weight"
@@ -546,7 +559,7 @@ def test_finetuning_keeps_weights_and_renews_class_rows_only(finished_run, train
 
 def test_finetuning_with_weights_that_do_not_fit_lists_them(finished_run, train_args):
     arguments = [argument for argument in train_args if not argument.startswith("--model_config")]
-    with pytest.raises(ValueError, match="conv_in.weight"):
+    with pytest.raises(ValueError, match=mentions("--pretrained_model_name_or_path", "conv_in.weight")):
         train(
             [
                 *arguments,
