@@ -127,6 +127,19 @@ def readme_commands(script: str) -> list[list[str]]:
     return [line[line.index(script) + 1 :] for line in lines if script in line]
 
 
+def mentions(*words: object) -> re.Pattern:
+    """A pattern for one line of text that holds each of these flags, values and names, in any order.
+
+    Messages are matched by what a user needs in order to act, so that the words around it can improve. `1` is not
+    found in `10`, `0.1` or `1.5`, nor `--seed` in `--seeds`.
+    """
+    patterns = []
+    for word in map(str, words):
+        start, end = (r"(?<!\w)(?<!\d\.)" if word[0].isalnum() else ""), (r"(?!\w|\.\d)" if word[-1].isalnum() else "")
+        patterns.append(f"(?=.*{start}{re.escape(word)}{end})")
+    return re.compile("".join(patterns))
+
+
 # --- what a training leaves
 
 

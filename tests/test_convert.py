@@ -15,7 +15,7 @@ from convert_nvidia_checkpoint import main, nvidia_names, parse_args
 from diffit.networks import adapt_weights, model_class
 from diffit_model import DiffiTTransformer2DModel
 from diffit_pipeline import DiffiTPipeline
-from helpers import NVIDIA_SIZES, ROOT, nvidia_tensors, run, tiny_vae
+from helpers import NVIDIA_SIZES, ROOT, mentions, nvidia_tensors, run, tiny_vae
 
 EXACT = {"rtol": 0, "atol": 0}
 TOLERANCES = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float64: {"rtol": 1e-10, "atol": 1e-10}}
@@ -180,17 +180,17 @@ def test_trained_network_converts_back_and_forth(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "overrides, message",
+    "overrides, words",
     [
-        ({"num_embeds_ada_norm": None}, r"1 keys are missing \(y_embedder.embedding_table.weight\)"),
-        ({"sample_size": (8, 4)}, "21 rows .* 8 tokens"),
+        ({"num_embeds_ada_norm": None}, [1, "y_embedder.embedding_table.weight"]),
+        ({"sample_size": (8, 4)}, [21, 8]),
     ],
     ids=["unconditional", "not_square"],
 )
-def test_network_without_place_in_nvidias_layout_raises(tmp_path, overrides, message):
+def test_network_without_place_in_nvidias_layout_raises(tmp_path, overrides, words):
     config = {"num_layers": 1, "sample_size": 8, "num_embeds_ada_norm": 10} | overrides
     DiffiTTransformer2DModel(2, 8, **config).save_pretrained(tmp_path / "trained")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=mentions(*words)):
         convert_back(tmp_path / "trained", tmp_path)
     assert not (tmp_path / "back").exists()
 
@@ -305,36 +305,36 @@ TABLE = "blocks.0.attn.relative_position_bias_table"
 REFUSED = {
     "missing": (
         {"pos_embed": None, "blocks.1.attn.proj.bias": None},
-        r"2 keys are missing \(pos_embed, blocks\.1\.attn\.proj\.bias\), 0 are unknown",
+        [2, "pos_embed, blocks.1.attn.proj.bias", 0],
     ),
     "unknown": (
         {"blocks.0.attn.norm.weight": torch.ones(1), "other": torch.ones(1)},
-        r"0 keys are missing \(none\), 2 are unknown \(blocks\.0\.attn\.norm\.weight, other\)",
+        [0, 2, "blocks.0.attn.norm.weight, other"],
     ),
-    "gap_in_blocks": ({"blocks.3.mlp.fc1.bias": torch.ones(96)}, r"23 keys are missing \(blocks\.2\."),
-    "empty": (dict.fromkeys(nvidia_tensors()), "22 keys are missing"),
+    "gap_in_blocks": ({"blocks.3.mlp.fc1.bias": torch.ones(96)}, [23, "(blocks.2."]),
+    "empty": (dict.fromkeys(nvidia_tensors()), [22, "pos_embed"]),
     "misfitting_shapes": (
         {"blocks.1.mlp.fc1.bias": torch.ones(95), "t_embedder.mlp.0.weight": torch.ones(24, 128)},
-        r"blocks\.1\.mlp\.fc1\.bias has shape \(95,\), expected \(96,\)",
+        ["blocks.1.mlp.fc1.bias", "(95,)", "(96,)"],
     ),
-    "another_number_of_dimensions": ({"x_embedder.proj.weight": torch.ones(24, 16)}, "expected 4 dimensions"),
-    "table_of_another_grid": ({TABLE: torch.ones(25, 2)}, "25 rows .* 16 tokens"),
-    "table_of_no_square_grid": ({TABLE: torch.ones(48, 2)}, "48 rows"),
-    "heads_that_do_not_divide": ({TABLE: torch.ones(49, 7)}, "24 .* 7 heads"),
+    "another_number_of_dimensions": ({"x_embedder.proj.weight": torch.ones(24, 16)}, ["x_embedder.proj.weight", 4]),
+    "table_of_another_grid": ({TABLE: torch.ones(25, 2)}, [25, 16]),
+    "table_of_no_square_grid": ({TABLE: torch.ones(48, 2)}, [48]),
+    "heads_that_do_not_divide": ({TABLE: torch.ones(49, 7)}, [24, 7]),
     "index_of_another_order": (
         {"blocks.1.attn.relative_position_index": torch.arange(16)[None] - torch.arange(16)[:, None] + 24},
-        r"blocks\.1\.attn\.relative_position_index is not the index of a grid of 4 x 4 tokens",
+        ["blocks.1.attn.relative_position_index", "4 x 4"],
     ),
-    "no_classes": ({"y_embedder.embedding_table.weight": torch.ones(1, 24)}, "num_embeds_ada_norm"),
+    "no_classes": ({"y_embedder.embedding_table.weight": torch.ones(1, 24)}, ["num_embeds_ada_norm"]),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_wrong_checkpoint_raises_and_writes_nothing(tmp_path, case):
-    changes, message = REFUSED[case]
+    changes, words = REFUSED[case]
     tensors = nvidia_tensors() | changes
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=mentions(*words)):
         convert(tensors, tmp_path)
     assert not (tmp_path / "converted").exists()
 
@@ -347,17 +347,17 @@ class Opener:
 
 
 @pytest.mark.parametrize(
-    "content, message",
+    "content, words",
     [
-        ({"weight": Opener()}, "holds more than tensors"),
-        ({"model": {"weight": torch.ones(1)}, "ema": {}}, "it holds model, ema"),
-        ([torch.ones(1)], "it holds list"),
+        ({"weight": Opener()}, ["diffit.pt", "UnpicklingError"]),
+        ({"model": {"weight": torch.ones(1)}, "ema": {}}, ["diffit.pt", "model, ema"]),
+        ([torch.ones(1)], ["diffit.pt", "list"]),
     ],
     ids=["code", "nested", "list"],
 )
-def test_pt_file_with_more_than_tensors_raises(tmp_path, content, message):
+def test_pt_file_with_more_than_tensors_raises(tmp_path, content, words):
     torch.save(content, tmp_path / "diffit.pt")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=mentions(*words)):
         main(parse_args([f"--checkpoint={tmp_path / 'diffit.pt'}", f"--output_dir={tmp_path / 'converted'}"]))
 
 
@@ -367,25 +367,25 @@ def test_damaged_file_raises_with_its_name(tmp_path, suffix, save, share):
     file = tmp_path / f"diffit.{suffix}"
     save(nvidia_tensors(), file)
     file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
-    with pytest.raises(ValueError, match=f"--checkpoint {file} is damaged"):
+    with pytest.raises(ValueError, match=mentions(f"--checkpoint {file}")):
         main(parse_args([f"--checkpoint={file}", f"--output_dir={tmp_path / 'converted'}"]))
 
 
 @pytest.mark.parametrize("flags", [[], ["--to_nvidia"]], ids=["from_nvidia", "to_nvidia"])
 def test_missing_checkpoint_raises_with_its_name(tmp_path, flags):
-    with pytest.raises(ValueError, match=f"--checkpoint {tmp_path / 'none.safetensors'}"):
+    with pytest.raises(ValueError, match=mentions(f"--checkpoint {tmp_path / 'none.safetensors'}")):
         main(parse_args([f"--checkpoint={tmp_path / 'none.safetensors'}", f"--output_dir={tmp_path / 'out'}", *flags]))
 
 
 def test_checkpoint_of_another_kind_raises(tmp_path):
     (tmp_path / "diffit.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"\.safetensors or \.pt"):
+    with pytest.raises(ValueError, match=mentions("diffit.bin", ".safetensors", ".pt")):
         main(parse_args([f"--checkpoint={tmp_path / 'diffit.bin'}", f"--output_dir={tmp_path / 'out'}"]))
 
 
 def test_vae_of_other_latents_raises_and_writes_nothing(tmp_path):
     tiny_vae(latent_channels=3).save_pretrained(tmp_path / "tiny_vae")
-    with pytest.raises(ValueError, match=r"--vae .* 3 latent channels, the checkpoint 4"):
+    with pytest.raises(ValueError, match=mentions("--vae", 3, 4)):
         convert(nvidia_tensors(), tmp_path, f"--vae={tmp_path / 'tiny_vae'}")
     assert not (tmp_path / "converted").exists()
 
@@ -394,7 +394,7 @@ def test_vae_of_other_latents_raises_and_writes_nothing(tmp_path):
     "flags, message",
     [
         (["--to_nvidia", "--vae=x", "--output_dir=out"], "--vae"),
-        (["--output_dir=."], "--output_dir . is not an empty"),
+        (["--output_dir=."], "--output_dir ."),
     ],
     ids=["vae_to_nvidia", "full_folder"],
 )

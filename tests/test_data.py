@@ -43,6 +43,7 @@ from helpers import (
     levels,
     load_table,
     make_dataset,
+    mentions,
     noise_image,
     write_files,
 )
@@ -244,7 +245,7 @@ def test_columns_are_found_by_feature_type(tmp_path):
 
 def test_two_label_columns_are_ambiguous(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", img=(IMAGE, [3]), fine=(ANIMAL, [1]), coarse=(ANIMAL, [0]))
-    with pytest.raises(ValueError, match=r"--label_column.*fine.*coarse"):
+    with pytest.raises(ValueError, match=mentions("--label_column", "'fine', 'coarse'")):
         load_table(path)
     assert contents(load_table(path, label_column="coarse")) == [(3, 0, "cat")]
 
@@ -281,71 +282,70 @@ def test_emoji_are_1906_colour_images_in_9_classes():
 
 
 @pytest.mark.parametrize(
-    ("sources", "message"),
+    ("sources", "words"),
     [
-        ({}, "--dataset_name, --train_data_dir, --train_data_file.*none"),
-        ({"train_data_dir": "x", "train_data_file": "y"}, "--train_data_dir and --train_data_file"),
-        ({"train_data_dir": "/no/such/folder"}, "--train_data_dir.*/no/such/folder"),
-        ({"train_data_file": "/no/such.parquet"}, "--train_data_file.*/no/such.parquet"),
+        ({}, ["--dataset_name", "--train_data_dir", "--train_data_file"]),
+        ({"train_data_dir": "x", "train_data_file": "y"}, ["--train_data_dir", "--train_data_file"]),
+        ({"train_data_dir": "/no/such/folder"}, ["--train_data_dir", "/no/such/folder"]),
+        ({"train_data_file": "/no/such.parquet"}, ["--train_data_file", "/no/such.parquet"]),
     ],
 )
-def test_wrong_source_is_named(sources, message):
-    with pytest.raises(ValueError, match=message):
+def test_wrong_source_is_named(sources, words):
+    with pytest.raises(ValueError, match=mentions(*words)):
         load_image_table(**sources)
 
 
 WRONG_FILES = {  # name: (files beside the image a.png; what the message names)
-    "missing_image": ({"dataset.json": '{"labels": [["a.png", 0], ["gone.png", 1]]}'}, "dataset.json.*gone.png"),
-    "image_without_label": ({"b.png": 0, "dataset.json": '{"labels": [["a.png", 0]]}'}, "no label.*b.png"),
-    "null_label": ({"dataset.json": '{"labels": [["a.png", null]]}'}, "no label.*a.png"),
-    "mixed_labels": ({"b.png": 0, "dataset.json": '{"labels": [["a.png", 0], ["b.png", "x"]]}'}, "label"),
-    "negative_label": ({"dataset.json": '{"labels": [["a.png", -1]]}'}, "-1"),
-    "cut_json": ({"dataset.json": '{"labels": [['}, "dataset.json.*JSON"),
-    "json_list": ({"dataset.json": "[1]"}, "dataset.json"),
-    "json_labels_number": ({"dataset.json": '{"labels": 5}'}, "dataset.json"),
-    "json_latin1": ({"dataset.json": b'{"labels": [["\xe9.png", 0]]}'}, "dataset.json"),
-    "missing_image_jsonl": ({"metadata.jsonl": '{"file_name": "gone.png"}'}, "metadata.jsonl.*gone.png"),
-    "metadata_without_rows": ({"metadata.jsonl": ""}, "metadata.jsonl"),
-    "no_json": ({"metadata.jsonl": "file_name,label"}, "metadata.jsonl.*JSON"),
+    "missing_image": ({"dataset.json": '{"labels": [["a.png", 0], ["gone.png", 1]]}'}, ["dataset.json", "gone.png"]),
+    "image_without_label": ({"b.png": 0, "dataset.json": '{"labels": [["a.png", 0]]}'}, ["label", "b.png"]),
+    "null_label": ({"dataset.json": '{"labels": [["a.png", null]]}'}, ["label", "a.png"]),
+    "mixed_labels": ({"b.png": 0, "dataset.json": '{"labels": [["a.png", 0], ["b.png", "x"]]}'}, ["'x'"]),
+    "negative_label": ({"dataset.json": '{"labels": [["a.png", -1]]}'}, ["'-1'"]),
+    "cut_json": ({"dataset.json": '{"labels": [['}, ["dataset.json", "JSON"]),
+    "json_list": ({"dataset.json": "[1]"}, ["dataset.json", "list"]),
+    "json_labels_number": ({"dataset.json": '{"labels": 5}'}, ["dataset.json", 5]),
+    "json_latin1": ({"dataset.json": b'{"labels": [["\xe9.png", 0]]}'}, ["dataset.json", "JSON"]),
+    "missing_image_jsonl": ({"metadata.jsonl": '{"file_name": "gone.png"}'}, ["metadata.jsonl", "gone.png"]),
+    "metadata_without_rows": ({"metadata.jsonl": ""}, ["metadata.jsonl"]),
+    "no_json": ({"metadata.jsonl": "file_name,label"}, ["metadata.jsonl", "JSON"]),
 }
 
 
 @pytest.mark.parametrize("container", ["folder", "archive.zip"])
 @pytest.mark.parametrize("wrong", WRONG_FILES)
 def test_wrong_file_is_named(tmp_path, wrong, container):
-    files, message = WRONG_FILES[wrong]
+    files, words = WRONG_FILES[wrong]
     root = write_files(tmp_path / container, {"a.png": 0} | files)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError, match=mentions(root, *words)):
         load_table(root)
-    assert str(root) in str(error.value)
 
 
 @pytest.mark.parametrize("container", ["folder", "archive.zip"])
 def test_folder_without_images_is_named(tmp_path, container):
     root = write_files(tmp_path / container, {"notes.txt": "x"})
-    with pytest.raises(ValueError, match=f"--train_data_dir: no images in {root}"):
+    with pytest.raises(ValueError, match=mentions("--train_data_dir", root, ".png")):
         load_table(root)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "words"),
     [
-        ({}, "--image_column.*x"),
-        ({"image_column": "nope"}, "--image_column nope.*x"),
-        ({"image_column": "x"}, "--image_column x"),
-        ({"image_column": "x", "label_column": "nope"}, "--label_column nope.*x"),
+        ({}, ["--image_column", "['x']"]),
+        ({"image_column": "nope"}, ["--image_column nope", "x"]),
+        ({"image_column": "x"}, ["--image_column x"]),
+        ({"image_column": "x", "label_column": "nope"}, ["--label_column nope", "x"]),
     ],
 )
-def test_wrong_column_names_the_flag(tmp_path, options, message):
+def test_wrong_column_names_the_flag(tmp_path, options, words):
     path = write_parquet(tmp_path / "a.parquet", x=(NUMBER, [1]))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=mentions(*words)):
         load_table(path, **options)
 
 
 @pytest.mark.parametrize(("feature", "label"), [(ANIMAL, 0), (TEXT, "cat")], ids=["class_label", "string"])
 def test_empty_label_in_parquet_is_named(tmp_path, feature, label):
     path = write_parquet(tmp_path / "a.parquet", image=(IMAGE, [0, 1]), label=(feature, [label, None]))
-    with pytest.raises(ValueError, match=r"label.*a\.parquet|a\.parquet.*label"):
+    with pytest.raises(ValueError, match=mentions("label", "a.parquet")):
         load_table(path, label_column="label")
 
 
@@ -540,7 +540,7 @@ def test_unreadable_file_does_not_stop_channel_detection(tmp_path, name):
 
 
 def test_wrong_number_of_channels_is_named():
-    with pytest.raises(BadImageError, match=r"5 channels of --num_channels.*some\.file"):
+    with pytest.raises(BadImageError, match=mentions("--num_channels", 5, "some.file")):
         decode(constant("L", 0), (4, 4), 5)
 
 
@@ -553,7 +553,7 @@ def grey_folder_with_one_colour(tmp_path: Path) -> Path:
 def test_colour_among_grayscale_is_an_error(grey_folder_with_one_colour):
     dataset = make_dataset(grey_folder_with_one_colour)
     assert dataset.num_channels == 1
-    with pytest.raises(BadImageError, match=r"--num_channels.*001\.png"):
+    with pytest.raises(BadImageError, match=mentions("--num_channels 1", "001.png")):
         dataset[0, 1]
 
 
@@ -579,13 +579,13 @@ def test_damaged_zip_member_is_named(tmp_path, method):
 
 def test_empty_row_of_parquet_is_named(tmp_path):
     table = load_table(write_parquet(tmp_path / "a.parquet", image=(IMAGE, [0, None])))
-    with pytest.raises(BadImageError, match=r"row 1 of .*a\.parquet"):
+    with pytest.raises(BadImageError, match=mentions("row 1", "a.parquet")):
         table.read(1)
 
 
 def test_row_is_named_as_in_the_file_after_a_selection(tmp_path):
     table = load_table(write_parquet(tmp_path / "a.parquet", image=(IMAGE, [0, 1, 2, b"broken"])))
-    with pytest.raises(BadImageError, match=r"row 3 of .*a\.parquet"):
+    with pytest.raises(BadImageError, match=mentions("row 3", "a.parquet")):
         decode_image(*table.select([2, 3]).read(1), (4, 4), 1)
 
 
@@ -630,7 +630,7 @@ def test_table_of_bad_images_only_is_an_error(class_folder):
         path.write_bytes(b"")
     with pytest.raises(BadImageError, match=r"\.png"):
         make_dataset(class_folder, on_bad_image="skip")
-    with pytest.raises(BadImageError, match=f"no readable image in {class_folder}"):
+    with pytest.raises(BadImageError, match=mentions(f"in {class_folder}", ".png")):
         item_at(make_dataset(class_folder, num_channels=3, on_bad_image="skip"), 0)
 
 
@@ -759,13 +759,13 @@ def test_split_is_the_same_for_every_seed(table_of_20):
 
 @pytest.mark.parametrize("fraction", [0.99, 1.0, 1.5])
 def test_split_that_leaves_nothing_is_an_error(table_of_20, fraction):
-    with pytest.raises(ValueError, match=f"--validation_fraction {fraction}"):
+    with pytest.raises(ValueError, match=mentions(f"--validation_fraction {fraction}")):
         split_table(table_of_20, fraction)
 
 
 def test_folders_of_splits_are_not_taken_for_classes(tmp_path):
     write_files(tmp_path, {"train/cat/0.png": 0, "train/dog/1.png": 1, "test/cat/2.png": 2})
-    with pytest.raises(ValueError, match="holds splits, not classes"):
+    with pytest.raises(ValueError, match=mentions("--train_data_dir", tmp_path, "train", "test")):
         load_image_table(train_data_dir=str(tmp_path))
     assert load_image_table(train_data_dir=str(tmp_path / "train")).class_names == ("cat", "dog")
 

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, EDMDPMSolverMultistepSch
 
 import sample_diffit
 from diffit_pipeline import EDM_SCHEDULERS, DiffiTPipeline, choose_scheduler, edm_heun, edm_time
-from helpers import count_batches, generators, open_pipeline, quiet, sample, tiny_unet
+from helpers import count_batches, generators, mentions, open_pipeline, quiet, sample, tiny_unet
 
 MEAN = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64)
 COVARIANCE = torch.tensor([[0.5, 0.2, 0.0], [0.2, 0.3, -0.1], [0.0, -0.1, 0.1]], dtype=torch.float64)
@@ -283,9 +283,9 @@ def test_saved_folder_is_sampled_without_a_flag(edm_folder):
 
 
 def test_scheduler_of_the_other_formulation_is_refused(edm_folder, ddpm_folder):
-    with pytest.raises(ValueError, match="'ddim'.*EDM: .* edm_dpmsolver.*edm_euler, edm_heun"):
+    with pytest.raises(ValueError, match=mentions("edm_dpmsolver++", "edm_euler, edm_heun", edm_folder, "'ddim'")):
         open_pipeline(edm_folder, scheduler="ddim")
-    with pytest.raises(ValueError, match="'edm_heun'.*DDPM: .* ddim"):
+    with pytest.raises(ValueError, match=mentions("ddim", "ddpm", ddpm_folder, "'edm_heun'")):
         open_pipeline(ddpm_folder, scheduler="edm_heun")
     assert [choose_scheduler(str(folder)) for folder in (edm_folder, ddpm_folder)] == ["edm_heun", "ddim"]
 
@@ -334,21 +334,14 @@ def test_churn_of_the_pipeline_is_renewed_noise(edm_folder):
 
 @pytest.mark.parametrize("name", ["edm_euler", "edm_dpmsolver++"])
 def test_churn_needs_heun(name, edm_folder):
-    with pytest.raises(ValueError, match="s_churn 1.0 needs Heun's method"):
+    with pytest.raises(ValueError, match=mentions("s_churn", 1.0, "heun=True")):
         open_pipeline(edm_folder, scheduler=name)([0], s_churn=1.0)
 
 
-def test_heun_follows_the_prediction_type_of_the_scheduler():
-    """v_prediction changes the sign of c_out (in diffusers), so the negated network gives the same images."""
-    pipeline = edm_pipeline()
-    settings = {"num_inference_steps": 4, "output_type": "latent"}
-    expected = pipeline(generator=generators([0]), **settings).images
-    pipeline.scheduler = EDMEulerScheduler(prediction_type="v_prediction")
-    assert (pipeline(generator=generators([0]), **settings).images - expected).abs().max() > 0.01
-    with torch.no_grad():
-        for parameter in pipeline.unet.conv_out.parameters():
-            parameter.neg_()
-    torch.testing.assert_close(pipeline(generator=generators([0]), **settings).images, expected, rtol=0, atol=1e-5)
+def test_heun_refuses_another_preconditioning():
+    pipeline = quiet(DiffiTPipeline(tiny_unet(), EDMEulerScheduler(prediction_type="v_prediction")))
+    with pytest.raises(ValueError, match=mentions("prediction_type", "epsilon", "v_prediction")):
+        pipeline(num_inference_steps=2)
 
 
 # --- the script
@@ -374,45 +367,45 @@ def test_script_hands_churn_to_the_pipeline(edm_folder, tmp_path):
 def test_script_refuses_to_mix_images_of_another_churn(edm_folder, tmp_path):
     sample(edm_folder, tmp_path, "--seeds=0-1", "--s_churn=2", "--s_tmax=50")
     sample(edm_folder, tmp_path, "--seeds=0-1", "--s_churn=2", "--s_tmax=50", "--scheduler=edm_heun")
-    with pytest.raises(ValueError, match="--s_tmax 50.0, now 40.0"):
+    with pytest.raises(ValueError, match=mentions("--s_tmax", 50.0, 40.0)):
         sample(edm_folder, tmp_path, "--seeds=0-1", "--s_churn=2", "--s_tmax=40")
 
 
 @pytest.mark.parametrize(
     ("folder", "flags", "words"),
     [
-        ("edm_folder", ["--scheduler=ddim"], "'ddim'.*EDM: .* edm_"),
-        ("edm_folder", ["--eta=0.5"], "--eta is of --scheduler ddim, got edm_heun"),
-        ("ddpm_folder", ["--s_churn=1"], "--s_churn is of --scheduler edm_heun, got ddim"),
-        ("ddpm_folder", ["--scheduler=edm_euler"], "'edm_euler'.*DDPM: .* ddim"),
+        ("edm_folder", ["--scheduler=ddim"], ["scheduler", "edm_heun", "'ddim'"]),
+        ("edm_folder", ["--eta=0.5"], ["--eta", "--scheduler", "ddim", "edm_heun"]),
+        ("ddpm_folder", ["--s_churn=1"], ["--s_churn", "--scheduler", "edm_heun", "ddim"]),
+        ("ddpm_folder", ["--scheduler=edm_euler"], ["scheduler", "ddim", "'edm_euler'"]),
     ],
 )
 def test_flags_of_the_other_formulation_are_refused(folder, flags, words, request, tmp_path):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=mentions(*words)):
         sample(request.getfixturevalue(folder), tmp_path, *flags)
 
 
 def test_guidance_model_of_the_other_formulation_is_refused(edm_folder, ddpm_folder, tmp_path):
     flags = (f"--guidance_model={ddpm_folder}", "--guidance_scale=2")
-    with pytest.raises(ValueError, match="has beta_schedule linear, --model_path None"):
+    with pytest.raises(ValueError, match=mentions("--guidance_model", "--model_path", "beta_schedule", "linear")):
         sample(edm_folder, tmp_path, *flags)
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--s_churn=-1"], "--s_churn must be a number from 0 up, got -1.0"),
-        (["--s_churn=inf"], "--s_churn must be a number from 0 up, got inf"),
-        (["--s_churn=1", "--scheduler=edm_euler"], "--s_churn is of --scheduler edm_heun, got edm_euler"),
-        (["--s_tmin=1"], "--s_tmin needs --s_churn"),
-        (["--s_tmax=1"], "--s_tmax needs --s_churn"),
-        (["--s_noise=1.1"], "--s_noise needs --s_churn"),
-        (["--s_churn=1", "--s_tmin=3", "--s_tmax=2"], "got 3.0 and 2.0"),
-        (["--s_churn=1", "--s_tmin=-1"], "got -1.0 and None"),
-        (["--s_churn=1", "--s_noise=0"], "--s_noise must be a number above 0, got 0.0"),
+        (["--s_churn=-1"], ["--s_churn", 0, -1.0]),
+        (["--s_churn=inf"], ["--s_churn", 0, "inf"]),
+        (["--s_churn=1", "--scheduler=edm_euler"], ["--s_churn", "--scheduler", "edm_heun", "edm_euler"]),
+        (["--s_tmin=1"], ["--s_tmin", "--s_churn"]),
+        (["--s_tmax=1"], ["--s_tmax", "--s_churn"]),
+        (["--s_noise=1.1"], ["--s_noise", "--s_churn"]),
+        (["--s_churn=1", "--s_tmin=3", "--s_tmax=2"], ["--s_tmin", "--s_tmax", 3.0, 2.0]),
+        (["--s_churn=1", "--s_tmin=-1"], ["--s_tmin", "--s_tmax", -1.0, None]),
+        (["--s_churn=1", "--s_noise=0"], ["--s_noise", 0, 0.0]),
     ],
 )
 def test_wrong_churn_flags_are_refused(flags, words, capsys):
     with pytest.raises(SystemExit):
         sample_diffit.parse_args(["--model_path=a", "--output_dir=b", *flags])
-    assert words in capsys.readouterr().err
+    assert mentions(*words).search(capsys.readouterr().err)

@@ -20,7 +20,7 @@ from diffit.sources import load_image_table
 from diffit.stream import ImageDataset, PositionStream, collate
 from diffit_model import DiffiTTransformer2DModel
 from diffit_pipeline import DiffiTPipeline
-from helpers import ROOT, assert_same_files, evaluate_folder, losses, nvidia_tensors, run, tiny_vae, train
+from helpers import ROOT, assert_same_files, evaluate_folder, losses, mentions, nvidia_tensors, run, tiny_vae, train
 
 TINY_TRANSFORMER = {
     "_class_name": "DiffiTTransformer2DModel",
@@ -178,11 +178,13 @@ def test_prepared_latents_train_like_those_encoded_on_the_way(latent_args, conve
     train(other)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "other"), rel=1e-5)
     again = [*other, "--overwrite_output_dir"]
-    with pytest.raises(ValueError, match="was made from images of"):
+    with pytest.raises(ValueError, match=mentions("--resolution", "16", "8", prepared)):
         train([*again, "--resolution=16"])
     config = dict(AutoencoderKL.load_config(vae_dir)) | {"scaling_factor": 0.5}
     AutoencoderKL.from_config(config).save_pretrained(tmp_path / "other_vae")
-    with pytest.raises(ValueError, match="was made by a VAE with"):
+    with pytest.raises(
+        ValueError, match=mentions(f"--latents_dir {prepared}", "encoder_digest", tmp_path / "other_vae")
+    ):
         train([*again, f"--vae_model_name_or_path={tmp_path / 'other_vae'}"])
 
 
@@ -195,13 +197,13 @@ def test_latent_folder_and_its_checkpoints_are_evaluated(latent_args, image_fold
 def test_model_of_another_target_has_no_place_in_nvidias_layout(latent_args, tmp_path):
     train([*latent_args, "--max_train_steps=1", "--prediction_type=v_prediction", "--model_kwargs", "out_channels=2"])
     arguments = ["--to_nvidia", f"--checkpoint={tmp_path / 'run'}", f"--output_dir={tmp_path / 'back'}"]
-    with pytest.raises(ValueError, match="prediction_type v_prediction"):
+    with pytest.raises(ValueError, match=mentions("--to_nvidia", "prediction_type", "v_prediction")):
         convert_nvidia_checkpoint.main(convert_nvidia_checkpoint.parse_args(arguments))
     assert not (tmp_path / "back").exists()
 
 
 def test_transformer_without_a_vae_is_refused(base_args, transformer_config, tmp_path):
-    with pytest.raises(ValueError, match="transformer .* --vae_model_name_or_path"):
+    with pytest.raises(ValueError, match=mentions("transformer", "--vae_model_name_or_path")):
         train([*base_args, f"--model_config={transformer_config}", f"--output_dir={tmp_path / 'run'}"])
 
 
@@ -220,34 +222,36 @@ def test_preview_takes_a_weaker_model(latent_args, tmp_path):
         train([*latent_args, *arguments])
         grids[name] = (tmp_path / name / "sample_grid.png").read_bytes()
     assert grids["guided"] != grids["plain"]
-    with pytest.raises(ValueError, match="--validation_guidance_model .* has 3 classes"):
+    with pytest.raises(ValueError, match=mentions("--validation_guidance_model", tmp_path / "weak", 3)):
         train([*latent_args, *flags, "--no-class_conditional", f"--output_dir={tmp_path / 'other'}"])
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--resolution=9"], "--resolution 9x9: must be multiples of 2"),
-        (["--resolution=8x12", "--model_kwargs", "patch_size=4"], "patch_size"),
-        (["--num_channels=1"], "--num_channels 1: the VAE takes 3"),
-        (["--model_kwargs", "in_channels=4"], "in_channels 4, the latents of .* have 2"),
-        (["--model_kwargs", "out_channels=3"], "out_channels 3"),
-        (["--vae_model_name_or_path=no/where"], "--vae_model_name_or_path no/where: no such config"),
+        (["--resolution=9"], ["--resolution 9x9", 2]),
+        (["--resolution=8x12", "--model_kwargs", "patch_size=4"], ["patch_size"]),
+        (["--num_channels=1"], ["--num_channels 1", 3]),
+        (["--model_kwargs", "in_channels=4"], ["in_channels 4", 2]),
+        (["--model_kwargs", "out_channels=3"], ["out_channels 3"]),
+        (["--vae_model_name_or_path=no/where"], ["--vae_model_name_or_path no/where"]),
         (
             ["--validation_guidance_model=no/where", "--validation_guidance_scale=2"],
-            "--validation_guidance_model no/where",
+            ["--validation_guidance_model no/where"],
         ),
     ],
 )
 def test_latent_settings_that_cannot_work_are_refused(flags, words, latent_args):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=mentions(*words)):
         train([*latent_args, *flags])
 
 
 def test_learned_variance_of_another_target_is_refused(latent_args):
     latent_args = [flag for flag in latent_args if flag not in EPSILON]
     for flags in (["--prediction_type=v_prediction"], ["--formulation=edm"]):
-        with pytest.raises(ValueError, match="out_channels 4, a learned variance: that needs --formulation ddpm"):
+        with pytest.raises(
+            ValueError, match=mentions("out_channels 4", "--formulation ddpm", "--prediction_type epsilon")
+        ):
             train([*latent_args, *flags])
 
 
@@ -267,7 +271,7 @@ def test_vae_may_move_but_not_change_at_a_resume(latent_args, vae_dir, tmp_path)
     train([*again, f"--vae_model_name_or_path={tmp_path / 'moved'}"])
     config = dict(AutoencoderKL.load_config(vae_dir))
     AutoencoderKL.from_config(config).save_pretrained(tmp_path / "retrained")
-    with pytest.raises(ValueError, match="or with another VAE"):
+    with pytest.raises(ValueError, match=mentions("checkpoint-2", "images", "VAE")):
         train([*again, "--max_train_steps=3", f"--vae_model_name_or_path={tmp_path / 'retrained'}"])
 
 
@@ -343,7 +347,7 @@ def finetuning_args(converted, vae_dir, tmp_path) -> list[str]:
 def test_finetuning_starts_from_the_loss_of_the_converted_model(finetuning_args, converted, vae_dir, tmp_path, caplog):
     """All labels null: the re-initialized class embeddings play no part."""
     train([*finetuning_args, "--label_dropout=1", "--max_train_steps=1"])
-    assert "10 class embeddings re-initialized, null class kept" in caplog.text
+    assert mentions("10 class embeddings").search(caplog.text)
 
     model = DiffiTTransformer2DModel.from_pretrained(converted, subfolder="transformer")
     vae, scheduler = AutoencoderKL.from_pretrained(vae_dir), DDPMScheduler()
@@ -381,6 +385,6 @@ def test_class_rows_start_anew_only_if_asked_for(finetuning_args, tmp_path, capl
 
 def test_finetuning_at_another_resolution_says_what_it_interpolates(finetuning_args, tmp_path, caplog):
     train([*finetuning_args, "--max_train_steps=1", "--resolution=12"])
-    assert "relative_position_bias_table interpolated from 4 x 4 to 6 x 6 tokens" in caplog.text
+    assert mentions("relative_position_bias_table", "4 x 4", "6 x 6").search(caplog.text)
     config = json.loads((tmp_path / "run/transformer/config.json").read_text())
     assert config["sample_size"] == 6

@@ -36,7 +36,7 @@ from diffit.latents import (
 )
 from diffit.sources import load_image_table
 from diffit.stream import DIFFUSION, ImageDataset, PositionStream, collate, position_generator, split_table
-from helpers import ROOT, run, start, tiny_vae, torchrun
+from helpers import ROOT, mentions, run, start, tiny_vae, torchrun
 
 NUM_IMAGES = 24
 SHARDS = [f"train-0000{number}-of-00003.parquet" for number in range(3)]
@@ -145,12 +145,12 @@ def test_latent_shape_is_that_of_the_encoder(vae_dir):
 
 
 def test_resolution_that_the_vae_cannot_divide_is_refused(vae_dir):
-    with pytest.raises(ValueError, match="--resolution 8x13: the VAE needs multiples of 2"):
+    with pytest.raises(ValueError, match=mentions("--resolution 8x13", 2)):
         vae_latent_shape(load_vae(str(vae_dir)), (8, 13))
 
 
 def test_folder_without_a_vae_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=f"--vae_model_name_or_path {tmp_path}: cannot read"):
+    with pytest.raises(ValueError, match=mentions(f"--vae_model_name_or_path {tmp_path}")):
         load_vae(str(tmp_path))
 
 
@@ -231,7 +231,7 @@ def test_random_flip_takes_the_mirrored_moments_where_images_are_flipped(image_f
 def test_random_flip_without_mirror_images_is_refused(base_flags, tmp_path):
     table = open_latents(prepare([*base_flags, "--no-mirror"], tmp_path / "latents"))
     assert "mirrored_moments" not in table.rows.features
-    with pytest.raises(ValueError, match="--random_flip: .* was prepared without mirror images"):
+    with pytest.raises(ValueError, match=mentions("--random_flip", tmp_path / "latents", "--no-mirror")):
         LatentDataset(table, PositionStream(NUM_IMAGES, seed=5), random_flip=True)
 
 
@@ -300,7 +300,7 @@ def test_two_processes_prepare_the_same_bytes_as_one(base_flags, prepared_dir, t
     output_dir = tmp_path / "latents"
     script = str(ROOT / "scripts/prepare_latents.py")
     output = run([*torchrun(), script, *base_flags, f"--output_dir={output_dir}"])
-    assert "24 images in 3 shards (3 of them new)" in output
+    assert mentions("24 images", "3 shards", "3", output_dir).search(output)
     assert shard_bytes(output_dir) == shard_bytes(prepared_dir)
     assert (output_dir / "latents.json").read_text() == (prepared_dir / "latents.json").read_text()
 
@@ -319,7 +319,7 @@ def test_killed_run_goes_on_where_it_was_killed(tmp_path):
     process.communicate()
     kept = {file: file.stat().st_mtime_ns for file in killed.glob("data/train-*")}
     assert 3 <= len(kept) < 90
-    with pytest.raises(ValueError, match=f"{90 - len(kept)} of 90 shards are missing, the first is data/train-"):
+    with pytest.raises(ValueError, match=mentions(f"--latents_dir {killed}", 90 - len(kept), 90, "data/train-")):
         open_latents(killed)
 
     prepare(flags, killed)
@@ -336,22 +336,22 @@ def test_unfinished_shard_of_a_killed_run_is_overwritten(base_flags, prepared_di
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    "flags, words",
     [
-        (["--resolution=4x8"], r"resolution is \[8, 8\] there, \[4, 8\] now; latent_shape is \[4, 4, 4\] there"),
-        (["--no-mirror"], "mirrored is True there, False now"),
-        (["--images_per_shard=12"], "images_per_shard is 10 there, 12 now"),
-        (["--train_data_dir={image_folder}/red"], "num_images is 24 there, 8 now; data_digest is"),
-        (["--vae_model_name_or_path={other_vae}"], "encoder_digest is .* there, .* now; scaling_factor is 0.5 there"),
+        (["--resolution=4x8"], ["resolution", "[8, 8]", "[4, 8]", "latent_shape", "[4, 4, 4]"]),
+        (["--no-mirror"], ["mirrored", True, False]),
+        (["--images_per_shard=12"], ["images_per_shard", 10, 12]),
+        (["--train_data_dir={image_folder}/red"], ["num_images", 24, 8, "data_digest"]),
+        (["--vae_model_name_or_path={other_vae}"], ["encoder_digest", "scaling_factor", 0.5, 0.7]),
     ],
 )
-def test_other_flags_for_the_same_folder_are_refused(flags, message, base_flags, prepared_dir, image_folder, tmp_path):
+def test_other_flags_for_the_same_folder_are_refused(flags, words, base_flags, prepared_dir, image_folder, tmp_path):
     other = shifted_vae(scaling_factor=0.7)
     torch.nn.init.zeros_(other.encoder.conv_in.weight)
     other.save_pretrained(tmp_path / "vae")
     flags = [flag.format(image_folder=image_folder, other_vae=tmp_path / "vae") for flag in flags]
     before = shard_bytes(prepared_dir)
-    with pytest.raises(ValueError, match=f"holds other latents: {message}"):
+    with pytest.raises(ValueError, match=mentions(f"--output_dir {prepared_dir}", *words)):
         prepare([*base_flags, *flags], prepared_dir)
     assert shard_bytes(prepared_dir) == before
 
@@ -371,7 +371,7 @@ def test_numbers_that_make_no_sense_are_refused(flag, base_flags, capsys):
 
 
 def test_folder_that_was_not_prepared_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=f"--latents_dir {tmp_path}: no latents.json there"):
+    with pytest.raises(ValueError, match=mentions(f"--latents_dir {tmp_path}", "latents.json")):
         open_latents(tmp_path)
 
 
@@ -379,7 +379,7 @@ def test_damaged_shard_is_refused(prepared_dir, tmp_path):
     shutil.copytree(prepared_dir, tmp_path / "latents")
     file = tmp_path / "latents/data" / SHARDS[1]
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="cannot read parquet"):
+    with pytest.raises(ValueError, match=mentions(file.name)):
         open_latents(tmp_path / "latents")
 
 
@@ -388,7 +388,7 @@ def test_shards_that_are_not_what_the_metadata_says_are_refused(change, prepared
     shutil.copytree(prepared_dir, tmp_path / "latents")
     file = tmp_path / "latents/latents.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(ValueError, match="the shards hold 24 rows of .*, latents.json says"):
+    with pytest.raises(ValueError, match=mentions(f"--latents_dir {tmp_path / 'latents'}", "24 rows", "latents.json")):
         open_latents(tmp_path / "latents")
 
 
@@ -397,7 +397,7 @@ def test_metadata_of_another_kind_is_refused(change, prepared_dir, tmp_path):
     shutil.copytree(prepared_dir, tmp_path / "latents")
     file = tmp_path / "latents/latents.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(ValueError, match=f"latents.json says {next(iter(change))} "):
+    with pytest.raises(ValueError, match=mentions("latents.json", *change, *change.values())):
         open_latents(tmp_path / "latents")
 
 
@@ -424,7 +424,7 @@ def damaged_folder(image_folder, tmp_path) -> Path:
 
 
 def test_bad_image_is_an_error_that_names_it(base_flags, damaged_folder, tmp_path):
-    with pytest.raises(BadImageError, match="blue/3.png"):
+    with pytest.raises(BadImageError, match=mentions("blue/3.png")):
         prepare([*base_flags, f"--train_data_dir={damaged_folder}"], tmp_path / "latents")
 
 
@@ -434,7 +434,7 @@ def test_skipped_image_has_a_row_that_says_why(base_flags, damaged_folder, prepa
     table = open_latents(prepare(flags, tmp_path / "latents"))
     row = table.rows.with_format("numpy")[3]
     assert np.isnan(row["moments"]).all() and np.isnan(row["mirrored_moments"]).all()
-    with pytest.raises(BadImageError, match="no latents in .*blue/3.png"):
+    with pytest.raises(BadImageError, match=mentions(tmp_path / "latents", "blue/3.png")):
         table.read(3)
     undamaged = open_latents(prepared_dir)
     for index in set(range(NUM_IMAGES)) - {3}:
@@ -462,7 +462,7 @@ def test_trained_vae_is_loaded_by_diffusers_and_its_latents_have_unit_variance(i
     flags = [f"--train_data_dir={image_folder}", "--resolution=8", "--block_out_channels", "4", "8"]
     flags += ["--max_train_steps=2", "--train_batch_size=8", f"--output_dir={tmp_path}"]
     train_vae.main(train_vae.parse_args(flags))
-    assert "PSNR of held-out images" in capsys.readouterr().out
+    assert mentions(tmp_path, "PSNR", "dB").search(capsys.readouterr().out)
     vae = load_vae(str(tmp_path))
     images = load_image_table(train_data_dir=str(image_folder))
     pixels = torch.stack([decode_image(*images.read(index), (8, 8), 3) for index in range(NUM_IMAGES)])

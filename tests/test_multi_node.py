@@ -11,7 +11,7 @@ import pytest
 
 from diffit.config import parse_args
 from diffit.processes import build_accelerator, join_slurm_step
-from helpers import LAUNCH, STATES, assert_same_files, run, start, torchrun, wait_for_file
+from helpers import LAUNCH, STATES, assert_same_files, mentions, run, start, torchrun, wait_for_file
 
 STEPS = 400
 
@@ -87,19 +87,19 @@ def test_batch_script_stays_alone(slurm_task):
 
 def test_world_size_that_disagrees_with_srun_is_refused(slurm_task):
     slurm_task.setenv("WORLD_SIZE", "8")
-    with pytest.raises(ValueError, match="WORLD_SIZE is 8, but srun started 4 tasks"):
+    with pytest.raises(ValueError, match=mentions("WORLD_SIZE", 8, "srun", 4)):
         join_slurm_step()
 
 
 def test_missing_scontrol_is_told_with_what_helps(slurm_task):
     slurm_task.setenv("PATH", "")
-    with pytest.raises(ValueError, match=r"first node of gpu\[07-08\].*export it as MASTER_ADDR"):
+    with pytest.raises(ValueError, match=mentions("gpu[07-08]", "MASTER_ADDR")):
         join_slurm_step()
 
 
 def test_failing_scontrol_is_told_with_what_helps(slurm_task):
     slurm_task.setenv("SLURM_STEP_NODELIST", "gpu[07-")
-    with pytest.raises(ValueError, match=r"first node of gpu\[07-.*export it as MASTER_ADDR"):
+    with pytest.raises(ValueError, match=mentions("gpu[07-", "MASTER_ADDR")):
         join_slurm_step()
 
 
@@ -111,7 +111,7 @@ def test_accelerate_launch_that_starts_one_process_of_two_is_refused(train_args)
     process = start([*LAUNCH, "--cpu", "--num_processes=2", "train_diffit.py", *train_args])
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "starts one process only" in output
+    assert mentions("--cpu", "--num_processes", "cpu_multi_process.yaml").search(output)
 
 
 # --- processes that die
@@ -163,7 +163,7 @@ def test_killed_worker_is_restarted_and_the_run_goes_on_bitwise(long_args, whole
     psutil.Process(process.pid).children()[1].kill()
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    assert output.count("4 x 2 processes x 1 accumulation") == 2  # started twice
+    assert output.count("4 x 2 processes x 1") == 2  # started twice
     assert_same_files(whole_run, tmp_path / f"checkpoint-{STEPS}", STATES)
 
 
@@ -186,5 +186,5 @@ def test_killed_node_comes_back_and_the_run_goes_on_bitwise(long_args, whole_run
     second = launch(1)
     outputs = [process.communicate(timeout=300)[0] for process in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0), "\n".join(outputs)
-    assert "".join(outputs).count("4 x 2 processes x 1 accumulation") == 2  # met twice
+    assert "".join(outputs).count("4 x 2 processes x 1") == 2  # met twice
     assert_same_files(whole_run, tmp_path / f"checkpoint-{STEPS}", STATES)

@@ -32,7 +32,7 @@ from diffit.optimization import (
     orthogonalize,
 )
 from diffit_model import DiffiTUNet2DModel
-from helpers import TINY_CONFIG, assert_same_files, logged, train
+from helpers import TINY_CONFIG, assert_same_files, logged, mentions, train
 
 ADAMW = {"betas": (0.9, 0.99), "weight_decay": 0.1, "eps": 1e-8}
 
@@ -135,7 +135,7 @@ def test_matrices_are_the_linear_layers_of_the_blocks():
 
 
 def test_network_without_matrices_is_refused():
-    with pytest.raises(ValueError, match="Muon is for the matrices of blocks"):
+    with pytest.raises(ValueError, match=mentions("Muon")):
         build([], [nn.Parameter(torch.zeros(2))])
 
 
@@ -307,5 +307,5 @@ def test_optimizer_that_would_take_a_bad_step_is_refused():
     parameter = torch.nn.Parameter(torch.zeros(2))
     NonFiniteGuard(torch.optim.AdamW([parameter], fused=True))
     for optimizer in (torch.optim.AdamW([parameter], foreach=True), torch.optim.SGD([parameter])):
-        with pytest.raises(TypeError, match=f"{type(optimizer).__name__} does not obey found_inf"):
+        with pytest.raises(TypeError, match=mentions(type(optimizer).__name__, "found_inf")):
             NonFiniteGuard(optimizer)

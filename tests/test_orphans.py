@@ -27,7 +27,7 @@ from diffit.checkpoint import verify_checkpoint
 from diffit.launcher import EXIT_STOPPED
 from diffit.processes import STOP_SIGNALS, StopRequest, meet
 from diffit.run_dir import checkpoint_step, list_checkpoints
-from helpers import LAUNCH, ROOT, STATES, TINY_CONFIG, assert_same_files, torchrun, train
+from helpers import LAUNCH, ROOT, STATES, TINY_CONFIG, assert_same_files, mentions, torchrun, train
 
 KILLS = int(os.environ.get("KILLS", 10))
 ACCELERATE = [*LAUNCH, "--config_file", "configs/accelerate/cpu.yaml"]
@@ -147,7 +147,7 @@ def test_launcher_killed_while_training_leaves_a_checkpoint_and_a_free_folder(tr
     run.wait_for((tmp_path / "run/checkpoint-10").exists)
     assert run.kill() < 30
     last = list_checkpoints(tmp_path / "run")[-1]
-    assert f"stopped at step {checkpoint_step(last)};" in run.log.read_text()
+    assert mentions(f"step {checkpoint_step(last)}", "--resume_from_checkpoint latest").search(run.log.read_text())
     last_step = checkpoint_step(last) + 1
     train([*train_args, f"--max_train_steps={last_step}", "--resume_from_checkpoint=latest"])
 
@@ -175,7 +175,7 @@ def test_script_whose_launcher_died_first_ends_before_its_slow_imports(script, s
     run = start(["bash", "-c", command], TORCHELASTIC_RUN_ID="test")
     assert run.process.wait(timeout=30) == EXIT_STOPPED
     output = run.log.read_text()
-    assert "the launcher (torchrun or accelerate launch) is gone" in output
+    assert mentions("launcher", "torchrun", "accelerate launch").search(output)
     imported = set(re.findall(r"\| +(\w+)$", output, re.MULTILINE))
     assert "psutil" in imported and not imported & {"torch", "numpy", "accelerate"}
 
@@ -186,7 +186,7 @@ def test_orphan_of_accelerate_launch_ends_before_its_slow_imports(start, followe
     run = start(["setsid", "bash", "-c", f"{sys.executable} {follower} &"], **variables)
     run.process.wait()
     assert run.kill() < 10
-    assert "is gone" in run.log.read_text() and "running" not in run.log.read_text()
+    assert "launcher" in run.log.read_text() and "running" not in run.log.read_text()
 
 
 # --- nothing else ends a run
@@ -208,7 +208,7 @@ def test_end_of_the_shell_does_not_stop_a_training_without_a_launcher(train_args
     (training,) = run.alive()
     training.terminate()
     psutil.wait_procs([training], timeout=30)
-    assert "stopped at step" in run.log.read_text()
+    assert mentions("step", "--resume_from_checkpoint latest").search(run.log.read_text())
 
 
 @pytest.mark.parametrize(
@@ -265,15 +265,13 @@ def rank(monkeypatch) -> Callable[[int], str]:
 
 def test_processes_that_do_not_start_are_named(rank):
     rank(0)
-    with pytest.raises(
-        RuntimeError, match="process 0 of 3 .* waited 0.01 minutes for process 1, 2, which did not start"
-    ):
+    with pytest.raises(RuntimeError, match=mentions("process 0 of 3", "0.01 minutes", "process 1, 2")):
         meet(timedelta(minutes=0.01))
 
 
 def test_main_process_that_does_not_start_is_named(rank):
     address = rank(1)
-    with pytest.raises(RuntimeError, match=f"process 1 of 3 .* process 0 did not answer at {address} for 0.01"):
+    with pytest.raises(RuntimeError, match=mentions("process 1 of 3", "process 0", address, "0.01 minutes")):
         meet(timedelta(minutes=0.01))
 
 
@@ -418,7 +416,7 @@ def test_launcher_killed_alone_at_any_moment_leaves_no_process_and_the_same_weig
         assert run.process.poll() is None, run.log.read_text()[-3000:]
         since_start, processes = time.monotonic() - run.started, len(run.alive())
         seconds = run.kill()
-        assert "in use by another run" not in run.log.read_text()
+        assert not mentions("error", "--output_dir").search(run.log.read_text())
         complete = [c for c in list_checkpoints(run_dir) if not verify_checkpoint(c)]
         step = checkpoint_step(complete[-1]) if complete else 0
         print(f"{kill:>4}  {moment:<34} {since_start:>13.2f} {processes:>9} {seconds:>13.2f} {step:>5}", flush=True)

@@ -17,7 +17,7 @@ from diffit.export import save_pipeline
 from diffit.run_dir import MARK, OutputFolder, our_files
 from diffit.sources import load_image_table
 from diffit_model import DiffiTUNet2DModel
-from helpers import ROOT, TINY_CONFIG, sample, train
+from helpers import ROOT, TINY_CONFIG, mentions, sample, train
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -59,11 +59,11 @@ def test_changed_and_foreign_files_are_refused_and_stay(tmp_path):
     folder.write("a.txt", lambda file: file.write_text("ours"))
     (tmp_path / "b.txt").write_text("theirs")
     OutputFolder(tmp_path, "script.py").check_free(["a.txt", "c.txt", "none/*"])
-    with pytest.raises(UserError, match=r"--output_dir .*b\.txt"):
+    with pytest.raises(UserError, match=mentions("--output_dir", "b.txt")):
         OutputFolder(tmp_path, "script.py").check_free(["a.txt", "b.txt"])
     (tmp_path / "a.txt").write_text("ours, edited")
     folder = OutputFolder(tmp_path, "script.py")
-    with pytest.raises(UserError, match=r"a\.txt changed"):
+    with pytest.raises(UserError, match=mentions("--output_dir", "a.txt")):
         folder.check_free(["a.txt"])
     assert not folder.write("a.txt", lambda file: file.write_text("new"))
     folder.remove(["a.txt", "b.txt"])
@@ -130,7 +130,7 @@ def test_folder_with_foreign_files_of_our_names_is_refused(name, flag, short, tm
     (tmp_path / "set" / name).parent.mkdir(parents=True)
     (tmp_path / "set" / name).write_text("written by hand")
     before = contents(tmp_path / "set")
-    with pytest.raises(UserError, match=rf"--output_dir .*{name}"):
+    with pytest.raises(UserError, match=mentions("--output_dir", name)):
         train([*short, f"--output_dir={tmp_path / 'set'}", flag])
     assert contents(tmp_path / "set") == before
 
@@ -146,7 +146,7 @@ def test_link_or_file_where_the_other_is_needed_is_refused(name, kind, short, tm
         place.mkdir()
     else:
         place.write_text("mine")
-    with pytest.raises(UserError, match=rf"--output_dir .*{name}"):
+    with pytest.raises(UserError, match=mentions("--output_dir", name)):
         train(short)
     assert place.is_symlink() if kind == "link" else place.exists()
 
@@ -156,7 +156,7 @@ def test_foreign_checkpoint_is_neither_deleted_nor_taken_for_ours(short, tmp_pat
         checkpoint = tmp_path / "run" / "checkpoint-1"
         checkpoint.mkdir(parents=True, exist_ok=True)
         (checkpoint / "model.safetensors").write_text("of accelerate")
-        with pytest.raises(UserError, match="--output_dir .*checkpoint-1"):
+        with pytest.raises(UserError, match=mentions("--output_dir", "checkpoint-1")):
             train([*short, flag])
         assert contents(tmp_path / "run") == {"checkpoint-1/model.safetensors": b"of accelerate"}
 
@@ -198,7 +198,7 @@ def test_foreign_checkpoint_in_a_run_is_refused_and_stays(short, run_folder):
         (run_folder / "checkpoint-7").mkdir(exist_ok=True)
         (run_folder / "checkpoint-7" / name).write_text("{}")
     for flags in (["--overwrite_output_dir"], ["--resume_from_checkpoint=latest", "--checkpoints_total_limit=1"]):
-        with pytest.raises(UserError, match="--output_dir .*checkpoint-7"):
+        with pytest.raises(UserError, match=mentions("--output_dir", "checkpoint-7")):
             train([*short, "--max_train_steps=2", *flags])
     assert sorted(contents(run_folder / "checkpoint-7")) == ["manifest.json", "w.bin"]
 
@@ -208,7 +208,7 @@ def test_edited_model_card_is_refused_at_the_start_and_kept_while_training(short
     original = card.read_text()
     card.write_text("my card")
     resume = [*short, "--max_train_steps=2", "--resume_from_checkpoint=latest"]
-    with pytest.raises(UserError, match=r"--output_dir .*README\.md changed"):
+    with pytest.raises(UserError, match=mentions("--output_dir", "README.md")):
         train(resume)
     card.write_text(original)
 
@@ -231,7 +231,7 @@ def test_code_is_not_overwritten(base_args, tmp_path):
     for flag in ("--no-overwrite_output_dir", "--overwrite_output_dir"):
         command = [sys.executable, "train_diffit.py", *base_args, "--output_dir=.", flag]
         process = subprocess.run(command, cwd=copy, capture_output=True, text=True)
-        assert process.returncode == 2 and "--output_dir . is the folder of this code" in process.stderr
+        assert process.returncode == 2 and mentions("--output_dir .", "code").search(process.stderr)
     assert_kept(before, copy)
 
 
@@ -243,7 +243,7 @@ def test_model_that_is_fine_tuned_is_not_overwritten(inside, short, tmp_path):
     flags = [flag for flag in short if not flag.startswith(("--model_config", "--class_conditional"))]
     model = f"--pretrained_model_name_or_path={source / inside}"
     for flag in ("--no-overwrite_output_dir", "--overwrite_output_dir"):
-        with pytest.raises(UserError, match="--output_dir .*--pretrained_model_name_or_path"):
+        with pytest.raises(UserError, match=mentions("--output_dir", source, "--pretrained_model_name_or_path")):
             train([*flags, model, f"--output_dir={source}", flag])
     assert contents(source) == before
 
@@ -252,7 +252,7 @@ def test_trained_pipeline_without_checkpoints_is_not_replaced_unasked(short, run
     shutil.rmtree(run_folder / "checkpoint-1")
     before = contents(run_folder)
     for flags in ([], ["--resume_from_checkpoint=latest"]):
-        with pytest.raises(UserError, match="--output_dir .*--overwrite_output_dir"):
+        with pytest.raises(UserError, match=mentions("--output_dir", run_folder, "--overwrite_output_dir")):
             train([*short, *flags])
         assert_kept(before, run_folder)
     train([*short, "--overwrite_output_dir"])
@@ -291,7 +291,7 @@ def test_products_below_the_data_are_not_images(has_mark, short, tmp_path, caplo
     if not has_mark:
         (run / MARK).unlink()
     assert table_files(tmp_path / "set") == images
-    assert "left out 2 files" in caplog.text and "runs/a" in caplog.text
+    assert mentions("2 files", "runs/a").search(caplog.text)
     train([*flags, "--max_train_steps=2", "--resume_from_checkpoint=latest"])  # still the same data
     index = json.loads((run / "model_index.json").read_text())
     assert list(index["id2label"].values()) == ["cat", "dog"]
@@ -319,10 +319,10 @@ def test_output_folder_that_is_the_data_folder_keeps_both_apart(short, tmp_path)
 def test_output_folder_below_a_folder_for_load_dataset_is_refused(short, tmp_path):
     draw_images(tmp_path / "set", ["1.png", "2.png"])
     flags = [flag for flag in short if not flag.startswith(("--train_data_dir", "--class_conditional"))]
-    with pytest.raises(UserError, match="--output_dir .*--dataset_name"):
+    with pytest.raises(UserError, match=mentions("--output_dir", tmp_path / "set" / "runs", "--dataset_name")):
         train([*flags, f"--dataset_name={tmp_path / 'set'}", f"--output_dir={tmp_path / 'set' / 'runs'}"])
     OutputFolder(tmp_path / "set" / "runs", "x").write("previews/a.png", lambda file: file.write_bytes(b""))
-    with pytest.raises(UserError, match=r"--dataset_name .*a\.png"):
+    with pytest.raises(UserError, match=mentions("--dataset_name", "previews/a.png")):
         load_image_table(dataset_name=str(tmp_path / "set"))
 
 
@@ -344,7 +344,7 @@ def sample_two(model: Path, output_dir: Path, *flags: str) -> None:
 def test_sampling_overwrites_no_foreign_file(name, model, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text('{"samples": []}')  # what FiftyOne writes as samples.json
-    with pytest.raises(UserError, match=rf"--output_dir .*{name}"):
+    with pytest.raises(UserError, match=mentions("--output_dir", name)):
         sample_two(model, tmp_path / "out", "--overwrite_output_dir")
     assert contents(tmp_path / "out") == {name: b'{"samples": []}'}
 

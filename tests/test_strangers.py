@@ -43,6 +43,7 @@ from helpers import (
     levels,
     load_table,
     make_dataset,
+    mentions,
     noise_image,
     sample,
     start,
@@ -63,9 +64,8 @@ TOKEN = "hf_aVerySecretTokenOf34Characters0000"
 )
 def test_zip_entry_that_leads_outside_is_refused(name, tmp_path):
     archive = write_files(tmp_path / "z.zip", {"a.png": 0, name: 1})
-    with pytest.raises(ValueError, match="--train_data_dir.*leads out of the archive") as error:
+    with pytest.raises(ValueError, match=mentions(f"--train_data_dir {archive}", repr(name))):
         load_table(archive)
-    assert repr(name) in str(error.value) and str(archive) in str(error.value)
 
 
 def test_zip_entry_with_dots_in_its_name_is_read(tmp_path):
@@ -96,9 +96,8 @@ def test_path_in_a_parquet_that_leads_outside_is_refused(flag, tmp_path):
     for row, name in enumerate(names):
         if name == "link.dat" and flag == "train_data_dir":
             continue
-        with pytest.raises(BadImageError, match=f"row {row} of .*not of this data set.*{tmp_path / 'data'}") as error:
+        with pytest.raises(BadImageError, match=mentions(f"row {row}", name, f"in {tmp_path / 'data'}")):
             table.read(row)
-        assert name in str(error.value)
 
 
 def test_path_in_a_parquet_below_its_folder_is_read(tmp_path):
@@ -127,9 +126,8 @@ def test_list_that_names_a_file_outside_or_missing_is_refused(file, text, name, 
     outside = write_files(tmp_path, {"outside.png": 0}) / "outside.png"
     name = name.format(outside=outside)
     root = write_files(tmp_path / container, {"a.png": 0, file: text.format(name=name)})
-    with pytest.raises(ValueError, match=f"{file} in {root} names an image that is not there") as error:
+    with pytest.raises(ValueError, match=mentions(f"{file} in {root}", repr(name))):
         load_table(root)
-    assert repr(name) in str(error.value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,15 +139,14 @@ def test_link_out_of_the_folder_is_refused(name, tmp_path):
     root = write_files(tmp_path / "data", {"a/1.png": 1, "b/2.png": 2})
     target = write_files(tmp_path, {"elsewhere/3.png": 3}) / ("elsewhere" if name == "link" else "elsewhere/3.png")
     (root / name).symlink_to(target)
-    with pytest.raises(ValueError, match="--train_data_dir.*outside of the folder.*cp -rL") as error:
+    with pytest.raises(ValueError, match=mentions("--train_data_dir", root / name, target, "cp -rL")):
         load_table(root)
-    assert str(root / name) in str(error.value) and str(target) in str(error.value)
 
 
 def test_link_to_nowhere_is_refused(tmp_path):
     root = write_files(tmp_path / "data", {"1.png": 1})
     (root / "link.png").symlink_to("gone.png")
-    with pytest.raises(ValueError, match="link.png is a link to .*gone.png, which does not exist"):
+    with pytest.raises(ValueError, match=mentions("--train_data_dir", root / "link.png", "gone.png")):
         load_table(root)
 
 
@@ -203,9 +200,7 @@ HUGE = huge_files()
 
 @pytest.mark.parametrize("kind", HUGE)
 def test_image_of_100_megapixels_is_refused_before_decoding(kind):
-    with pytest.raises(
-        BadImageError, match="image of 12000 x 9000 pixels, more than the 67,108,864.*resize.*some.file"
-    ):
+    with pytest.raises(BadImageError, match=mentions("12000 x 9000", "67,108,864", "-resize", "some.file")):
         decode(HUGE[kind], (8, 8))
 
 
@@ -236,7 +231,7 @@ def test_compressed_bomb_in_a_png_is_refused(kind, start, before):
     bomb = png_chunk(kind, start + zlib.compress(bytes(50_000_000), 9))
     place = png.index(before) - 4
     tracemalloc.start()
-    with pytest.raises(BadImageError, match="cannot decode image some.file"):
+    with pytest.raises(BadImageError, match=mentions("image some.file")):
         decode(png[:place] + bomb + png[place:], (8, 8))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -252,13 +247,13 @@ def array_file(shape: tuple[int, ...]) -> bytes:
 
 @pytest.mark.parametrize("shape", [(8000, 8000), (4, 4, 10**15), (4, 5), (3, 5)])
 def test_array_whose_header_lies_is_refused(shape):
-    with pytest.raises(BadImageError, match="header says .* not the size of the file: some.file"):
+    with pytest.raises(BadImageError, match=mentions(shape, "some.file")):
         decode(array_file(shape), (4, 4), 1)
 
 
 @pytest.mark.parametrize("shape", [(10**9, 0), (-1, 4), (16,)])
 def test_array_without_height_and_width_is_refused(shape):
-    with pytest.raises(BadImageError, match="of shape H x W or H x W x C: some.file"):
+    with pytest.raises(BadImageError, match=mentions("H x W x C", "some.file")):
         decode(array_file(shape), (4, 4), 1)
 
 
@@ -274,7 +269,7 @@ def test_zip_entry_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
         archive.writestr("bomb.png", bytes(100_001))
         archive.writestr("fine.png", bytes(100_000))
     table = load_table(tmp_path / "z.zip")
-    with pytest.raises(BadImageError, match="bomb.png in .*z.zip has 100,001 bytes.*more than the 100,000"):
+    with pytest.raises(BadImageError, match=mentions("bomb.png", "z.zip", "100,001", "100,000")):
         table.read(0)
     assert len(table.read(1)[1]) == 100_000
 
@@ -286,7 +281,7 @@ def test_zip_entry_that_holds_more_than_it_states_is_not_unpacked(tmp_path):
     (tmp_path / "z.zip").write_bytes(data.replace(struct.pack("<I", 100_000_000), struct.pack("<I", 1000)))
     table = load_table(tmp_path / "z.zip")
     tracemalloc.start()
-    with pytest.raises(BadImageError, match="bomb.png in .*z.zip"):
+    with pytest.raises(BadImageError, match=mentions("bomb.png", "z.zip")):
         table.read(0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -296,33 +291,33 @@ def test_zip_entry_that_holds_more_than_it_states_is_not_unpacked(tmp_path):
 def test_zip_entry_that_cannot_be_unpacked_bit_by_bit_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "z.zip", "w", zipfile.ZIP_BZIP2) as archive:
         archive.writestr("a.png", constant("L", 0))
-    with pytest.raises(BadImageError, match="a.png in .*z.zip is packed by method 12"):
+    with pytest.raises(BadImageError, match=mentions("a.png", "z.zip", 12)):
         load_table(tmp_path / "z.zip").read(0)
 
 
 def test_file_that_is_too_large_is_refused(tmp_path):
     root = write_files(tmp_path / "f", {"a.png": 0})
     os.truncate(root / "a.png", MAX_FILE_BYTES + 1)  # a hole: it takes no space
-    with pytest.raises(BadImageError, match="a.png has 536,870,913 bytes"):
+    with pytest.raises(BadImageError, match=mentions("a.png", "536,870,913")):
         load_table(root).read(0)
 
 
 def test_postscript_is_never_opened():
     """Pillow would start Ghostscript for it."""
-    with pytest.raises(BadImageError, match="BMP, GIF.*some.file"):
+    with pytest.raises(BadImageError, match=mentions("PNG", "some.file")):
         decode(encode(PIL.Image.new("RGB", (4, 4)), "EPS"), (4, 4))
 
 
 @pytest.mark.parametrize("label", [10**12, 10**30])
 def test_label_that_would_mean_countless_classes_is_refused(label, tmp_path):
     root = write_files(tmp_path / "f", {"a.png": 0, "dataset.json": json.dumps({"labels": [["a.png", label]]})})
-    with pytest.raises(ValueError, match=f"from 0 to 99999.*{label}"):
+    with pytest.raises(ValueError, match=mentions(root, 99999, label)):
         load_table(root)
 
 
 def test_json_of_countless_levels_is_refused(tmp_path):
     root = write_files(tmp_path / "f", {"a.png": 0, "dataset.json": "[" * 100_000})
-    with pytest.raises(ValueError, match="dataset.json in .* is not valid JSON"):
+    with pytest.raises(ValueError, match=mentions(f"dataset.json in {root}", "JSON")):
         load_table(root)
 
 
@@ -356,7 +351,7 @@ def test_payload_would_run_if_it_were_trusted(tmp_path):
 
 def test_pickled_array_is_refused(marker):
     array = np.array([[Payload(marker)]], dtype=object)
-    with pytest.raises(BadImageError, match="some.file"):
+    with pytest.raises(BadImageError, match=mentions("some.file")):
         decode(encode_npy(array), (4, 4))
 
 
@@ -390,7 +385,7 @@ def test_pickled_code_in_a_checkpoint_is_refused(checkpoint, train_args, marker)
     torch.save({"state": Payload(marker)}, checkpoint / "optimizer.pt")
     renew_manifest(checkpoint)
     message = refused_resume(checkpoint, train_args)
-    assert f"{checkpoint / 'optimizer.pt'} is damaged, or holds code, which is never run" in message
+    assert mentions(checkpoint / "optimizer.pt").search(message)
     assert "weights_only" not in message  # PyTorch's message says how to run it
 
 
@@ -418,7 +413,7 @@ def test_manifest_that_leads_outside_is_refused(manifest, checkpoint, train_args
     digest = json.dumps(file_digest(outside))
     (checkpoint / "manifest.json").write_text(manifest.format(outside=outside, digest=digest))
     message = refused_resume(checkpoint, train_args)
-    assert f"--resume_from_checkpoint {checkpoint}" in message and "manifest.json" in message
+    assert mentions(f"--resume_from_checkpoint {checkpoint}", "manifest.json").search(message)
 
 
 @pytest.mark.parametrize("line", ["seed: {tag}", "model_kwargs: {{dropout: {tag}}}"])
@@ -431,7 +426,7 @@ def test_code_in_a_config_file_is_not_run(line, train_args, tmp_path, capsys, ma
 
 
 def test_code_in_model_kwargs_is_refused(train_args, marker):
-    with pytest.raises(ValueError, match="--model_kwargs.*no plain YAML"):
+    with pytest.raises(ValueError, match=mentions("--model_kwargs", "!!python/object/apply:os.system")):
         train([*train_args, "--model_kwargs", f"dropout=!!python/object/apply:os.system ['touch {marker}']"])
 
 
@@ -447,10 +442,12 @@ def test_pickled_weights_are_refused(with_code, pipeline_folder, train_args, tmp
     (pipeline_folder / "unet/diffusion_pytorch_model.safetensors").unlink()
     contents = Payload(marker) if with_code else weights
     torch.save(contents, pipeline_folder / "unet/diffusion_pytorch_model.bin")
-    with pytest.raises(ValueError, match=f"--model_path {pipeline_folder}.*safetensors"):
+    with pytest.raises(ValueError, match=mentions(f"--model_path {pipeline_folder}", "safetensors")):
         sample(pipeline_folder, tmp_path / "samples", "--seeds=0", "--num_inference_steps=1")
     arguments = [flag for flag in train_args if not flag.startswith(("--model_config", "--class_conditional"))]
-    with pytest.raises(ValueError, match=f"--pretrained_model_name_or_path {pipeline_folder}.*safetensors"):
+    with pytest.raises(
+        ValueError, match=mentions(f"--pretrained_model_name_or_path {pipeline_folder}", "safetensors")
+    ):
         train([*arguments, f"--pretrained_model_name_or_path={pipeline_folder}"])
 
 
@@ -633,7 +630,7 @@ def test_public_repository_is_not_taken_for_a_private_one(exists_as, allowed, hu
     if allowed:
         push_to_hub(asked, run_dir)
     else:
-        with pytest.raises(RuntimeError, match="--hub_private_repo: me/digits exists already and is public"):
+        with pytest.raises(RuntimeError, match=mentions("--hub_private_repo", "me/digits", "public")):
             push_to_hub(asked, run_dir)
     assert bool(hub.asked("/commit/main")) == allowed
 
@@ -681,5 +678,5 @@ def test_upload_that_is_slow_and_fails_holds_up_no_other_process(hub, base_args,
     hub.fails = False
     assert len(workers) == 1
     assert process.returncode == 1 and TOKEN not in output
-    assert f"the trained pipeline is safe in {tmp_path / 'run'}, but could not be uploaded to me/digits" in output
+    assert mentions(tmp_path / "run", "me/digits").search(output)
     assert f"hf upload --private me/digits {tmp_path / 'run'} ." in output

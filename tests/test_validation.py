@@ -14,7 +14,7 @@ from diffit.networks import model_class
 from diffit.sources import load_image_table
 from diffit.stream import ImageDataset, PositionStream, split_table
 from diffit_pipeline import DiffiTPipeline
-from helpers import ROOT, logged, mean_colours, run, torchrun, train
+from helpers import ROOT, logged, mean_colours, mentions, run, torchrun, train
 
 # --- held-out loss
 
@@ -95,7 +95,7 @@ def test_best_of_another_metric_does_not_count(train_args, tmp_path):
 
 def test_too_few_images_to_compare_with_are_refused_before_anything_is_deleted(train_args, tmp_path):
     train([*train_args, "--max_train_steps=1"])
-    with pytest.raises(ValueError, match="--eval_steps compares with 2 images"):
+    with pytest.raises(ValueError, match=mentions("--eval_steps", "2 images")):
         train([*train_args, *EVAL, "--validation_fraction=0.08", "--overwrite_output_dir"])
     assert (tmp_path / "run/checkpoint-1").is_dir()
 
