@@ -123,6 +123,8 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type, title: str | 
     """
     group = parser if title is None else parser.add_argument_group(title)
     for field in dataclasses.fields(config_class):
+        if not field.metadata:  # `debug`, which every parser has
+            continue
         if "options" not in field.metadata:
             add_flags(group, field.type, prefix=prefix + field.metadata.get("prefix", ""))
             continue
@@ -145,16 +147,20 @@ def from_flags(config_class: type, values: dict[str, Any], prefix: str = "") -> 
         prefix: see `add_flags`.
 
     Raises:
-        UserError: from the rules of the config, naming the flag.
+        UserError: from the rules of the config, which name flags without the prefix; it is put before them here.
     """
     arguments = {}
     for field in dataclasses.fields(config_class):
-        if "options" in field.metadata:
+        if "prefix" not in field.metadata:
             value = values[prefix + field.name]
             arguments[field.name] = tuple(value) if isinstance(value, list) else value
         else:
             arguments[field.name] = from_flags(field.type, values, prefix + field.metadata.get("prefix", ""))
-    return config_class(**arguments)
+    try:
+        return config_class(**arguments)
+    except UserError as error:
+        names = "|".join(name for name, _ in flag_fields(config_class))
+        raise UserError(re.sub(rf"--({names})\b", rf"--{prefix}\1", str(error))) from error
 
 
 def to_flags(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -162,7 +168,7 @@ def to_flags(config: Any, prefix: str = "") -> dict[str, Any]:
     values = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if "options" in field.metadata:
+        if "prefix" not in field.metadata:
             values[prefix + field.name] = list(value) if isinstance(value, tuple) else value
         else:
             values |= to_flags(value, prefix + field.metadata.get("prefix", ""))
@@ -179,7 +185,7 @@ def flag_fields(config_class: type, prefix: str = "") -> Iterable[tuple[str, dat
     for field in dataclasses.fields(config_class):
         if "options" in field.metadata:
             yield prefix + field.name, field
-        else:
+        elif "prefix" in field.metadata:
             yield from flag_fields(field.type, prefix + field.metadata.get("prefix", ""))
 
 

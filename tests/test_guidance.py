@@ -7,6 +7,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
 from test_sample import generators, quiet, tiny_dit, tiny_unet
 
+import diffit_pipeline
+from diffit.command_line import from_flags, to_flags
+from diffit.sampling_config import GUIDANCE_SCHEDULES, GuidanceConfig
 from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import SCHEDULERS, DiffiTPipeline, guidance_weight
 
@@ -229,3 +232,33 @@ def test_guidance_model_of_another_kind_is_refused(config, words):
     guidance_model = tiny_unet(**{"num_class_embeds": 3} | config)
     with pytest.raises(ValueError, match=words):
         recording_pipeline(tiny_unet(num_class_embeds=3))(guidance_scale=2.0, guidance_model=guidance_model)
+
+
+REFUSED = [
+    ({"scale": -1.0}, "--{}scale .*-1"),
+    ({"scale": math.nan}, "--{}scale .*nan"),
+    ({"scale": math.inf}, "--{}scale .*inf"),
+    ({"scale": 2.0, "schedule": "cosine"}, "--{}schedule .*constant, power_cosine.*'cosine'"),
+    ({"schedule": "power_cosine"}, "--{}schedule .*--{}scale"),
+    ({"interval": (0.2, 0.8)}, "--{}interval .*--{}scale"),
+    ({"channels": 3}, "--{}channels .*--{}scale"),
+    ({"model": "weak"}, "--{}model .*--{}scale"),
+    ({"scale": 2.0, "power": 3.0}, "--{}power 3.0 .*--{}schedule power_cosine.* constant"),
+    ({"scale": 2.0, "schedule": "power_cosine", "power": 0.0}, "--{}power .*0.0"),
+    ({"scale": 2.0, "interval": (0.8, 0.2)}, "--{}interval .*0.8 0.2"),
+    ({"scale": 2.0, "interval": (0.5, 1.5)}, "--{}interval .*0.5 1.5"),
+    ({"scale": 2.0, "interval": (math.nan, 1.0)}, "--{}interval .*nan 1.0"),
+    ({"scale": 2.0, "channels": 0}, "--{}channels .*0"),
+]
+
+
+@pytest.mark.parametrize(("settings", "words"), REFUSED)
+@pytest.mark.parametrize("prefix", ["", "guidance_", "validation_guidance_"])
+def test_guidance_config_names_the_flag_that_it_refuses(settings, words, prefix):
+    values = {prefix + name: value for name, value in (to_flags(GuidanceConfig()) | settings).items()}
+    with pytest.raises(ValueError, match=words.replace("{}", prefix)):
+        from_flags(GuidanceConfig, values, prefix)
+
+
+def test_guidance_config_knows_the_schedules_of_the_pipeline():
+    assert GUIDANCE_SCHEDULES == diffit_pipeline.GUIDANCE_SCHEDULES
