@@ -374,8 +374,8 @@ def test_script_refuses_to_mix_images_of_another_churn(edm_folder, tmp_path):
     ("folder", "flags", "words"),
     [
         ("edm_folder", ["--scheduler=ddim"], "scheduler must be one of edm_.* got 'ddim'"),
-        ("edm_folder", ["--eta=0.5"], "--eta is of --scheduler ddim, got edm_heun"),
-        ("ddpm_folder", ["--s_churn=1"], "--s_churn is of --scheduler edm_heun, got ddim"),
+        ("edm_folder", ["--eta=0.5"], "--eta 0.5 needs --scheduler ddim, got edm_heun"),
+        ("ddpm_folder", ["--s_churn=1"], "--s_churn 1.0 needs --scheduler edm_heun, got ddim"),
         ("ddpm_folder", ["--scheduler=edm_euler"], "scheduler must be one of ddim.* got 'edm_euler'"),
     ],
 )
@@ -386,22 +386,22 @@ def test_flags_of_the_other_formulation_are_refused(folder, flags, words, reques
 
 def test_guidance_model_of_the_other_formulation_is_refused(edm_folder, ddpm_folder, tmp_path):
     flags = (f"--guidance_model={ddpm_folder}", "--guidance_scale=2")
-    with pytest.raises(ValueError, match="has beta_schedule linear, --model_path None"):
+    with pytest.raises(ValueError, match="--guidance_model .* has beta_schedule linear, the guided model None"):
         sample(edm_folder, tmp_path, *flags)
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--s_churn=-1"], "--s_churn must be a number from 0 up, got -1.0"),
-        (["--s_churn=inf"], "--s_churn must be a number from 0 up, got inf"),
-        (["--s_churn=1", "--scheduler=edm_euler"], "--s_churn is of --scheduler edm_heun, got edm_euler"),
-        (["--s_tmin=1"], "--s_tmin needs --s_churn"),
-        (["--s_tmax=1"], "--s_tmax needs --s_churn"),
-        (["--s_noise=1.1"], "--s_noise needs --s_churn"),
+        (["--s_churn=-1"], "--s_churn must be a finite number of at least 0, got -1.0"),
+        (["--s_churn=inf"], "--s_churn must be a finite number of at least 0, got inf"),
+        (["--s_churn=1", "--scheduler=edm_euler"], "--s_churn 1.0 needs --scheduler edm_heun, got edm_euler"),
+        (["--s_tmin=1"], "--s_tmin has no effect while --s_churn is 0"),
+        (["--s_tmax=1"], "--s_tmax has no effect while --s_churn is 0"),
+        (["--s_noise=1.1"], "--s_noise has no effect while --s_churn is 0"),
         (["--s_churn=1", "--s_tmin=3", "--s_tmax=2"], "got 3.0 and 2.0"),
         (["--s_churn=1", "--s_tmin=-1"], "got -1.0 and None"),
-        (["--s_churn=1", "--s_noise=0"], "--s_noise must be a number above 0, got 0.0"),
+        (["--s_churn=1", "--s_noise=0"], "--s_noise must be a finite number above 0, got 0.0"),
     ],
 )
 def test_wrong_churn_flags_are_refused(flags, words, capsys):

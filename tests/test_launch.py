@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import sample_diffit
 import train_diffit
+from diffit import sampling_config
 from diffit.config import build_parser
 from diffit.networks import read_model_config
 from diffit_model import DiffiTModelMixin, DiffiTUNet2DModel, model_class
@@ -131,7 +132,7 @@ def test_sample_command_of_the_readme_is_accepted(arguments):
 
 
 def test_flags_in_the_tables_of_the_readme_exist():
-    parsers = (build_parser(), sample_diffit.build_parser())
+    parsers = (build_parser(), sampling_config.build_parser())
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     known |= {"--multi_gpu", "--num_processes", "--nproc_per_node"}  # of the launchers
     rows = re.findall(r"^\| `--.*\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
