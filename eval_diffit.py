@@ -19,8 +19,10 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import functools
 import json
 import platform
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -49,7 +51,7 @@ from diffit.plots import PLOTS, plot_losses, plot_models, plot_neighbors
 from diffit.processes import join_processes, on_all_processes, run_on_main_and_broadcast
 from diffit.run_dir import OutputFolder
 from diffit.sampling import is_edm, load_sampler
-from diffit.sampling_config import SamplingConfig
+from diffit.sampling_config import GuidanceConfig
 from diffit_pipeline import DiffiTPipeline, null_label
 
 SCRIPT = "eval_diffit.py"  # in the marks of output folders
@@ -103,27 +105,21 @@ def loss_by_level(
 
 
 def loss_curves(
-    models: list[tuple[str, SamplingConfig, str | None]],
-    device: torch.device,
-    source: ImageSource,
-    images: ImageSet,
-    batch_size: int,
+    pipelines: Iterable[tuple[str, DiffiTPipeline]], source: ImageSource, images: ImageSet, batch_size: int
 ) -> tuple[list[tuple[str, list[float], list[float]]], str | None]:
     """Loss by noise level of the pixel-space models that have the formulation of the first one.
 
     Args:
-        models: path, settings and --weights of each.
-        device: for the networks.
+        pipelines: models with their paths, on the device.
         source: see `loss_by_level`.
         images: see `loss_by_level`.
         batch_size: images per forward pass.
 
     Returns:
-        See `diffit.plots.plot_losses`: name, noise levels and losses of each model, and what they predict.
+        For `diffit.plots.plot_losses`: name, noise levels and losses of each model, and what they predict.
     """
     first, curves = None, []
-    for path, sampling, weights in models:
-        pipeline, _ = load_sampler(path, dataclasses.replace(sampling, scheduler=None), device, weights)
+    for path, pipeline in pipelines:
         first = first or pipeline
         if pipeline.transformer is not None or is_edm(pipeline) != is_edm(first):
             print(f"no loss by timestep of {path}: it is in latent space, or of another formulation than the first")
@@ -231,15 +227,11 @@ def check_outputs(output: str | None, plots: str | None, work_dir: str) -> None:
 # Main
 
 
-def open_sources(
-    state: PartialState, config: ReferenceConfig, flags: dict[str, str | None]
-) -> dict[str, ImageSource | None]:
-    """Opens the images that flags name; those of a flag that is not given are None."""
-    columns = (config.dataset_split, config.image_column)
-    return {
-        flag: None if name is None else on_all_processes(state, open_source, flag, name, *columns)
-        for flag, name in flags.items()
-    }
+def open_images(processes: PartialState, config: ReferenceConfig, flag: str, name: str | None) -> ImageSource | None:
+    """The images, or statistics, that a flag names; None if it is not given."""
+    if name is None:
+        return None
+    return on_all_processes(processes, open_source, flag, name, config.dataset_split, config.image_column)
 
 
 def check_reference(source: ImageSource, metrics: tuple[str, ...], needs_images: bool) -> None:
@@ -260,10 +252,10 @@ def check_reference(source: ImageSource, metrics: tuple[str, ...], needs_images:
         )
 
 
-def load_extractors(state: PartialState, config: MetricsConfig) -> list[FeatureExtractor]:
+def load_extractors(processes: PartialState, config: MetricsConfig) -> list[FeatureExtractor]:
     """The feature extractor and, for the Inception score, that of class probabilities."""
-    arguments = (config.feature_extractor, state.device, config.feature_model, config.inception_path)
-    extractors = [on_all_processes(state, load_extractor, *arguments)]
+    arguments = (config.feature_extractor, processes.device, config.feature_model, config.inception_path)
+    extractors = [on_all_processes(processes, load_extractor, *arguments)]
     if "inception_score" in config.metrics:
         extractors.append(load_extractor(*arguments, probabilities=True))
     return extractors
@@ -276,7 +268,7 @@ def real_features(
     extractor = evaluation.extractors[0]
     if reference is None:
         return load_statistics(source, extractor, num_features)
-    features = reference.feature_set(evaluation.state.device)
+    features = reference.feature_set(evaluation.processes.device)
     file = Path(reference.features.filename).with_name("statistics.npz")
     save_statistics(file, features, extractor)
     print(f"statistics of the reference, which --reference takes too: {file}")
@@ -297,22 +289,22 @@ def compare_sets(
 
 def main(config: EvalConfig) -> None:
     """All processes sample and extract features; then the main process alone compares, prints, writes and plots."""
-    state = join_processes()
+    processes = join_processes()
     evaluated, metrics, plots, output = config.evaluated, config.metrics, config.plots, config.output
-    run_on_main_and_broadcast(state, check_outputs, output.output, plots.plots, output.work_dir)
+    run_on_main_and_broadcast(processes, check_outputs, output.output, plots.plots, output.work_dir)
 
     # 1. inputs
-    flags = {"--reference": config.reference.reference, "--training_images": plots.training_images}
-    source, training_source = open_sources(state, config.reference, flags).values()
+    source = open_images(processes, config.reference, "--reference", config.reference.reference)
+    training_source = open_images(processes, config.reference, "--training_images", plots.training_images)
     check_reference(source, metrics.metrics, needs_images=plots.plots is not None and training_source is None)
-    extractors = load_extractors(state, metrics)
-    evaluation = Evaluation(state, output.work_dir, extractors, output.batch_size, output.dataloader_num_workers)
+    extractors = load_extractors(processes, metrics)
+    evaluation = Evaluation(processes, output.work_dir, extractors, output.batch_size, output.dataloader_num_workers)
 
     # 2. samples and features, by all processes
     step_sets = []
     if evaluated.images is not None:
-        given = open_sources(state, config.reference, {"--images": evaluated.images})["--images"]
-        shape = on_all_processes(state, natural_shape, given, config.reference.resolution)
+        given = open_images(processes, config.reference, "--images", evaluated.images)
+        shape = on_all_processes(processes, natural_shape, given, config.reference.resolution)
         sets = [evaluation.measure(image_set(given, shape, evaluated.num_images), name=evaluated.images)]
     else:
         sets = measure_models(evaluation, evaluated, config.sampling, source.table)
@@ -325,9 +317,9 @@ def main(config: EvalConfig) -> None:
     if training_source is not None:
         features_only = dataclasses.replace(evaluation, extractors=extractors[:1])
         training = features_only.measure(image_set(training_source, shape), name=training_source.name)
-    state.wait_for_everyone()
-    state.destroy_process_group()
-    if not state.is_main_process:
+    processes.wait_for_everyone()
+    processes.destroy_process_group()
+    if not processes.is_main_process:
         return
 
     # 3. metrics
@@ -346,8 +338,10 @@ def main(config: EvalConfig) -> None:
         held_out = None if training_source is None else reference
         plot_neighbors(folder.folder, sets[-1], training, held_out, metrics.feature_extractor, output.batch_size)
         if evaluated.model_path is not None:
-            models = [(images.name, config.sampling, evaluated.weights) for images in sets]
-            curves = loss_curves(models, state.device, training_source or source, training.images, output.batch_size)
+            plain = dataclasses.replace(config.sampling, scheduler=None, guidance=GuidanceConfig())
+            load = functools.partial(load_sampler, sampling=plain, device=processes.device, weights=evaluated.weights)
+            pipelines = ((images.name, load(images.name)[0]) for images in sets)  # one after the other
+            curves = loss_curves(pipelines, training_source or source, training.images, output.batch_size)
             plot_losses(folder.folder / "loss_by_timestep.png", *curves)
         folder.record(PLOTS)
 

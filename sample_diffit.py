@@ -164,11 +164,11 @@ def write_npz(file: Path, images: list[Path], labels: list[int | None]) -> None:
 
 def main(config: SampleConfig) -> None:
     """Loads the models, shards the images across processes, samples those that do not exist yet, and sums up."""
-    state = join_processes()
+    processes = join_processes()
 
     # 1. models
     sampling = resolve_scheduler(config.sampling, config.model_path)
-    pipeline, guidance_model = load_sampler(config.model_path, sampling, state.device)
+    pipeline, guidance_model = load_sampler(config.model_path, sampling, processes.device)
     models = {"weights": pipeline.network, "vae": pipeline.vae, "guidance_model": guidance_model}
     settings = sampling.image_settings() | {
         f"{name}_sha256": None if model is None else weights_digest(model) for name, model in models.items()
@@ -185,17 +185,15 @@ def main(config: SampleConfig) -> None:
         folder = OutputFolder(output_dir, "sample_diffit.py")
         prepare_output_dir(folder, names, rows, arguments, settings, config.overwrite_output_dir)
 
-    run_on_main_and_broadcast(state, prepare)
+    run_on_main_and_broadcast(processes, prepare)
     missing = [row for row in rows if not (output_dir / row["file"]).is_file()]
-    state.wait_for_everyone()  # all processes must have looked before one writes
+    processes.wait_for_everyone()  # all processes must have looked before one writes
 
     # 3. images
-    shard = missing[state.process_index :: state.num_processes]
-    sample_images(
-        pipeline, guidance_model, shard, sampling, config.batch_size, output_dir, show_progress=state.is_main_process
-    )
-    state.wait_for_everyone()
-    if state.is_main_process:
+    shard, is_main = missing[processes.process_index :: processes.num_processes], processes.is_main_process
+    sample_images(pipeline, guidance_model, shard, sampling, config.batch_size, output_dir, show_progress=is_main)
+    processes.wait_for_everyone()
+    if is_main:
         if config.save_npz:
             write_npz(
                 output_dir / "samples.npz", [output_dir / file for file in files], [row["class"] for row in rows]
@@ -206,7 +204,7 @@ def main(config: SampleConfig) -> None:
         grid.save(output_dir / "grid.png")
         OutputFolder(output_dir, "sample_diffit.py").record(names)
         print(f"{len(rows)} images ({len(missing)} new) and their grid: {output_dir / 'grid.png'}")
-    state.destroy_process_group()
+    processes.destroy_process_group()
 
 
 if __name__ == "__main__":

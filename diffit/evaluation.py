@@ -30,14 +30,14 @@ class Evaluation:
     """Makes sets of images into `EvaluatedSet`s. Its methods must be called by all processes.
 
     Attributes:
-        state: the processes and the device.
+        processes: the processes and the device.
         work_dir: where samples and features are kept; all processes see it.
         extractors: that of the features and, for the Inception score, that of class probabilities.
         batch_size: images per forward pass and process.
         num_workers: processes that decode images, per process.
     """
 
-    state: PartialState
+    processes: PartialState
     work_dir: str
     extractors: list[FeatureExtractor]
     batch_size: int
@@ -47,7 +47,7 @@ class Evaluation:
         """Extracts features, and probabilities for the Inception score; `description` says whose they are."""
         arrays = [
             extract_features(
-                self.state,
+                self.processes,
                 self.work_dir,
                 images.images,
                 images.settings,
@@ -71,9 +71,9 @@ class Evaluation:
             evaluated: weights, classes and number of images.
             table: of the reference, for its classes; None if it is not a table.
         """
-        sampling = on_all_processes(self.state, resolve_scheduler, sampling, model_path)
+        sampling = on_all_processes(self.processes, resolve_scheduler, sampling, model_path)
         pipeline, guidance_model = on_all_processes(
-            self.state, load_sampler, model_path, sampling, self.state.device, evaluated.weights
+            self.processes, load_sampler, model_path, sampling, self.processes.device, evaluated.weights
         )
         num_images = evaluated.num_images or DEFAULT_NUM_IMAGES
         classes = list_classes(pipeline, evaluated.class_labels, num_images, table)
@@ -112,13 +112,13 @@ class Evaluation:
             settings["guidance_model_sha256"] = weights_digest(guidance_model)
 
         def compute(ranges: list[range]) -> Iterator[np.ndarray]:
-            for seeds in tqdm(ranges, desc="sampling", disable=not self.state.is_main_process or not ranges):
+            for seeds in tqdm(ranges, desc="sampling", disable=not self.processes.is_main_process or not ranges):
                 labels = None if classes is None else [classes[seed] for seed in seeds]
                 batches = sample_seeds(pipeline, seeds, labels, sampling, self.batch_size, guidance_model)
                 yield next(batches).transpose(0, 3, 1, 2)  # (B, C, H, W)
 
         folder = settings_folder(self.work_dir, "samples", settings)
-        array = fill_array(self.state, folder, settings, num_images, self.batch_size, compute)
+        array = fill_array(self.processes, folder, settings, num_images, self.batch_size, compute)
         return ImageSet(ArrayImages(array), settings)
 
 

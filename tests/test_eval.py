@@ -22,6 +22,7 @@ from torchmetrics.image.kid import poly_mmd
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
 
 import eval_diffit
+import sample_diffit
 from diffit.decode import image_size
 from diffit.evaluation import list_classes
 from diffit.features import (
@@ -594,6 +595,12 @@ def test_inception_metrics_of_the_script(folders, inception_file, tmp_path):
         (["--reference=r", "--images=i", "--plots=p", "--plot_steps=5"], "--plot_steps"),
         (["--reference=r", "--images=i", "--training_images=t"], "--training_images"),
         (["--reference=r", "--model_path=m", "--eta=1", "--scheduler=heun"], "--eta"),
+        (["--reference=r", "--model_path=m", "--s_churn=1", "--scheduler=ddim"], "--s_churn.* edm_heun.* ddim"),
+        (["--reference=r", "--model_path=m", "--guidance_model=w"], "--guidance_model.* --guidance_scale"),
+        (["--reference=r", "--model_path=m", "--guidance_scale=2", "--guidance_power=3"], "--guidance_power 3"),
+        (["--reference=r", "--images=i", "--guidance_scale=2"], "--guidance_scale 2.0 .*--model_path"),
+        (["--reference=r", "--images=i", "--dataloader_num_workers=-1"], "--dataloader_num_workers.* -1"),
+        (["--reference=r", "--model_path=m", "--plot_steps=5"], "--plot_steps needs --plots"),
     ],
 )
 def test_wrong_flags_are_refused_before_anything_is_loaded(flags, words, capsys):
@@ -678,6 +685,44 @@ def test_second_run_draws_nothing(model_flags, tmp_path, monkeypatch):
     monkeypatch.undo()
     changed = evaluate(tmp_path, *model_flags, "--num_inference_steps=3")
     assert changed["frechet_distance"] != expected["frechet_distance"]
+
+
+@pytest.mark.parametrize("model", ["autoguided", "churned"])
+def test_samples_are_those_of_the_sampling_script(model, model_flags, trained, tmp_path):
+    """Of a model with a weaker one, and of an EDM model with churn: both can be evaluated by path."""
+    if model == "autoguided":
+        weak = DiffiTUNet2DModel(**TINY_CONFIG, num_class_embeds=3, zero_init_output=False)
+        DiffiTPipeline(weak, DDPMScheduler()).save_pretrained(tmp_path / "weak")
+        flags = [f"--guidance_model={tmp_path / 'weak'}", "--guidance_scale=3", "--guidance_interval", "0.1", "0.9"]
+    else:
+        trained, flags = tmp_path / "edm", ["--s_churn=2", "--s_tmin=0.1"]
+        unet = DiffiTUNet2DModel(**TINY_CONFIG, num_class_embeds=3, zero_init_output=False)
+        DiffiTPipeline(unet, EDMEulerScheduler()).save_pretrained(trained)
+        model_flags[0] = f"--model_path={trained}"
+    evaluate(tmp_path, *model_flags, *flags)
+    evaluated = samples(tmp_path)
+    common = [f"--model_path={trained}", "--class_labels=all", "--seeds=0-20", "--num_inference_steps=2"]
+    arguments = [*common, "--batch_size=8", "--save_npz", f"--output_dir={tmp_path / 'samples'}", *flags]
+    sample_diffit.main(sample_diffit.parse_args(arguments))
+    sampled = np.load(tmp_path / "samples/samples.npz")["arr_0"]
+    np.testing.assert_array_equal(evaluated.transpose(0, 2, 3, 1), sampled)
+    evaluate(tmp_path, *model_flags)
+    assert len(list((tmp_path / "work").glob("samples-*"))) == 2  # other samples than without these flags
+
+
+def test_samples_of_earlier_versions_are_found(model_flags, tmp_path):
+    """Flags that were added later do not change the name of the folder, unless they are used."""
+    evaluate(tmp_path, *model_flags)
+    (file,) = (tmp_path / "work").glob("samples-*/settings.json")
+    guidance = {f"guidance_{name}" for name in ("scale", "schedule", "power", "interval", "channels")}
+    names = {"num_inference_steps", "eta", "dtype", "num_images", "scheduler", "heun", "classes_sha256"}
+    assert set(json.loads(file.read_text())) == guidance | names | {"weights_sha256", "vae_sha256"}
+
+
+def test_guidance_of_an_unconditional_model_is_refused(model_flags, tmp_path):
+    DiffiTPipeline(DiffiTUNet2DModel(**TINY_CONFIG), DDPMScheduler()).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="--guidance_scale 2.0 needs --guidance_model"):
+        evaluate(tmp_path, f"--model_path={tmp_path / 'model'}", *model_flags[1:], "--guidance_scale=2")
 
 
 def test_classes_as_often_as_in_the_reference(trained, image_folder, tmp_path):
