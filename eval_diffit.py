@@ -67,7 +67,7 @@ def loss_by_level(
 
     Args:
         pipeline: on the device.
-        source: of the images, for their classes.
+        source: where the images come from; has their classes.
         images: all images of the source; the first `NUM_LOSS_IMAGES` are taken, with the same noise at each level.
         batch_size: images per forward pass.
 
@@ -116,7 +116,7 @@ def loss_curves(
         batch_size: images per forward pass.
 
     Returns:
-        For `diffit.plots.plot_losses`: name, noise levels and losses of each model, and what they predict.
+        Arguments for `diffit.plots.plot_losses`: name, noise levels and losses of each model, and the prediction type.
     """
     first, curves = None, []
     for path, pipeline in pipelines:
@@ -188,7 +188,7 @@ def describe(extractor: FeatureExtractor, shape: tuple[int, int, int], arguments
         "channels_height_width": list(shape),
         "reference": arguments["reference"],
         "arguments": arguments,
-        # torch's own version names the build, too, such as +cu130; that of its package may not.
+        # torch.__version__ names the build, such as +cu130; the version of the package may not.
         "versions": {"python": platform.python_version(), "torch": torch.__version__}
         | {package: version(package) for package in packages},
     }
@@ -238,8 +238,8 @@ def check_reference(source: ImageSource, metrics: tuple[str, ...], needs_images:
     """Refuses statistics where images are needed.
 
     Args:
-        source: of --reference.
-        metrics: of --metrics.
+        source: the reference.
+        metrics: the metrics asked for.
         needs_images: whether plots look for neighbors in the reference.
 
     Raises:
@@ -253,7 +253,7 @@ def check_reference(source: ImageSource, metrics: tuple[str, ...], needs_images:
 
 
 def load_extractors(processes: PartialState, config: MetricsConfig) -> list[FeatureExtractor]:
-    """The feature extractor and, for the Inception score, that of class probabilities."""
+    """The feature extractor and, for the Inception score, a second one that gives class probabilities."""
     arguments = (config.feature_extractor, processes.device, config.feature_model, config.inception_path)
     extractors = [on_all_processes(processes, load_extractor, *arguments)]
     if "inception_score" in config.metrics:

@@ -74,12 +74,12 @@ def prepare_output_dir(
     """Records in the folder's mark which files are about to be written, and writes `samples.json`.
 
     Args:
-        folder: that of --output_dir.
+        folder: the folder of --output_dir.
         names: the files.
         rows: see `list_images`.
         arguments: the command line.
         settings: those that images depend on, with digests of the weights.
-        overwrite: whether to delete what an earlier sampling wrote.
+        overwrite: delete the files of an earlier sampling.
 
     Raises:
         UserError: if other files have these names, or there are images sampled with other settings.
@@ -143,7 +143,7 @@ def sample_images(
             np.save(temporary, image)
         else:
             to_displayable(image).save(temporary)
-        temporary.replace(output_dir / row["file"])  # a file is there whole or not at all
+        temporary.replace(output_dir / row["file"])  # so that no image is ever incomplete on disk
 
 
 def read_pixels(file: Path) -> np.ndarray:

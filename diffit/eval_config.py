@@ -29,7 +29,7 @@ DEFAULT_NUM_IMAGES = 50_000  # sampled from a model
 
 @dataclass(frozen=True)
 class EvaluatedConfig:
-    """What is evaluated: images, or the samples of models.
+    """The images to evaluate, or the models whose samples are evaluated.
 
     Raises:
         UserError: unless there is one of the two.
@@ -78,8 +78,8 @@ class ReferenceConfig:
     image_column: str | None = flag(None, "column of parquet files and datasets (default: the only one of images)")
     resolution: tuple[int, int] | None = flag(
         None,
-        "side in pixels, or HxW, to which images are cropped and resized as in training (default: that of the "
-        "evaluated images, which must then agree)",
+        "side in pixels, or HxW, to which images are cropped and resized as in training (default: the size "
+        "of the evaluated images, which must then be the same for all)",
         type=resolution_type,
     )
 
@@ -197,8 +197,8 @@ class EvalConfig:
 
 # Headings of the groups of `--help`, by the fields of `EvalConfig`.
 TITLES = {
-    "evaluated": "what is evaluated: images, or samples of models",
-    "reference": "compared with what",
+    "evaluated": "evaluated images, or models to sample from",
+    "reference": "reference images",
     "metrics": "metrics",
     "sampling": "sampling from --model_path",
     "plots": "plots",
@@ -219,7 +219,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     """Reads the command line of eval_diffit.py.
 
     Args:
-        argv: the flags; default: those of this process.
+        argv: the flags; default: `sys.argv`.
         description: for `--help`.
     """
     return parse_config(build_parser(description), EvalConfig, argv)

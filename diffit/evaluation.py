@@ -27,12 +27,12 @@ from diffit_pipeline import EDM_SCHEDULERS, DiffiTPipeline, null_label
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Makes sets of images into `EvaluatedSet`s. Its methods must be called by all processes.
+    """Samples models and extracts features, reusing earlier results. Its methods must be called by all processes.
 
     Attributes:
         processes: the processes and the device.
         work_dir: where samples and features are kept; all processes see it.
-        extractors: that of the features and, for the Inception score, that of class probabilities.
+        extractors: the feature extractor and, for the Inception score, one that gives class probabilities.
         batch_size: images per forward pass and process.
         num_workers: processes that decode images, per process.
     """
@@ -44,7 +44,12 @@ class Evaluation:
     num_workers: int
 
     def measure(self, images: ImageSet, **description) -> EvaluatedSet:
-        """Extracts features, and probabilities for the Inception score; `description` says whose they are."""
+        """Extracts features, and class probabilities for the Inception score.
+
+        Args:
+            images: the images.
+            description: further fields of `EvaluatedSet`.
+        """
         arrays = [
             extract_features(
                 self.processes,
@@ -69,7 +74,7 @@ class Evaluation:
             model_path: pipeline folder, checkpoint or hub name.
             sampling: the settings as requested.
             evaluated: weights, classes and number of images.
-            table: of the reference, for its classes; None if it is not a table.
+            table: the reference, for its classes; None if it is not a table.
         """
         sampling = on_all_processes(self.processes, resolve_scheduler, sampling, model_path)
         pipeline, guidance_model = on_all_processes(
@@ -96,7 +101,7 @@ class Evaluation:
         num_images: int,
         classes: list[int] | None,
     ) -> ImageSet:
-        """Samples of the seeds 0, 1, 2, ..., from `work_dir` if they are there."""
+        """Samples the seeds 0, 1, 2, ..., or reads the samples from `work_dir`."""
         settings = sampling.image_settings() | {
             "weights_sha256": weights_digest(pipeline.network),
             "vae_sha256": None if pipeline.vae is None else weights_digest(pipeline.vae),
@@ -105,7 +110,7 @@ class Evaluation:
             "num_images": num_images,
             "classes_sha256": hashlib.sha256(str(classes).encode()).hexdigest(),
         }
-        # Flags that were added later are left out where they have no effect: samples from before are found then.
+        # Settings of later versions are left out where they have no effect, so that earlier samples are found.
         if sampling.s_churn == 0:
             settings = {key: value for key, value in settings.items() if not key.startswith("s_")}
         if guidance_model is not None:
@@ -189,7 +194,7 @@ def list_classes(
         pipeline: the model.
         class_labels: --class_labels.
         num_images: number of samples.
-        table: of the reference, for `class_labels="reference"`.
+        table: the reference, for `class_labels="reference"`.
 
     Raises:
         UserError: if a class does not exist, or the reference has none.

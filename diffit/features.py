@@ -258,7 +258,7 @@ def fill_array(
         processes: may be an `Accelerator`.
         folder: for `data.npy`; for these settings alone (see `settings_folder`), and visible to all processes.
         settings: written next to the array, for people.
-        num_rows: of the array.
+        num_rows: rows of the array.
         batch_size: rows that are computed and written at once.
         compute: yields the rows of each of the given ranges, in their order.
 

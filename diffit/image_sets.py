@@ -31,7 +31,7 @@ class ImageSource:
         array: uint8, shape (N, C, H, W); or None.
         statistics: `mu` (F) and `sigma` (F, F) of features, and the `extractor` that they are of, None if the file
             does not say; or None.
-        digest: of the images.
+        digest: identifies the images.
     """
 
     flag: str
@@ -60,13 +60,13 @@ class EvaluatedSet:
     """Images and their features; the arrays are mapped from files.
 
     Attributes:
-        name: what the user called the images or the model.
+        name: path or name that the user gave for the images or the model.
         images: see `ImageSet`.
         features: float32, shape (N, F).
         probabilities: classes of the Inception network, shape (N, 1008); None unless the Inception score is asked for.
         kimg: thousands of images seen in training, if this is the sample of a checkpoint.
-        scheduler: sampler of the images; None if they existed before.
-        nfe: forward passes of the network per image, without those of guidance; None if they existed before.
+        scheduler: name of the sampler; None if the images were not sampled here.
+        nfe: number of function evaluations (forward passes) per image, without those of guidance; None likewise.
     """
 
     name: str
@@ -101,11 +101,11 @@ def open_source(flag: str, name: str, dataset_split: str = "train", image_column
     Args:
         flag: for messages.
         name: its value: folder, zip, parquet file, npz, or hub dataset.
-        dataset_split: of a hub dataset.
-        image_column: of a parquet file or dataset; default: the only column of images.
+        dataset_split: split of a hub dataset.
+        image_column: column of a parquet file or dataset; default: the only one of images.
 
     Raises:
-        UserError: names the flag and what is wrong with its value.
+        UserError: names the flag and its value.
     """
     path = Path(name)
     if path.suffix == ".npz":
@@ -177,7 +177,7 @@ def image_set(source: ImageSource, shape: tuple[int, int, int], num_images: int 
     """The images of a source at a shape (C, H, W).
 
     Args:
-        source: of images.
+        source: images, not statistics.
         shape: files are decoded, cropped and resized to it as in training.
         num_images: a random subset of that size, always the same one; default: all.
 
@@ -216,7 +216,7 @@ def load_statistics(source: ImageSource, extractor: FeatureExtractor, num_featur
     """The mean and covariance that a source has instead of images.
 
     Raises:
-        UserError: if they are not those of this feature extractor.
+        UserError: if they were made with another feature extractor.
     """
     mu, sigma, theirs = (source.statistics[key] for key in ("mu", "sigma", "extractor"))
     ours = {"name": extractor.name} | extractor.settings

@@ -163,7 +163,7 @@ def inception_score(probabilities: torch.Tensor) -> float:
 
 
 def metric_values(metrics: Iterable[str], images: FeatureSet, reference: FeatureSet) -> dict[str, float]:
-    """Values of metrics that compare features: those of `METRICS` but the Inception score."""
+    """Values of metrics that compare features, that is, of all but the Inception score."""
     values = {}
     if "frechet_distance" in metrics:
         values["frechet_distance"] = frechet_distance(images, reference)
@@ -187,7 +187,7 @@ def compare(
     """Computes metrics that compare features, with their standard deviation and the value that real images get.
 
     Args:
-        metrics: of `METRICS`, without `inception_score`.
+        metrics: any of `METRICS` but `inception_score`.
         images: the evaluated images.
         reference: real images; mean and covariance suffice for the Frechet distance.
         num_subsets: disjoint subsets of the images, each compared with the whole reference.
@@ -195,8 +195,8 @@ def compare(
     Returns:
         For each metric:
         `value`, of all images;
-        `spread`, the standard deviation over the subsets (that of the value is smaller, by about the square root of
-        their number);
+        `spread`, the standard deviation over the subsets (the standard error of the value is smaller, by about the
+        square root of their number);
         `subset_mean` (Frechet distance and recall depend on the number of images);
         `floor`, the real-vs-real baseline: one half of the reference, cut to the number of images, against the other
         half (as that is fewer images, a Frechet distance can lie below it); None without reference images;
@@ -237,8 +237,8 @@ def compare_classes(probabilities: torch.Tensor, reference_probabilities: torch.
     """Computes the Inception score, in the form of `compare`; its value is the mean over `INCEPTION_SPLITS` subsets.
 
     Args:
-        probabilities: of the Inception network for the images; shape (N, classes).
-        reference_probabilities: of as many real images, whose score is the `floor`; or None.
+        probabilities: class probabilities of the images, by the Inception network; shape (N, classes).
+        reference_probabilities: class probabilities of N real images, whose score is the `floor`; or None.
 
     Raises:
         UserError: if there are fewer than two images per subset.
@@ -282,11 +282,11 @@ def compute_metrics(
     """Computes any of `METRICS` for a set of images, each with the settings that it was computed with.
 
     Args:
-        metrics: of `METRICS`, in the order of the result.
-        features: of the evaluated images.
-        reference: of real images.
-        probabilities: of the Inception network for the images; shape (N, classes). For `inception_score`.
-        reference_probabilities: likewise for the real images, of which N are taken; or None.
+        metrics: any of `METRICS`, in the order of the result.
+        features: features of the evaluated images.
+        reference: features of real images.
+        probabilities: for `inception_score`: class probabilities of the images, shape (N, classes).
+        reference_probabilities: for `inception_score`: class probabilities of the real images, of which N are taken.
         num_subsets: see `compare`.
 
     Returns:

@@ -42,7 +42,7 @@ def plot_metrics(file: Path, lines: dict[str, list[tuple[float, dict[str, dict]]
     Args:
         file: PNG to write.
         lines: for each name in the legend, points: x, and the metrics there (see `diffit.metrics.compute_metrics`).
-        x_label: what x is, with its unit.
+        x_label: name of x, with its unit.
     """
     from matplotlib.ticker import LogFormatter
 
@@ -105,11 +105,11 @@ def plot_neighbors(
 
     Args:
         folder: for the PNGs.
-        samples: of the model.
+        samples: samples of the model.
         training: images that it was trained on.
         held_out: real images that it was not trained on; None: the samples are compared with the distances of the
             training images from each other.
-        extractor_name: of the features, for the axis.
+        extractor_name: name of the feature extractor, for the axis.
         batch_size: training images that are read at once.
     """
     sample_features, training_features = (_float64(images) for images in (samples, training))
@@ -176,7 +176,7 @@ def nearest_in_pixels(images: torch.Tensor, others: Dataset, batch_size: int, co
     Args:
         images: uint8, shape (N, C, H, W).
         others: gives uint8 of shape (C, H, W).
-        batch_size: of those that are read at once.
+        batch_size: images of `others` that are read at once.
         count: number of neighbors K.
 
     Returns:
@@ -197,7 +197,7 @@ def plot_losses(file: Path, curves: list[tuple[str, list[float], list[float]]], 
     Args:
         file: PNG to write.
         curves: for each model its name in the legend, noise levels and losses.
-        prediction_type: what the DDPM models predict: `"epsilon"`, `"sample"` or `"v_prediction"`; None for EDM.
+        prediction_type: prediction type of DDPM models: `"epsilon"`, `"sample"` or `"v_prediction"`; None for EDM.
     """
     if not curves:
         return

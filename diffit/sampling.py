@@ -100,7 +100,7 @@ def check_sampling(pipeline: DiffiTPipeline, sampling: SamplingConfig, model_pat
     Args:
         pipeline: the model.
         sampling: the settings.
-        model_path: of the model, for messages.
+        model_path: path of the model, for messages.
 
     Raises:
         UserError: names the flag.
@@ -136,8 +136,8 @@ def load_guidance_model(
     Args:
         path: pipeline folder or hub name.
         network: the model that is guided.
-        scheduler_config: of the model that is guided; says how it was trained.
-        dtype: of the weights.
+        scheduler_config: scheduler config of the guided model, which says how it was trained.
+        dtype: dtype of the weights.
         flag: that names the path, for messages.
 
     Raises:
@@ -231,11 +231,11 @@ def sample_seeds(
         pipeline: on the device that is to compute.
         seeds: one for each image.
         labels: class number of each image; None: no class.
-        sampling: the settings; what names files or places (`vae`, `guidance.model`, ...) has been loaded already.
+        sampling: the settings; `vae`, `guidance.model`, `dtype` and `attention_backend` are ignored, as the models are
+            loaded already.
         batch_size: images per forward pass.
         guidance_model: the weaker model of autoguidance, on the same device.
-        pad: fill up the last batch, whose images are then bitwise those of any other batch of `batch_size`: kernels
-            round differently at other batch sizes.
+        pad: fill up the last batch, so that every image is computed at the same batch size: rounding depends on it.
 
     Yields:
         uint8, shape (B, H, W, C), where B is `batch_size` but for the last batch.

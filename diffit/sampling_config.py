@@ -150,7 +150,7 @@ class SamplingConfig:
         return dataclasses.replace(self, scheduler=scheduler, num_inference_steps=num_inference_steps, **changes)
 
     def image_settings(self) -> dict[str, Any]:
-        """The settings that change images, by flag; of models, which files may replace, the digests say more."""
+        """The settings that change images, by flag; without paths of models, which digests identify better."""
         values = to_flags(self)
         return {key: values[key] for key in values if key not in ("guidance_model", "vae", "attention_backend")}
 
@@ -192,7 +192,7 @@ class SampleConfig:
     )
     output_dir: str = flag(None, "folder for the images", type=path_type, required=True)
     overwrite_output_dir: bool = flag(
-        False, "delete what an earlier sampling wrote to --output_dir; other files stay untouched"
+        False, "delete the files of an earlier sampling in --output_dir; other files stay untouched"
     )
     seeds: tuple[int, ...] | None = flag(
         None, "one seed per image, such as 0-63,100 (default: 0-63, or as many as --num_images_per_class needs)",
@@ -233,7 +233,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     """Reads the command line of sample_diffit.py.
 
     Args:
-        argv: the flags; default: those of this process.
+        argv: the flags; default: `sys.argv`.
         description: for `--help`.
     """
     return parse_config(build_parser(description), SampleConfig, argv)
