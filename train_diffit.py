@@ -50,6 +50,7 @@ from diffit.config import (
     TrainConfig,
     args_to_config,
 )
+from diffit.cpu_kernels import kernelize
 from diffit.errors import RunError
 from diffit.export import RunFacts, pipeline_name, push_to_hub
 from diffit.formulations import denoising_losses, nan_if_non_finite
@@ -58,7 +59,6 @@ from diffit.launcher import EXIT_STOPPED
 from diffit.lock import OutputDirLock
 from diffit.logs import PROJECT, Meter, log_training
 from diffit.networks import (
-    build_guidance_model,
     build_model,
     build_vae,
     read_model_config,
@@ -96,6 +96,7 @@ from diffit.processes import (
     run_on_main_and_broadcast,
 )
 from diffit.run_dir import CODE_FOLDER, OutputFolder, files_below
+from diffit.sampling import load_guidance_model
 from diffit.sources import Table
 from diffit.validation import Validation, build_evaluator, build_extractor, validate_and_export
 from diffit_pipeline import null_label
@@ -247,8 +248,10 @@ def build_networks(run: Run, asked: ModelConfig, guidance_path: str | None, tabl
     model = on_all_processes(accelerator, build_model, run.plan.model_config, *pretrained)
     set_up_model(model, asked, device, accelerator.mixed_precision)
     vae = on_all_processes(accelerator, build_vae, asked.vae_model_name_or_path, table, device)
-    process = run.plan.formulation.scheduler.config
-    guidance_model = on_all_processes(accelerator, build_guidance_model, guidance_path, model, process, device)
+    arguments = (guidance_path, model, run.plan.formulation.scheduler.config, torch.float32)
+    guidance_model = on_all_processes(accelerator, load_guidance_model, *arguments, "--validation_guidance_model")
+    if guidance_model is not None:
+        kernelize(guidance_model.to(device))
     return Networks(model, vae, guidance_model)
 
 

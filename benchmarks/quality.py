@@ -37,11 +37,12 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import eval_diffit
 from diffit.config import parse_args
 from diffit.cpu_kernels import kernelize
 from diffit.networks import model_class, training_flops_per_image
 from diffit.optimization import HalfLifeEMA, build_optimizer
+from diffit.sampling import load_pipeline
+from diffit.sampling_config import SamplingConfig
 from diffit_pipeline import EDM_SCHEDULERS
 
 SEEDS = (0, 1, 2)
@@ -567,12 +568,11 @@ def draw_samples(name: str, runs: list[Run], work_dir: Path) -> None:
     for side_name in SIDES:
         run = next(run for run in runs if (run.task, run.side) == (name, side_name))
         kimg, weights = run.budgets[-1], run.weights[0]
-        flags = {"images": "unused", "reference": "unused"}
         if run.recipe == PEER:
             path = work_dir / run.name / f"kimg-{kimg}-{weights}"
         else:
             path = work_dir / run.name / f"checkpoint-{steps(kimg)}"
-        pipeline = eval_diffit.load_pipeline(eval_diffit.parse_args(to_argv(flags)), str(path), None)
+        pipeline = load_pipeline(str(path), SamplingConfig())
         pipeline.set_progress_bar_config(disable=True)
         generators = [torch.Generator().manual_seed(seed) for seed in range(24)]
         pictures = pipeline(

@@ -19,7 +19,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-from eval_diffit import AXIS_LABELS, new_figure
+from diffit.plots import AXIS_LABELS, new_figure
 from quality import PEER, RAMP_UP, RESULTS, SEEDS, SIDES, STEPS, TASKS, TUNING_IMAGES, tuned
 
 TARGETS = {"flops": 1.3, "minutes": 3.0}

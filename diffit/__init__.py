@@ -11,8 +11,10 @@
     checkpoint, run_dir, lock         what is saved, what in a folder is ours, and which run owns it
     processes, launcher               several processes: start, agreement, stop signals, launchers that die
     logs, validation, export          trackers; held-out loss, metrics, previews; the pipeline folder and the hub
-    sampling                          checks of sampling flags
-    metrics, features                 Frechet and kernel distance and others; feature extractors
+    sampling_config, sampling         settings of sampling and their rules; load a model, sample seeds
+    eval_config, evaluation           settings of an evaluation; samples and features kept on disk
+    image_sets, features              images from folders, zips, npz, ...; feature extractors
+    metrics, plots                    Frechet and kernel distance and others; plots of an evaluation
     command_line, errors              how flags are read, and how an error ends a script
 
 No module imports one that imports it. A script imports something of this package before diffusers, which imports

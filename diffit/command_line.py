@@ -177,6 +177,20 @@ def to_flags(config: Any, prefix: str = "") -> dict[str, Any]:
     return values
 
 
+def parse_config(parser: argparse.ArgumentParser, config_class: type, argv: list[str] | None = None) -> Any:
+    """Reads the command line into a config; a value that its rules refuse ends the script like a flag that is unknown.
+
+    Args:
+        parser: with the flags of `config_class` (see `add_flags`).
+        argv: the command line; default: that of this process.
+    """
+    values = vars(parser.parse_args(argv))
+    try:
+        return from_flags(config_class, values)
+    except UserError as error:
+        parser.error(message_of(error))
+
+
 def nested(config_class: type, prefix: str = "") -> Any:
     """A field of a config dataclass that is one itself, whose flags have `prefix` before their names."""
     return dataclasses.field(default_factory=config_class, metadata={"prefix": prefix})

@@ -1,5 +1,8 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Feature extractors, and features that all processes take together and keep on disk."""
+"""Feature extractors, and arrays on disk, such as features, that all processes compute together.
+
+Shapes: B images, C channels, H/W height/width, F features.
+"""
 
 import hashlib
 import importlib
@@ -20,25 +23,25 @@ from tqdm.auto import tqdm
 
 from diffit.decode import decode_image
 from diffit.errors import UserError
+from diffit.eval_config import EXTRACTORS
 from diffit.run_dir import claim_whole_folder
 from diffit.sources import ImageTable
 
-# The Inception network of the published FIDs, as TorchScript: StyleGAN2-ADA, StyleGAN3 and EDM measure with it.
+# The Inception network of published FIDs, as TorchScript; used by StyleGAN2-ADA, StyleGAN3 and EDM.
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-EXTRACTORS = ("inception", "dinov2", "clip", "efficientnet_lite0")
 RESIZE = "bicubic, antialiased (torch)"
 
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """Images to features.
+    """Maps images to features.
 
     Attributes:
-        name: what the user called it.
-        function: takes uint8 images (B, 3, H, W) to features (B, F).
-        settings: what the features depend on: digest of the weights, size and way of resizing.
+        name: value of --feature_extractor.
+        function: maps uint8 images (B, 3, H, W) to features (B, F).
+        settings: all that the features depend on besides the images: digest of the weights, resizing.
     """
 
     name: str
@@ -47,10 +50,10 @@ class FeatureExtractor:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Features (B, F), float32, of uint8 images (B, C, H, W); one channel is taken three times.
+        """Features (B, F), float32, of uint8 images (B, C, H, W); grayscale is repeated to three channels.
 
         Raises:
-            ValueError: for other numbers of channels, or if the function does not return finite features.
+            UserError: unless C is 1 or 3 and the function returns finite features.
         """
         if images.shape[1] not in (1, 3):
             raise UserError(f"feature extractors take images of 1 or 3 channels, got {images.shape[1]}")
@@ -70,17 +73,17 @@ def load_extractor(
     inception_path: str | None = None,
     probabilities: bool = False,
 ) -> FeatureExtractor:
-    """One of `EXTRACTORS`, or a function of the user's.
+    """Loads one of `EXTRACTORS`, or a function of the user.
 
     Args:
-        name: of `EXTRACTORS`, or `module:function`; the function takes uint8 images (B, 3, H, W) on `device`.
-        device: of the network.
-        feature_model: folder or hub name for `dinov2` and `clip`, in place of the large ones of the literature.
-        inception_path: TorchScript file for `inception`; None: it is downloaded.
-        probabilities: of `inception`, its classes (B, 1008) for the Inception score in place of features (B, 2048).
+        name: one of `EXTRACTORS`, or `module:function`; the function gets uint8 images (B, 3, H, W) on `device`.
+        device: for the network.
+        feature_model: folder or hub name for `dinov2` and `clip`; default: the large models of the literature.
+        inception_path: TorchScript file for `inception`; default: it is downloaded.
+        probabilities: make `inception` give class probabilities (B, 1008) instead of features (B, 2048).
 
     Raises:
-        ValueError: names the flag of what is not there.
+        UserError: names the flag that cannot be satisfied.
     """
     if name == "inception":
         return _load_inception(device, inception_path, probabilities)
@@ -111,16 +114,16 @@ def _load_inception(device: torch.device, path: str | None, probabilities: bool)
                 torch.hub.download_url_to_file(INCEPTION_URL, str(file))
             except OSError as error:
                 raise UserError(
-                    f"--feature_extractor inception: cannot download {INCEPTION_URL} ({error}): fetch it elsewhere "
-                    "and give it by --inception_path"
+                    f"--feature_extractor inception: cannot download {INCEPTION_URL} ({error}): download it "
+                    "elsewhere and pass the file as --inception_path"
                 ) from error
         path = str(file)
     try:
         network = torch.jit.load(path, map_location=device).eval()
-    except Exception as error:  # torch's own message advises to load it without protection
+    except Exception as error:  # torch's own message advises loading it unsafely
         raise UserError(f"--inception_path {path}: not a TorchScript file ({type(error).__name__})") from error
-    # The network resizes by itself, as the TensorFlow original did. Without the bias of the last layer: so did the
-    # original Inception score.
+    # The network resizes by itself, as the TensorFlow original did. The original Inception score leaves out the bias
+    # of the last layer.
     keywords = {"no_output_bias": True} if probabilities else {"return_features": True}
     settings = {
         "weights_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
@@ -173,7 +176,7 @@ def _load_efficientnet(device: torch.device) -> FeatureExtractor:
     mean, std = (127 / 255,) * 3, (128 / 255,) * 3
 
     def features(images: torch.Tensor) -> torch.Tensor:
-        # On a CPU, eight images stay in its caches: three times faster, with channels_last, than 32 at once.
+        # Eight images fit a CPU's caches: with channels_last, three times faster than 32 at once.
         parts = images.split(8 if device.type == "cpu" else len(images))
         pixels = (prepare(part, 224, mean, std).contiguous(memory_format=torch.channels_last) for part in parts)
         return torch.cat([network.extract_features(part).mean(dim=(2, 3)) for part in pixels])  # (B, 1280)
@@ -186,13 +189,13 @@ def _network_settings(network: torch.nn.Module, size: int) -> dict:
 
 
 def prepare(images: torch.Tensor, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """Resizes images to what a network expects, and normalises them.
+    """Resizes and normalizes images for a network.
 
     Args:
         images: uint8, shape (B, 3, H, W).
-        size: pixels of a side of the result.
-        mean: of each channel, for images in [0, 1].
-        std: likewise.
+        size: height and width of the result, in pixels.
+        mean: mean of each channel, for images in [0, 1].
+        std: standard deviation of each channel, for images in [0, 1].
 
     Returns:
         Shape (B, 3, size, size), float32.
@@ -203,7 +206,7 @@ def prepare(images: torch.Tensor, size: int, mean: tuple[float, ...], std: tuple
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """SHA-256 of all weights: the same path may hold another model later."""
+    """SHA-256 of all weights, which identifies a model better than its path: that may hold another one later."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -212,10 +215,10 @@ def weights_digest(model: torch.nn.Module) -> str:
 
 
 class TableImages(Dataset):
-    """Images of a table as training sees them (decoded, centre crop, resized), in uint8.
+    """Images of a table as training sees them (decoded, center-cropped, resized), as uint8.
 
     Args:
-        table: where the images are.
+        table: says where the images are.
         resolution: height and width in pixels.
         num_channels: channels C.
     """
@@ -233,51 +236,52 @@ class TableImages(Dataset):
 
 
 def settings_folder(work_dir: str | Path, kind: str, settings: dict) -> Path:
-    """A folder for what depends on these settings and on nothing else."""
+    """The folder in `work_dir` for data that depends on these settings alone."""
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     return Path(work_dir, f"{kind}-{key}")
 
 
 def fill_array(
-    state: PartialState,
+    processes: PartialState,
     folder: Path,
     settings: dict,
     num_rows: int,
     batch_size: int,
     compute: Callable[[list[range]], Iterator[np.ndarray]],
 ) -> np.ndarray:
-    """An array on disk whose rows all processes compute together. To be called by all of them.
+    """Computes the rows of an array on disk in all processes together. To be called by all of them.
 
-    Batches that are there are kept, so a stopped run goes on; a finished array is only opened. Nothing is pickled.
+    Batches are written as they are computed, so an interrupted run can be resumed; a complete array is only opened.
+    Nothing is pickled.
 
     Args:
-        state: the processes; an `Accelerator` serves as well.
-        folder: for `data.npy`, of these settings alone (see `settings_folder`), and seen by all processes.
-        settings: written beside it, for people.
-        num_rows: of the array.
+        processes: may be an `Accelerator`.
+        folder: for `data.npy`; for these settings alone (see `settings_folder`), and visible to all processes.
+        settings: written next to the array, for people.
+        num_rows: rows of the array.
         batch_size: rows that are computed and written at once.
-        compute: yields the rows of each of these ranges, in their order.
+        compute: yields the rows of each of the given ranges, in their order.
 
     Returns:
         The array, mapped from the file, not in memory.
     """
     target = folder / "data.npy"
-    if state.is_main_process:
+    if processes.is_main_process:
         claim_whole_folder(folder, "an evaluation")
         (folder / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
-    state.wait_for_everyone()
+    processes.wait_for_everyone()
     ranges = [range(start, min(start + batch_size, num_rows)) for start in range(0, num_rows, batch_size)]
     files = {rows: folder / f"{rows.start:08d}-{rows.stop:08d}.npy" for rows in ranges}
     finished = target.is_file()
     missing = [] if finished else [rows for rows in ranges if not files[rows].is_file()]
-    state.wait_for_everyone()  # all must have looked before one writes
-    mine = missing[state.process_index :: state.num_processes]
-    temporary = folder / f".{state.process_index}-{os.getpid()}.npy"
+    processes.wait_for_everyone()  # all must have looked before one writes
+    mine = missing[processes.process_index :: processes.num_processes]
+    temporary = folder / f".{processes.process_index}-{os.getpid()}.npy"
     for rows, values in zip(mine, compute(mine), strict=True):
         np.save(temporary, values)
-        temporary.replace(files[rows])  # a batch is there whole or not at all
-    state.wait_for_everyone()
-    if state.is_main_process and not finished:
+        temporary.replace(files[rows])  # a batch is on disk whole or not at all
+    processes.wait_for_everyone()
+    if processes.is_main_process and not finished:
         first = np.load(files[ranges[0]])
         array = np.lib.format.open_memmap(temporary, "w+", first.dtype, (num_rows, *first.shape[1:]))
         for rows in ranges:
@@ -286,12 +290,12 @@ def fill_array(
         temporary.replace(target)
         for file in files.values():
             file.unlink()
-    state.wait_for_everyone()
+    processes.wait_for_everyone()
     return np.load(target, mmap_mode="r")
 
 
 def extract_features(
-    state: PartialState,
+    processes: PartialState,
     work_dir: str | Path,
     images: Dataset,
     images_settings: dict,
@@ -299,16 +303,16 @@ def extract_features(
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> np.ndarray:
-    """Features of images, from `work_dir` if they are there. To be called by all processes.
+    """Extracts features of images, or reads them from `work_dir`. To be called by all processes.
 
     Args:
-        state: the processes and the device; an `Accelerator` serves as well.
-        work_dir: a folder that all processes see.
+        processes: may be an `Accelerator`.
+        work_dir: visible to all processes.
         images: gives uint8 images of shape (C, H, W) by index.
-        images_settings: what the images depend on, such as a digest of the data and the resolution.
-        extractor: on the device of `state`.
-        batch_size: images at once.
-        num_workers: processes that decode images, for each process.
+        images_settings: all that the images depend on, such as a digest of the data and the resolution.
+        extractor: on the device of `processes`.
+        batch_size: images per forward pass and process.
+        num_workers: processes that decode images, per process.
 
     Returns:
         Shape (N, F), float32, mapped from a file.
@@ -317,9 +321,9 @@ def extract_features(
 
     def compute(ranges: list[range]) -> Iterator[np.ndarray]:
         loader = DataLoader(images, batch_sampler=[list(rows) for rows in ranges], num_workers=num_workers)
-        progress = tqdm(loader, desc=f"{extractor.name} features", disable=not state.is_main_process or not ranges)
+        progress = tqdm(loader, desc=f"{extractor.name} features", disable=not processes.is_main_process or not ranges)
         for pixels in progress:
-            yield extractor(pixels.to(state.device)).cpu().numpy()
+            yield extractor(pixels.to(processes.device)).cpu().numpy()
 
     folder = settings_folder(work_dir, "features", settings)
-    return fill_array(state, folder, settings, len(images), batch_size, compute)
+    return fill_array(processes, folder, settings, len(images), batch_size, compute)

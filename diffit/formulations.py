@@ -307,6 +307,12 @@ def formulation_name(scheduler_config: dict[str, Any]) -> str:
     return "edm" if scheduler_config.get("_class_name", "").startswith("EDM") else "ddpm"
 
 
+def formulation_of(scheduler: SchedulerMixin) -> Formulation:
+    """The formulation that a saved pipeline was trained in, from the scheduler that it samples with."""
+    name = formulation_name({"_class_name": type(scheduler).__name__})
+    return FORMULATIONS[name].from_scheduler_config(scheduler.config)
+
+
 def choose_formulation(asked: DiffusionConfig, pretrained: dict[str, Any], in_latents: bool) -> Formulation:
     """The formulation that the flags ask for, with all its settings.
 

@@ -1,5 +1,11 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Distances and scores between sets of features: Frechet and kernel distance, precision, recall, Inception score."""
+"""Distances and scores between sets of features: Frechet and kernel distance, precision, recall, Inception score.
+
+torchmetrics has three of these, and the tests compare with it. It is not used here because its Frechet distance takes
+the square roots of the eigenvalues of a non-symmetric matrix (with fewer images than features it was off by 2e-8 of
+the trace, and four times slower), its kernel distance and Inception score draw from the global random number
+generator, and it has neither precision and recall nor distances to saved statistics.
+"""
 
 import functools
 from collections.abc import Iterable
@@ -8,28 +14,30 @@ import numpy as np
 import torch
 
 from diffit.errors import UserError
+from diffit.eval_config import METRICS
 
-METRICS = ("frechet_distance", "kernel_distance", "inception_score", "precision", "recall")
-NEAREST = 3  # neighbours that span the manifold of precision and recall, as in arXiv 1904.06991
-INCEPTION_SPLITS = 10  # of the Inception score, as in arXiv 1606.03498
-FEWEST_IMAGES = 10_000  # below, figures are not comparable with published ones
-ROWS_AT_ONCE = 2048  # of a matrix of distances or kernels
+NUM_NEIGHBORS = NEAREST = 3  # neighbors that span the manifold of precision and recall, as in arXiv 1904.06991
+INCEPTION_SPLITS = 10  # as in arXiv 1606.03498
+MIN_IMAGES = 10_000  # below, values are not comparable with published ones
+CHUNK_ROWS = 2048  # of a distance or kernel matrix that are in memory at once
 
-
-#
-# torchmetrics has three of these, and the tests compare with it. What keeps it out of here: its Frechet distance roots
-# the eigenvalues of a matrix that is not symmetric (with fewer images than features it was off by 2e-8 of the trace,
-# and took four times as long), its kernel distance and Inception score draw from the global generator of random
-# numbers, and it has neither precision and recall nor distances to saved statistics.
+# How each metric is computed, for the results file.
+METRIC_SETTINGS = {
+    "frechet_distance": {"covariance": "unbiased", "dtype": "float64"},
+    "kernel_distance": {"kernel": "(x . y / F + 1)^3", "estimator": "unbiased, all pairs", "dtype": "float64"},
+    "inception_score": {"splits": INCEPTION_SPLITS, "dtype": "float64"},
+    "precision": {"neighbours": NUM_NEIGHBORS, "dtype": "float64"},
+    "recall": {"neighbours": NUM_NEIGHBORS, "dtype": "float64"},
+}
 
 
 class FeatureSet:
-    """Features of images, or only their mean and covariance. What the metrics need of them is computed once.
+    """Features of images, or only their mean and covariance. Quantities that metrics share are computed once.
 
     Args:
-        features: shape (N, F); computed with in float64, on the device where they are.
-        mean: shape (F), in place of features.
-        covariance: shape (F, F), in place of features.
+        features: shape (N, F); converted to float64, on the device where they are.
+        mean: shape (F), instead of features.
+        covariance: shape (F, F), instead of features.
     """
 
     def __init__(
@@ -46,7 +54,7 @@ class FeatureSet:
         return 0 if self.features is None else len(self.features)
 
     def subset(self, indices: torch.Tensor) -> "FeatureSet":
-        """The features of some of the images."""
+        """The features of the images with these indices."""
         return FeatureSet(self.features[indices])
 
     @functools.cached_property
@@ -57,12 +65,12 @@ class FeatureSet:
     @functools.cached_property
     def covariance(self) -> torch.Tensor:
         """Unbiased, shape (F, F)."""
-        centred = self.features - self.mean
-        return centred.T @ centred / (len(self) - 1)
+        centered = self.features - self.mean
+        return centered.T @ centered / (len(self) - 1)
 
     @functools.cached_property
     def covariance_factor(self) -> torch.Tensor:
-        """A with A^T A = covariance, as few rows as possible; shape (R, F), R at most N and F."""
+        """A with A^T A = covariance and the fewest rows; shape (R, F), R <= min(N, F)."""
         if 0 < len(self) <= self.features.shape[1]:
             return (self.features - self.mean) / (len(self) - 1) ** 0.5
         values, vectors = torch.linalg.eigh(self.covariance)
@@ -70,23 +78,23 @@ class FeatureSet:
 
     @functools.cached_property
     def kernel_mean(self) -> torch.Tensor:
-        """Mean of the polynomial kernel over all pairs of two different images."""
+        """Mean of the polynomial kernel over all pairs of distinct images; a scalar."""
         num_images = len(self)
         trace = ((self.features.square().sum(dim=1) / self.features.shape[1] + 1) ** 3).sum()
         return (kernel_sum(self.features, self.features) - trace) / (num_images * (num_images - 1))
 
     @functools.cached_property
     def radii(self) -> torch.Tensor:
-        """Distance of each image to its `NEAREST`-th neighbour; shape (N)."""
-        distances, _ = nearest(self.features, self.features, NEAREST + 1)  # itself is the first
+        """Distance of each image to its neighbor number `NUM_NEIGHBORS`; shape (N)."""
+        distances, _ = nearest(self.features, self.features, NUM_NEIGHBORS + 1)  # the first is the image itself
         return distances[:, -1]
 
 
 def frechet_distance(images: FeatureSet, reference: FeatureSet) -> float:
     """Frechet distance of the Gaussians with these means and covariances (FID, arXiv 1706.08500, Eq. 6).
 
-    `|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))`. With S1 = A^T A and S2 = B^T B, the last trace is the sum of the
-    singular values of A B^T: no root of a matrix is taken, so it is exact for singular covariances as well.
+    `|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))`. With S1 = A^T A and S2 = B^T B, the trace of the root is the sum of
+    the singular values of A B^T. No matrix square root is needed, so singular covariances are exact as well.
     """
     product = images.covariance_factor @ reference.covariance_factor.T
     traces = images.covariance_factor.square().sum() + reference.covariance_factor.square().sum()
@@ -95,16 +103,16 @@ def frechet_distance(images: FeatureSet, reference: FeatureSet) -> float:
 
 
 def kernel_sum(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Sum of the kernel of KID, `(x . y / F + 1)^3`, over all pairs of rows; features of shapes (N, F) and (M, F)."""
+    """Sum of KID's kernel `(x . y / F + 1)^3` over all pairs of rows of features (N, F) and (M, F)."""
     num_features = first.shape[1]
-    return sum(((rows @ second.T / num_features + 1) ** 3).sum() for rows in first.split(ROWS_AT_ONCE))
+    return sum(((rows @ second.T / num_features + 1) ** 3).sum() for rows in first.split(CHUNK_ROWS))
 
 
 def kernel_distance(images: FeatureSet, reference: FeatureSet) -> float:
-    """Squared maximum mean discrepancy under a polynomial kernel, unbiased (KID, arXiv 1801.01401).
+    """Unbiased squared maximum mean discrepancy under a polynomial kernel (KID, arXiv 1801.01401), over all pairs.
 
-    Over all pairs of images. The paper averages over subsets of 1,000: as both are unbiased, they have the same
-    expectation, but all pairs have the least variance and need no random numbers.
+    The paper averages over random subsets of 1,000 images. Both estimators are unbiased, so they have the same
+    expectation, but all pairs have the lower variance and need no random numbers.
     """
     across = kernel_sum(images.features, reference.features) / (len(images) * len(reference))
     return (images.kernel_mean + reference.kernel_mean - 2 * across).item()
@@ -116,33 +124,38 @@ def nearest(queries: torch.Tensor, points: torch.Tensor, count: int) -> tuple[to
     Args:
         queries: shape (N, F).
         points: shape (M, F).
-        count: how many, at most M.
+        count: number of neighbors K, at most M.
 
     Returns:
-        Distances and indices of the points, both of shape (N, count).
+        Distances and indices of the points, both of shape (N, K).
     """
-    found = [torch.cdist(rows, points).topk(count, largest=False) for rows in queries.split(ROWS_AT_ONCE)]
+    found = [torch.cdist(rows, points).topk(count, largest=False) for rows in queries.split(CHUNK_ROWS)]
     return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
 
 
-def share_within(queries: torch.Tensor, points: torch.Tensor, radii: torch.Tensor) -> float:
-    """Share of the queries (N, F) that lie within the radius of one of the points (M, F) at least."""
-    inside = [(torch.cdist(rows, points) <= radii).any(dim=1) for rows in queries.split(ROWS_AT_ONCE)]
+def fraction_within(queries: torch.Tensor, points: torch.Tensor, radii: torch.Tensor) -> float:
+    """Fraction of the queries (N, F) that lie within the radius (M) of at least one of the points (M, F)."""
+    inside = [(torch.cdist(rows, points) <= radii).any(dim=1) for rows in queries.split(CHUNK_ROWS)]
     return torch.cat(inside).double().mean().item()
 
 
 def precision_recall(images: FeatureSet, reference: FeatureSet) -> tuple[float, float]:
-    """Improved precision and recall (arXiv 1904.06991, Eq. 1-2), with balls that reach the third neighbour.
+    """Improved precision and recall (arXiv 1904.06991, Eq. 1-2), with balls that reach neighbor `NUM_NEIGHBORS`.
 
     Returns:
-        The share of the images that lie on the manifold of the reference, and the other way round.
+        The fraction of images on the manifold of the reference, and the fraction of the reference on that of the
+        images; both in [0, 1].
     """
-    precision = share_within(images.features, reference.features, reference.radii)
-    return precision, share_within(reference.features, images.features, images.radii)
+    precision = fraction_within(images.features, reference.features, reference.radii)
+    return precision, fraction_within(reference.features, images.features, images.radii)
 
 
 def inception_score(probabilities: torch.Tensor) -> float:
-    """exp of the mean divergence of each image's classes from those of all (arXiv 1606.03498); shape (N, classes)."""
+    """exp of the mean KL divergence of each image's class probabilities from their mean (arXiv 1606.03498).
+
+    Args:
+        probabilities: shape (N, classes).
+    """
     probabilities = probabilities.double()
     marginal = probabilities.mean(dim=0)
     divergence = torch.special.xlogy(probabilities, probabilities) - torch.special.xlogy(probabilities, marginal)
@@ -150,7 +163,7 @@ def inception_score(probabilities: torch.Tensor) -> float:
 
 
 def metric_values(metrics: Iterable[str], images: FeatureSet, reference: FeatureSet) -> dict[str, float]:
-    """The metrics of these names that compare features, all but the Inception score."""
+    """Values of metrics that compare features, that is, of all but the Inception score."""
     values = {}
     if "frechet_distance" in metrics:
         values["frechet_distance"] = frechet_distance(images, reference)
@@ -163,7 +176,7 @@ def metric_values(metrics: Iterable[str], images: FeatureSet, reference: Feature
 
 
 def shuffled_parts(num_images: int, num_parts: int) -> list[torch.Tensor]:
-    """Indices of disjoint random parts of equal size but for one image, the same at every call."""
+    """Indices of disjoint random parts whose sizes differ by at most one; the same at every call."""
     order = torch.randperm(num_images, generator=torch.Generator().manual_seed(0))
     return list(order.tensor_split(num_parts))
 
@@ -171,31 +184,34 @@ def shuffled_parts(num_images: int, num_parts: int) -> list[torch.Tensor]:
 def compare(
     metrics: Iterable[str], images: FeatureSet, reference: FeatureSet, num_subsets: int = 5
 ) -> dict[str, dict]:
-    """Metrics with their spread and with what real images get.
+    """Computes metrics that compare features, with their standard deviation and the value that real images get.
 
     Args:
-        metrics: of `METRICS`, without `inception_score`.
-        images: the set that is judged.
+        metrics: any of `METRICS` but `inception_score`.
+        images: the evaluated images.
         reference: real images; mean and covariance suffice for the Frechet distance.
-        num_subsets: disjoint parts of the images, each compared with the whole reference.
+        num_subsets: disjoint subsets of the images, each compared with the whole reference.
 
     Returns:
-        For each metric `value`, of all images; `spread`, the standard deviation over the subsets (that of the value is
-        smaller, about by the root of their number); `subset_mean` (Frechet distance and recall depend on the number
-        of images); `floor`, what one half of the reference, cut to the number of images, gets against the other half
-        (with fewer images than the value, so a Frechet distance can lie below it), or None without reference images;
-        `counts`, the numbers of images of all that.
+        For each metric:
+        `value`, of all images;
+        `spread`, the standard deviation over the subsets (the standard error of the value is smaller, by about the
+        square root of their number);
+        `subset_mean` (Frechet distance and recall depend on the number of images);
+        `floor`, the real-vs-real baseline: one half of the reference, cut to the number of images, against the other
+        half (as that is fewer images, a Frechet distance can lie below it); None without reference images;
+        `counts`, the numbers of images in all of these.
 
     Raises:
-        ValueError: if there are too few images, or a metric needs images where the reference is only statistics.
+        UserError: if there are too few images, or a metric needs images where the reference has statistics only.
     """
     metrics = [name for name in METRICS if name in metrics]
-    fewest = num_subsets * (NEAREST + 1)
+    needed = num_subsets * (NUM_NEIGHBORS + 1)
     for name, number in (("images", len(images)), ("reference images", len(reference))):
-        if number < fewest and not (name == "reference images" and metrics == ["frechet_distance"] and number == 0):
-            raise UserError(
-                f"{number} {name}, but {' and '.join(metrics)} need{'s' * (len(metrics) == 1)} {fewest} at least"
-            )
+        only_statistics = name == "reference images" and metrics == ["frechet_distance"] and number == 0
+        if number < needed and not only_statistics:
+            verb = "needs" if len(metrics) == 1 else "need"
+            raise UserError(f"{number} {name}, but {' and '.join(metrics)} {verb} at least {needed}")
     values = metric_values(metrics, images, reference)
     subsets = [images.subset(part) for part in shuffled_parts(len(images), num_subsets)]
     by_subset = [metric_values(metrics, subset, reference) for subset in subsets]
@@ -205,32 +221,33 @@ def compare(
         "subsets": num_subsets,
         "images_per_subset": len(images) // num_subsets,
     }
-    floors = dict.fromkeys(metrics)
+    real_vs_real = dict.fromkeys(metrics)
     if len(reference):
         half, other_half = shuffled_parts(len(reference), 2)
         half = half[: len(images)]
-        floors = metric_values(metrics, reference.subset(half), reference.subset(other_half))
+        real_vs_real = metric_values(metrics, reference.subset(half), reference.subset(other_half))
         counts |= {"floor_images": len(half), "floor_reference": len(other_half)}
     return {
-        name: summarise(values[name], [subset[name] for subset in by_subset], floors[name], counts) for name in metrics
+        name: summarize(values[name], [subset[name] for subset in by_subset], real_vs_real[name], counts)
+        for name in metrics
     }
 
 
 def compare_classes(probabilities: torch.Tensor, reference_probabilities: torch.Tensor | None) -> dict:
-    """The Inception score as `compare` gives the other metrics: the value is the mean over `INCEPTION_SPLITS` subsets.
+    """Computes the Inception score, in the form of `compare`; its value is the mean over `INCEPTION_SPLITS` subsets.
 
     Args:
-        probabilities: of the Inception network for the images; shape (N, classes).
-        reference_probabilities: for as many real images, whose score is the `floor`, or None.
+        probabilities: class probabilities of the images, by the Inception network; shape (N, classes).
+        reference_probabilities: class probabilities of N real images, whose score is the `floor`; or None.
 
     Raises:
-        ValueError: if there are fewer than two images for a subset.
+        UserError: if there are fewer than two images per subset.
     """
     if len(probabilities) < 2 * INCEPTION_SPLITS:
-        raise UserError(f"{len(probabilities)} images, but inception_score needs {2 * INCEPTION_SPLITS} at least")
+        raise UserError(f"{len(probabilities)} images, but inception_score needs at least {2 * INCEPTION_SPLITS}")
 
-    def scores(of: torch.Tensor) -> list[float]:
-        return [inception_score(of[part]) for part in shuffled_parts(len(of), INCEPTION_SPLITS)]
+    def scores(values: torch.Tensor) -> list[float]:
+        return [inception_score(values[part]) for part in shuffled_parts(len(values), INCEPTION_SPLITS)]
 
     by_subset = scores(probabilities)
     counts = {
@@ -239,16 +256,50 @@ def compare_classes(probabilities: torch.Tensor, reference_probabilities: torch.
         "subsets": INCEPTION_SPLITS,
         "images_per_subset": len(probabilities) // INCEPTION_SPLITS,
     }
-    floor = None if reference_probabilities is None else float(np.mean(scores(reference_probabilities)))
-    return summarise(float(np.mean(by_subset)), by_subset, floor, counts)
+    real_vs_real = None if reference_probabilities is None else float(np.mean(scores(reference_probabilities)))
+    return summarize(float(np.mean(by_subset)), by_subset, real_vs_real, counts)
 
 
-def summarise(value: float, by_subset: list[float], floor: float | None, counts: dict) -> dict:
-    """A metric as it is reported; see `compare`."""
+def summarize(value: float, by_subset: list[float], real_vs_real: float | None, counts: dict) -> dict:
+    """One metric in the form of the results file; see `compare`."""
     return {
         "value": value,
         "spread": float(np.std(by_subset, ddof=1)),
         "subset_mean": float(np.mean(by_subset)),
-        "floor": floor,
+        "floor": real_vs_real,
         "counts": counts,
     }
+
+
+def compute_metrics(
+    metrics: Iterable[str],
+    features: FeatureSet,
+    reference: FeatureSet,
+    probabilities: np.ndarray | None = None,
+    reference_probabilities: np.ndarray | None = None,
+    num_subsets: int = 5,
+) -> dict[str, dict]:
+    """Computes any of `METRICS` for a set of images, each with the settings that it was computed with.
+
+    Args:
+        metrics: any of `METRICS`, in the order of the result.
+        features: features of the evaluated images.
+        reference: features of real images.
+        probabilities: for `inception_score`: class probabilities of the images, shape (N, classes).
+        reference_probabilities: for `inception_score`: class probabilities of the real images, of which N are taken.
+        num_subsets: see `compare`.
+
+    Returns:
+        See `compare`.
+
+    Raises:
+        UserError: see `compare` and `compare_classes`.
+    """
+    names = [name for name in metrics if name != "inception_score"]
+    result = compare(names, features, reference, num_subsets) if names else {}
+    if "inception_score" in metrics:
+        if reference_probabilities is not None:
+            order = shuffled_parts(len(reference_probabilities), 1)[0][: len(probabilities)]
+            reference_probabilities = torch.from_numpy(np.array(reference_probabilities))[order]
+        result["inception_score"] = compare_classes(torch.from_numpy(np.array(probabilities)), reference_probabilities)
+    return {name: result[name] | {"settings": METRIC_SETTINGS[name]} for name in metrics}

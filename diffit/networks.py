@@ -31,7 +31,6 @@ from diffit_model import (
     align_bias_for_xformers,
     xformers_unsupported_reasons,
 )
-from diffit_pipeline import FORWARD_PROCESS, load_network, null_label
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -205,45 +204,6 @@ def build_model(config: dict, pretrained: str | None = None, reset_class_embeddi
         logger.warning(f"{pretrained}: {change}")
     model.load_state_dict(weights)
     return model
-
-
-def build_guidance_model(
-    path: str | None, model: ModelMixin, scheduler_config: dict[str, Any], device: torch.device
-) -> ModelMixin | None:
-    """The weaker model of --validation_guidance_model, or None without one.
-
-    Args:
-        path: folder or hub name of the weaker model's pipeline.
-        model: the network that it guides.
-        scheduler_config: of the network.
-        device: to load it to.
-
-    Raises:
-        UserError: if it does not exist or does not fit the model.
-    """
-    if path is None:
-        return None
-    what = f"--validation_guidance_model {path}: cannot load a pipeline"
-    guidance_model = load_model(what, load_network, path, model_class).to(device)
-    with user_errors(what, Exception):
-        theirs = DDPMScheduler.load_config(path, subfolder="scheduler")
-    for key in FORWARD_PROCESS:
-        if scheduler_config.get(key) != theirs.get(key):
-            raise UserError(
-                f"--validation_guidance_model {path} has {key} {theirs.get(key)}, this run {scheduler_config.get(key)}"
-            )
-    for what in ("sample_size", "in_channels", "out_channels"):
-        if model.config[what] != guidance_model.config[what]:
-            raise UserError(
-                f"--validation_guidance_model {path} has {what} {guidance_model.config[what]}, "
-                f"the model {model.config[what]}"
-            )
-    if null_label(model) != null_label(guidance_model):
-        raise UserError(
-            f"--validation_guidance_model {path} has {null_label(guidance_model)} classes, the model "
-            f"{null_label(model)}"
-        )
-    return kernelize(guidance_model.requires_grad_(False).eval())
 
 
 def sample_shape(config: dict) -> tuple[int, int, int]:

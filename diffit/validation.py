@@ -29,6 +29,8 @@ from diffit.optimization import TrainingState, ema_weights
 from diffit.plan import Plan
 from diffit.processes import StopRequest, ignore_stop_signals, on_all_processes
 from diffit.run_dir import OutputFolder
+from diffit.sampling import sample_seeds
+from diffit.sampling_config import GuidanceConfig, SamplingConfig
 from diffit.sources import Table, detect_num_channels
 from diffit.stream import PositionStream, collate
 from diffit_pipeline import image_grid, null_label, to_displayable
@@ -231,33 +233,25 @@ def sample_shard(accelerator: Accelerator, validation: Validation, num_images: i
         uint8, shape (B, C, H, W), with the same B in all processes: gathered, the first `num_images` are those asked
         for. None if a stop was requested meanwhile.
     """
-    model, guidance, guidance_model = validation.state.model, validation.asked.guidance, validation.guidance_model
+    model, guidance_model = validation.state.model, validation.guidance_model
     pipeline = build_pipeline(model, validation.vae, validation.plan.formulation.preview_scheduler())
     pipeline.set_progress_bar_config(disable=True)
     shard = math.ceil(num_images / accelerator.num_processes)
     seeds = [min(accelerator.process_index * shard + i, num_images - 1) for i in range(shard)]
     null = null_label(model)
+    labels = None if null is None else [seed % null for seed in seeds]
+    can_guide = null is not None or guidance_model is not None
+    guidance = validation.asked.guidance if can_guide else GuidanceConfig()
+    sampling = SamplingConfig(num_inference_steps=validation.asked.validation_inference_steps, guidance=guidance)
     size = validation.plan.batch.per_process
     images = []
-    for i in range(0, shard, size):
+    for batch in sample_seeds(pipeline, seeds, labels, sampling, size, guidance_model, pad=False):
+        images.append(torch.from_numpy(batch).permute(0, 3, 1, 2))
         if validation.stop.is_wanted():
             break
-        chunk = seeds[i : i + size]
-        samples = pipeline(
-            class_labels=None if null is None else [seed % null for seed in chunk],
-            batch_size=len(chunk),
-            num_inference_steps=validation.asked.validation_inference_steps,
-            guidance_scale=1.0 if null is None and guidance_model is None else guidance.scale,
-            guidance_schedule=guidance.schedule,
-            guidance_power=guidance.power,
-            guidance_interval=guidance.interval,
-            guidance_channels=guidance.channels,
-            guidance_model=guidance_model,
-            generator=[torch.Generator().manual_seed(seed) for seed in chunk],
-            output_type="pt",
-        ).images
-        images.append((samples * 255).round().byte().to(accelerator.device))
-    return None if validation.stop.is_wanted_anywhere() else torch.cat(images)
+    if validation.stop.is_wanted_anywhere():
+        return None
+    return torch.cat(images).contiguous().to(accelerator.device)
 
 
 def evaluate(

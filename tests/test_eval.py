@@ -20,7 +20,9 @@ from torchmetrics.image.kid import poly_mmd
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
 
 import eval_diffit
+import sample_diffit
 from diffit.decode import image_size
+from diffit.evaluation import list_classes
 from diffit.features import (
     CLIP_MEAN,
     CLIP_STD,
@@ -31,6 +33,7 @@ from diffit.features import (
     load_extractor,
     prepare,
 )
+from diffit.image_sets import ArrayImages, image_set, open_source
 from diffit.metrics import (
     FeatureSet,
     compare,
@@ -42,6 +45,7 @@ from diffit.metrics import (
     shuffled_parts,
 )
 from diffit.networks import model_class
+from diffit.plots import nearest_in_pixels
 from diffit.sources import load_image_table
 from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import DiffiTPipeline
@@ -113,7 +117,7 @@ def test_frechet_distance_takes_statistics_for_features():
 
 
 def test_kernel_distance_equals_a_loop_over_pairs(monkeypatch):
-    monkeypatch.setattr("diffit.metrics.ROWS_AT_ONCE", 7)  # several blocks, the last one smaller
+    monkeypatch.setattr("diffit.metrics.CHUNK_ROWS", 7)  # several blocks, the last one smaller
     x, y = normal(20, 5), normal(16, 5, seed=1) + 0.3
 
     def mean_kernel(first, second, same):
@@ -139,7 +143,7 @@ def test_kernel_distance_is_the_expectation_of_that_of_subsets():
 
 
 def test_precision_and_recall_equal_a_loop_over_pairs(monkeypatch):
-    monkeypatch.setattr("diffit.metrics.ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("diffit.metrics.CHUNK_ROWS", 7)
     images, reference = normal(40, 3).numpy(), normal(50, 3, seed=1).numpy() * 0.8 + 0.8
 
     def radius(point, others):  # the first of the sorted distances is that to itself
@@ -585,12 +589,18 @@ def test_inception_metrics_of_the_script(folders, inception_file, tmp_path):
             ["--reference=r", "--images=i", "--metrics", "inception_score", "--feature_extractor=clip"],
             "inception_score needs --feature_extractor inception, got clip",
         ),
-        (["--reference=r", "--images=i", "--feature_model=x"], "--feature_model is of .*dinov2"),
+        (["--reference=r", "--images=i", "--feature_model=x"], "--feature_model needs .*dinov2.*inception"),
         (["--reference=r", "--images=i", "--inception_path=x", "--feature_extractor=clip"], "--inception_path"),
         (["--reference=r", "--images=i", "--num_subsets=1"], "--num_subsets"),
         (["--reference=r", "--images=i", "--plots=p", "--plot_steps=5"], "--plot_steps"),
         (["--reference=r", "--images=i", "--training_images=t"], "--training_images"),
         (["--reference=r", "--model_path=m", "--eta=1", "--scheduler=heun"], "--eta"),
+        (["--reference=r", "--model_path=m", "--s_churn=1", "--scheduler=ddim"], "--s_churn.* edm_heun.* ddim"),
+        (["--reference=r", "--model_path=m", "--guidance_model=w"], "--guidance_model.* --guidance_scale"),
+        (["--reference=r", "--model_path=m", "--guidance_scale=2", "--guidance_power=3"], "--guidance_power 3"),
+        (["--reference=r", "--images=i", "--guidance_scale=2"], "--guidance_scale 2.0 .*--model_path"),
+        (["--reference=r", "--images=i", "--dataloader_num_workers=-1"], "--dataloader_num_workers.* -1"),
+        (["--reference=r", "--model_path=m", "--plot_steps=5"], "--plot_steps needs --plots"),
     ],
 )
 def test_wrong_flags_are_refused_before_anything_is_loaded(flags, words, capsys):
@@ -677,22 +687,56 @@ def test_second_run_draws_nothing(model_flags, tmp_path, monkeypatch):
     assert changed["frechet_distance"] != expected["frechet_distance"]
 
 
+@pytest.mark.parametrize("model", ["autoguided", "churned"])
+def test_samples_are_those_of_the_sampling_script(model, model_flags, trained, tmp_path):
+    """Of a model with a weaker one, and of an EDM model with churn: both can be evaluated by path."""
+    if model == "autoguided":
+        weak = DiffiTUNet2DModel(**TINY_CONFIG, num_class_embeds=3, zero_init_output=False)
+        DiffiTPipeline(weak, DDPMScheduler()).save_pretrained(tmp_path / "weak")
+        flags = [f"--guidance_model={tmp_path / 'weak'}", "--guidance_scale=3", "--guidance_interval", "0.1", "0.9"]
+    else:
+        trained, flags = tmp_path / "edm", ["--s_churn=2", "--s_tmin=0.1"]
+        unet = DiffiTUNet2DModel(**TINY_CONFIG, num_class_embeds=3, zero_init_output=False)
+        DiffiTPipeline(unet, EDMEulerScheduler()).save_pretrained(trained)
+        model_flags[0] = f"--model_path={trained}"
+    evaluate(tmp_path, *model_flags, *flags)
+    evaluated = samples(tmp_path)
+    common = [f"--model_path={trained}", "--class_labels=all", "--seeds=0-20", "--num_inference_steps=2"]
+    arguments = [*common, "--batch_size=8", "--save_npz", f"--output_dir={tmp_path / 'samples'}", *flags]
+    sample_diffit.main(sample_diffit.parse_args(arguments))
+    sampled = np.load(tmp_path / "samples/samples.npz")["arr_0"]
+    np.testing.assert_array_equal(evaluated.transpose(0, 2, 3, 1), sampled)
+    evaluate(tmp_path, *model_flags)
+    assert len(list((tmp_path / "work").glob("samples-*"))) == 2  # other samples than without these flags
+
+
+def test_samples_of_earlier_versions_are_found(model_flags, tmp_path):
+    """Flags that were added later do not change the name of the folder, unless they are used."""
+    evaluate(tmp_path, *model_flags)
+    (file,) = (tmp_path / "work").glob("samples-*/settings.json")
+    guidance = {f"guidance_{name}" for name in ("scale", "schedule", "power", "interval", "channels")}
+    names = {"num_inference_steps", "eta", "dtype", "num_images", "scheduler", "heun", "classes_sha256"}
+    assert set(json.loads(file.read_text())) == guidance | names | {"weights_sha256", "vae_sha256"}
+
+
+def test_guidance_of_an_unconditional_model_is_refused(model_flags, tmp_path):
+    DiffiTPipeline(DiffiTUNet2DModel(**TINY_CONFIG), DDPMScheduler()).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="--guidance_scale 2.0 needs --guidance_model"):
+        evaluate(tmp_path, f"--model_path={tmp_path / 'model'}", *model_flags[1:], "--guidance_scale=2")
+
+
 def test_classes_as_often_as_in_the_reference(trained, image_folder, tmp_path):
-    flags = ["--model_path=m", "--reference=r", "--num_images=24", "--class_labels=reference"]
     pipeline = DiffiTPipeline.from_folder(str(trained), model_class)
     table = load_image_table(train_data_dir=str(image_folder)).select([0, 1, 2, 8, 23, 9])
-    classes = eval_diffit.list_classes(eval_diffit.parse_args(flags), pipeline, table)
+    classes = list_classes(pipeline, "reference", 24, table)
     assert [classes.count(label) for label in range(3)] == [12, 8, 4]
 
 
 def test_classes_of_an_unconditional_model_are_refused(tmp_path):
     pipeline = DiffiTPipeline(DiffiTUNet2DModel(**TINY_CONFIG), DDPMScheduler())
-    args = eval_diffit.parse_args(["--model_path=m", "--reference=r", "--class_labels=3"])
     with pytest.raises(ValueError, match="--class_labels 3"):
-        eval_diffit.list_classes(args, pipeline, None)
-    assert (
-        eval_diffit.list_classes(eval_diffit.parse_args(["--model_path=m", "--reference=r"]), pipeline, None) is None
-    )
+        list_classes(pipeline, "3", 10, None)
+    assert list_classes(pipeline, "all", 10, None) is None
 
 
 def test_missing_model_is_named(model_flags, tmp_path):
@@ -747,24 +791,23 @@ def test_losses_of_another_formulation_are_left_out_of_the_plot(model_flags, tmp
 
 def test_nearest_in_pixels_finds_a_copy():
     images = random_images(40)
-    others = eval_diffit.ArrayImages(images.numpy())
+    others = ArrayImages(images.numpy())
     near = images[[7, 33]].float().add(3).clamp(0, 255).to(torch.uint8)
-    assert eval_diffit.nearest_in_pixels(near, others, 16, 2)[:, 0].tolist() == [7, 33]
+    assert nearest_in_pixels(near, others, 16, 2)[:, 0].tolist() == [7, 33]
 
 
 def test_loss_by_level_is_that_of_the_prediction(trained, image_folder):
     """A network that predicts 0: by DDPM the mean square of the noise, by EDM that of its target (EDM, Eq. 7-8)."""
     unet = DiffiTUNet2DModel(**TINY_CONFIG, num_class_embeds=3)  # its output starts at zero
-    args = eval_diffit.parse_args(["--model_path=m", f"--reference={image_folder}", "--batch_size=10"])
-    source = eval_diffit.open_source("--reference", str(image_folder), args)
-    images = eval_diffit.image_set("--reference", source, (3, 8, 8))
+    source = open_source("--reference", str(image_folder))
+    images = image_set(source, (3, 8, 8))
     noise = torch.randn((24, 3, 8, 8), generator=torch.Generator().manual_seed(0))
-    timesteps, losses = eval_diffit.loss_by_level(args, DiffiTPipeline(unet, DDPMScheduler()), source, images)
+    timesteps, losses = eval_diffit.loss_by_level(DiffiTPipeline(unet, DDPMScheduler()), source, images, 10)
     assert timesteps[0] == 0 and timesteps[-1] == 999
     assert losses == pytest.approx([noise.square().mean().item()] * len(timesteps), rel=1e-5)
 
     clean = torch.stack([images.images[i] for i in range(24)]) / 127.5 - 1
-    sigmas, losses = eval_diffit.loss_by_level(args, DiffiTPipeline(unet, EDMEulerScheduler()), source, images)
+    sigmas, losses = eval_diffit.loss_by_level(DiffiTPipeline(unet, EDMEulerScheduler()), source, images, 10)
     assert (sigmas[0], sigmas[-1]) == pytest.approx((0.002, 80))
     for sigma, loss in zip(sigmas, losses, strict=True):
         c_skip, c_out = 0.25 / (sigma**2 + 0.25), 0.5 * sigma / (sigma**2 + 0.25) ** 0.5
@@ -828,11 +871,7 @@ def test_distances_grow_from_real_to_blurred_to_noisy_to_other_images(tmp_path):
     features = {
         name: FeatureSet(
             torch.from_numpy(
-                np.array(
-                    extract_features(
-                        state, tmp_path, eval_diffit.ArrayImages(images.numpy()), {"set": name}, extractor
-                    )
-                )
+                np.array(extract_features(state, tmp_path, ArrayImages(images.numpy()), {"set": name}, extractor))
             )
         )
         for name, images in sets.items()

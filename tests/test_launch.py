@@ -11,6 +11,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from diffusers import DDPMPipeline, DDPMScheduler
 
 import sample_diffit
+from diffit import sampling_config
 from diffit.config import build_parser, parse_args
 from diffit.networks import model_class, read_model_config
 from diffit_model import DiffiTModelMixin, DiffiTUNet2DModel
@@ -113,7 +114,7 @@ def test_sample_command_of_the_readme_is_accepted(arguments):
 
 
 def test_flags_in_the_tables_of_the_readme_exist():
-    parsers = (build_parser(), sample_diffit.build_parser())
+    parsers = (build_parser(), sampling_config.build_parser())
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     known |= {"--multi_gpu", "--num_processes", "--nproc_per_node"}  # of the launchers
     rows = re.findall(r"^\| `--.*\|$", (ROOT / "README.md").read_text(), re.MULTILINE)

@@ -1,6 +1,9 @@
 """Sampling: the pipeline and the script."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +20,22 @@ from diffusers import (
     ModelMixin,
 )
 
+import diffit.sampling
 import sample_diffit
+from diffit import sampling_config
 from diffit.networks import MODEL_CLASSES, model_class
 from diffit.run_dir import MARK
+from diffit.sampling import load_guidance_model, load_pipeline, load_sampler, sample_seeds
+from diffit.sampling_config import GuidanceConfig, SamplingConfig
 from diffit_model import DiffiTUNet2DModel
-from diffit_pipeline import SCHEDULERS, DiffiTPipeline, image_grid
+from diffit_pipeline import EDM_SCHEDULERS, SCHEDULERS, DiffiTPipeline, image_grid
 from helpers import ROOT, TINY_CONFIG, generators, open_pipeline, quiet, sample, tiny_dit, tiny_unet, tiny_vae
 
 NAMES = {"0": "red", "1": "green", "2": "7"}
+REQUIRED = {  # flags that each script must have
+    "sample_diffit.py": ["--model_path=m", "--output_dir=o"],
+    "eval_diffit.py": ["--model_path=m", "--reference=r"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -397,7 +408,7 @@ def test_autoguidance_of_an_unconditional_folder(unconditional, tmp_path):
 
 def test_guidance_model_of_another_task_is_refused(unconditional, conditional, tmp_path):
     flags = ["--guidance_scale=2", "--guidance_model"]
-    with pytest.raises(ValueError, match="guidance_model has 3 classes"):
+    with pytest.raises(ValueError, match="--guidance_model .* has 3 classes"):
         sample(unconditional, tmp_path, *flags, str(conditional))
     with pytest.raises(ValueError, match="--guidance_model nowhere"):
         sample(unconditional, tmp_path, *flags, "nowhere")
@@ -422,7 +433,7 @@ def test_vae_of_a_latent_folder_without_one(latent, conditional, tmp_path, monke
         sample(tmp_path / "model", tmp_path / "out")
     with pytest.raises(ValueError, match="--vae nowhere"):
         sample(tmp_path / "model", tmp_path / "out", "--vae=nowhere")
-    with pytest.raises(ValueError, match="--vae is for latent models"):
+    with pytest.raises(ValueError, match="--vae is for latent-space models"):
         sample(conditional, tmp_path / "out", f"--vae={latent / 'vae'}")
     images = sample(tmp_path / "model", tmp_path / "out", f"--vae={latent / 'vae'}", "--seeds=0")
     assert images["seed_00000000.png"].shape == (16, 16, 3)
@@ -507,7 +518,10 @@ def test_too_few_seeds_are_refused(conditional, tmp_path):
         (["--eta=0.5", "--scheduler=ddpm"], "--scheduler"),
         (["--guidance_scale=2"], "--class_labels"),
         (["--guidance=2"], "--guidance"),
-        (["--guidance_schedule=power_cosine", "--class_labels=1"], "--guidance_schedule needs a --guidance_scale"),
+        (
+            ["--guidance_schedule=power_cosine", "--class_labels=1"],
+            "--guidance_schedule has no effect",
+        ),
         (["--guidance_scale=2", "--class_labels=1", "--guidance_power=3"], "--guidance_power"),
         (["--guidance_scale=2", "--class_labels=1", "--guidance_interval", "0.8", "0.2"], "0.8 0.2"),
         (["--guidance_scale=2", "--class_labels=1", "--guidance_channels=0"], "--guidance_channels"),
@@ -517,3 +531,102 @@ def test_wrong_flags_are_refused(flags, words, capsys):
     with pytest.raises(SystemExit):
         sample_diffit.parse_args(["--model_path=a", "--output_dir=b", *flags])
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"eta": 2.0}, "--eta .*2.0"),
+        ({"eta": float("nan")}, "--eta .*nan"),
+        ({"eta": 0.5, "scheduler": "ddpm"}, "--eta 0.5 .*--scheduler ddim.* ddpm"),
+        ({"s_churn": -1.0}, "--s_churn .*-1.0"),
+        ({"s_churn": 1.0, "scheduler": "ddim"}, "--s_churn 1.0 .*--scheduler edm_heun.* ddim"),
+        ({"s_tmin": 1.0}, "--s_tmin .*--s_churn"),
+        ({"s_tmax": 1.0}, "--s_tmax .*--s_churn"),
+        ({"s_noise": 2.0}, "--s_noise .*--s_churn"),
+        ({"s_churn": 1.0, "s_tmin": 3.0, "s_tmax": 2.0}, "--s_tmin .*--s_tmax.* 3.0 and 2.0"),
+        ({"s_churn": 1.0, "s_noise": 0.0}, "--s_noise .*0.0"),
+    ],
+)
+def test_sampling_settings_are_refused_without_a_model(settings, words):
+    with pytest.raises(ValueError, match=words):
+        SamplingConfig(**settings)
+
+
+def test_plotted_schedulers_keep_only_the_stochasticity_they_have():
+    churn = SamplingConfig(s_churn=2.0, s_tmin=0.1, s_tmax=9.0, s_noise=1.1)
+    assert churn.with_scheduler("edm_euler", 3) == SamplingConfig(scheduler="edm_euler", num_inference_steps=3)
+    assert churn.with_scheduler("edm_heun", 3).s_tmax == 9.0
+    assert SamplingConfig(eta=0.5).with_scheduler("ddim", 3).eta == 0.5
+    assert SamplingConfig(eta=0.5).with_scheduler("heun", 3).eta == 0.0
+
+
+def test_names_in_the_settings_are_those_of_the_code():
+    """They are repeated there, because the code is slow to import."""
+    assert sampling_config.SCHEDULERS == tuple(sorted(SCHEDULERS | EDM_SCHEDULERS))
+    assert sampling_config.DTYPES == tuple(sorted(diffit.sampling.DTYPES))
+
+
+@pytest.mark.parametrize(("flag", "code"), [("--help", 0), ("--eta=7", 2)])
+@pytest.mark.parametrize("script", REQUIRED)
+def test_flags_are_answered_before_the_slow_imports(script, flag, code):
+    command = [sys.executable, "-X", "importtime", str(ROOT / script), *REQUIRED[script], flag]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    imported = set(re.findall(r"\| +(\w+)$", process.stderr, re.MULTILINE))
+    assert process.returncode == code and "argparse" in imported
+    assert not imported & {"torch", "numpy", "accelerate", "diffusers", "diffit_pipeline", "diffit_model"}
+    assert "--eta" in (process.stdout if code == 0 else process.stderr.splitlines()[-1])
+
+
+# --- for all scripts: the loader and the sampler
+
+
+def test_last_batch_is_padded_or_not(conditional):
+    """Padded, an image is that of its whole batch; else that of a smaller call. Each bitwise."""
+    pipeline, seeds, labels = open_pipeline(conditional), [5, 6, 7, 8, 9], [0, 1, 2, 0, 1]
+    sampling = SamplingConfig(num_inference_steps=3, guidance=GuidanceConfig(scale=2.0, interval=(0.1, 0.9)))
+    settings = {"num_inference_steps": 3, "guidance_scale": 2.0, "guidance_interval": (0.1, 0.9), "output_type": "np"}
+
+    def expected(numbers: list[int]) -> np.ndarray:
+        images = pipeline([labels[i] for i in numbers], generator=generators([seeds[i] for i in numbers]), **settings)
+        return (images.images * 255).round().astype(np.uint8)
+
+    first, padded = sample_seeds(pipeline, seeds, labels, sampling, batch_size=3)
+    assert first.shape == (3, 8, 8, 3) and padded.shape == (2, 8, 8, 3) and first.dtype == np.uint8
+    np.testing.assert_array_equal(first, expected([0, 1, 2]))
+    np.testing.assert_array_equal(padded, expected([3, 4, 4])[:2])
+    _, short = sample_seeds(pipeline, seeds, labels, sampling, batch_size=3, pad=False)
+    np.testing.assert_array_equal(short, expected([3, 4]))
+    assert list(sample_seeds(pipeline, [], [], sampling, batch_size=3)) == []
+
+
+def test_guidance_of_an_unconditional_model_needs_a_weaker_one(unconditional):
+    guidance = GuidanceConfig(scale=2.0)
+    with pytest.raises(ValueError, match="--guidance_scale 2.0 needs --guidance_model"):
+        load_pipeline(str(unconditional), SamplingConfig(guidance=guidance))
+    guidance = GuidanceConfig(scale=2.0, model=str(unconditional))
+    _, guidance_model = load_sampler(str(unconditional), SamplingConfig(guidance=guidance), torch.device("cpu"))
+    assert not guidance_model.training and not any(p.requires_grad for p in guidance_model.parameters())
+
+
+def test_guided_channels_are_those_of_the_model(conditional):
+    guidance = GuidanceConfig(scale=2.0, channels=4)
+    with pytest.raises(ValueError, match="--guidance_channels.* 4"):
+        load_pipeline(str(conditional), SamplingConfig(guidance=guidance))
+
+
+def test_guidance_model_is_refused_under_the_flag_that_names_it(conditional):
+    config = DDPMScheduler(num_train_timesteps=500).config
+    with pytest.raises(ValueError, match=f"--validation_guidance_model {conditional} has num_train_timesteps 1000"):
+        load_guidance_model(str(conditional), tiny_unet(), config, flag="--validation_guidance_model")
+
+
+def test_checkpoint_is_sampled_with_its_average(conditional, tmp_path):
+    checkpoint = tmp_path / "checkpoint-4"
+    DDPMScheduler().save_pretrained(checkpoint / "scheduler")
+    tiny_unet(num_class_embeds=3).save_pretrained(checkpoint / "unet_ema")
+    DiffiTUNet2DModel(**TINY_CONFIG, num_class_embeds=3).save_pretrained(checkpoint / "unet")
+    (checkpoint / "state.json").write_text(json.dumps({"position": 16}))
+    images = sample(checkpoint, tmp_path / "a", "--seeds=3", "--class_labels=1")
+    expected = sample(conditional, tmp_path / "b", "--seeds=3", "--class_labels=1")  # the same weights
+    np.testing.assert_array_equal(images["class_001_seed_00000003.png"], expected["class_001_seed_00000003.png"])

@@ -1,0 +1,225 @@
+# Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
+"""The settings of eval_diffit.py: flags, defaults, and every rule that needs neither images nor models.
+
+The script parses its flags before its slow imports, so nothing slow is imported here.
+"""
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+
+from diffit.command_line import (
+    Parser,
+    add_flags,
+    flag,
+    nested,
+    number_type,
+    parse_config,
+    path_type,
+    positive_int,
+    resolution_type,
+)
+from diffit.errors import UserError
+from diffit.sampling_config import SCHEDULERS, SamplingConfig
+
+METRICS = ("frechet_distance", "kernel_distance", "inception_score", "precision", "recall")
+EXTRACTORS = ("inception", "dinov2", "clip", "efficientnet_lite0")
+DEFAULT_NUM_IMAGES = 50_000  # sampled from a model
+
+
+@dataclass(frozen=True)
+class EvaluatedConfig:
+    """The images to evaluate, or the models whose samples are evaluated.
+
+    Raises:
+        UserError: unless there is one of the two.
+    """
+
+    images: str | None = flag(
+        None,
+        "folder or zip of images, parquet file, hub dataset, or npz of the ADM evaluation suite (or --model_path)",
+        type=path_type,
+    )
+    model_path: tuple[str, ...] | None = flag(
+        None,
+        "folder that training wrote, one of its checkpoint-N, or hub name (or --images); may be repeated",
+        type=path_type,
+        action="append",
+    )
+    all_checkpoints: bool = flag(False, "also evaluate every checkpoint-N in the folders of --model_path")
+    weights: str | None = flag(
+        None, "folder of the network in a checkpoint (default: its first average, e.g. unet_ema)"
+    )
+    class_labels: str = flag(
+        "all",
+        "classes that class-conditional models sample, taking turns: numbers or names, separated by commas, or all; "
+        "reference = as frequent as in the reference",
+    )
+    num_images: int | None = flag(
+        None, f"number of images (default: all of --images, {DEFAULT_NUM_IMAGES} of a model)", type=positive_int
+    )
+
+    def __post_init__(self):
+        if (self.images is None) == (self.model_path is None):
+            raise UserError("give one of --images and --model_path")
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """The real images, and how images are read."""
+
+    reference: str = flag(
+        None,
+        "real images: folder, zip, parquet file, hub dataset or npz; or an npz of statistics with mu and sigma",
+        type=path_type,
+        required=True,
+    )
+    dataset_split: str = flag("train", "split of hub datasets")
+    image_column: str | None = flag(None, "column of parquet files and datasets (default: the only one of images)")
+    resolution: tuple[int, int] | None = flag(
+        None,
+        "side in pixels, or HxW, to which images are cropped and resized as in training (default: the size "
+        "of the evaluated images, which must then be the same for all)",
+        type=resolution_type,
+    )
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """Metrics and the features that they compare.
+
+    Raises:
+        UserError: names the flag that another one does not go with.
+    """
+
+    metrics: tuple[str, ...] = flag(
+        ("frechet_distance", "kernel_distance"), "metrics to compute", nargs="+", choices=METRICS
+    )
+    feature_extractor: str = flag(
+        "inception",
+        f"{', '.join(EXTRACTORS)}, or module:function, which maps uint8 images (B, 3, H, W) to features (B, F)",
+    )
+    feature_model: str | None = flag(
+        None,
+        "folder or hub name of the network for dinov2 and clip (default: facebook/dinov2-large, "
+        "openai/clip-vit-large-patch14)",
+        type=path_type,
+    )
+    inception_path: str | None = flag(
+        None, "TorchScript file of the Inception network (default: it is downloaded)", type=path_type
+    )
+    num_subsets: int = flag(
+        5, "disjoint subsets of the images, over which the standard deviation is taken", type=positive_int
+    )
+
+    def __post_init__(self):
+        if "inception_score" in self.metrics and self.feature_extractor != "inception":
+            raise UserError(
+                f"--metrics inception_score needs --feature_extractor inception, got {self.feature_extractor}"
+            )
+        for name, extractors in (("feature_model", ("dinov2", "clip")), ("inception_path", ("inception",))):
+            if getattr(self, name) is not None and self.feature_extractor not in extractors:
+                raise UserError(
+                    f"--{name} needs --feature_extractor {' or '.join(extractors)}, got {self.feature_extractor}"
+                )
+        if self.num_subsets < 2:
+            raise UserError(f"--num_subsets must be at least 2 for a standard deviation, got {self.num_subsets}")
+
+
+@dataclass(frozen=True)
+class PlotsConfig:
+    """Plots, and the sampling that is done for them alone.
+
+    Raises:
+        UserError: names the flag that has no effect without --plots.
+    """
+
+    plots: str | None = flag(
+        None,
+        "folder for plots; several models of a run give the metrics by images seen (default: none)",
+        type=path_type,
+    )
+    plot_steps: tuple[int, ...] | None = flag(
+        None, "also plot the metrics by sampling steps, at these numbers of steps", type=positive_int, nargs="+"
+    )
+    plot_schedulers: tuple[str, ...] | None = flag(
+        None,
+        "schedulers of --plot_steps (default: ddim dpmsolver++ unipc; for EDM models all edm_*)",
+        nargs="+",
+        choices=SCHEDULERS,
+    )
+    training_images: str | None = flag(
+        None, "images in which --plots looks for neighbors of the samples (default: --reference)", type=path_type
+    )
+
+    def __post_init__(self):
+        if self.plots is None:
+            for name in ("plot_steps", "training_images"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"--{name} needs --plots")
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """Where results and intermediate files go."""
+
+    output: str | None = flag(None, "JSON file for the results (default: they are only printed)", type=path_type)
+    work_dir: str = flag(
+        "outputs/evaluation", "folder for samples, features and statistics, which are reused", type=path_type
+    )
+    batch_size: int = flag(64, "images per forward pass and process", type=positive_int)
+    dataloader_num_workers: int = flag(0, "processes that decode images, per process", type=number_type(int, 0))
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """A request to eval_diffit.py.
+
+    Raises:
+        UserError: names the flag that another one does not go with.
+    """
+
+    evaluated: EvaluatedConfig = nested(EvaluatedConfig)
+    reference: ReferenceConfig = nested(ReferenceConfig)
+    metrics: MetricsConfig = nested(MetricsConfig)
+    sampling: SamplingConfig = nested(SamplingConfig)
+    plots: PlotsConfig = nested(PlotsConfig)
+    output: OutputConfig = nested(OutputConfig)
+    debug: bool = False
+
+    def __post_init__(self):
+        if self.evaluated.model_path is None:
+            if self.sampling.guidance.scale != 1:
+                raise UserError(f"--guidance_scale {self.sampling.guidance.scale} needs --model_path")
+            if self.plots.plot_steps is not None:
+                raise UserError("--plot_steps needs --model_path")
+
+
+# Headings of the groups of `--help`, by the fields of `EvalConfig`.
+TITLES = {
+    "evaluated": "evaluated images, or models to sample from",
+    "reference": "reference images",
+    "metrics": "metrics",
+    "sampling": "sampling from --model_path",
+    "plots": "plots",
+    "output": "output and speed",
+}
+
+
+def build_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """The flags of eval_diffit.py."""
+    parser = Parser(description)
+    for field in dataclasses.fields(EvalConfig):
+        if field.name in TITLES:
+            add_flags(parser, field.type, TITLES[field.name])
+    return parser
+
+
+def parse_args(argv: list[str] | None = None, description: str | None = None) -> EvalConfig:
+    """Reads the command line of eval_diffit.py.
+
+    Args:
+        argv: the flags; default: `sys.argv`.
+        description: for `--help`.
+    """
+    return parse_config(build_parser(description), EvalConfig, argv)

@@ -1,0 +1,230 @@
+# Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Sets of images to evaluate or to compare with, from folders, zips, parquet files, hub datasets and npz files.
+
+Shapes: N images, C channels, H/W height/width, F features.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Subset
+
+from diffit.decode import image_size
+from diffit.errors import UserError
+from diffit.features import FeatureExtractor, TableImages
+from diffit.metrics import FeatureSet
+from diffit.sources import ImageTable, detect_num_channels, listed_samples, load_image_table
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Existing images, in a table or an array, or the statistics of some.
+
+    Attributes:
+        flag: that names them, for messages.
+        name: its value.
+        table: images that are not decoded yet; or None.
+        array: uint8, shape (N, C, H, W); or None.
+        statistics: `mu` (F) and `sigma` (F, F) of features, and the `extractor` that they are of, None if the file
+            does not say; or None.
+        digest: identifies the images.
+    """
+
+    flag: str
+    name: str
+    table: ImageTable | None = None
+    array: np.ndarray | None = None
+    statistics: dict | None = None
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images of one shape.
+
+    Attributes:
+        images: gives uint8 of shape (C, H, W) by index.
+        settings: all that the images depend on, as JSON values.
+    """
+
+    images: Dataset
+    settings: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvaluatedSet:
+    """Images and their features; the arrays are mapped from files.
+
+    Attributes:
+        name: path or name that the user gave for the images or the model.
+        images: see `ImageSet`.
+        features: float32, shape (N, F).
+        probabilities: classes of the Inception network, shape (N, 1008); None unless the Inception score is asked for.
+        kimg: thousands of images seen in training, if this is the sample of a checkpoint.
+        scheduler: name of the sampler; None if the images were not sampled here.
+        nfe: number of function evaluations (forward passes) per image, without those of guidance; None likewise.
+    """
+
+    name: str
+    images: ImageSet
+    features: np.ndarray
+    probabilities: np.ndarray | None = None
+    kimg: float | None = None
+    scheduler: str | None = None
+    nfe: int | None = None
+
+    def feature_set(self, device: torch.device) -> FeatureSet:
+        """The features for the metrics. These are in float64, which Apple's devices do not have."""
+        return FeatureSet(torch.from_numpy(np.array(self.features)).to("cpu" if device.type == "mps" else device))
+
+
+class ArrayImages(Dataset):
+    """A dataset of the images of a uint8 array of shape (N, C, H, W)."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.from_numpy(np.array(self.array[index]))
+
+
+def open_source(flag: str, name: str, dataset_split: str = "train", image_column: str | None = None) -> ImageSource:
+    """Finds images or statistics.
+
+    Args:
+        flag: for messages.
+        name: its value: folder, zip, parquet file, npz, or hub dataset.
+        dataset_split: split of a hub dataset.
+        image_column: column of a parquet file or dataset; default: the only one of images.
+
+    Raises:
+        UserError: names the flag and its value.
+    """
+    path = Path(name)
+    if path.suffix == ".npz":
+        return _open_npz(flag, path)
+    try:
+        if path.suffix == ".parquet":
+            table = load_image_table(train_data_file=name, image_column=image_column)
+        elif path.is_file() or (path.is_dir() and image_column is None):
+            table = load_image_table(train_data_dir=name)
+        else:
+            table = load_image_table(dataset_name=name, dataset_split=dataset_split, image_column=image_column)
+    except (UserError, OSError) as error:
+        raise UserError(f"{flag} {name}: {error}") from error
+    if listed := listed_samples(path):  # sample_diffit.py puts a grid next to the samples
+        files = [Path(image["path"]).name for image in table.rows["image"]]
+        table = table.select([index for index, file in enumerate(files) if file in listed])
+        if len(table) < len(listed):
+            raise UserError(f"{flag} {name}: {len(listed) - len(table)} images of its samples.json are missing")
+    return ImageSource(flag, name, table=table, digest=table.digest(len(table)))
+
+
+def _open_npz(flag: str, path: Path) -> ImageSource:
+    """Images (`arr_0`, as in the ADM evaluation suite) or statistics (`mu` and `sigma`, as written by EDM)."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if "mu" in file and "sigma" in file:
+                extractor = json.loads(str(file["extractor"])) if "extractor" in file else None
+                statistics = {"mu": file["mu"], "sigma": file["sigma"], "extractor": extractor}
+                return ImageSource(flag, str(path), statistics=statistics)
+            if "arr_0" not in file:
+                raise UserError(
+                    f"{flag} {path}: expected images (arr_0) or statistics (mu, sigma), but it has {file.files}"
+                )
+            pixels = file["arr_0"]
+    except UserError:
+        raise
+    except Exception as error:  # of numpy, zip or JSON; numpy's own message may advise to trust the file
+        raise UserError(f"{flag} {path}: damaged, or not an npz of plain arrays ({type(error).__name__})") from error
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.size == 0:
+        raise UserError(f"{flag} {path}: arr_0 must be uint8 of shape (N, H, W, C), got {pixels.dtype} {pixels.shape}")
+    digest = hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()[:16]
+    return ImageSource(flag, str(path), array=pixels.transpose(0, 3, 1, 2), digest=digest)
+
+
+def natural_shape(source: ImageSource, resolution: tuple[int, int] | None) -> tuple[int, int, int]:
+    """Channels, height and width of images; without a `resolution` they must all have the same size.
+
+    Raises:
+        UserError: names two images whose sizes differ.
+    """
+    if source.array is not None:
+        return source.array.shape[1:]
+    table = source.table
+    if resolution is not None:
+        return detect_num_channels(table), *resolution
+    first = image_size(*table.read(0))
+    for index in range(1, len(table)):
+        name, data = table.read(index)
+        size = image_size(name, data)
+        if size != first:
+            raise UserError(
+                f"{source.flag} {source.name}: images of different sizes ({first[0]} x {first[1]} and, in {name}, "
+                f"{size[0]} x {size[1]}): --resolution must say to which size they are resized"
+            )
+    return detect_num_channels(table), *first
+
+
+def image_set(source: ImageSource, shape: tuple[int, int, int], num_images: int | None = None) -> ImageSet:
+    """The images of a source at a shape (C, H, W).
+
+    Args:
+        source: images, not statistics.
+        shape: files are decoded, cropped and resized to it as in training.
+        num_images: a random subset of that size, always the same one; default: all.
+
+    Raises:
+        UserError: if an array has another size: only files are resized.
+    """
+    settings = {"digest": source.digest, "shape": list(shape)}
+    if source.array is not None:
+        if source.array.shape[2:] != shape[1:]:
+            raise UserError(
+                f"{source.flag} {source.name}: its images are {source.array.shape[2]} x {source.array.shape[3]} "
+                f"pixels, not {shape[1]} x {shape[2]}: arrays are not resized, give the files instead"
+            )
+        images = ArrayImages(source.array)
+    else:
+        images = TableImages(source.table, shape[1:], shape[0])
+    if num_images is not None and num_images < len(images):
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        images = Subset(images, order[:num_images].tolist())
+        settings |= {"num_images": num_images}
+    return ImageSet(images, settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics of features: mean and covariance
+
+
+def save_statistics(file: Path, features: FeatureSet, extractor: FeatureExtractor) -> None:
+    """Writes mean and covariance as EDM does (`mu`, `sigma`), and the extractor's settings; nothing is pickled."""
+    description = json.dumps({"name": extractor.name} | extractor.settings)
+    mu, sigma = (statistic.cpu().numpy() for statistic in (features.mean, features.covariance))
+    np.savez(file, mu=mu, sigma=sigma, extractor=np.array(description))
+
+
+def load_statistics(source: ImageSource, extractor: FeatureExtractor, num_features: int) -> FeatureSet:
+    """The mean and covariance that a source has instead of images.
+
+    Raises:
+        UserError: if they were made with another feature extractor.
+    """
+    mu, sigma, theirs = (source.statistics[key] for key in ("mu", "sigma", "extractor"))
+    ours = {"name": extractor.name} | extractor.settings
+    fits = mu.shape == (num_features,) and sigma.shape == (num_features, num_features)
+    if not fits or theirs not in (None, ours):
+        made_with = f"{len(mu)} features" if theirs is None else theirs
+        raise UserError(
+            f"{source.flag} {source.name} was made with another feature extractor ({made_with}) than this one "
+            f"({num_features} features, {ours})"
+        )
+    return FeatureSet(mean=torch.from_numpy(mu), covariance=torch.from_numpy(sigma))
