@@ -112,32 +112,11 @@ def pipeline_files(run_dir: OutputFolder, target: str = "") -> list[str]:
     return [name for name, part in inner.items() if part in PIPELINE_FILES or part.split("/")[0] in PIPELINE_FOLDERS]
 
 
-CARD = """---
-{data}
----
-
-# {name}
-
-A diffusion model in the form of DiffiT ([arXiv 2312.02139](https://arxiv.org/abs/2312.02139)), trained with DiffiT
-for diffusers. All arguments: `training_args.yaml`.
-
-| | |
-|---|---|
-{rows}
-{classes}
-![Samples of the seeds 0, 1, 2, ...](sample_grid.png)
-
-```python
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained({quoted_name}, trust_remote_code=True)
-images = {call}
-```
-"""
-
-
 def model_card(facts: RunFacts, state: TrainingState, average: str, validation: dict[str, float]) -> ModelCard:
-    """What was trained on what, and how to load it. For the arguments see `save_pipeline`."""
+    """Fills in the template `model_card.md`: how the model was trained, and how to load it.
+
+    For the arguments see `save_pipeline`. The hub renders the template with Jinja2, which torch installs.
+    """
     plan = facts.plan
     names, steps = plan.class_names, plan.formulation.num_sampling_steps
     data = ModelCardData(
@@ -146,20 +125,15 @@ def model_card(facts: RunFacts, state: TrainingState, average: str, validation: 
         tags=["diffusers", "diffit", "unconditional" if names is None else "class-conditional"],
         datasets=[facts.dataset_name] if facts.dataset_name and not Path(facts.dataset_name).exists() else None,
     )
-    classes = ""
-    call = f"pipeline(batch_size=4, num_inference_steps={steps}).images"
-    if names is not None:
-        classes = f"\nClasses: {', '.join(names[:50])}{', ...' if len(names) > 50 else ''}.\n"
-        call = f"pipeline(class_labels=[{names[0]!r}] * 4, num_inference_steps={min(50, steps)}).images"
-    return ModelCard(
-        CARD.format(
-            data=data.to_yaml(),
-            name=facts.name,
-            quoted_name=json.dumps(facts.name),
-            rows="\n".join(f"| {key} | {value} |" for key, value in card_rows(facts, state, average, validation)),
-            classes=classes,
-            call=call,
-        )
+    return ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("model_card.md")),
+        name=facts.name,
+        quoted_name=json.dumps(facts.name),
+        rows=list(card_rows(facts, state, average, validation)),
+        class_names=names,
+        quoted_class=None if names is None else repr(names[0]),
+        num_inference_steps=steps if names is None else min(50, steps),
     )
 
 
