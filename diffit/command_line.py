@@ -205,6 +205,24 @@ def flag_fields(config_class: type, prefix: str = "") -> Iterable[tuple[str, dat
             yield from flag_fields(field.type, prefix + field.metadata.get("prefix", ""))
 
 
+def given(config: Any, names: tuple[str, ...]) -> list[str]:
+    """Which of these fields are set."""
+    return [name for name in names if getattr(config, name) is not None]
+
+
+def require_one(config: Any, names: tuple[str, ...]) -> None:
+    """Refuses a config unless exactly one of these fields is set."""
+    if len(found := given(config, names)) != 1:
+        got = " and ".join(f"--{name} {getattr(config, name)}" for name in found) or "none"
+        raise UserError(f"give exactly one of {', '.join('--' + name for name in names)}; got {got}")
+
+
+def refuse_both(config: Any, first: str, second: str) -> None:
+    """Refuses a config in which both fields are set."""
+    if len(given(config, (first, second))) == 2:
+        raise UserError(f"give --{first} or --{second}, not both")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # From the first line to the last
 
