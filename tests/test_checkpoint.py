@@ -15,7 +15,8 @@ import yaml
 from diffit.checkpoint import file_digest, verify_checkpoint
 from diffit.lock import OutputDirLock
 from diffit.run_dir import OutputFolder, list_checkpoints
-from helpers import STATES, assert_same_files, logged, mentions, start, train, wait_for_file
+from helpers import STATES, assert_same_files, logged, mentions, train, wait_for_file
+from warm_start import WarmProcess
 
 
 @pytest.fixture(scope="module")
@@ -118,10 +119,11 @@ def test_killed_and_resumed_run_is_bitwise_the_uninterrupted_one(accumulation, o
     killed = tmp_path / "killed"
     # A long validation right after the checkpoint gives the time to kill it in the middle of the run.
     slow = [f"--validation_steps={saved}", "--validation_inference_steps=1000", "--dataloader_num_workers=2"]
-    process = start(["train_diffit.py", *arguments, f"--output_dir={killed}", *slow])
+    process = WarmProcess(["train_diffit.py", *arguments, f"--output_dir={killed}", *slow])
     wait_for_file(killed / f"checkpoint-{saved}", process)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     assert not (killed / f"checkpoint-{steps}").exists()
 
     for workers in (0, 2):
