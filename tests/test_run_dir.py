@@ -244,7 +244,7 @@ def test_code_is_not_overwritten(base_args, tmp_path):
         "from diffit.config import parse_args\n"
         "for flag in ('--no-overwrite_output_dir', '--overwrite_output_dir'):\n"
         "    try:\n"
-        "        run_script(lambda: parse_args([*sys.argv[1:], flag]), train_diffit.main)\n"
+        "        run_script(train_diffit.main, parse_args([*sys.argv[1:], flag]))\n"
         "    except SystemExit as end:\n"
         "        print('exit code', end.code)\n"
     )
