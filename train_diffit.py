@@ -159,7 +159,7 @@ def main(config: TrainConfig) -> None:
         if not asked.dry_run:
             resources.push(lock)  # first, because a signal may come while it is taken
             take_folder(accelerator, lock)
-        read = (config.model_folders(), config.data.dataset_name)
+        read = (config.model_folders(), config.data.source.dataset_name)
         folder = run_on_main_and_broadcast(accelerator, open_run_dir, asked, *read)
         checkpoint = run_on_main_and_broadcast(accelerator, find_checkpoint, asked)
 
@@ -180,7 +180,7 @@ def main(config: TrainConfig) -> None:
         prepare_output_dir(accelerator, asked, folder, state.global_step)
         evaluator = build_evaluator(accelerator, extractor, compared, plan, config.data, asked.output_dir)
         name = pipeline_name(config.hub.hub_model_id, asked.output_dir)
-        source = (config.data.dataset_name, table.source)
+        source = (config.data.source.dataset_name, table.source)
         facts = RunFacts(name, *source, run.flags, plan, config.ema, config.metrics, networks.vae)
         requests = (config.validation, config.metrics, config.data)
         frozen = (networks.vae, networks.guidance_model)

@@ -126,7 +126,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type, title: str | 
         if not field.metadata:  # `debug`, which every parser has
             continue
         if "options" not in field.metadata:
-            add_flags(group, field.type, prefix=prefix + field.metadata.get("prefix", ""))
+            add_flags(group, field.type, field.metadata["title"], prefix + field.metadata["prefix"])
             continue
         options, text = dict(field.metadata["options"]), field.metadata["help"]
         if isinstance(field.default, bool):
@@ -191,9 +191,30 @@ def parse_config(parser: argparse.ArgumentParser, config_class: type, argv: list
         parser.error(message_of(error))
 
 
-def nested(config_class: type, prefix: str = "") -> Any:
-    """A field of a config dataclass that is one itself, whose flags have `prefix` before their names."""
-    return dataclasses.field(default_factory=config_class, metadata={"prefix": prefix})
+def nested(config_class: type, prefix: str = "", title: str | None = None) -> Any:
+    """A field of a config dataclass that is one itself, whose flags have `prefix` before their names.
+
+    Args:
+        config_class: the inner one.
+        prefix: see above.
+        title: of a group of their own in `--help`; default: they stand with the flags of the outer one.
+    """
+    return dataclasses.field(default_factory=config_class, metadata={"prefix": prefix, "title": title})
+
+
+def require_one(values: dict[str, Any]) -> None:
+    """Refuses flags unless exactly one of them is given.
+
+    Args:
+        values: by flag; None is not given.
+
+    Raises:
+        UserError: names the flags, and the values of those that are given.
+    """
+    found = [name for name, value in values.items() if value is not None]
+    if len(found) != 1:
+        got = " and ".join(f"--{name} {values[name]}" for name in found) or "none"
+        raise UserError(f"give exactly one of {', '.join('--' + name for name in values)}; got {got}")
 
 
 def flag_fields(config_class: type, prefix: str = "") -> Iterable[tuple[str, dataclasses.Field]]:
