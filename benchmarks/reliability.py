@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import train_diffit
+from diffit.logs import Meter
 from diffit.stream import AUGMENTATION, DIFFUSION, position_generator
 
 ROOT = Path(__file__).parents[1]
@@ -38,13 +39,14 @@ def time_training(run_dir: str) -> tuple[float, list[float], int]:
     flags = ["--max_train_steps=12", "--checkpointing_steps=4", "--logging_steps=4", "--num_validation_images=1"]
     flags += ["--validation_inference_steps=1", "--report_to=none", f"--output_dir={run_dir}"]
     steps = []
-    log_metrics = train_diffit.log_metrics
+    images_per_second = Meter.images_per_second
 
-    def record(*arguments) -> None:
-        steps.append(BATCH_SIZE / arguments[6])  # seconds of a step, from images/s
-        log_metrics(*arguments)
+    def record(meter: Meter, position: int) -> float:
+        rate = images_per_second(meter, position)
+        steps.append(BATCH_SIZE / rate)  # seconds of a step
+        return rate
 
-    train_diffit.log_metrics = record
+    Meter.images_per_second = record
     train_diffit.main(train_diffit.parse_args(["--config", str(ROOT / "configs/train/emoji32.yaml"), *flags]))
     size = sum(file.stat().st_size for file in Path(run_dir, "checkpoint-12").rglob("*"))
     return statistics.median(steps), seconds, size
