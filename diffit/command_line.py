@@ -202,21 +202,6 @@ def nested(config_class: type, prefix: str = "", title: str | None = None) -> An
     return dataclasses.field(default_factory=config_class, metadata={"prefix": prefix, "title": title})
 
 
-def require_one(values: dict[str, Any]) -> None:
-    """Refuses flags unless exactly one of them is given.
-
-    Args:
-        values: by flag; None is not given.
-
-    Raises:
-        UserError: names the flags, and the values of those that are given.
-    """
-    found = [name for name, value in values.items() if value is not None]
-    if len(found) != 1:
-        got = " and ".join(f"--{name} {values[name]}" for name in found) or "none"
-        raise UserError(f"give exactly one of {', '.join('--' + name for name in values)}; got {got}")
-
-
 def flag_fields(config_class: type, prefix: str = "") -> Iterable[tuple[str, dataclasses.Field]]:
     """All flags of a config dataclass and its nested ones, with the fields that describe them."""
     for field in dataclasses.fields(config_class):
@@ -224,6 +209,25 @@ def flag_fields(config_class: type, prefix: str = "") -> Iterable[tuple[str, dat
             yield prefix + field.name, field
         elif "prefix" in field.metadata:
             yield from flag_fields(field.type, prefix + field.metadata.get("prefix", ""))
+
+
+def given(config: Any, names: tuple[str, ...]) -> list[str]:
+    """Which of these flags are set; they may be those of nested configs."""
+    values = to_flags(config)
+    return [name for name in names if values[name] is not None]
+
+
+def require_one(config: Any, names: tuple[str, ...]) -> None:
+    """Refuses a config unless exactly one of these flags is set; they may be those of nested configs."""
+    if len(found := given(config, names)) != 1:
+        got = " and ".join(f"--{name} {to_flags(config)[name]}" for name in found) or "none"
+        raise UserError(f"give exactly one of {', '.join('--' + name for name in names)}; got {got}")
+
+
+def refuse_both(config: Any, first: str, second: str) -> None:
+    """Refuses a config in which both fields are set."""
+    if len(given(config, (first, second))) == 2:
+        raise UserError(f"give --{first} or --{second}, not both")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ once. Units: images, optimizer steps, pixels, thousands of images (kimg).
 
 import argparse
 import dataclasses
-import difflib
 import importlib.util
 import math
 import re
@@ -25,13 +24,16 @@ from diffit.command_line import (
     flag,
     flag_fields,
     from_flags,
+    given,
     nested,
     number_type,
     path_type,
+    refuse_both,
     require_one,
     resolution_type,
     to_flags,
 )
+from diffit.config_file import config_file_argv
 from diffit.errors import UserError, message_of
 from diffit.launcher import EXIT_STOPPED
 from diffit.sampling_config import GuidanceConfig
@@ -44,9 +46,10 @@ SCHEDULES = (
 )
 FORMULATIONS = ("ddpm", "edm")  # classes of `diffit.formulations`
 DURATIONS = ("max_train_steps", "num_train_epochs", "max_train_kimg")
+DATA_SOURCES = (*SOURCES, "latents_dir")
 # A flag of such a group on the command line replaces the others of its group in the config file.
 ALTERNATIVES = (
-    (*SOURCES, "latents_dir"),
+    DATA_SOURCES,
     ("model_config", "pretrained_model_name_or_path"),
     ("global_batch_size", "gradient_accumulation_steps"),
     ("lr_warmup_steps", "lr_warmup_kimg"),
@@ -83,17 +86,6 @@ def step_rules_type(text: str) -> str:
             f"expected MULTIPLE:STEPS pairs and a last MULTIPLE, such as 1:1000,0.1:2000,0.01, got {text!r}"
         ) from None
     return text
-
-
-def given(config: Any, names: tuple[str, ...]) -> list[str]:
-    """Which of these fields are set."""
-    return [name for name in names if getattr(config, name) is not None]
-
-
-def refuse_both(config: Any, first: str, second: str) -> None:
-    """Refuses a config in which both fields are set."""
-    if len(given(config, (first, second))) == 2:
-        raise UserError(f"give --{first} or --{second}, not both")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,7 +168,7 @@ class DataConfig:
     )
 
     def __post_init__(self):
-        self.source.require_one(latents_dir=self.latents_dir)
+        require_one(self, DATA_SOURCES)
 
 
 @dataclass(frozen=True)
@@ -261,7 +253,7 @@ class BatchConfig:
     )
 
     def __post_init__(self):
-        require_one({name: getattr(self, name) for name in DURATIONS})
+        require_one(self, DURATIONS)
         if len(given(self, ("global_batch_size", "gradient_accumulation_steps"))) == 2:
             raise UserError("--global_batch_size sets --gradient_accumulation_steps: give only one of them")
 
@@ -508,13 +500,14 @@ class TrainConfig:
     hub: HubConfig = nested(HubConfig)
     debug: bool = False
 
-    def model_folders(self) -> dict[str, str | None]:
-        """Folders or hub names of the models that the run reads, by their flags."""
-        return {
+    def folders_read(self) -> tuple[dict[str, str | None], str | None]:
+        """Folders or hub names of the models that the run reads, by their flags, and of its data set."""
+        models = {
             "--pretrained_model_name_or_path": self.model.pretrained_model_name_or_path,
             "--vae_model_name_or_path": self.model.vae_model_name_or_path,
             "--validation_guidance_model": self.validation.guidance.model,
         }
+        return models, self.data.source.dataset_name
 
     def __post_init__(self):
         in_latents = self.model.vae_model_name_or_path is not None
@@ -544,70 +537,6 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         if field.metadata:
             add_flags(parser, field.type, title=TITLES.get(field.name, field.name))
     return parser
-
-
-def config_file_argv(parser: argparse.ArgumentParser, path: str, skip: set[str]) -> list[str]:
-    """Turns a YAML list of flags into arguments, so that argparse checks keys, types and choices.
-
-    Args:
-        parser: all flags.
-        path: the YAML file: a mapping of long flag names without dashes to values.
-        skip: keys to leave out.
-    """
-    values = read_config_file(parser, path)
-    actions = {action.dest: action for action in parser._actions}
-    argv = []
-    for key, value in values.items():
-        if key not in actions or key in ("config", "help"):
-            similar = difflib.get_close_matches(key, actions, n=1)
-            parser.error(f"{path}: unknown flag {key!r}" + (f", did you mean {similar[0]!r}?" if similar else ""))
-        if key in skip:
-            continue
-        if isinstance(actions[key], argparse.BooleanOptionalAction):
-            if value not in ("true", "false"):
-                parser.error(f"{path}: {key} must be true or false, got {value!r}")
-            argv.append(f"--{key}" if value == "true" else f"--no-{key}")
-        elif key == "model_kwargs":
-            argv += [f"--{key}", *model_kwargs_argv(parser, f"{path}: {key}", value)]
-        elif isinstance(value, list) and actions[key].nargs in (2, "+"):
-            argv += [f"--{key}", *map(str, value)]
-        elif not isinstance(value, str) or value in ("", "null", "~"):
-            parser.error(f"{path}: {key} must be one value, got {value!r}")
-        else:
-            argv.append(f"--{key}={value}")
-    return argv
-
-
-def read_config_file(parser: argparse.ArgumentParser, path: str) -> dict:
-    """The mapping of a YAML config file, in which every scalar stays the string that is written there."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = yaml.load(text, Loader=yaml.BaseLoader)
-        keys = [key.value for key, _ in yaml.compose(text).value] if isinstance(values, dict) else []
-    except OSError as error:
-        parser.error(f"--config: cannot read {path}: {error.strerror}")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        parser.error(f"--config: {path} is not valid YAML: {error}")
-    if not isinstance(values, dict):
-        parser.error(f"--config: {path} must be a list of `flag: value`")
-    for key in keys:
-        if keys.count(key) > 1:
-            parser.error(f"{path}: {key} is given twice")
-    return values
-
-
-def model_kwargs_argv(parser: argparse.ArgumentParser, where: str, value: Any) -> list[str]:
-    """KEY=VALUE pairs of a mapping of strings, or of lists of strings."""
-    if not isinstance(value, dict):
-        parser.error(f"{where} must be a mapping, got {value!r}")
-    pairs = []
-    for name, item in value.items():
-        if isinstance(item, list) and all(isinstance(v, str) for v in item):
-            item = f"[{', '.join(item)}]"
-        if not isinstance(item, str):
-            parser.error(f"{where}: {name} must be a value or a list of values, got {item!r}")
-        pairs.append(f"{name}={item}")
-    return pairs
 
 
 def parse_args(argv: list[str] | None = None, description: str | None = None) -> TrainConfig:

@@ -52,7 +52,6 @@ class RunFacts:
         plan: of the run.
         ema: which averages there are.
         metrics: how samples are evaluated.
-        vae: of a latent-space model, or None.
     """
 
     name: str
@@ -62,13 +61,13 @@ class RunFacts:
     plan: Plan
     ema: EmaConfig
     metrics: MetricsConfig
-    vae: AutoencoderKL | None
 
 
 def save_pipeline(
     facts: RunFacts,
     run_dir: OutputFolder,
     state: TrainingState,
+    vae: AutoencoderKL | None,
     average: str,
     validation: dict[str, float],
     grid: PIL.Image.Image,
@@ -82,6 +81,7 @@ def save_pipeline(
         facts: of the run.
         run_dir: the folder of the run.
         state: holds the network.
+        vae: of a latent-space model, or None.
         average: name of the average whose weights the network holds now, or "".
         validation: its held-out losses and metrics, so far as there are any.
         grid: its preview.
@@ -96,7 +96,7 @@ def save_pipeline(
         DDPMPipeline(state.model, scheduler).save_pretrained(folder)
     else:
         id2label = {str(number): name for number, name in enumerate(plan.class_names or ())} or None
-        build_pipeline(state.model, facts.vae, scheduler, id2label).save_pretrained(folder)
+        build_pipeline(state.model, vae, scheduler, id2label).save_pretrained(folder)
     (folder / "training_args.yaml").write_text(yaml.safe_dump(facts.flags))
     grid.save(folder / "sample_grid.png")
     model_card(facts, state, average, validation).save(folder / "README.md")

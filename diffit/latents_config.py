@@ -15,9 +15,10 @@ from diffit.command_line import (
     parse_config,
     path_type,
     positive_int,
+    require_one,
     resolution_type,
 )
-from diffit.source_config import SourceConfig
+from diffit.source_config import SOURCES, SourceConfig
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class LatentsConfig:
     debug: bool = False
 
     def __post_init__(self):
-        self.source.require_one()
+        require_one(self, SOURCES)
 
 
 def parse_args(argv: list[str] | None = None, description: str | None = None) -> LatentsConfig:

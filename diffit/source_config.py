@@ -7,14 +7,14 @@ imported here.
 
 from dataclasses import dataclass
 
-from diffit.command_line import flag, path_type, require_one
+from diffit.command_line import flag, path_type
 
 SOURCES = ("dataset_name", "train_data_dir", "train_data_file")
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """A source of images, which is one of `SOURCES`, and what to read there."""
+    """A source of images, for which one of `SOURCES` is set, and what to read there."""
 
     dataset_name: str | None = flag(
         None, "hub name, or local path for datasets.load_dataset (default: none)", type=path_type
@@ -32,14 +32,3 @@ class SourceConfig:
     cache_dir: str | None = flag(
         None, "cache folder of datasets.load_dataset (default: the datasets library's)", type=path_type
     )
-
-    def require_one(self, **others: str | None) -> None:
-        """Checks that there is one source.
-
-        Args:
-            others: further sources that a script has, by flag.
-
-        Raises:
-            UserError: names the sources unless exactly one of them is given.
-        """
-        require_one({name: getattr(self, name) for name in SOURCES} | others)

@@ -27,10 +27,11 @@ from datasets import config as datasets_config
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub import constants as hub_constants
 
+from diffit.command_line import require_one
 from diffit.decode import MAX_IMAGE_PIXELS, _natural_channels, _open_image
 from diffit.errors import BadImageError, UserError, global_rank, user_errors
 from diffit.run_dir import is_listed, our_files
-from diffit.source_config import SourceConfig
+from diffit.source_config import SOURCES, SourceConfig
 
 logger = logging.getLogger(__name__)
 
@@ -307,7 +308,7 @@ def load_image_table(source: SourceConfig) -> ImageTable:
     Raises:
         UserError: names the flag if there is not exactly one source, or a file or column is missing or ambiguous.
     """
-    source.require_one()
+    require_one(source, SOURCES)
     if source.dataset_name is not None:
         return _load_dataset(source)
     if source.train_data_file is not None:

@@ -6,9 +6,19 @@ The script parses its flags before its slow imports, so nothing slow is imported
 
 from dataclasses import dataclass
 
-from diffit.command_line import Parser, add_flags, flag, nested, number_type, parse_config, path_type, positive_int
+from diffit.command_line import (
+    Parser,
+    add_flags,
+    flag,
+    nested,
+    number_type,
+    parse_config,
+    path_type,
+    positive_int,
+    require_one,
+)
 from diffit.errors import UserError
-from diffit.source_config import SourceConfig
+from diffit.source_config import SOURCES, SourceConfig
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,7 @@ class VaeConfig:
     debug: bool = False
 
     def __post_init__(self):
-        self.source.require_one()
+        require_one(self, SOURCES)
         factor = 2 ** (len(self.block_out_channels) - 1)
         if self.resolution % factor:
             raise UserError(

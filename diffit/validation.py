@@ -19,17 +19,18 @@ from torch.utils.data import DataLoader
 
 from diffit.batches import BatchPreparer, build_dataset, report_bad_images
 from diffit.config import DataConfig, MetricsConfig, ValidationConfig
+from diffit.cpu_kernels import kernelize
 from diffit.errors import UserError
 from diffit.export import RunFacts, build_pipeline, save_pipeline
 from diffit.features import FeatureExtractor, TableImages, extract_features, load_extractor
-from diffit.formulations import denoising_losses
+from diffit.formulations import Formulation, denoising_losses
 from diffit.logs import LossBins
 from diffit.metrics import NEAREST, FeatureSet, metric_values
 from diffit.optimization import TrainingState, ema_weights
 from diffit.plan import Plan
 from diffit.processes import StopRequest, ignore_stop_signals, on_all_processes
 from diffit.run_dir import OutputFolder
-from diffit.sampling import sample_seeds
+from diffit.sampling import load_guidance_model, sample_seeds
 from diffit.sampling_config import GuidanceConfig, SamplingConfig
 from diffit.sources import Table, detect_num_channels
 from diffit.stream import PositionStream, collate
@@ -49,6 +50,25 @@ class Evaluator:
 
     extractor: FeatureExtractor
     reference: FeatureSet
+
+
+def build_guidance_model(
+    accelerator: Accelerator, path: str | None, model: ModelMixin, formulation: Formulation
+) -> ModelMixin | None:
+    """The weaker model of --validation_guidance_model, on the device; None without one.
+
+    Args:
+        accelerator: the processes.
+        path: of the weaker model's pipeline.
+        model: the network that it guides.
+        formulation: that both must have been trained in.
+
+    Raises:
+        UserError: if there is no such model, or it was trained for another task.
+    """
+    arguments = (path, model, formulation.scheduler.config, torch.float32, "--validation_guidance_model")
+    guidance_model = on_all_processes(accelerator, load_guidance_model, *arguments)
+    return None if guidance_model is None else kernelize(guidance_model.to(accelerator.device))
 
 
 def build_extractor(accelerator: Accelerator, asked: MetricsConfig, source: Table) -> FeatureExtractor | None:
@@ -295,7 +315,7 @@ def export(validation: Validation, average: str, values: dict[str, float], grid:
         grid: its preview.
     """
     save = functools.partial(
-        save_pipeline, validation.facts, validation.run_dir, validation.state, average, values, grid
+        save_pipeline, validation.facts, validation.run_dir, validation.state, validation.vae, average, values, grid
     )
     save()
     metric = validation.metrics.eval_metrics[0]
