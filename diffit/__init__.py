@@ -2,6 +2,9 @@
 """The library behind the scripts at the top of this repository. Where to look:
 
     config, plan                      what may be asked of a training, and what follows from it
+    source_config                     the flags that say where images come from
+    latents_config, vae_config,       settings of prepare_latents.py, train_vae.py and
+    convert_config                        convert_nvidia_checkpoint.py
     sources, decode, stream, latents  images or prepared latents, to the tensors at a position of the stream
     batches, augment                  a micro-batch on the device: encoded, augmented, noisy
     formulations                      DDPM and EDM: noise levels, network inputs, loss, scheduler

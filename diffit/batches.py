@@ -2,7 +2,7 @@
 """Micro-batches: read, moved to the device, encoded, augmented, and given their noise."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -35,13 +35,13 @@ def open_tables(data: DataConfig, validation: ValidationConfig) -> tuple[Table, 
     """
     held_out = None
     if data.latents_dir is not None:
-        table = load_latent_table(data.latents_dir, data.cache_dir)
+        table = load_latent_table(data.latents_dir, data.source.cache_dir)
     else:
-        table = load_image_table(**data.image_source(), dataset_split=data.dataset_split)
+        table = load_image_table(data.source)
     if data.class_conditional and table.class_names is None:
         raise UserError(f"--class_conditional: {table.source} has no labels")
     if validation.validation_split is not None:
-        held_out = load_image_table(**data.image_source(), dataset_split=validation.validation_split)
+        held_out = load_image_table(replace(data.source, dataset_split=validation.validation_split))
         if data.class_conditional:
             held_out = held_out.with_class_names(table.class_names)
     elif validation.validation_fraction is not None:

@@ -126,7 +126,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type, title: str | 
         if not field.metadata:  # `debug`, which every parser has
             continue
         if "options" not in field.metadata:
-            add_flags(group, field.type, prefix=prefix + field.metadata.get("prefix", ""))
+            add_flags(group, field.type, field.metadata["title"], prefix + field.metadata["prefix"])
             continue
         options, text = dict(field.metadata["options"]), field.metadata["help"]
         if isinstance(field.default, bool):
@@ -191,9 +191,15 @@ def parse_config(parser: argparse.ArgumentParser, config_class: type, argv: list
         parser.error(message_of(error))
 
 
-def nested(config_class: type, prefix: str = "") -> Any:
-    """A field of a config dataclass that is one itself, whose flags have `prefix` before their names."""
-    return dataclasses.field(default_factory=config_class, metadata={"prefix": prefix})
+def nested(config_class: type, prefix: str = "", title: str | None = None) -> Any:
+    """A field of a config dataclass that is one itself, whose flags have `prefix` before their names.
+
+    Args:
+        config_class: the inner one.
+        prefix: see above.
+        title: of a group of their own in `--help`; default: they stand with the flags of the outer one.
+    """
+    return dataclasses.field(default_factory=config_class, metadata={"prefix": prefix, "title": title})
 
 
 def flag_fields(config_class: type, prefix: str = "") -> Iterable[tuple[str, dataclasses.Field]]:
@@ -206,14 +212,15 @@ def flag_fields(config_class: type, prefix: str = "") -> Iterable[tuple[str, dat
 
 
 def given(config: Any, names: tuple[str, ...]) -> list[str]:
-    """Which of these fields are set."""
-    return [name for name in names if getattr(config, name) is not None]
+    """Which of these flags are set; they may be those of nested configs."""
+    values = to_flags(config)
+    return [name for name in names if values[name] is not None]
 
 
 def require_one(config: Any, names: tuple[str, ...]) -> None:
-    """Refuses a config unless exactly one of these fields is set."""
+    """Refuses a config unless exactly one of these flags is set; they may be those of nested configs."""
     if len(found := given(config, names)) != 1:
-        got = " and ".join(f"--{name} {getattr(config, name)}" for name in found) or "none"
+        got = " and ".join(f"--{name} {to_flags(config)[name]}" for name in found) or "none"
         raise UserError(f"give exactly one of {', '.join('--' + name for name in names)}; got {got}")
 
 

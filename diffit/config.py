@@ -37,6 +37,7 @@ from diffit.config_file import config_file_argv
 from diffit.errors import UserError, message_of
 from diffit.launcher import EXIT_STOPPED
 from diffit.sampling_config import GuidanceConfig
+from diffit.source_config import SOURCES, SourceConfig
 
 # diffusers' `SchedulerType`, and transformers' `get_wsd_schedule`.
 SCHEDULES = (
@@ -45,7 +46,7 @@ SCHEDULES = (
 )
 FORMULATIONS = ("ddpm", "edm")  # classes of `diffit.formulations`
 DURATIONS = ("max_train_steps", "num_train_epochs", "max_train_kimg")
-DATA_SOURCES = ("dataset_name", "train_data_dir", "train_data_file", "latents_dir")
+DATA_SOURCES = (*SOURCES, "latents_dir")
 # A flag of such a group on the command line replaces the others of its group in the config file.
 ALTERNATIVES = (
     DATA_SOURCES,
@@ -57,7 +58,7 @@ ALTERNATIVES = (
 )
 # Titles in --help, where the name of the field does not say enough.
 TITLES = {
-    "data": "data: one of the first four is needed",
+    "data": "data: one of --dataset_name, --train_data_dir, --train_data_file and --latents_dir is needed",
     "batch": "batch and duration",
     "schedule": "learning-rate schedule",
     "ema": "weight averages",
@@ -136,26 +137,11 @@ class ModelConfig:
 class DataConfig:
     """The training images, and what is done to them before they become tensors."""
 
-    dataset_name: str | None = flag(None, "hub name, or local path for datasets.load_dataset", type=path_type)
-    train_data_dir: str | None = flag(
-        None,
-        "folder or zip of images; dataset.json, metadata.jsonl and parquet files are read, too",
-        type=path_type,
-    )
-    train_data_file: str | None = flag(None, "a parquet file", type=path_type)
+    source: SourceConfig = nested(SourceConfig)
     latents_dir: str | None = flag(
         None, "latents written by prepare_latents.py; needs --vae_model_name_or_path", type=path_type
     )
-    dataset_config_name: str | None = flag(None, "configuration of --dataset_name (default: its only one)")
-    dataset_split: str = flag("train", "split to train on")
-    image_column: str | None = flag(None, "column of the images (default: the only one of type Image)")
-    label_column: str | None = flag(
-        None, "column of the labels; implies --class_conditional (default: the only one of type ClassLabel)"
-    )
-    class_conditional: bool = flag(False, "train on the class labels", fixed=True)
-    cache_dir: str | None = flag(
-        None, "cache of datasets.load_dataset (default: that of the datasets library)", type=path_type
-    )
+    class_conditional: bool = flag(False, "train on the class labels; --label_column implies it", fixed=True)
     resolution: tuple[int, int] | None = flag(
         None,
         "side N in pixels, or HxW (default: the model config's sample_size)",
@@ -183,11 +169,6 @@ class DataConfig:
 
     def __post_init__(self):
         require_one(self, DATA_SOURCES)
-
-    def image_source(self) -> dict[str, str | None]:
-        """Arguments of `load_image_table`, without the split."""
-        names = ("dataset_name", "train_data_dir", "train_data_file", "dataset_config_name", "cache_dir")
-        return {name: getattr(self, name) for name in (*names, "image_column", "label_column")}
 
 
 @dataclass(frozen=True)
@@ -526,11 +507,11 @@ class TrainConfig:
             "--vae_model_name_or_path": self.model.vae_model_name_or_path,
             "--validation_guidance_model": self.validation.guidance.model,
         }
-        return models, self.data.dataset_name
+        return models, self.data.source.dataset_name
 
     def __post_init__(self):
         in_latents = self.model.vae_model_name_or_path is not None
-        if self.validation.validation_split is not None and self.data.dataset_name is None:
+        if self.validation.validation_split is not None and self.data.source.dataset_name is None:
             raise UserError("--validation_split needs --dataset_name; use --validation_fraction")
         if self.data.augmentation_probability > 0 and in_latents:
             raise UserError("--augmentation_probability is for pixel-space training, not for latent-space training")

@@ -27,9 +27,11 @@ from datasets import config as datasets_config
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub import constants as hub_constants
 
+from diffit.command_line import require_one
 from diffit.decode import MAX_IMAGE_PIXELS, _natural_channels, _open_image
 from diffit.errors import BadImageError, UserError, global_rank, user_errors
 from diffit.run_dir import is_listed, our_files
+from diffit.source_config import SOURCES, SourceConfig
 
 logger = logging.getLogger(__name__)
 
@@ -297,61 +299,51 @@ def _list_zip(root: Path) -> list[str]:
     return sorted(names)
 
 
-def load_image_table(
-    dataset_name: str | None = None,
-    dataset_config_name: str | None = None,
-    dataset_split: str = "train",
-    train_data_dir: str | None = None,
-    train_data_file: str | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    cache_dir: str | None = None,
-) -> ImageTable:
-    """Finds the images and labels of one of the three sources. Nothing is decoded.
+def load_image_table(source: SourceConfig) -> ImageTable:
+    """Finds the images and labels of a source. Nothing is decoded.
 
     Args:
-        dataset_name: hub name, or local path for `datasets.load_dataset`.
-        dataset_config_name: its configuration.
-        dataset_split: its split.
-        train_data_dir: folder or zip of images, with class sub-folders, `dataset.json` (StyleGAN and EDM format),
-            `metadata.jsonl`, or parquet files.
-        train_data_file: one parquet file.
-        image_column: column of the images; None: the only one of type `Image`.
-        label_column: column of the labels; None: the only one of type `ClassLabel`, if there is one.
-        cache_dir: of `load_dataset`.
+        source: the flags; exactly one of `SOURCES` is set.
 
     Raises:
-        ValueError: if there is not exactly one source, or a file or column is missing or ambiguous.
+        UserError: names the flag if there is not exactly one source, or a file or column is missing or ambiguous.
     """
-    sources = {
-        "--dataset_name": dataset_name,
-        "--train_data_dir": train_data_dir,
-        "--train_data_file": train_data_file,
-    }
-    given = [flag for flag, value in sources.items() if value is not None]
-    if len(given) != 1:
-        raise UserError(f"give exactly one of {', '.join(sources)}; got {' and '.join(given) or 'none'}")
+    require_one(source, SOURCES)
+    if source.dataset_name is not None:
+        return _load_dataset(source)
+    if source.train_data_file is not None:
+        return _load_parquet_file(source)
+    return _load_folder_or_zip(source)
 
-    if dataset_name is not None:
-        _check_dataset_folder(Path(dataset_name))
-        failures = (OSError, ValueError, DatasetsError)  # not there, no such configuration or split, damaged
-        with user_errors(f"--dataset_name {dataset_name} (--dataset_split {dataset_split})", *failures):
-            rows = load_dataset(dataset_name, dataset_config_name, split=dataset_split, cache_dir=cache_dir)
-        # `datasets` keeps what it downloads and unpacks in its caches.
-        caches = [datasets_config.HF_DATASETS_CACHE, datasets_config.DOWNLOADED_DATASETS_PATH]
-        caches += [datasets_config.EXTRACTED_DATASETS_PATH, hub_constants.HF_HUB_CACHE, cache_dir]
-        local = dataset_name if Path(dataset_name).is_dir() else None
-        folders = tuple(os.path.realpath(folder) for folder in (local, *caches) if folder is not None)
-        source = f"{dataset_name} ({dataset_split})"
-        return _table_from_columns(rows, source, image_column, label_column, folders)
-    if train_data_file is not None:
-        if not Path(train_data_file).is_file():
-            raise UserError(f"--train_data_file: no such file: {train_data_file}")
-        rows = _read_parquet([train_data_file], cache_dir)
-        folders = (os.path.realpath(Path(train_data_file).parent),)
-        return _table_from_columns(rows, train_data_file, image_column, label_column, folders)
 
-    root = Path(train_data_dir)
+def _load_dataset(source: SourceConfig) -> ImageTable:
+    """Images of --dataset_name."""
+    name, split = source.dataset_name, source.dataset_split
+    _check_dataset_folder(Path(name))
+    failures = (OSError, ValueError, DatasetsError)  # not there, no such configuration or split, damaged
+    with user_errors(f"--dataset_name {name} (--dataset_split {split})", *failures):
+        rows = load_dataset(name, source.dataset_config_name, split=split, cache_dir=source.cache_dir)
+    # `datasets` keeps what it downloads and unpacks in its caches.
+    caches = [datasets_config.HF_DATASETS_CACHE, datasets_config.DOWNLOADED_DATASETS_PATH]
+    caches += [datasets_config.EXTRACTED_DATASETS_PATH, hub_constants.HF_HUB_CACHE, source.cache_dir]
+    local = name if Path(name).is_dir() else None
+    folders = tuple(os.path.realpath(folder) for folder in (local, *caches) if folder is not None)
+    return _table_from_columns(rows, f"{name} ({split})", source.image_column, source.label_column, folders)
+
+
+def _load_parquet_file(source: SourceConfig) -> ImageTable:
+    """Images of --train_data_file."""
+    file = source.train_data_file
+    if not Path(file).is_file():
+        raise UserError(f"--train_data_file: no such file: {file}")
+    rows = _read_parquet([file], source.cache_dir)
+    folders = (os.path.realpath(Path(file).parent),)
+    return _table_from_columns(rows, file, source.image_column, source.label_column, folders)
+
+
+def _load_folder_or_zip(source: SourceConfig) -> ImageTable:
+    """Images of --train_data_dir: image files, or the rows of parquet files."""
+    root = Path(source.train_data_dir)
     if root.is_dir():
         files = _list_folder(root)
     elif zipfile.is_zipfile(root):
@@ -360,15 +352,16 @@ def load_image_table(
         raise UserError(f"--train_data_dir: neither a folder nor a zip: {root}")
     parquet = [name for name in files if name.endswith(".parquet")]
     if not parquet or root.is_file():
-        return _table_from_files(root, files, label_column)
+        return _table_from_files(root, files, source.label_column)
     other_splits = [name for name in parquet if PurePosixPath(name).name.startswith(("test", "val"))]
     if other_splits and len(other_splits) < len(parquet):
         raise UserError(
             f"--train_data_dir {root} holds several splits ({other_splits[0]}): use --dataset_name {root} with "
             "--dataset_split, or --train_data_file"
         )
-    rows = _read_parquet([str(root / name) for name in parquet], cache_dir)
-    return _table_from_columns(rows, str(root), image_column, label_column, (os.path.realpath(root),))
+    rows = _read_parquet([str(root / name) for name in parquet], source.cache_dir)
+    folders = (os.path.realpath(root),)
+    return _table_from_columns(rows, str(root), source.image_column, source.label_column, folders)
 
 
 def _check_dataset_folder(root: Path) -> None:

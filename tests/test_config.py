@@ -101,7 +101,7 @@ def test_alternative_on_the_command_line_replaces_that_of_the_config(tmp_path):
     config = parse_args(
         [*QUICKSTART, "--train_data_dir=mine", "--pretrained_model_name_or_path=a", "--global_batch_size=128"]
     )
-    assert (config.data.train_data_dir, config.data.train_data_file) == ("mine", None)
+    assert (config.data.source.train_data_dir, config.data.source.train_data_file) == ("mine", None)
     assert (config.model.pretrained_model_name_or_path, config.model.model_config) == ("a", None)
 
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-import scaling
+from benchmarks import scaling
 from helpers import ROOT
 
 

@@ -17,6 +17,7 @@ import prepare_latents
 from diffit.decode import normalize_pixels
 from diffit.formulations import DDPM, variance_bound
 from diffit.networks import model_class
+from diffit.source_config import SourceConfig
 from diffit.sources import load_image_table
 from diffit.stream import ImageDataset, PositionStream, collate
 from diffit_model import DiffiTTransformer2DModel
@@ -352,7 +353,7 @@ def test_finetuning_starts_from_the_loss_of_the_converted_model(finetuning_args,
 
     model = DiffiTTransformer2DModel.from_pretrained(converted, subfolder="transformer")
     vae, scheduler = AutoencoderKL.from_pretrained(vae_dir), DDPMScheduler()
-    table = load_image_table(train_data_file=str(ROOT / "data/digits.parquet"))
+    table = load_image_table(SourceConfig(train_data_file=str(ROOT / "data/digits.parquet")))
     stream = PositionStream(len(table), seed=0)
     dataset = ImageDataset(table, stream, (8, 8), 3, latent_shape=(2, 4, 4))
     batch = collate([dataset[(p, stream.index(p))] for p in range(16)])

@@ -180,7 +180,7 @@ OTHERS = [
     ("latents", ["--train_data_file={broken.parquet}", "--resolution=8"], ["broken.parquet"]),
     ("latents", ["--train_data_dir={bad}", "--resolution=8"], ["3.png"]),
     ("vae", ["--train_data_dir={absent}", "--output_dir={out}"], ["--train_data_dir", "absent"]),
-    ("vae", ["--train_data_dir={bad}", "--output_dir={out}", "--resolution=9"], ["--resolution", "9"]),
+    ("vae", ["--train_data_dir={bad}", "--output_dir={out}", "--resolution=9"], ["--resolution 9", "8"]),
     ("vae", ["--train_data_dir={bad}", "--output_dir={out}", "--kl_weight=nan"], ["--kl_weight", "nan"]),
     ("vae", ["--train_data_dir={bad}", "--output_dir={out}", "--learning_rate=-1"], ["--learning_rate", "-1.0"]),
     ("latents", ["--train_data_dir={bad}", "--resolution=8", "--dataloader_num_workers=-1"], ["_workers", "-1"]),

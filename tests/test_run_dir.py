@@ -13,6 +13,7 @@ import eval_diffit
 from diffit.errors import UserError
 from diffit.export import save_pipeline
 from diffit.run_dir import MARK, OutputFolder, our_files
+from diffit.source_config import SourceConfig
 from diffit.sources import load_image_table
 from diffit_model import DiffiTUNet2DModel
 from helpers import ROOT, TINY_CONFIG, mentions, run, sample, train
@@ -295,7 +296,7 @@ def test_run_of_a_version_without_marks_is_resumed_and_overwritten(short, run_fo
 
 
 def table_files(folder: Path) -> list[str]:
-    table = load_image_table(train_data_dir=str(folder))
+    table = load_image_table(SourceConfig(train_data_dir=str(folder)))
     return sorted(Path(image["path"]).relative_to(folder).as_posix() for image in table.rows["image"])
 
 
@@ -342,7 +343,7 @@ def test_output_folder_below_a_folder_for_load_dataset_is_refused(short, tmp_pat
         train([*flags, f"--dataset_name={tmp_path / 'set'}", f"--output_dir={tmp_path / 'set' / 'runs'}"])
     OutputFolder(tmp_path / "set" / "runs", "x").write("previews/a.png", lambda file: file.write_bytes(b""))
     with pytest.raises(UserError, match=mentions("--dataset_name", "previews/a.png")):
-        load_image_table(dataset_name=str(tmp_path / "set"))
+        load_image_table(SourceConfig(dataset_name=str(tmp_path / "set")))
 
 
 # --- sampling, evaluation
