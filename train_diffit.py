@@ -352,6 +352,7 @@ def finish(run: Run, state: TrainingState, validated: bool) -> None:
         tracker.finish()
     accelerator.wait_for_everyone()  # a launcher may kill the main process as soon as another process has ended
     run.stop.close()
+    accelerator.free_memory()  # DDP must go before the process group: gloo may hang otherwise (torch 2.13)
     if state.global_step < run.plan.max_train_steps or not validated:
         logger.info(f"stopped at step {state.global_step}; resume with --resume_from_checkpoint latest")
         accelerator.end_training()

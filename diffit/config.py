@@ -31,13 +31,14 @@ from diffit.command_line import (
     refuse_both,
     require_one,
     resolution_type,
+    step_rules_type,
     to_flags,
 )
 from diffit.config_file import config_file_argv
 from diffit.errors import UserError, message_of
 from diffit.launcher import EXIT_STOPPED
-from diffit.sampling_config import GuidanceConfig
 from diffit.source_config import SOURCES, SourceConfig
+from diffit.validation_config import MetricsConfig, ValidationConfig
 
 # The names of diffusers' `SchedulerType`, and `warmup_stable_decay` for transformers' `get_wsd_schedule`.
 SCHEDULES = (
@@ -71,21 +72,6 @@ OF_THIS_START = ("hub_token", "dry_run", "resume_from_checkpoint", "overwrite_ou
 at_least_one, at_least_zero = number_type(int, 1), number_type(int, 0)
 positive_float, non_negative_float = number_type(float, 0, open_ends=True), number_type(float, 0)
 fraction, beta = number_type(float, 0, 1), number_type(float, 0, 1 - 1e-9)
-
-
-def step_rules_type(text: str) -> str:
-    """An argparse type for --lr_step_rules, such as `1:1000,0.1:2000,0.01`; returns the text unchanged."""
-    *rules, last = text.split(",")
-    try:
-        float(last)
-        for rule in rules:
-            multiple, steps = rule.split(":")
-            float(multiple), int(steps)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected MULTIPLE:STEP pairs and a last MULTIPLE, such as 1:1000,0.1:2000,0.01, got {text!r}"
-        ) from None
-    return text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -434,63 +420,6 @@ class PrecisionConfig:
         False, "allow TensorFloat-32 for fp32 matrix products and convolutions on NVIDIA GPUs: faster, less precise"
     )
     deterministic: bool = flag(False, "use only deterministic algorithms, which may be slower")
-
-
-@dataclass(frozen=True)
-class ValidationConfig:
-    """Held-out images, previews and the exported pipeline."""
-
-    validation_split: str | None = flag(
-        None, "split of --dataset_name used as held-out images (default: no held-out images)"
-    )
-    validation_fraction: float | None = flag(
-        None,
-        "fraction of the training images to hold out (default: no held-out images)",
-        type=number_type(float, 0, 1, open_ends=True),
-    )
-    validation_steps: int = flag(
-        1000,
-        "optimizer steps between validations, which compute the held-out loss, sample a preview grid and export the "
-        "pipeline",
-        type=at_least_one,
-    )
-    validation_loss_images: int = flag(1024, "maximum number of images used for the held-out loss", type=at_least_one)
-    num_validation_images: int = flag(64, "number of images in the preview grid", type=at_least_one)
-    validation_inference_steps: int = flag(
-        50,
-        "sampling steps for previews and --eval_metrics, with DDIM (DPM-Solver++ for EDM)",
-        type=at_least_one,
-    )
-    guidance: GuidanceConfig = nested(GuidanceConfig, "validation_guidance_")
-
-    def __post_init__(self):
-        refuse_both(self, "validation_split", "validation_fraction")
-
-
-@dataclass(frozen=True)
-class MetricsConfig:
-    """Metrics during training."""
-
-    eval_steps: int | None = flag(
-        None,
-        "optimizer steps between computations of --eval_metrics for each EMA; the best pipeline so far is kept in "
-        "best/ (default: no metrics)",
-        type=at_least_one,
-    )
-    eval_num_images: int = flag(1000, "number of images to sample for --eval_metrics", type=number_type(int, 8))
-    eval_metrics: tuple[str, ...] = flag(
-        ("frechet_distance", "kernel_distance"),
-        "metrics to compute; the first one selects the best EMA and the best step",
-        nargs="+",
-        choices=("frechet_distance", "kernel_distance", "precision", "recall"),
-    )
-    feature_extractor: str = flag("inception", "feature extractor for --eval_metrics (see eval_diffit.py)")
-    feature_model: str | None = flag(
-        None, "folder or hub name of the weights for --feature_extractor dinov2 or clip", type=path_type
-    )
-    inception_path: str | None = flag(
-        None, "TorchScript file for --feature_extractor inception (default: downloaded)", type=path_type
-    )
 
 
 @dataclass(frozen=True)

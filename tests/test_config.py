@@ -19,7 +19,7 @@ from diffit.config import (
     build_parser,
     parse_args,
 )
-from helpers import ROOT, refusal
+from helpers import ROOT, mentions, refusal
 
 QUICKSTART = ["--config", str(ROOT / "configs/train/quickstart.yaml")]
 
