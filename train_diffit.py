@@ -31,7 +31,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
-from diffit.batches import BatchPreparer, build_batches, open_tables, report_bad_images
+from diffit.batches import BatchPreparer, build_batches, open_tables
 from diffit.checkpoint import (
     file_digest,
     find_checkpoint,
@@ -166,9 +166,7 @@ def main(config: TrainConfig) -> None:
         prepare_output_dir(accelerator, asked, folder, state.global_step)
         evaluator = build_evaluator(accelerator, extractor, compared, plan, config.data, asked.output_dir)
         name = pipeline_name(config.hub.hub_model_id, asked.output_dir)
-        facts = RunFacts(
-            name, config.data.source.dataset_name, data.source, run.flags, plan, config.ema, config.metrics
-        )
+        facts = RunFacts(name, data.source, run.flags, plan, config.ema, config.metrics)
         requests = (config.validation, config.metrics, config.data)
         frozen = (networks.vae, guide)
         validation = Validation(plan, *requests, state, *frozen, held_out, evaluator, facts, folder, stop)
@@ -268,7 +266,7 @@ def train(
     asked: OptimizerConfig,
     seed: int,
 ) -> bool:
-    """Trains until the last step or a stop.
+    """Trains until the last step or a stop; returns whether the last validation that was due was completed.
 
     Args:
         run: this training.
@@ -278,14 +276,11 @@ def train(
         validation: everything that validations need.
         asked: the flags of gradient clipping and skipped steps.
         seed: seed of dropout.
-
-    Returns:
-        False if the last validation that was due was interrupted by a stop, otherwise True.
     """
     accelerator, plan = run.accelerator, run.plan
     model, optimizer = accelerator.prepare(state.model, state.optimizer)
     guard = NonFiniteGuard(state.optimizer, asked.max_bad_steps, plan.batch.total, run.folder.folder)
-    meter, bad_images = Meter(accelerator.device, state.position), set()
+    meter = Meter(accelerator.device, state.position)
     progress = tqdm(total=plan.max_train_steps, initial=state.global_step, disable=not accelerator.is_main_process)
     run.stop.begin()
     validated = validate_again(run, state, validation)
@@ -293,18 +288,14 @@ def train(
     # A step takes the next `global_batch_size` positions of the stream, shared among processes and micro-batches.
     while state.global_step < plan.max_train_steps:
         for _ in range(plan.batch.accumulation):
-            batch = next(batches)
-            report_bad_images(batch["bad_images"], bad_images)
-            noisy = prepare_batch(batch)  # VAE, augmentation, label dropout, noise
+            noisy = prepare_batch(next(batches))  # VAE, augmentation, label dropout, noise
             seed_dropout(seed, noisy.first_position)  # makes dropout a function of the position, too
             with accelerator.accumulate(model):  # all-reduces gradients in the last micro-batch only
                 losses = denoising_losses(model, plan.formulation, noisy)  # (B)
                 accelerator.backward(nan_if_non_finite(losses).mean())
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(model.parameters(), asked.max_grad_norm)
-                    finish_step(
-                        state, guard
-                    )  # schedule, EMA and count of the previous step, whose outcome is known now
+                    finish_step(state, guard)  # schedule, EMA and count of the previous step
                     guard.watch(grad_norm)  # the device skips the coming update if the norm is non-finite
                     lr = state.lr_scheduler.get_last_lr()[0]
                 optimizer.step()
@@ -316,7 +307,7 @@ def train(
         if not due or not finish_step(state, guard):  # waits for the device; nothing is due after a skipped step
             continue
         if due.log:
-            log_training(accelerator, progress, state, meter, grad_norm, lr, len(bad_images))
+            log_training(accelerator, progress, state, meter, grad_norm, lr, len(prepare_batch.bad_images))
         with meter.paused():  # images/s measures training only
             if due.checkpoint:
                 save_checkpoint(accelerator, run.lock, run.folder, run.flags, state, plan.formulation.scheduler)

@@ -98,6 +98,7 @@ class Training:
         batch["position"] = torch.arange(batch_size)
         batch["class_labels"] = torch.randint(0, model.null_label or 1, (batch_size,))
         self.batch = {name: x.pin_memory() if device.type == "cuda" else x for name, x in batch.items()}
+        self.batch["bad_images"] = []
 
     def __call__(self) -> torch.Tensor:
         """One optimizer step, in the order of the script; the loss, shape ()."""

@@ -2,7 +2,7 @@
 """Micro-batches: read, moved to the device, encoded, augmented, and given their noise."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from accelerate import Accelerator
@@ -105,6 +105,7 @@ class BatchPreparer:
         null: the null class, or None for an unconditional network.
         label_dropout: fraction of the labels replaced by the null class.
         augmentation_probability: of each augmentation of pixels.
+        bad_images: messages of the images that were skipped so far, each of which is logged once.
     """
 
     formulation: Formulation
@@ -113,6 +114,7 @@ class BatchPreparer:
     null: int | None = None
     label_dropout: float = 0.0
     augmentation_probability: float = 0.0
+    bad_images: set[str] = field(default_factory=set)
 
     def __call__(self, batch: dict) -> NoisyBatch:
         """Moves a batch to the device, encodes it with the VAE, augments it if it holds numbers for that, adds noise.
@@ -120,6 +122,10 @@ class BatchPreparer:
         Args:
             batch: of `diffit.stream.collate`.
         """
+        for message in batch["bad_images"]:
+            if message not in self.bad_images:
+                self.bad_images.add(message)
+                logger.warning(f"skipped ({len(self.bad_images)} so far): {message}", main_process_only=False)
         levels = self.formulation.noise_levels(batch["time_uniform"])
         level_bins = (batch["time_uniform"] * LEVEL_BINS).long()
         labels = batch_labels(batch, self.label_dropout, self.null)
@@ -157,11 +163,3 @@ def encode_images(batch: dict, vae: AutoencoderKL | None, device: torch.device) 
         moments = encode_moments(vae, images)  # (B, 2C, H, W)
     posterior_noise = batch["posterior_noise"].to(device, non_blocking=True)
     return sample_latents(moments, posterior_noise, vae.config.scaling_factor, vae.config.shift_factor or 0.0)
-
-
-def report_bad_images(messages: list[str], seen: set[str]) -> None:
-    """Logs each skipped image once."""
-    for message in messages:
-        if message not in seen:
-            seen.add(message)
-            logger.warning(f"skipped ({len(seen)} so far): {message}", main_process_only=False)

@@ -46,7 +46,6 @@ class RunFacts:
 
     Attributes:
         name: of the model in its card: that on the hub, or that of its folder.
-        dataset_name: --dataset_name, or None for images from files.
         data_source: name of the training data in words.
         flags: of the run, as a config file holds them.
         plan: of the run.
@@ -55,12 +54,16 @@ class RunFacts:
     """
 
     name: str
-    dataset_name: str | None
     data_source: str
     flags: dict[str, Any]
     plan: Plan
     ema: EmaConfig
     metrics: MetricsConfig
+
+    @property
+    def dataset_name(self) -> str | None:
+        """--dataset_name, or None for images from files."""
+        return self.flags.get("dataset_name")
 
 
 def save_pipeline(

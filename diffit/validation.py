@@ -17,7 +17,7 @@ from accelerate.logging import get_logger
 from diffusers import AutoencoderKL, ModelMixin
 from torch.utils.data import DataLoader
 
-from diffit.batches import BatchPreparer, build_dataset, report_bad_images
+from diffit.batches import BatchPreparer, build_dataset
 from diffit.config import DataConfig, MetricsConfig, ValidationConfig
 from diffit.cpu_kernels import kernelize
 from diffit.errors import UserError
@@ -226,7 +226,6 @@ def validation_loss(accelerator: Accelerator, validation: Validation) -> dict[st
     batches = [positions[i : i + size] for i in range(0, num_positions, size)]
     prepare = BatchPreparer(plan.formulation, accelerator.device, validation.vae, null_label(model))
     losses = LossBins(accelerator.device)
-    bad_images: set[str] = set()
     for batch in DataLoader(
         build_dataset(table, stream, plan, data),
         batch_sampler=batches[accelerator.process_index :: accelerator.num_processes],
@@ -234,7 +233,6 @@ def validation_loss(accelerator: Accelerator, validation: Validation) -> dict[st
         collate_fn=collate,
         worker_init_fn=ignore_stop_signals,
     ):
-        report_bad_images(batch["bad_images"], bad_images)
         batch["time_uniform"] = (batch["position"] + 0.5) / num_positions
         noisy = prepare(batch)
         losses.add(denoising_losses(model, plan.formulation, noisy), noisy.level_bins)
