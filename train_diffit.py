@@ -164,10 +164,8 @@ def main(config: TrainConfig) -> None:
         state = build_state(run, networks, config.optimizer, config.schedule, config.ema, data)
         prepare_output_dir(accelerator, asked, folder, state.global_step)
         evaluator = build_evaluator(accelerator, extractor, compared, plan, config.data, asked.output_dir)
-        name = pipeline_name(config.hub.hub_model_id, asked.output_dir)
-        facts = RunFacts(
-            name, config.data.source.dataset_name, data.source, run.flags, plan, config.ema, config.metrics
-        )
+        name, dataset = pipeline_name(config.hub.hub_model_id, asked.output_dir), config.data.source.dataset_name
+        facts = RunFacts(name, dataset, data.source, run.flags, plan, config.ema, config.metrics)
         requests = (config.validation, config.metrics, config.data)
         frozen = (networks.vae, guide)
         validation = Validation(plan, *requests, state, *frozen, held_out, evaluator, facts, folder, stop)
