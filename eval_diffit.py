@@ -322,7 +322,7 @@ def main(config: EvalConfig) -> None:
     results, step_results = (compare_sets(metrics, group, real, reference) for group in (sets, step_sets))
     print_results(results)
     if output.output is not None:
-        arguments = {key: value for key, value in to_flags(config).items() if key != "debug"}
+        arguments = to_flags(config)
         write_results(output.output, results, step_results, describe(extractors[0], shape, arguments))
 
     # 4. plots

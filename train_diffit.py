@@ -5,15 +5,16 @@
     accelerate launch train_diffit.py --config configs/train/emoji32.yaml --output_dir outputs/emoji32
     torchrun --nproc_per_node 4 train_diffit.py --config configs/train/emoji32.yaml --global_batch_size 256
 
-A config file is a list of flags: defaults < --config < command line. `--dry_run` checks everything and stops.
-Randomness is a function of the position in the data stream (see `diffit/stream.py`), so a run resumes exactly.
+A config file is a list of flags; the command line overrides it, and it overrides the defaults. `--dry_run` checks
+everything and exits. All randomness is a function of the seed and the position in the data stream (see
+`diffit/stream.py`), so a run resumes exactly.
 """
 
 from diffit.config import parse_args
 from diffit.launcher import follow_launcher
 
 if __name__ == "__main__":
-    # Before the slow imports: the launcher may die meanwhile, and a refused flag is answered at once.
+    # Before the slow imports, since the launcher may die during them, and a bad flag should be refused at once.
     follow_launcher()
     CONFIG = parse_args(description=__doc__)
 
@@ -100,16 +101,16 @@ logger = get_logger("train_diffit", log_level="INFO")
 
 @dataclass(frozen=True)
 class Run:
-    """What the stages of a training share.
+    """Shared by the stages of a training.
 
     Attributes:
-        accelerator: the processes.
-        stop: whether they are to stop.
-        lock: proves that the folder is this run's.
-        folder: --output_dir, with the mark that lists which of its files are ours.
-        checkpoint: to resume from, or None.
-        plan: what follows from the config, the data and the processes.
-        flags: of the run, as a config file holds them.
+        accelerator: this process and its device among all processes.
+        stop: says when the processes must stop.
+        lock: proves that this run owns the folder.
+        folder: --output_dir, with its list of the files that are ours.
+        checkpoint: the checkpoint to resume from, or None.
+        plan: everything derived from the config, the data and the processes.
+        flags: the run's flags in the form of a config file.
     """
 
     accelerator: Accelerator
@@ -122,10 +123,10 @@ class Run:
 
 
 def main(config: TrainConfig) -> None:
-    """Trains, from the launch to the upload."""
+    """Runs a training from joining the processes to the upload."""
     set_up_logging()
     with contextlib.ExitStack() as resources, out_of_memory_errors():
-        # 1. the processes, and what follows from the flags alone
+        # 1. the processes, and everything that follows from the flags alone
         stop = StopRequest(config.batch.max_train_time)
         resources.callback(stop.close)
         asked = resume_after_restart(config.run)
@@ -142,7 +143,7 @@ def main(config: TrainConfig) -> None:
         # 2. the folder
         lock = OutputDirLock(asked.output_dir)
         if not asked.dry_run:
-            resources.push(lock)  # first, because a signal may come while it is taken
+            resources.push(lock)  # before taking it, because a signal may arrive in between
             take_folder(accelerator, lock)
         folder = run_on_main_and_broadcast(accelerator, open_run_dir, asked, *config.folders_read())
         checkpoint = run_on_main_and_broadcast(accelerator, find_checkpoint, asked)
@@ -156,7 +157,7 @@ def main(config: TrainConfig) -> None:
         if asked.dry_run:
             return print_dry_run(accelerator, run.flags, plan)
 
-        # 4. the networks and the state of the training, new or resumed
+        # 4. the networks and the training state, new or resumed
         networks = build_networks(accelerator, plan.model_config, config.model, table, config.batch.seed)
         guide = build_guidance_model(accelerator, config.validation.guidance.model, networks.model, formulation)
         compared = table if held_out is None else held_out
@@ -179,19 +180,19 @@ def main(config: TrainConfig) -> None:
         logger.info(describe_run(plan, state.model, table, 0 if held_out is None else len(held_out)))
         validated = train(run, state, batches, preparer, validation, config.optimizer, config.batch.seed)
         finish(run, state, validated)
-        if config.hub.push_to_hub and accelerator.is_main_process:  # the others are free: the group has ended
+        if config.hub.push_to_hub and accelerator.is_main_process:  # the process group has ended: nobody waits
             push_to_hub(config.hub, folder)
 
 
 def set_up_logging() -> None:
-    """Logs with time and level, and without each request to the hub."""
+    """Logs with time and level, and without a line for every request to the hub."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     for name in ("httpx", "httpx2"):  # used by older and newer versions of huggingface_hub
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def resume_after_restart(asked: RunConfig) -> RunConfig:
-    """Where torchrun or SLURM starts the same command again, the run is resumed instead of started from scratch."""
+    """Changes the flags to resume the run if torchrun or SLURM has restarted this command."""
     if is_restarted() and (asked.overwrite_output_dir or asked.resume_from_checkpoint != "latest"):
         print("restarted: resuming as with --resume_from_checkpoint latest", file=sys.stderr)
         return replace(asked, overwrite_output_dir=False, resume_from_checkpoint="latest")
@@ -205,9 +206,9 @@ def take_folder(accelerator: Accelerator, lock: OutputDirLock) -> None:
 
 
 def launch_fingerprint(flags: dict[str, Any], model_config: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same in all processes before data is touched: flags, model config, versions, code.
+    """The flags, model config, torch version and code, which must be the same in all processes.
 
-    Where the data lies may differ from machine to machine: the images themselves are compared later.
+    The paths of the data may differ between machines; the data itself is compared later.
     """
     places = {"train_data_dir", "train_data_file", "latents_dir", "cache_dir"}
     flags = {f"--{name}": value for name, value in flags.items() if name not in places}
@@ -224,7 +225,7 @@ def build_state(
     ema: EmaConfig,
     data: DataFacts,
 ) -> TrainingState:
-    """Everything that changes while training, from the run's checkpoint if there is one."""
+    """Builds everything that changes during training, and loads it from the run's checkpoint if there is one."""
     plan, model = run.plan, networks.model
     raw_optimizer = build_optimizer(optimizer, model)
     lr_scheduler = build_lr_scheduler(
@@ -232,7 +233,7 @@ def build_state(
     )
     averages = build_ema(ema, model, plan.batch.total)
     digest = data.digest
-    if networks.vae is not None:  # with another one, the same images are other data
+    if networks.vae is not None:  # another VAE turns the same images into different data
         digest += f" {vae_description(networks.vae)}"
     state = TrainingState(model, averages, raw_optimizer, lr_scheduler, data.num_images, digest)
     if run.checkpoint is not None:
@@ -241,7 +242,7 @@ def build_state(
 
 
 def start_trackers(run: Run, asked: RunConfig, global_step: int) -> None:
-    """Starts TensorBoard and others; logs of steps that a resumed run repeats are purged."""
+    """Starts the trackers; TensorBoard purges the logs of steps that a resumed run will repeat."""
     accelerator, flags = run.accelerator, run.flags
     logs = Path(asked.output_dir, asked.logging_dir, PROJECT)
     earlier_logs = set(files_below(logs))
@@ -265,14 +266,19 @@ def train(
     asked: OptimizerConfig,
     seed: int,
 ) -> bool:
-    """Trains until the last step or a stop, and says whether the last validation that was due was completed.
+    """Trains until the last step or a stop.
 
     Args:
-        run, state, validation: of this training.
-        batches: of this process, from `state.position` on.
-        prepare_batch: moves one to the device and adds the noise.
-        asked: clipping, and how many bad steps to bear.
-        seed: of dropout.
+        run: this training.
+        state: updated in place.
+        batches: this process's micro-batches, starting at `state.position`.
+        prepare_batch: moves a micro-batch to the device and adds the noise.
+        validation: everything that validations need.
+        asked: the flags of gradient clipping and skipped steps.
+        seed: seed of dropout.
+
+    Returns:
+        False if the last validation that was due was interrupted by a stop, otherwise True.
     """
     accelerator, plan = run.accelerator, run.plan
     model, optimizer = accelerator.prepare(state.model, state.optimizer)
@@ -288,13 +294,15 @@ def train(
             batch = next(batches)
             report_bad_images(batch["bad_images"], bad_images)
             noisy = prepare_batch(batch)  # VAE, augmentation, label dropout, noise
-            seed_dropout(seed, noisy.first_position)  # so that dropout, too, is a function of the position
-            with accelerator.accumulate(model):  # gradients are summed over processes in the last micro-batch only
+            seed_dropout(seed, noisy.first_position)  # makes dropout a function of the position, too
+            with accelerator.accumulate(model):  # all-reduces gradients in the last micro-batch only
                 losses = denoising_losses(model, plan.formulation, noisy)  # (B)
                 accelerator.backward(nan_if_non_finite(losses).mean())
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(model.parameters(), asked.max_grad_norm)
-                    finish_step(state, guard)  # schedule, EMA and count of the step before, known by now
+                    finish_step(
+                        state, guard
+                    )  # schedule, EMA and count of the previous step, whose outcome is known now
                     guard.watch(grad_norm)  # the device skips the coming update if the norm is non-finite
                     lr = state.lr_scheduler.get_last_lr()[0]
                 optimizer.step()
@@ -303,11 +311,11 @@ def train(
         state.position += plan.batch.total  # also over skipped steps
         # Unless something is due, the host runs one step ahead of the device and never waits for it.
         due = plan.due_after(state.global_step + 1, stopping=run.stop.agreed())
-        if not due or not finish_step(state, guard):  # which waits for the device; after a skipped step nothing is due
+        if not due or not finish_step(state, guard):  # waits for the device; nothing is due after a skipped step
             continue
         if due.log:
             log_training(accelerator, progress, state, meter, grad_norm, lr, len(bad_images))
-        with meter.paused():  # images/s is for training alone
+        with meter.paused():  # images/s measures training only
             if due.checkpoint:
                 save_checkpoint(accelerator, run.lock, run.folder, run.flags, state, plan.formulation.scheduler)
             if due.stop:
@@ -319,7 +327,11 @@ def train(
 
 
 def validate_again(run: Run, state: TrainingState, validation: Validation) -> bool:
-    """If nothing is left to train, repeats the last validation, which may have been cut off; whether it succeeded."""
+    """Repeats the last validation if nothing is left to train, since it may have been interrupted.
+
+    Returns:
+        False if it was interrupted again, otherwise True.
+    """
     step, last = state.global_step, run.plan.max_train_steps
     if step < last:
         return True
@@ -331,15 +343,16 @@ def finish(run: Run, state: TrainingState, validated: bool) -> None:
     """Ends the trackers and the process group.
 
     Raises:
-        SystemExit: with `EXIT_STOPPED`, if something is left to do.
+        SystemExit: with `EXIT_STOPPED`, if steps or the last validation are left to do.
     """
     accelerator = run.accelerator
     for tracker in accelerator.trackers:
         tracker.finish()
-    accelerator.wait_for_everyone()  # a launcher may end the main process when the first of the others has ended
+    accelerator.wait_for_everyone()  # a launcher may kill the main process as soon as another process has ended
     run.stop.close()
+    accelerator.free_memory()  # DDP must go before the process group: gloo may hang otherwise (torch 2.13)
     if state.global_step < run.plan.max_train_steps or not validated:
-        logger.info(f"stopped at step {state.global_step}; to continue, give --resume_from_checkpoint latest")
+        logger.info(f"stopped at step {state.global_step}; resume with --resume_from_checkpoint latest")
         accelerator.end_training()
         sys.exit(EXIT_STOPPED)
     if accelerator.is_main_process:
@@ -349,10 +362,10 @@ def finish(run: Run, state: TrainingState, validated: bool) -> None:
 
 @contextlib.contextmanager
 def out_of_memory_errors() -> Iterator[None]:
-    """Says which flags help where memory runs out in the `with` block.
+    """Names the flags that reduce memory if the `with` block runs out of it.
 
     Raises:
-        RunError: in place of the error of torch or Python.
+        RunError: replaces torch's or Python's out-of-memory error.
     """
     try:
         yield
@@ -366,11 +379,11 @@ def out_of_memory_errors() -> Iterator[None]:
 
 
 def explain_out_of_memory(error: Exception) -> str | None:
-    """A message naming the flags that help, if an error says that memory ran out."""
+    """Returns a message that names the flags that reduce memory, or None for any other error."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         return (
-            f"out of memory: {error}. What helps: a smaller --train_batch_size (with --global_batch_size the training "
-            "stays the same), --gradient_checkpointing, --mixed_precision bf16, a smaller --resolution"
+            f"out of memory: {error}. To reduce memory, try a smaller --train_batch_size (--global_batch_size keeps "
+            "the training the same), --gradient_checkpointing, --mixed_precision bf16, or a smaller --resolution"
         )
     return None
 

@@ -77,6 +77,21 @@ def resolution_type(text: str) -> tuple[int, int]:
     return size
 
 
+def step_rules_type(text: str) -> str:
+    """An argparse type for --lr_step_rules, such as `1:1000,0.1:2000,0.01`; returns the text unchanged."""
+    *rules, last = text.split(",")
+    try:
+        float(last)
+        for rule in rules:
+            multiple, steps = rule.split(":")
+            float(multiple), int(steps)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected MULTIPLE:STEP pairs and a last MULTIPLE, such as 1:1000,0.1:2000,0.01, got {text!r}"
+        ) from None
+    return text
+
+
 def number_type(kind: type, minimum: float, maximum: float = math.inf, open_ends: bool = False):
     """An argparse type: an int or a float in [minimum, maximum], or between the two if `open_ends`."""
 

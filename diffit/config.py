@@ -1,9 +1,9 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What may be asked of a training: one frozen dataclass per concern, whose fields are the flags of `train_diffit.py`.
+"""The flags of `train_diffit.py`: one frozen dataclass per concern, one field per flag.
 
-Each class holds the rules within its concern; rules across concerns that need neither data nor models are those of
-`TrainConfig`; all others are in `diffit.plan`. Nothing slow is imported here, so that a refused flag is answered at
-once. Units: images, optimizer steps, pixels, thousands of images (kimg).
+Each class checks the rules within its own concern. `TrainConfig` checks rules across concerns that need neither data
+nor models; all other rules are in `diffit.plan`. Nothing slow is imported here, so that a flag is refused at once.
+Units: images, optimizer steps, pixels, thousands of images (kimg).
 """
 
 import argparse
@@ -31,23 +31,24 @@ from diffit.command_line import (
     refuse_both,
     require_one,
     resolution_type,
+    step_rules_type,
     to_flags,
 )
 from diffit.config_file import config_file_argv
 from diffit.errors import UserError, message_of
 from diffit.launcher import EXIT_STOPPED
-from diffit.sampling_config import GuidanceConfig
 from diffit.source_config import SOURCES, SourceConfig
+from diffit.validation_config import MetricsConfig, ValidationConfig
 
-# diffusers' `SchedulerType`, and transformers' `get_wsd_schedule`.
+# The names of diffusers' `SchedulerType`, and `warmup_stable_decay` for transformers' `get_wsd_schedule`.
 SCHEDULES = (
     *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
     *("piecewise_constant", "warmup_stable_decay"),
 )
-FORMULATIONS = ("ddpm", "edm")  # classes of `diffit.formulations`
+FORMULATIONS = ("ddpm", "edm")  # the keys of `diffit.formulations.FORMULATIONS`, whose import is slow
 DURATIONS = ("max_train_steps", "num_train_epochs", "max_train_kimg")
 DATA_SOURCES = (*SOURCES, "latents_dir")
-# A flag of such a group on the command line replaces the others of its group in the config file.
+# A flag on the command line replaces the other flags of its group in the config file.
 ALTERNATIVES = (
     DATA_SOURCES,
     ("model_config", "pretrained_model_name_or_path"),
@@ -56,36 +57,21 @@ ALTERNATIVES = (
     ("lr_decay_steps", "lr_decay_kimg"),
     ("validation_split", "validation_fraction"),
 )
-# Titles in --help, where the name of the field does not say enough.
+# Section titles in --help where the field's name does not say enough.
 TITLES = {
-    "data": "data: one of --dataset_name, --train_data_dir, --train_data_file and --latents_dir is needed",
-    "batch": "batch and duration",
+    "data": "data: one of --dataset_name, --train_data_dir, --train_data_file and --latents_dir is required",
+    "batch": "batch and duration (exactly one of the three durations is required)",
     "schedule": "learning-rate schedule",
     "ema": "weight averages",
     "metrics": "metrics during training",
     "run": "output, checkpoints and logs",
 }
-# Flags that say how a run is started, not what it is: they are not saved with it.
+# Flags of a single start rather than of the run: they are not saved with it.
 OF_THIS_START = ("hub_token", "dry_run", "resume_from_checkpoint", "overwrite_output_dir")
 
 at_least_one, at_least_zero = number_type(int, 1), number_type(int, 0)
 positive_float, non_negative_float = number_type(float, 0, open_ends=True), number_type(float, 0)
 fraction, beta = number_type(float, 0, 1), number_type(float, 0, 1 - 1e-9)
-
-
-def step_rules_type(text: str) -> str:
-    """An argparse type: rules of `piecewise_constant`, such as `1:1000,0.1:2000,0.01`."""
-    *rules, last = text.split(",")
-    try:
-        float(last)
-        for rule in rules:
-            multiple, steps = rule.split(":")
-            float(multiple), int(steps)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected MULTIPLE:STEPS pairs and a last MULTIPLE, such as 1:1000,0.1:2000,0.01, got {text!r}"
-        ) from None
-    return text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,34 +83,48 @@ class ModelConfig:
     """The network, the VAE, and how they run."""
 
     model_config: str | None = flag(
-        None, "JSON file of configs/model/, or a folder written by save_pretrained", type=path_type
+        None,
+        "architecture to train from scratch: a JSON file such as those in configs/model/, or a folder written by "
+        "save_pretrained (required without --pretrained_model_name_or_path)",
+        type=path_type,
     )
     model_kwargs: tuple[str, ...] | None = flag(
-        None, "override fields of the model config", nargs="+", action="extend", metavar="KEY=VALUE"
+        None,
+        "fields of the model config to override, e.g. dropout=0.1 (default: none)",
+        nargs="+",
+        action="extend",
+        metavar="KEY=VALUE",
     )
     pretrained_model_name_or_path: str | None = flag(
-        None, "start from the weights of a saved folder or of a model on the hub", type=path_type
+        None,
+        "fine-tune from the weights in a saved folder or of a model on the hub (default: train from scratch)",
+        type=path_type,
     )
     reset_class_embeddings: bool = flag(
         False, "re-initialize the pretrained class embeddings even if the number of classes is unchanged"
     )
     vae_model_name_or_path: str | None = flag(
-        None, "train in the latent space of this diffusers AutoencoderKL (folder or hub name)", type=path_type
+        None,
+        "train in the latent space of this diffusers AutoencoderKL, a folder or hub name (default: train in pixel "
+        "space)",
+        type=path_type,
     )
     attention_backend: str = flag(
         "auto",
-        "attention kernel; auto takes the fastest that the device supports",
+        "attention kernel; auto selects xformers where it supports the network, otherwise native",
         choices=("auto", "native", "_native_math", "xformers", "flex"),
     )
-    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
-    compile: bool = flag(False, "torch.compile the network, block by block where possible")
+    gradient_checkpointing: bool = flag(
+        False, "recompute activations in the backward pass, which takes less memory and more time"
+    )
+    compile: bool = flag(False, "compile the network with torch.compile, block by block where possible")
 
     def __post_init__(self):
         if not given(self, ("model_config", "pretrained_model_name_or_path")):
             raise UserError("give --model_config or --pretrained_model_name_or_path")
         if len(given(self, ("model_config", "pretrained_model_name_or_path"))) == 2:
             raise UserError(
-                "--pretrained_model_name_or_path brings its own architecture: do not give --model_config as well"
+                "--pretrained_model_name_or_path has its own architecture: do not give --model_config as well"
             )
         if self.reset_class_embeddings and self.pretrained_model_name_or_path is None:
             raise UserError("--reset_class_embeddings needs --pretrained_model_name_or_path")
@@ -135,36 +135,45 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The training images, and what is done to them before they become tensors."""
+    """The training images and how they are cropped, augmented and read."""
 
     source: SourceConfig = nested(SourceConfig)
     latents_dir: str | None = flag(
-        None, "latents written by prepare_latents.py; needs --vae_model_name_or_path", type=path_type
+        None, "folder of latents written by prepare_latents.py; needs --vae_model_name_or_path", type=path_type
     )
-    class_conditional: bool = flag(False, "train on the class labels; --label_column implies it", fixed=True)
+    class_conditional: bool = flag(
+        False, "condition the network on the class labels; --label_column implies it", fixed=True
+    )
     resolution: tuple[int, int] | None = flag(
         None,
-        "side N in pixels, or HxW (default: the model config's sample_size)",
+        "height and width in pixels to which images are resized and cropped: N for squares, or HxW (default: the "
+        "resolution of --latents_dir, otherwise the model config's sample_size)",
         type=resolution_type,
         fixed=True,
     )
-    center_crop: bool = flag(False, "crop the center instead of a random position", fixed=True)
+    center_crop: bool = flag(False, "crop the center of each image instead of a random position", fixed=True)
     random_flip: bool = flag(False, "mirror each image horizontally with probability 0.5", fixed=True)
     augmentation_probability: float = flag(
         0.0,
-        "probability of each non-leaking augmentation of pixels (arXiv 2206.00364): flips, scaling, rotation, "
-        "translation, which the network is told; 0.12 to 0.15 in EDM",
+        "probability of each non-leaking augmentation (flips, scaling, rotation, translation), on which the network "
+        "is conditioned; EDM (arXiv 2206.00364) uses 0.12 to 0.15; pixel space only",
         type=fraction,
         fixed=True,
     )
     num_channels: int | None = flag(
-        None, "channels of the images (default: as the images have them)", type=at_least_one
+        None,
+        "number of channels to convert images to: 1 grayscale, 3 RGB, 4 RGBA (default: as in the images)",
+        type=at_least_one,
     )
     on_bad_image: str = flag(
-        "error", "stop at an image that cannot be read, or skip and report it", choices=("error", "skip")
+        "error",
+        "when an image cannot be read: end the training, or skip the image and log a warning",
+        choices=("error", "skip"),
     )
     dataloader_num_workers: int = flag(
-        0, "worker processes that read images, per training process; 0 reads in the process itself", type=at_least_zero
+        0,
+        "worker processes that load images, per training process; 0 loads them in the training process",
+        type=at_least_zero,
     )
 
     def __post_init__(self):
@@ -173,7 +182,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The training formulation. Defaults follow --pretrained_model_name_or_path, if it has a scheduler."""
+    """The training formulation. If --pretrained_model_name_or_path has a scheduler, the defaults are taken from it."""
 
     formulation: str | None = flag(
         None,
@@ -211,14 +220,14 @@ class DiffusionConfig:
     )
     snr_gamma: float | None = flag(
         None,
-        "DDPM only: cap of the min-SNR loss weights (arXiv 2303.09556), 0 for none (default: 5 for "
-        "v_prediction, otherwise none)",
+        "DDPM only: cap of the signal-to-noise ratio in the min-SNR loss weights (arXiv 2303.09556); 0 disables the "
+        "weighting (default: 5 for v_prediction, otherwise 0)",
         type=non_negative_float,
         fixed=True,
     )
     label_dropout: float = flag(
         0.1,
-        "fraction of the labels replaced by the null class, for classifier-free guidance",
+        "fraction of class labels replaced by the null class, which classifier-free guidance needs",
         type=fraction,
         fixed=True,
     )
@@ -226,7 +235,7 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """Images per step, the length of the training, and the seed of all randomness."""
+    """Images per optimizer step, the length of the training, and the seed of all randomness."""
 
     train_batch_size: int = flag(16, "images per process and micro-batch", type=at_least_one)
     gradient_accumulation_steps: int | None = flag(
@@ -244,12 +253,15 @@ class BatchConfig:
     max_train_kimg: float | None = flag(None, "length of the training in thousands of images", type=positive_float)
     max_train_time: float | None = flag(
         None,
-        "minutes after which a checkpoint is saved and the script ends as after SIGTERM, with exit code "
-        f"{EXIT_STOPPED} (default: no limit)",
+        "time limit in minutes, after which a checkpoint is saved and the script exits with code "
+        f"{EXIT_STOPPED}, as after SIGTERM (default: no limit)",
         type=positive_float,
     )
     seed: int = flag(
-        0, "seed of weights, data order, noise and dropout", type=number_type(int, 0, 2**64 - 1), fixed=True
+        0,
+        "seed of the initial weights, data order, augmentations, noise and dropout",
+        type=number_type(int, 0, 2**64 - 1),
+        fixed=True,
     )
 
     def __post_init__(self):
@@ -264,28 +276,34 @@ class OptimizerConfig:
 
     optimizer: str = flag(
         "adamw",
-        "muon: Muon for the matrices of the blocks, AdamW for all other parameters",
+        "adamw: AdamW for all parameters; muon: Muon for the weight matrices in the blocks, AdamW for the rest",
         choices=("adamw", "muon"),
         fixed=True,
     )
-    learning_rate: float = flag(1e-4, "peak learning rate", type=non_negative_float, fixed=True)
+    learning_rate: float = flag(1e-4, "peak learning rate, after the warm-up", type=non_negative_float, fixed=True)
     muon_lr_ratio: float = flag(
         3.0,
-        "learning rate of Muon as a multiple of --learning_rate; at 1 its updates are as large as AdamW's",
+        "muon only: Muon's learning rate as a multiple of --learning_rate; at 1 its updates are as large as AdamW's",
         type=positive_float,
         fixed=True,
         fixed_if=("optimizer", "muon"),
     )
-    adam_beta1: float = flag(0.9, "decay of AdamW's first moment", type=beta, fixed=True)
-    adam_beta2: float = flag(0.999, "decay of AdamW's second moment", type=beta, fixed=True)
-    adam_weight_decay: float = flag(
-        0.0, "decoupled weight decay of all parameters", type=non_negative_float, fixed=True
+    adam_beta1: float = flag(0.9, "AdamW's beta1, the decay rate of the first-moment estimate", type=beta, fixed=True)
+    adam_beta2: float = flag(
+        0.999, "AdamW's beta2, the decay rate of the second-moment estimate", type=beta, fixed=True
     )
-    adam_epsilon: float = flag(1e-8, "added to AdamW's denominator", type=positive_float, fixed=True)
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this global norm", type=positive_float, fixed=True)
+    adam_weight_decay: float = flag(
+        0.0, "decoupled weight decay of all parameters, Muon's included", type=non_negative_float, fixed=True
+    )
+    adam_epsilon: float = flag(
+        1e-8, "constant added to AdamW's denominator for numerical stability", type=positive_float, fixed=True
+    )
+    max_grad_norm: float = flag(
+        1.0, "maximum global norm to which gradients are clipped", type=positive_float, fixed=True
+    )
     max_bad_steps: int = flag(
         20,
-        "consecutive steps that may be skipped because the loss or the gradient is non-finite; then training ends",
+        "number of consecutive steps skipped because of a non-finite loss or gradient after which training ends",
         type=at_least_one,
     )
 
@@ -294,31 +312,41 @@ class OptimizerConfig:
 class ScheduleConfig:
     """The learning rate over optimizer steps."""
 
-    lr_scheduler: str = flag("constant_with_warmup", "learning-rate schedule", choices=SCHEDULES, fixed=True)
+    lr_scheduler: str = flag(
+        "constant_with_warmup",
+        "learning-rate schedule over optimizer steps; constant and piecewise_constant have no warm-up",
+        choices=SCHEDULES,
+        fixed=True,
+    )
     lr_warmup_steps: int | None = flag(
         None, "length of the linear warm-up in optimizer steps (default: 500)", type=at_least_zero, fixed=True
     )
     lr_warmup_kimg: float | None = flag(
-        None, "length of the linear warm-up in thousands of images", type=non_negative_float, fixed=True
+        None,
+        "length of the linear warm-up in thousands of images, instead of --lr_warmup_steps (default: not used)",
+        type=non_negative_float,
+        fixed=True,
     )
     lr_decay_steps: int | None = flag(
         None,
-        "warmup_stable_decay only: length of the final decay in optimizer steps",
+        "warmup_stable_decay only, and required there: length of the final decay in optimizer steps",
         type=at_least_zero,
         fixed=True,
     )
     lr_decay_kimg: float | None = flag(
         None,
-        "warmup_stable_decay only: length of the final decay in thousands of images",
+        "warmup_stable_decay only: length of the final decay in thousands of images, instead of --lr_decay_steps",
         type=non_negative_float,
         fixed=True,
     )
-    lr_num_cycles: int = flag(1, "cosine_with_restarts only: number of cycles", type=at_least_one, fixed=True)
+    lr_num_cycles: int = flag(
+        1, "cosine_with_restarts only: number of cosine cycles in the training", type=at_least_one, fixed=True
+    )
     lr_power: float = flag(1.0, "polynomial only: exponent of the decay", type=non_negative_float, fixed=True)
     lr_step_rules: str | None = flag(
         None,
-        "piecewise_constant only: multiples of --learning_rate and the steps up to which they hold, e.g. "
-        "1:1000,0.1:2000,0.01",
+        "piecewise_constant only, and required there: multiples of --learning_rate, each with the optimizer step "
+        "until which it applies; 1:1000,0.1:2000,0.01 means 1 until step 1000, 0.1 until step 2000, then 0.01",
         type=step_rules_type,
         fixed=True,
     )
@@ -329,7 +357,8 @@ class ScheduleConfig:
         decay = given(self, ("lr_decay_steps", "lr_decay_kimg"))
         if (self.lr_scheduler == "warmup_stable_decay") != bool(decay):
             raise UserError(
-                "--lr_scheduler warmup_stable_decay and --lr_decay_steps (or --lr_decay_kimg) need each other"
+                "--lr_decay_steps (or --lr_decay_kimg) is required with --lr_scheduler warmup_stable_decay and not "
+                "allowed with other schedules"
             )
         if self.lr_scheduler == "piecewise_constant" and self.lr_step_rules is None:
             raise UserError("--lr_scheduler piecewise_constant needs --lr_step_rules")
@@ -337,20 +366,25 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class EmaConfig:
-    """Averages of the weights."""
+    """Exponential moving averages of the weights."""
 
-    use_ema: bool = flag(True, "keep an exponential moving average (EMA) of the weights", fixed=True)
-    ema_max_decay: float = flag(0.9999, "upper limit of the EMA's decay per step", type=fraction, fixed=True)
+    use_ema: bool = flag(
+        True, "keep an exponential moving average (EMA) of the weights, used for previews and export", fixed=True
+    )
+    ema_max_decay: float = flag(0.9999, "maximum EMA decay per optimizer step", type=fraction, fixed=True)
     ema_inv_gamma: float = flag(
-        1.0, "warm-up of the decay: 1 - (1 + step / inv_gamma) ** -power", type=positive_float, fixed=True
+        1.0,
+        "inverse gamma of the EMA warm-up, in which the decay is 1 - (1 + step / inv_gamma) ** -power",
+        type=positive_float,
+        fixed=True,
     )
     ema_power: float = flag(
-        0.75, "exponent of the warm-up of the decay, see --ema_inv_gamma", type=non_negative_float, fixed=True
+        0.75, "exponent of the EMA warm-up (see --ema_inv_gamma)", type=non_negative_float, fixed=True
     )
     ema_half_life_kimg: tuple[float, ...] | None = flag(
         None,
         "half-life of the EMA in thousands of images, as in EDM, instead of --ema_max_decay, --ema_inv_gamma and "
-        "--ema_power; several values keep several averages",
+        "--ema_power; several values keep several averages (default: not used)",
         type=positive_float,
         nargs="+",
         metavar="KIMG",
@@ -358,7 +392,7 @@ class EmaConfig:
     )
     ema_ramp_up: float = flag(
         0.05,
-        "upper limit of --ema_half_life_kimg as a fraction of the images seen so far",
+        "with --ema_half_life_kimg: the half-life is at most this fraction of the images seen so far",
         type=number_type(float, 1e-6, 1),
         fixed=True,
     )
@@ -369,88 +403,51 @@ class EmaConfig:
         if not self.use_ema:
             raise UserError("--ema_half_life_kimg needs --use_ema")
         if len({f"{kimg:g}" for kimg in self.ema_half_life_kimg}) < len(self.ema_half_life_kimg):
-            raise UserError(f"--ema_half_life_kimg: {list(self.ema_half_life_kimg)} holds a value twice")
+            raise UserError(f"--ema_half_life_kimg: {list(self.ema_half_life_kimg)} contains a value twice")
 
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """Number formats and algorithms."""
+    """Numeric precision and determinism."""
 
     mixed_precision: str | None = flag(
-        None, "precision of the forward pass (default: that of accelerate's config)", choices=("no", "fp16", "bf16")
-    )
-    allow_tf32: bool = flag(False, "allow TensorFloat-32 matrix products and convolutions on NVIDIA GPUs")
-    deterministic: bool = flag(False, "use deterministic algorithms only")
-
-
-@dataclass(frozen=True)
-class ValidationConfig:
-    """Held-out images, previews and the exported pipeline."""
-
-    validation_split: str | None = flag(None, "split of --dataset_name that is held out")
-    validation_fraction: float | None = flag(
-        None, "fraction of the images that is held out", type=number_type(float, 0, 1, open_ends=True)
-    )
-    validation_steps: int = flag(
-        1000,
-        "optimizer steps between validations: held-out loss, preview grid and pipeline folder",
-        type=at_least_one,
-    )
-    validation_loss_images: int = flag(1024, "maximum number of images used for the held-out loss", type=at_least_one)
-    num_validation_images: int = flag(64, "images in the preview grid", type=at_least_one)
-    validation_inference_steps: int = flag(
-        50, "denoising steps of the previews, by DDIM, or by DPM-Solver++ for EDM", type=at_least_one
-    )
-    guidance: GuidanceConfig = nested(GuidanceConfig, "validation_guidance_")
-
-    def __post_init__(self):
-        refuse_both(self, "validation_split", "validation_fraction")
-
-
-@dataclass(frozen=True)
-class MetricsConfig:
-    """Metrics during training."""
-
-    eval_steps: int | None = flag(
         None,
-        "optimizer steps between metrics of each average; the best one is kept in best/ (default: no metrics)",
-        type=at_least_one,
+        "autocast dtype of the forward pass; weights stay in fp32, and no means fp32 throughout (default: as in "
+        "accelerate's config)",
+        choices=("no", "fp16", "bf16"),
     )
-    eval_num_images: int = flag(1000, "samples for the metrics", type=number_type(int, 8))
-    eval_metrics: tuple[str, ...] = flag(
-        ("frechet_distance", "kernel_distance"),
-        "metrics to compute; the first one selects the best average",
-        nargs="+",
-        choices=("frechet_distance", "kernel_distance", "precision", "recall"),
+    allow_tf32: bool = flag(
+        False, "allow TensorFloat-32 for fp32 matrix products and convolutions on NVIDIA GPUs: faster, less precise"
     )
-    feature_extractor: str = flag("inception", "feature extractor for --eval_metrics (see eval_diffit.py)")
-    feature_model: str | None = flag(
-        None, "folder or hub name of the weights of the feature extractors dinov2 and clip", type=path_type
-    )
-    inception_path: str | None = flag(
-        None, "TorchScript file of the feature extractor inception (default: it is downloaded)", type=path_type
-    )
+    deterministic: bool = flag(False, "use only deterministic algorithms, which may be slower")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The folder of the run: checkpoints and logs."""
+    """The run's folder, checkpoints and logs."""
 
-    output_dir: str = flag("outputs/diffit", "folder of the run", type=path_type)
+    output_dir: str = flag(
+        "outputs/diffit", "folder for the pipeline, checkpoints, previews and logs of the run", type=path_type
+    )
     overwrite_output_dir: bool = flag(
-        False, "delete the checkpoints, previews, metrics and logs of an earlier run in --output_dir"
+        False, "start from scratch: delete an earlier run's checkpoints, previews, metrics and logs in --output_dir"
     )
     checkpointing_steps: int = flag(500, "optimizer steps between checkpoints", type=at_least_one)
     checkpoints_total_limit: int | None = flag(
-        None, "number of checkpoints to keep; older ones are deleted (default: all)", type=at_least_one
+        None,
+        "maximum number of checkpoints to keep; older ones are deleted (default: keep all)",
+        type=at_least_one,
     )
     resume_from_checkpoint: str | None = flag(
-        None, "`latest`, or the path of a checkpoint (default: start from scratch)", type=path_type
+        None,
+        "resume from this checkpoint: a path, or `latest` for the newest in --output_dir (default: start from "
+        "scratch)",
+        type=path_type,
     )
-    logging_dir: str = flag("logs", "folder of the logs inside --output_dir", type=path_type)
+    logging_dir: str = flag("logs", "folder for tracker logs, relative to --output_dir", type=path_type)
     logging_steps: int = flag(10, "optimizer steps between log entries", type=at_least_one)
-    report_to: str = flag("tensorboard", "trackers: tensorboard, wandb, all or none")
-    dry_run: bool = flag(False, "check everything, print the resolved flags and sizes, and stop")
+    report_to: str = flag("tensorboard", "tracker to log to: tensorboard, wandb, all or none")
+    dry_run: bool = flag(False, "check flags, data and model config, print the resolved flags and sizes, and exit")
 
     def __post_init__(self):
         if self.overwrite_output_dir and self.resume_from_checkpoint:
@@ -468,23 +465,29 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class HubConfig:
-    """The upload to the hub."""
+    """Uploading the pipeline to the hub."""
 
-    push_to_hub: bool = flag(False, "upload the pipeline folder at the end")
-    hub_model_id: str | None = flag(None, "name of the repository (default: that of --output_dir)")
-    hub_token: str | None = flag(
-        None, "access token; better: `hf auth login`, since launchers may print the command line of a run that fails"
+    push_to_hub: bool = flag(False, "upload the pipeline to the hub after the training")
+    hub_model_id: str | None = flag(
+        None, "repository to upload to, NAME or OWNER/NAME (default: the name of --output_dir)"
     )
-    hub_private_repo: bool = flag(False, "create a private repository")
+    hub_token: str | None = flag(
+        None,
+        "hub access token; prefer `hf auth login`, since a launcher may print the command line when a run fails "
+        "(default: the token stored by `hf auth login`)",
+    )
+    hub_private_repo: bool = flag(False, "make the uploaded repository private")
 
     def __post_init__(self):
         if self.hub_token is not None and not re.fullmatch(r"[!-~]+", self.hub_token):
-            raise UserError("--hub_token must be printable ASCII without blanks")  # an HTTP error would show it
+            raise UserError(
+                "--hub_token must be printable ASCII without spaces"
+            )  # an HTTP error would print the token
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All that is asked of a training."""
+    """All flags of a training."""
 
     model: ModelConfig = nested(ModelConfig)
     data: DataConfig = nested(DataConfig)
@@ -501,7 +504,7 @@ class TrainConfig:
     debug: bool = False
 
     def folders_read(self) -> tuple[dict[str, str | None], str | None]:
-        """Folders or hub names of the models that the run reads, by their flags, and of its data set."""
+        """Maps flags to the folders or hub names of the models that the run reads; and that of its data set."""
         models = {
             "--pretrained_model_name_or_path": self.model.pretrained_model_name_or_path,
             "--vae_model_name_or_path": self.model.vae_model_name_or_path,
@@ -512,17 +515,17 @@ class TrainConfig:
     def __post_init__(self):
         in_latents = self.model.vae_model_name_or_path is not None
         if self.validation.validation_split is not None and self.data.source.dataset_name is None:
-            raise UserError("--validation_split needs --dataset_name; use --validation_fraction")
+            raise UserError("--validation_split needs --dataset_name; use --validation_fraction with other data")
         if self.data.augmentation_probability > 0 and in_latents:
-            raise UserError("--augmentation_probability is for pixel-space training, not for latent-space training")
+            raise UserError("--augmentation_probability works in pixel space only: drop --vae_model_name_or_path")
         if self.data.latents_dir is not None and not in_latents:
             raise UserError(
-                "--latents_dir needs --vae_model_name_or_path, to decode the previews and for the saved folder"
+                "--latents_dir needs --vae_model_name_or_path, which decodes previews and is exported with the model"
             )
         if self.metrics.eval_steps is not None and self.data.latents_dir is not None:
-            raise UserError("--eval_steps compares with images, and --latents_dir holds none")
+            raise UserError("--eval_steps compares samples with real images, which --latents_dir does not contain")
         if self.metrics.eval_steps is not None and self.data.on_bad_image == "skip":
-            raise UserError("--eval_steps needs images that can be read: give --on_bad_image error")
+            raise UserError("--eval_steps needs every image to be readable: give --on_bad_image error")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -530,9 +533,14 @@ class TrainConfig:
 
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
-    """All flags, in one group per concern."""
+    """Builds the parser of all flags, in one group per concern."""
     parser = Parser(description)
-    parser.add_argument("--config", type=path_type, help="YAML list of flags, e.g. configs/train/quickstart.yaml")
+    parser.add_argument(
+        "--config",
+        type=path_type,
+        help="YAML file of flags, e.g. configs/train/quickstart.yaml; flags on the command line take precedence "
+        "(default: none)",
+    )
     for field in dataclasses.fields(TrainConfig):
         if field.metadata:
             add_flags(parser, field.type, title=TITLES.get(field.name, field.name))
@@ -556,7 +564,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     if config is not None:
         flags = {argument.split("=")[0].removeprefix("--") for argument in argv if argument.startswith("--")}
         skip = {name for group in ALTERNATIVES if flags & set(group) for name in group}
-        if "lr_scheduler" in flags:  # the decay belongs to the file's own schedule
+        if "lr_scheduler" in flags:  # the file's decay belongs to the file's schedule
             skip |= {"lr_decay_steps", "lr_decay_kimg"}
         argv = config_file_argv(parser, config, skip) + argv
     values = vars(parser.parse_args(argv))
@@ -568,18 +576,18 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
 
 
 def args_to_config(config: TrainConfig, resolved: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The flags of a run as a config file holds them, fit to be given to --config: only those that are set.
+    """The flags of a run that are set, in the form of a config file for --config.
 
     Args:
-        config: as asked.
-        resolved: values that follow from it (see `Plan.resolved_flags`), for flags that were not given.
+        config: the flags as given.
+        resolved: values of flags that were not given (see `Plan.resolved_flags`).
     """
     flags = to_flags(config)
     flags |= {name: value for name, value in (resolved or {}).items() if flags[name] is None}
     if flags["lr_warmup_kimg"] is not None:
         del flags["lr_warmup_steps"]
     values = {name: value for name, value in flags.items() if name not in OF_THIS_START and value is not None}
-    if "global_batch_size" in values:  # from which the accumulation follows
+    if "global_batch_size" in values:  # determines the accumulation
         values.pop("gradient_accumulation_steps", None)
     if "resolution" in values:
         values["resolution"] = "x".join(map(str, values["resolution"]))

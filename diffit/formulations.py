@@ -309,7 +309,7 @@ def formulation_name(scheduler_config: dict[str, Any]) -> str:
 
 def formulation_of(scheduler: SchedulerMixin) -> Formulation:
     """The formulation that a saved pipeline was trained in, from the scheduler that it samples with."""
-    name = formulation_name({"_class_name": type(scheduler).__name__})
+    name = formulation_name({**scheduler.config, "_class_name": type(scheduler).__name__})
     return FORMULATIONS[name].from_scheduler_config(scheduler.config)
 
 

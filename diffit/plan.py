@@ -1,7 +1,7 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What follows from a training's config, its data and its processes: computed once, by pure functions, and frozen.
+"""The plan of a training: everything derived from its config, data and processes, computed once by pure functions.
 
-All refusals across concerns are made here, before anything slow happens.
+Flags that contradict each other, the model config or the data are refused here, before anything slow happens.
 """
 
 import json
@@ -26,20 +26,21 @@ from diffit_model import DiffiTModelMixin, DiffiTTransformer2DModel, DiffiTUNet2
 
 logger = get_logger(__name__, log_level="INFO")
 
-WARMUP_STEPS = 500  # length of the warm-up unless it is given
+WARMUP_STEPS = 500  # default length of the warm-up, in optimizer steps
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What a plan needs to know of the training data.
+    """The facts about the training data that a plan depends on.
 
     Attributes:
-        source: where the data comes from, for messages.
-        num_images: without those that are held out.
-        digest: of the images and labels.
-        class_names: of the labels, or None if the data has none.
-        num_channels: of the images, or None for prepared latents.
-        prepared_resolution: height and width of the images that prepared latents were made from, otherwise None.
+        source: name of the data in messages.
+        num_images: number of training images, without held-out ones.
+        digest: checksum of the images and labels.
+        class_names: names of the classes, or None if the data has no labels.
+        num_channels: number of image channels, or None for prepared latents.
+        prepared_resolution: height and width in pixels of the images that latents were prepared from, or None for
+            images.
     """
 
     source: str
@@ -52,11 +53,12 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class VaeFacts:
-    """What a plan needs to know of a VAE.
+    """The facts about a VAE that a plan depends on.
 
     Attributes:
-        pixels_per_latent: along a side.
-        image_channels, latent_channels: of its images, and of its latents.
+        pixels_per_latent: downsampling factor along a side.
+        image_channels: number of channels of its images.
+        latent_channels: number of channels of its latents.
     """
 
     pixels_per_latent: int
@@ -66,7 +68,7 @@ class VaeFacts:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the images of an optimizer step are spread: `total` = `per_process` x `num_processes` x `accumulation`."""
+    """Images per optimizer step: `total` = `per_process` x `num_processes` x `accumulation` (micro-batches)."""
 
     per_process: int
     num_processes: int
@@ -84,7 +86,7 @@ def is_due(step: int, every: int, last_step: int) -> bool:
 
 @dataclass(frozen=True)
 class Due:
-    """The periodic work that follows an optimizer step."""
+    """The periodic work that is due after an optimizer step."""
 
     log: bool
     checkpoint: bool
@@ -98,18 +100,20 @@ class Due:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything about a training that follows from what was asked.
+    """Everything that is derived from a training's config, data and processes.
 
     Attributes:
         batch: images per optimizer step.
         formulation: noise levels, network inputs and loss.
         resolution: height and width of the images in pixels.
-        num_channels: of the images, or None to take each image as it is.
-        model_config: complete config of the network.
-        class_names: of the labels that are trained on, or None.
-        max_train_steps, warmup_steps, decay_steps: in optimizer steps; the last is None without a final decay.
-        periods: optimizer steps between two logs, checkpoints, validations and metrics; None for no metrics.
-        num_images: in the training data.
+        num_channels: number of channels to convert images to, or None to keep those of the images.
+        model_config: the network's complete config.
+        class_names: names of the classes to condition on, or None for an unconditional training.
+        max_train_steps: length of the training in optimizer steps.
+        warmup_steps: length of the warm-up in optimizer steps.
+        decay_steps: length of the final decay in optimizer steps, or None without one.
+        periods: optimizer steps between logs, checkpoints, validations and metrics; None means never.
+        num_images: number of training images.
     """
 
     batch: BatchPlan
@@ -125,11 +129,11 @@ class Plan:
     num_images: int
 
     def due_after(self, step: int, stopping: bool = False) -> Due:
-        """The periodic work that is due after an optimizer step, counted from 1; all of it is after the last one.
+        """The periodic work that is due after an optimizer step. After the last step, all of it is.
 
         Args:
-            step: of the training.
-            stopping: whether the processes have agreed to stop, which saves a checkpoint.
+            step: number of the optimizer step, counted from 1.
+            stopping: whether the processes have agreed to stop, in which case a checkpoint is due.
         """
         due = {
             name: every is not None and is_due(step, every, self.max_train_steps)
@@ -144,17 +148,17 @@ class Plan:
         return self.resolved_flags() | {"the training data": data.digest, "the network": self.model_config}
 
     def resolved_flags(self) -> dict[str, Any]:
-        """Values of flags for when they were not given, as they are saved with a run."""
+        """The values that flags take if they were not given, as saved with the run."""
         sizes = {"resolution": list(self.resolution), "num_channels": self.num_channels}
         steps = {"global_batch_size": self.batch.total, "lr_warmup_steps": self.warmup_steps}
         return formulation_flags(self.formulation) | sizes | steps
 
 
 def plan_batch(asked: BatchConfig, num_processes: int) -> BatchPlan:
-    """How the images of an optimizer step are spread over processes and micro-batches.
+    """Distributes the images of an optimizer step over processes and micro-batches.
 
     Raises:
-        UserError: if --global_batch_size cannot be divided that way.
+        UserError: if --global_batch_size is not a multiple of --train_batch_size x processes.
     """
     images = asked.train_batch_size * num_processes
     if asked.global_batch_size is None:
@@ -170,26 +174,25 @@ def plan_batch(asked: BatchConfig, num_processes: int) -> BatchPlan:
 def plan_formulation(
     asked: DiffusionConfig, model: ModelConfig, validation: ValidationConfig, pretrained: dict[str, Any]
 ) -> Formulation:
-    """The formulation of the training.
+    """The training formulation.
 
     Args:
-        asked: the flags.
-        model: says whether the network denoises latents.
-        validation: takes some denoising steps for its previews.
+        asked: the flags of the formulation.
+        model: its VAE flag says whether the network denoises latents.
+        validation: its number of sampling steps is checked.
         pretrained: config of the pretrained pipeline's scheduler (see `read_pretrained_scheduler`), or empty.
 
     Raises:
-        UserError: if flags of one formulation are given with another, or the previews take more steps than there are
-            timesteps.
+        UserError: if a flag belongs to another formulation, or previews take more steps than there are timesteps.
     """
     formulation = choose_formulation(asked, pretrained, model.vae_model_name_or_path is not None)
     name = model.pretrained_model_name_or_path
     for flag, (theirs, ours) in differences(formulation, pretrained).items():
-        # Pretrained weights rarely transfer to another target or noise schedule.
-        logger.warning(f"{name} was trained with --{flag} {theirs}, this run has {ours}")
+        # Pretrained weights rarely transfer to another prediction target or noise schedule.
+        logger.warning(f"{name} was trained with --{flag} {theirs}, but this run uses {ours}")
     preview_steps, most = validation.validation_inference_steps, formulation.max_sampling_steps
     if most is not None and preview_steps > most:
-        raise UserError(f"--validation_inference_steps {preview_steps} are more than --num_train_timesteps {most}")
+        raise UserError(f"--validation_inference_steps {preview_steps} is more than --num_train_timesteps {most}")
     return formulation
 
 
@@ -200,12 +203,14 @@ def to_steps(
     epochs: float | None = None,
     kimg: float | None = None,
 ) -> int | None:
-    """A duration in optimizer steps, rounded up; None if it is given in no unit.
+    """Converts a duration to optimizer steps, rounded up; None if all three durations are None.
 
     Args:
         batch_size: images per optimizer step.
-        num_images: per epoch.
-        steps, epochs, kimg: the duration in one of these units; a kimg is a thousand images.
+        num_images: images per epoch.
+        steps: the duration in optimizer steps.
+        epochs: the duration in epochs.
+        kimg: the duration in thousands of images.
     """
     if epochs is not None:
         return math.ceil(epochs * num_images / batch_size)
@@ -215,10 +220,10 @@ def to_steps(
 
 
 def plan_schedule(asked: ScheduleConfig, max_train_steps: int, batch: BatchPlan) -> tuple[int, int | None]:
-    """Lengths of the warm-up and of the final decay in optimizer steps.
+    """The lengths of the warm-up and of the final decay (None without one) in optimizer steps.
 
     Raises:
-        UserError: if they are longer than the training.
+        UserError: if together they are longer than the training.
     """
     warmup = to_steps(batch.total, 0, asked.lr_warmup_steps, kimg=asked.lr_warmup_kimg)
     warmup = WARMUP_STEPS if warmup is None else warmup
@@ -230,8 +235,8 @@ def plan_schedule(asked: ScheduleConfig, max_train_steps: int, batch: BatchPlan)
         )
     if asked.lr_scheduler == "polynomial" and warmup >= max_train_steps:
         raise UserError(
-            f"--lr_warmup_steps {warmup} must be less than the {max_train_steps} optimizer steps with --lr_scheduler "
-            "polynomial"
+            f"--lr_warmup_steps {warmup} must be less than the length of the training ({max_train_steps} steps) with "
+            "--lr_scheduler polynomial"
         )
     return warmup, decay
 
@@ -244,18 +249,18 @@ def make_plan(
     data: DataFacts,
     vae: VaeFacts | None = None,
 ) -> Plan:
-    """Everything that follows from a config and its data.
+    """Derives the plan of a training.
 
     Args:
-        config: as asked.
-        model_config: of the network, as asked (see `read_model_config`).
+        config: the flags.
+        model_config: the network's config as given (see `read_model_config`).
         batch: see `plan_batch`.
         formulation: see `plan_formulation`.
-        data: the training images, or their latents.
-        vae: of a latent-space model.
+        data: the facts about the training images or latents.
+        vae: the facts about a latent-space model's VAE, or None.
 
     Raises:
-        UserError: names the flags or fields that do not go together, or do not fit the data.
+        UserError: names the flags or model config fields that contradict each other or the data.
     """
     if config.data.class_conditional and data.class_names is None:
         raise UserError(f"--class_conditional: {data.source} has no labels")
@@ -275,7 +280,7 @@ def make_plan(
     complete |= plan_classes(complete, class_names, config.model.pretrained_model_name_or_path is not None)
     if config.data.augmentation_probability > 0:
         if not issubclass(model_class(complete), DiffiTUNet2DModel):
-            raise UserError("--augmentation_probability needs a DiffiTUNet2DModel, which is told the transforms")
+            raise UserError("--augmentation_probability needs a DiffiTUNet2DModel, which is conditioned on it")
         complete["num_augment_labels"] = NUM_AUGMENT_LABELS
     check_network(complete, config.model, resolution, (height, width))
     return Plan(
@@ -301,24 +306,29 @@ def make_plan(
 def plan_resolution(
     asked: tuple[int, int] | None, sample_size: int | list[int] | None, data: DataFacts, factor: int
 ) -> tuple[int, int]:
-    """Height and width of the images in pixels: as asked, of the prepared latents, or as the model config says.
+    """Height and width of the images in pixels: --resolution, that of prepared latents, or the model config's.
 
     Args:
-        asked: --resolution.
-        sample_size: of the model config, in latents if there is a VAE.
-        data: the training data.
+        asked: --resolution, or None.
+        sample_size: the model config's field, in latents if there is a VAE.
+        data: the facts about the training data.
         factor: pixels per latent along a side, 1 without a VAE.
+
+    Raises:
+        UserError: if the three contradict each other, or the resolution is not a multiple of `factor`.
     """
     if data.prepared_resolution is not None and asked not in (None, data.prepared_resolution):
-        raise UserError(f"--resolution {asked}: {data.source} was made from images of {data.prepared_resolution}")
+        raise UserError(f"--resolution {asked}: {data.source} was prepared at {data.prepared_resolution} pixels")
     resolution = asked or data.prepared_resolution
     if resolution is None:
         if sample_size is None:
-            raise UserError("give --resolution: the model config has no sample_size")
+            raise UserError("give --resolution, because the model config has no sample_size")
         sides = [sample_size, sample_size] if isinstance(sample_size, int) else sample_size
         resolution = tuple(factor * side for side in sides)
     if any(side % factor for side in resolution):
-        raise UserError(f"{_resolution_flag(resolution)}: must be multiples of {factor}, the pixels per latent")
+        raise UserError(
+            f"{_resolution_flag(resolution)}: height and width must be multiples of {factor}, the pixels per latent"
+        )
     return resolution
 
 
@@ -329,7 +339,13 @@ def _resolution_flag(resolution: tuple[int, int]) -> str:
 def plan_channels(
     model_config: dict[str, Any], asked: int | None, data: DataFacts, vae: VaeFacts | None, model: ModelConfig
 ) -> dict[str, int]:
-    """`in_channels` and `out_channels` of the network, which must be those of the images or latents."""
+    """The network's `in_channels` and `out_channels`, which must match the images or latents.
+
+    A transformer may have twice the output channels, the second half for a learned variance.
+
+    Raises:
+        UserError: if the model config, --num_channels, the data and the VAE contradict each other.
+    """
     is_transformer = issubclass(model_class(model_config), DiffiTTransformer2DModel)
     if vae is None:
         if is_transformer:
@@ -338,7 +354,7 @@ def plan_channels(
         reason = f"the images of {data.source} have {channels}; give --num_channels {model_config.get('in_channels')}"
     else:
         if asked not in (None, vae.image_channels):
-            raise UserError(f"--num_channels {asked}: the VAE takes {vae.image_channels}")
+            raise UserError(f"--num_channels {asked}: the VAE encodes images with {vae.image_channels} channels")
         channels = vae.latent_channels
         reason = f"the latents of {model.vae_model_name_or_path} have {channels}; give another VAE"
     allowed = {"in_channels": [channels], "out_channels": [channels, 2 * channels] if is_transformer else [channels]}
@@ -346,30 +362,34 @@ def plan_channels(
     for key, values in allowed.items():
         chosen[key] = channels if model_config.get(key) is None else model_config[key]
         if chosen[key] not in values:
-            raise UserError(f"the model config says {key} {chosen[key]}, {reason} or another model config")
+            raise UserError(f"the model config has {key} {chosen[key]}, but {reason} or another model config")
     return chosen
 
 
 def check_learned_variance(out_channels: int, formulation: Formulation) -> None:
-    """Refuses a network that learns the variance unless the formulation has one to learn."""
+    """Refuses a network with a learned variance unless the formulation supports it."""
     if not formulation.can_learn_variance:
         raise UserError(
-            f"the model config says out_channels {out_channels}, a learned variance: that needs --formulation ddpm "
-            "--prediction_type epsilon; --model_kwargs out_channels=... leaves it out"
+            f"the model config has out_channels {out_channels} for a learned variance, which needs --formulation ddpm "
+            "--prediction_type epsilon; to train without it, give --model_kwargs out_channels=..."
         )
 
 
 def plan_classes(
     model_config: dict[str, Any], class_names: tuple[str, ...] | None, is_pretrained: bool
 ) -> dict[str, int | None]:
-    """The network's number of classes, which must be that of the data unless pretrained weights are adapted."""
+    """The network's number of classes, as a model config field.
+
+    Raises:
+        UserError: if the model config has another number and no pretrained weights are to be adapted.
+    """
     is_transformer = issubclass(model_class(model_config), DiffiTTransformer2DModel)
     key = "num_embeds_ada_norm" if is_transformer else "num_class_embeds"
     extra_row = 1 if class_names and model_config.get("_class_name") == "UNet2DModel" else 0  # see `null_label`
     number = len(class_names) + extra_row if class_names else None
     if model_config.get(key) not in (None, number) and not is_pretrained:
         raise UserError(
-            f"the model config says {key} {model_config[key]}, but the data gives {number} "
+            f"the model config has {key} {model_config[key]}, but the data has {number} "
             f"(--class_conditional is {class_names is not None})"
         )
     return {key: number}
@@ -378,7 +398,17 @@ def plan_classes(
 def check_network(
     model_config: dict[str, Any], model: ModelConfig, resolution: tuple[int, int], size: tuple[int, int]
 ) -> None:
-    """Refuses a config that the network's constructor refuses, or a size that the network cannot divide."""
+    """Refuses a model config that the network's constructor refuses, or a size that it cannot divide.
+
+    Args:
+        model_config: the network's complete config.
+        model: the flags, for messages.
+        resolution: height and width in pixels, for messages.
+        size: height and width in pixels, or in latents for a latent-space network.
+
+    Raises:
+        UserError: with the network's own message.
+    """
     described_by = "--model_config" if model.model_config else "--pretrained_model_name_or_path"
     with torch.device("meta"), user_errors(f"{described_by} with --model_kwargs", ValueError):
         network = model_class(model_config).from_config(model_config)
@@ -388,16 +418,16 @@ def check_network(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Facts, and the plan in words
+# Facts about the data and the VAE; descriptions for people
 
 
 def describe_data(table: Table, vae: AutoencoderKL | None, num_channels: int | None) -> DataFacts:
-    """The facts of training data; looks at some images for their channels unless those are known.
+    """The facts about training data. Opens some images to detect their channels if nothing else determines them.
 
     Args:
-        table: the training images or their latents.
-        vae: of a latent-space model, which says how many channels are taken.
-        num_channels: how many channels are asked for, or None.
+        table: the training images or latents.
+        vae: a latent-space model's VAE, which determines the channels, or None.
+        num_channels: --num_channels, or None.
     """
     names = None if table.class_names is None else tuple(table.class_names)
     if isinstance(table, LatentTable):
@@ -407,14 +437,14 @@ def describe_data(table: Table, vae: AutoencoderKL | None, num_channels: int | N
 
 
 def describe_vae(vae: AutoencoderKL | None) -> VaeFacts | None:
-    """The facts of a VAE, which may be on the meta device; None without one."""
+    """The facts about a VAE, which may be on the meta device; None without a VAE."""
     if vae is None:
         return None
     return VaeFacts(pixels_per_latent(vae), vae.config.in_channels, vae.config.latent_channels)
 
 
 def describe_run(plan: Plan, model: ModelMixin, table: Table, num_held_out: int) -> str:
-    """The sizes of a run in words, for the log."""
+    """One line for the log: network, data, and length of the training."""
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     epochs = plan.max_train_steps * plan.batch.total / plan.num_images
     held_out = f", {num_held_out:,} held out" if num_held_out else ""
@@ -425,12 +455,12 @@ def describe_run(plan: Plan, model: ModelMixin, table: Table, num_held_out: int)
         f"{plan.batch.num_processes} processes x {plan.batch.accumulation} accumulation), {epochs:.1f} epochs"
     )
     if table.class_names is not None and plan.class_names is None:
-        text += f"; {table.source} has {len(table.class_names)} classes: --class_conditional would train on them"
+        text += f"; {table.source} has {len(table.class_names)} classes, which only --class_conditional uses"
     return text
 
 
 def print_dry_run(accelerator: Accelerator, flags: dict[str, Any], plan: Plan) -> None:
-    """Prints the flags of a run, its parameters and FLOPs, once. The network exists on the meta device only."""
+    """Prints the run's flags, parameters and FLOPs in the main process, without allocating the network."""
     if not accelerator.is_main_process:
         return
     with torch.device("meta"):

@@ -25,7 +25,7 @@ from diffit.export import RunFacts, build_pipeline, save_pipeline
 from diffit.features import FeatureExtractor, TableImages, extract_features, load_extractor
 from diffit.formulations import Formulation, denoising_losses
 from diffit.logs import LossBins
-from diffit.metrics import NEAREST, FeatureSet, metric_values
+from diffit.metrics import NUM_NEIGHBORS, FeatureSet, metric_values
 from diffit.optimization import TrainingState, ema_weights
 from diffit.plan import Plan
 from diffit.processes import StopRequest, ignore_stop_signals, on_all_processes
@@ -79,8 +79,8 @@ def build_extractor(accelerator: Accelerator, asked: MetricsConfig, source: Tabl
     """
     if asked.eval_steps is None:
         return None
-    if len(source) <= NEAREST:
-        raise UserError(f"--eval_steps compares with {len(source)} images, at least {NEAREST + 1} are needed")
+    if len(source) <= NUM_NEIGHBORS:
+        raise UserError(f"--eval_steps compares with {len(source)} images, at least {NUM_NEIGHBORS + 1} are needed")
     load = functools.partial(load_extractor, asked.feature_extractor, accelerator.device)
     return on_all_processes(accelerator, load, asked.feature_model, asked.inception_path)
 

@@ -34,6 +34,7 @@ from diffit.sources import ImageTable, load_image_table
 from diffit.stream import ImageDataset, PositionStream
 from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import DiffiTPipeline
+from warm_start import WarmProcess
 
 ROOT = Path(__file__).parents[1]
 
@@ -114,7 +115,7 @@ def run(command: list[str], cwd: Path = ROOT, timeout: float = 300, **environmen
     return output
 
 
-def wait_for_file(path: Path, process: subprocess.Popen) -> None:
+def wait_for_file(path: Path, process: subprocess.Popen | WarmProcess) -> None:
     """Waits until a running command has written a file or folder."""
     while not path.exists():
         assert process.poll() is None, process.communicate()[0]

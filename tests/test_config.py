@@ -1,4 +1,4 @@
-"""What may be asked: flags, their YAML files, and rules that need neither data nor models."""
+"""Flags, their YAML files, and the rules that need neither data nor models."""
 
 import dataclasses
 import re
@@ -19,7 +19,7 @@ from diffit.config import (
     build_parser,
     parse_args,
 )
-from helpers import ROOT, refusal, start
+from helpers import ROOT, mentions, refusal
 
 QUICKSTART = ["--config", str(ROOT / "configs/train/quickstart.yaml")]
 
@@ -29,15 +29,6 @@ QUICKSTART = ["--config", str(ROOT / "configs/train/quickstart.yaml")]
 
 def test_misspelt_flag_is_named(capsys):
     assert "--learning_rat" in refusal([*QUICKSTART, "--learning_rat", "1"], capsys)
-
-
-def test_misspelt_flag_is_refused_before_data_or_models_are_touched(tmp_path):
-    absent = [f"--{name}={tmp_path}/absent" for name in ("model_config", "train_data_dir")]
-    flags = [*absent, "--max_train_steps=1", f"--output_dir={tmp_path}/run", "--learning_rat=1"]
-    process = start(["train_diffit.py", *flags])
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2 and "unrecognized arguments: --learning_rat=1" in output
-    assert not list(tmp_path.iterdir())
 
 
 def test_abbreviated_flag_is_refused(capsys):
@@ -61,7 +52,7 @@ def test_abbreviated_flag_is_refused(capsys):
         ("a: [", ["not valid YAML"]),
     ],
 )
-def test_wrong_config_file_is_refused(line, words, tmp_path, capsys):
+def test_invalid_config_file_is_refused(line, words, tmp_path, capsys):
     file = tmp_path / "wrong.yaml"
     file.write_text(line + "\n")
     message = refusal(["--config", str(file)], capsys)
@@ -89,12 +80,12 @@ def test_wrong_config_file_is_refused(line, words, tmp_path, capsys):
         (["--adam_beta1=1"], ["--adam_beta1"]),
     ],
 )
-def test_wrong_command_line_is_refused(arguments, words, capsys):
+def test_invalid_command_line_is_refused(arguments, words, capsys):
     message = refusal([*QUICKSTART, *arguments], capsys)
     assert all(word in message for word in words), message
 
 
-def test_order_is_defaults_config_command_line(tmp_path):
+def test_command_line_overrides_config_overrides_defaults(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text(
         "model_config: a.json\ntrain_data_dir: b\nmax_train_steps: 5\nlearning_rate: 1e-5\nuse_ema: false\n"
@@ -106,7 +97,7 @@ def test_order_is_defaults_config_command_line(tmp_path):
     assert config.model.model_kwargs == ("dropout=0.1", "block_out_channels=[8, 16]", "dropout=0.2")
 
 
-def test_alternative_on_the_command_line_replaces_that_of_the_config(tmp_path):
+def test_alternative_on_the_command_line_replaces_the_configs(tmp_path):
     config = parse_args(
         [*QUICKSTART, "--train_data_dir=mine", "--pretrained_model_name_or_path=a", "--global_batch_size=128"]
     )
@@ -117,16 +108,16 @@ def test_alternative_on_the_command_line_replaces_that_of_the_config(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--lr_scheduler=warmup_stable_decay"], "need each other"),
-        (["--lr_decay_steps=2"], "need each other"),
-        (["--lr_warmup_kimg=1"], "--lr_warmup_steps or --lr_warmup_kimg"),
-        (["--ema_half_life_kimg", "1", "1"], "--ema_half_life_kimg: [1.0, 1.0]"),
-        (["--ema_half_life_kimg", "1", "--no-use_ema"], "--ema_half_life_kimg needs --use_ema"),
-        (["--eval_steps=1", "--on_bad_image=skip"], "--eval_steps needs images that can be read"),
+        (["--lr_scheduler=warmup_stable_decay"], ["--lr_scheduler warmup_stable_decay", "--lr_decay_steps"]),
+        (["--lr_decay_steps=2"], ["--lr_scheduler warmup_stable_decay", "--lr_decay_steps"]),
+        (["--lr_warmup_kimg=1"], ["--lr_warmup_steps", "--lr_warmup_kimg"]),
+        (["--ema_half_life_kimg", "1", "1"], ["--ema_half_life_kimg", "[1.0, 1.0]"]),
+        (["--ema_half_life_kimg", "1", "--no-use_ema"], ["--ema_half_life_kimg", "--use_ema"]),
+        (["--eval_steps=1", "--on_bad_image=skip"], ["--eval_steps", "--on_bad_image error"]),
     ],
 )
-def test_flags_that_contradict_each_other_are_refused(flags, words, train_args, capsys):
-    assert words in refusal([*train_args, *flags], capsys)
+def test_contradictory_flags_are_refused(flags, words, train_args, capsys):
+    assert mentions(*words).search(refusal([*train_args, *flags], capsys))
 
 
 def test_augmentation_of_latents_is_refused(train_args, capsys):
@@ -134,7 +125,7 @@ def test_augmentation_of_latents_is_refused(train_args, capsys):
     assert "--augmentation_probability" in refusal([*train_args, *flags], capsys)
 
 
-# --- configs as a whole
+# --- all configs
 
 
 def test_every_flag_has_help_with_its_default():
@@ -144,13 +135,13 @@ def test_every_flag_has_help_with_its_default():
             assert "(default: " in action.help, action.dest
 
 
-def test_choices_that_are_written_out_are_those_of_the_libraries():
-    """The libraries are slow to import."""
+def test_repeated_choices_match_the_libraries():
+    """The libraries are slow to import, so `config.py` repeats their names."""
     assert SCHEDULES == (*(schedule.value for schedule in SchedulerType), "warmup_stable_decay")
     assert set(FORMULATIONS) == set(formulations.FORMULATIONS)
 
 
-def test_flags_are_refused_and_help_is_shown_without_slow_imports():
+def test_help_and_refused_flags_need_no_slow_imports():
     for flags, code in ((["--help"], 0), (["--learning_rat=1"], 2)):
         command = [sys.executable, "-X", "importtime", "train_diffit.py", *flags]
         process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -159,7 +150,7 @@ def test_flags_are_refused_and_help_is_shown_without_slow_imports():
         assert "yaml" in imported and not imported & {"torch", "numpy", "accelerate", "diffusers"}
 
 
-def test_config_of_a_run_is_fit_to_be_given_again(tmp_path):
+def test_saved_flags_can_be_given_as_config(tmp_path):
     flags = ["--model_kwargs", "dropout=0.1", "block_out_channels=[8, 16]", "--resolution=8x16", "--random_flip"]
     flags += ["--ema_half_life_kimg", "1", "2.5", "--hub_token=secret", "--dry_run", "--no-deterministic"]
     config = parse_args(["--model_config=a", "--train_data_dir=b", "--num_train_epochs=2", *flags])
@@ -178,6 +169,6 @@ def test_configs_are_frozen():
         config.batch.seed = 1
 
 
-def test_names_of_flags_are_unique():
+def test_flag_names_are_unique():
     names = [name for name, _ in flag_fields(TrainConfig)]
     assert len(names) == len(set(names)) > 90

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributions import Normal, kl_divergence
 
 import convert_nvidia_checkpoint
+import prepare_latents
 from diffit.decode import normalize_pixels
 from diffit.formulations import DDPM, variance_bound
 from diffit.networks import model_class
@@ -173,7 +174,7 @@ def test_prepared_latents_train_like_those_encoded_on_the_way(latent_args, conve
     train([*latent_args, *flags])
     prepared = tmp_path / "latents"
     source = [f"--train_data_dir={image_folder}", "--resolution=8", f"--output_dir={prepared}"]
-    run(["prepare_latents.py", f"--vae_model_name_or_path={vae_dir}", *source])
+    prepare_latents.main(prepare_latents.parse_args([f"--vae_model_name_or_path={vae_dir}", *source]))
     without = [flag for flag in latent_args if not flag.startswith("--train_data_dir")]
     other = [*without, *flags, f"--latents_dir={prepared}", f"--output_dir={tmp_path / 'other'}"]
     train(other)

@@ -6,10 +6,8 @@ equality is exact.
 """
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -40,7 +38,8 @@ from diffit.latents import (
 from diffit.source_config import SourceConfig
 from diffit.sources import load_image_table
 from diffit.stream import DIFFUSION, ImageDataset, PositionStream, collate, position_generator, split_table
-from helpers import ROOT, mentions, run, start, tiny_vae, torchrun
+from helpers import ROOT, mentions, tiny_vae
+from warm_start import WarmProcess, run_ranks
 
 NUM_IMAGES = 24
 SHARDS = [f"train-0000{number}-of-00003.parquet" for number in range(3)]
@@ -302,8 +301,9 @@ def test_grayscale_vae_and_images_that_are_not_square(base_flags, tmp_path):
 
 def test_two_processes_prepare_the_same_bytes_as_one(base_flags, prepared_dir, tmp_path):
     output_dir = tmp_path / "latents"
-    script = str(ROOT / "prepare_latents.py")
-    output = run([*torchrun(), script, *base_flags, f"--output_dir={output_dir}"])
+    command = ["prepare_latents.py", *base_flags, f"--output_dir={output_dir}"]
+    codes, output = run_ranks(command, command)
+    assert codes == [0, 0], output
     assert mentions("24 images", "3 shards", "3", output_dir).search(output)
     assert shard_bytes(output_dir) == shard_bytes(prepared_dir)
     assert (output_dir / "latents.json").read_text() == (prepared_dir / "latents.json").read_text()
@@ -315,11 +315,11 @@ def test_killed_run_goes_on_where_it_was_killed(tmp_path):
     flags = [f"--vae_model_name_or_path={tmp_path / 'vae'}", f"--train_data_file={ROOT / 'data/digits.parquet'}"]
     flags += ["--resolution=8", "--images_per_shard=20", "--no-mirror", f"--cache_dir={tmp_path / 'cache'}"]
     killed = tmp_path / "killed"
-    process = start([str(ROOT / "prepare_latents.py"), *flags, f"--output_dir={killed}"])
+    process = WarmProcess(["prepare_latents.py", *flags, f"--output_dir={killed}"])
     deadline = time.monotonic() + 60
     while not list(killed.glob("data/train-00002-*")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.communicate()
     kept = {file: file.stat().st_mtime_ns for file in killed.glob("data/train-*")}
     assert 3 <= len(kept) < 90

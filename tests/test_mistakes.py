@@ -24,7 +24,8 @@ from diffit.command_line import Parser, path_type, run_script
 from diffit.config import parse_args
 from diffit.errors import RunError, UserError, message_of
 from diffit_model import DiffiTUNet2DModel
-from helpers import ROOT, TINY_CONFIG, mentions, run, start, tiny_vae, torchrun, train
+from helpers import ROOT, TINY_CONFIG, mentions, run, tiny_vae, torchrun, train
+from warm_start import WarmProcess
 
 SCRIPTS = {
     "train": train_diffit,
@@ -279,7 +280,7 @@ def test_message_from_a_worker_is_that_of_the_error():
 
 def test_bad_image_in_a_worker_is_one_line(base_args, folders, tmp_path):
     flags = [*base_args, f"--train_data_dir={folders['bad']}", "--no-class_conditional", f"--output_dir={tmp_path}/r"]
-    process = start(["train_diffit.py", *flags, "--dataloader_num_workers=2", "--max_train_steps=12"])
+    process = WarmProcess(["train_diffit.py", *flags, "--dataloader_num_workers=2", "--max_train_steps=12"])
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 2, output
     assert "Traceback" not in output and output.count("error: ") == 1 and "3.png" in output
