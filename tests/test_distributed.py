@@ -17,6 +17,7 @@ import pytest
 from diffit.command_line import EXIT_USER_ERROR
 from diffit.launcher import EXIT_STOPPED
 from diffit.lock import OutputDirLock
+from diffit.source_config import SourceConfig
 from diffit.sources import load_image_table
 from helpers import mentions, train, wait_for_file
 from warm_start import WarmProcess, run_ranks
@@ -219,7 +220,7 @@ def test_data_that_differ_between_processes_are_found(train_args, image_folder, 
     image = tmp_path / "data1/green/3.png"
     image.write_bytes((tmp_path / "data1/red/0.png").read_bytes())
     output = refused_launch(two_ranks(train_args, f"--train_data_dir={tmp_path}/dataRANK"), tmp_path)
-    digests = [load_image_table(train_data_dir=f"{tmp_path}/data{rank}").digest() for rank in range(2)]
+    digests = [load_image_table(SourceConfig(train_data_dir=f"{tmp_path}/data{rank}")).digest() for rank in range(2)]
     assert mentions("process 1", *digests).search(output)
 
 
