@@ -41,7 +41,7 @@ from diffit.source_config import SOURCES, SourceConfig
 from diffit.validation_config import MetricsConfig, ValidationConfig
 
 # The names of diffusers' `SchedulerType`, and `warmup_stable_decay` for transformers' `get_wsd_schedule`.
-SCHEDULES = (
+LR_SCHEDULES = (
     *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
     *("piecewise_constant", "warmup_stable_decay"),
 )
@@ -315,7 +315,7 @@ class ScheduleConfig:
     lr_scheduler: str = flag(
         "constant_with_warmup",
         "learning-rate schedule over optimizer steps; constant and piecewise_constant have no warm-up",
-        choices=SCHEDULES,
+        choices=LR_SCHEDULES,
         fixed=True,
     )
     lr_warmup_steps: int | None = flag(

@@ -13,7 +13,7 @@ from diffit import formulations
 from diffit.command_line import flag_fields
 from diffit.config import (
     FORMULATIONS,
-    SCHEDULES,
+    LR_SCHEDULES,
     TrainConfig,
     args_to_config,
     build_parser,
@@ -137,7 +137,7 @@ def test_every_flag_has_help_with_its_default():
 
 def test_repeated_choices_match_the_libraries():
     """The libraries are slow to import, so `config.py` repeats their names."""
-    assert SCHEDULES == (*(schedule.value for schedule in SchedulerType), "warmup_stable_decay")
+    assert LR_SCHEDULES == (*(schedule.value for schedule in SchedulerType), "warmup_stable_decay")
     assert set(FORMULATIONS) == set(formulations.FORMULATIONS)
 
 
