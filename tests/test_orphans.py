@@ -70,7 +70,7 @@ class Run:
             time.sleep(0.002)
 
     def is_waiting(self) -> bool:
-        """Whether the main process is at the store of the launcher, where the processes meet."""
+        """Whether the main process has connected to the launcher's store, through which the processes meet."""
         for process in psutil.Process(self.process.pid).children():
             with contextlib.suppress(psutil.Error, KeyError):
                 environment = process.environ()
@@ -137,7 +137,7 @@ def test_launcher_killed_while_its_processes_wait_for_each_other_leaves_none(tra
     assert len(run.alive()) == 3
     assert run.kill() < 30
     # By the signal, or because they see first that the launcher's store is gone.
-    assert re.search("stopped before the training began|where the processes meet, is gone", run.log.read_text())
+    assert re.search("stopped before the training began|lost the connection to the store at", run.log.read_text())
     assert not (tmp_path / "run").exists()
 
 
