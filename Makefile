@@ -34,8 +34,8 @@ say-quickstart:
 
 # The same in latent space: train a small VAE, encode the digits, train a DiffiT on the latents, sample ten per class.
 latent-quickstart: say-latent-quickstart install
-	$(BIN)/python scripts/train_vae.py --train_data_file data/digits.parquet --output_dir $(LATENT)/vae
-	$(BIN)/python scripts/prepare_latents.py --train_data_file data/digits.parquet --resolution 32 --no-mirror \
+	$(BIN)/python train_vae.py --train_data_file data/digits.parquet --output_dir $(LATENT)/vae
+	$(BIN)/python prepare_latents.py --train_data_file data/digits.parquet --resolution 32 --no-mirror \
 		--vae_model_name_or_path $(LATENT)/vae --output_dir $(LATENT)/latents
 	$(BIN)/python train_diffit.py --config configs/train/latent_digits.yaml --vae_model_name_or_path $(LATENT)/vae \
 		--latents_dir $(LATENT)/latents --output_dir $(LATENT)/run --overwrite_output_dir
@@ -77,22 +77,22 @@ style: install-dev
 	$(BIN)/ruff format .
 
 benchmark: install-dev
-	$(BIN)/python benchmarks/speed.py
-	$(BIN)/python benchmarks/reliability.py
-	$(BIN)/python benchmarks/loop.py
-	$(BIN)/python benchmarks/data_path.py
+	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.reliability
+	$(BIN)/python -m benchmarks.loop
+	$(BIN)/python -m benchmarks.data_path
 
-# Checks correctness and speed on a CUDA machine. `python benchmarks/gpu.py --quick` is shorter.
+# Checks correctness and speed on a CUDA machine. `python -m benchmarks.gpu --quick` is shorter.
 benchmark-gpu: install-dev
-	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python -m benchmarks.gpu
 
 # Is DiffiT worth it? About two hours on two cores, plus two more for the tuning, whose results this one reads.
 benchmark-quality: install-dev
-	$(BIN)/python benchmarks/quality.py prove
-	$(BIN)/python benchmarks/quality_report.py
+	$(BIN)/python -m benchmarks.quality prove
+	$(BIN)/python -m benchmarks.quality_report
 
 benchmark-quality-tuning: install-dev
-	$(BIN)/python benchmarks/quality.py tune
+	$(BIN)/python -m benchmarks.quality tune
 
 # Does the working tree reproduce the numbers of commit BASE bit for bit? Takes minutes. Set ALLOW="--allow PATTERN" for
 # intended differences.

@@ -9,7 +9,7 @@ Samples, features and reference statistics are kept in `--work_dir`: an interrup
 is measured only once.
 """
 
-from diffit.eval_config import EvalConfig, MetricsConfig, ReferenceConfig, parse_args
+from diffit.eval_config import EvalConfig, EvalMetricsConfig, ReferenceConfig, parse_args
 from diffit.launcher import follow_launcher
 
 if __name__ == "__main__":
@@ -247,7 +247,7 @@ def check_reference(source: ImageSource, metrics: tuple[str, ...], needs_images:
         )
 
 
-def load_extractors(processes: PartialState, config: MetricsConfig) -> list[FeatureExtractor]:
+def load_extractors(processes: PartialState, config: EvalMetricsConfig) -> list[FeatureExtractor]:
     """The feature extractor and, for the Inception score, a second one that gives class probabilities."""
     arguments = (config.feature_extractor, processes.device, config.feature_model, config.inception_path)
     extractors = [on_all_processes(processes, load_extractor, *arguments)]
@@ -271,7 +271,7 @@ def real_features(
 
 
 def compare_sets(
-    config: MetricsConfig, sets: list[EvaluatedSet], real: FeatureSet, reference: EvaluatedSet | None
+    config: EvalMetricsConfig, sets: list[EvaluatedSet], real: FeatureSet, reference: EvaluatedSet | None
 ) -> list[tuple[EvaluatedSet, dict]]:
     """The metrics of each set; see `diffit.metrics.compute_metrics`."""
     results = []
@@ -322,7 +322,7 @@ def main(config: EvalConfig) -> None:
     results, step_results = (compare_sets(metrics, group, real, reference) for group in (sets, step_sets))
     print_results(results)
     if output.output is not None:
-        arguments = {key: value for key, value in to_flags(config).items() if key != "debug"}
+        arguments = to_flags(config)
         write_results(output.output, results, step_results, describe(extractors[0], shape, arguments))
 
     # 4. plots

@@ -178,7 +178,7 @@ def main(config: SampleConfig) -> None:
     rows = list_images(pipeline, config.class_labels, config.seeds, config.num_images_per_class)
     files = [row["file"] for row in rows]
     names = [*files, "grid.png", "samples.json"] + (["samples.npz"] if config.save_npz else [])
-    arguments = {key: value for key, value in to_flags(config).items() if key not in ("debug", "overwrite_output_dir")}
+    arguments = {key: value for key, value in to_flags(config).items() if key != "overwrite_output_dir"}
     output_dir = Path(config.output_dir)
 
     def prepare() -> None:

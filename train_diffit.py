@@ -29,10 +29,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers import AutoencoderKL, ModelMixin
 from tqdm.auto import tqdm
 
-from diffit.batches import BatchPreparer, build_batches, open_tables, report_bad_images
+from diffit.batches import BatchPreparer, build_batches, open_tables
 from diffit.checkpoint import (
     file_digest,
     find_checkpoint,
@@ -44,14 +43,12 @@ from diffit.checkpoint import (
 from diffit.command_line import run_script
 from diffit.config import (
     EmaConfig,
-    ModelConfig,
     OptimizerConfig,
     RunConfig,
     ScheduleConfig,
     TrainConfig,
     args_to_config,
 )
-from diffit.cpu_kernels import kernelize
 from diffit.errors import RunError
 from diffit.export import RunFacts, pipeline_name, push_to_hub
 from diffit.formulations import denoising_losses, nan_if_non_finite
@@ -60,11 +57,10 @@ from diffit.launcher import EXIT_STOPPED
 from diffit.lock import OutputDirLock
 from diffit.logs import PROJECT, Meter, log_training
 from diffit.networks import (
-    build_model,
-    build_vae,
+    Networks,
+    build_networks,
     read_model_config,
     read_pretrained_scheduler,
-    set_up_model,
     vae_on_meta,
 )
 from diffit.optimization import (
@@ -97,9 +93,7 @@ from diffit.processes import (
     run_on_main_and_broadcast,
 )
 from diffit.run_dir import CODE_FOLDER, OutputFolder, files_below
-from diffit.sampling import load_guidance_model
-from diffit.sources import Table
-from diffit.validation import Validation, build_evaluator, build_extractor, validate_and_export
+from diffit.validation import Validation, build_evaluator, build_extractor, build_guidance_model, validate_and_export
 from diffit_pipeline import null_label
 
 logger = get_logger("train_diffit", log_level="INFO")
@@ -128,15 +122,6 @@ class Run:
     flags: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Networks:
-    """The networks on the device: the trained model, and the frozen VAE and guidance model or None."""
-
-    model: ModelMixin
-    vae: AutoencoderKL | None
-    guidance_model: ModelMixin | None
-
-
 def main(config: TrainConfig) -> None:
     """Runs a training from joining the processes to the upload."""
     set_up_logging()
@@ -160,8 +145,7 @@ def main(config: TrainConfig) -> None:
         if not asked.dry_run:
             resources.push(lock)  # before taking it, because a signal may arrive in between
             take_folder(accelerator, lock)
-        read = (config.model_folders(), config.data.dataset_name)
-        folder = run_on_main_and_broadcast(accelerator, open_run_dir, asked, *read)
+        folder = run_on_main_and_broadcast(accelerator, open_run_dir, asked, *config.folders_read())
         checkpoint = run_on_main_and_broadcast(accelerator, find_checkpoint, asked)
 
         # 3. the data, and the plan
@@ -169,22 +153,22 @@ def main(config: TrainConfig) -> None:
         data = on_all_processes(accelerator, describe_data, table, vae, config.data.num_channels)
         plan = make_plan(config, network, batch, formulation, data, describe_vae(vae))
         run = Run(accelerator, stop, lock, folder, checkpoint, plan, args_to_config(config, plan.resolved_flags()))
-        check_agreement(accelerator, plan.resolved_flags() | {"data": data.digest, "network": plan.model_config})
+        check_agreement(accelerator, plan.agreement(data))
         if asked.dry_run:
             return print_dry_run(accelerator, run.flags, plan)
 
         # 4. the networks and the training state, new or resumed
-        networks = build_networks(run, config.model, config.validation.guidance.model, table, config.batch.seed)
+        networks = build_networks(accelerator, plan.model_config, config.model, table, config.batch.seed)
+        guide = build_guidance_model(accelerator, config.validation.guidance.model, networks.model, formulation)
         compared = table if held_out is None else held_out
         extractor = build_extractor(accelerator, config.metrics, compared)
         state = build_state(run, networks, config.optimizer, config.schedule, config.ema, data)
         prepare_output_dir(accelerator, asked, folder, state.global_step)
         evaluator = build_evaluator(accelerator, extractor, compared, plan, config.data, asked.output_dir)
         name = pipeline_name(config.hub.hub_model_id, asked.output_dir)
-        source = (config.data.dataset_name, table.source)
-        facts = RunFacts(name, *source, run.flags, plan, config.ema, config.metrics, networks.vae)
+        facts = RunFacts(name, data.source, run.flags, plan, config.ema, config.metrics)
         requests = (config.validation, config.metrics, config.data)
-        frozen = (networks.vae, networks.guidance_model)
+        frozen = (networks.vae, guide)
         validation = Validation(plan, *requests, state, *frozen, held_out, evaluator, facts, folder, stop)
 
         # 5. train and finish
@@ -231,29 +215,6 @@ def launch_fingerprint(flags: dict[str, Any], model_config: dict[str, Any]) -> d
     files = sorted([*CODE_FOLDER.glob("*.py"), *CODE_FOLDER.glob("diffit/**/*.py")])
     code = {str(file.relative_to(CODE_FOLDER)): file_digest(file)["sha256"][:8] for file in files}
     return flags | {"the model config": model_config, "torch": torch.__version__, "the code": code}
-
-
-def build_networks(run: Run, asked: ModelConfig, guidance_path: str | None, table: Table, seed: int) -> Networks:
-    """Builds or loads the networks and moves them to the device.
-
-    Args:
-        run: this training.
-        asked: the flags of the network.
-        guidance_path: --validation_guidance_model, or None.
-        table: the training data; prepared latents record the VAE that encoded them.
-        seed: seed of the initial weights.
-    """
-    accelerator, device = run.accelerator, run.accelerator.device
-    torch.manual_seed(seed)
-    pretrained = (asked.pretrained_model_name_or_path, asked.reset_class_embeddings)
-    model = on_all_processes(accelerator, build_model, run.plan.model_config, *pretrained)
-    set_up_model(model, asked, device, accelerator.mixed_precision)
-    vae = on_all_processes(accelerator, build_vae, asked.vae_model_name_or_path, table, device)
-    arguments = (guidance_path, model, run.plan.formulation.scheduler.config, torch.float32)
-    guidance_model = on_all_processes(accelerator, load_guidance_model, *arguments, "--validation_guidance_model")
-    if guidance_model is not None:
-        kernelize(guidance_model.to(device))
-    return Networks(model, vae, guidance_model)
 
 
 def build_state(
@@ -317,7 +278,7 @@ def train(
     accelerator, plan = run.accelerator, run.plan
     model, optimizer = accelerator.prepare(state.model, state.optimizer)
     guard = NonFiniteGuard(state.optimizer, asked.max_bad_steps, plan.batch.total, run.folder.folder)
-    meter, bad_images = Meter(accelerator.device, state.position), set()
+    meter = Meter(accelerator.device, state.position)
     progress = tqdm(total=plan.max_train_steps, initial=state.global_step, disable=not accelerator.is_main_process)
     run.stop.begin()
     validated = validate_again(run, state, validation)
@@ -325,31 +286,26 @@ def train(
     # A step takes the next `global_batch_size` positions of the stream, shared among processes and micro-batches.
     while state.global_step < plan.max_train_steps:
         for _ in range(plan.batch.accumulation):
-            batch = next(batches)
-            report_bad_images(batch["bad_images"], bad_images)
-            noisy = prepare_batch(batch)  # VAE, augmentation, label dropout, noise
+            noisy = prepare_batch(next(batches))  # VAE, augmentation, label dropout, noise
             seed_dropout(seed, noisy.first_position)  # makes dropout a function of the position, too
             with accelerator.accumulate(model):  # all-reduces gradients in the last micro-batch only
                 losses = denoising_losses(model, plan.formulation, noisy)  # (B)
                 accelerator.backward(nan_if_non_finite(losses).mean())
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(model.parameters(), asked.max_grad_norm)
-                    finish_step(
-                        state, guard
-                    )  # schedule, EMA and count of the previous step, whose outcome is known now
+                    finish_step(state, guard)  # schedule, EMA and count of the previous step
                     guard.watch(grad_norm)  # the device skips the coming update if the norm is non-finite
                     lr = state.lr_scheduler.get_last_lr()[0]
                 optimizer.step()
                 optimizer.zero_grad()
             meter.losses.add(losses, noisy.level_bins)  # stays on the device
-        state.position += plan.batch.total  # skipped steps included
-
+        state.position += plan.batch.total  # also over skipped steps
         # Unless something is due, the host runs one step ahead of the device and never waits for it.
         due = plan.due_after(state.global_step + 1, stopping=run.stop.agreed())
         if not due or not finish_step(state, guard):  # waits for the device; nothing is due after a skipped step
             continue
         if due.log:
-            log_training(accelerator, progress, state, meter, grad_norm, lr, len(bad_images))
+            log_training(accelerator, progress, state, meter, grad_norm, lr, len(prepare_batch.bad_images))
         with meter.paused():  # images/s measures training only
             if due.checkpoint:
                 save_checkpoint(accelerator, run.lock, run.folder, run.flags, state, plan.formulation.scheduler)
@@ -381,6 +337,7 @@ def finish(run: Run, state: TrainingState, validated: bool) -> None:
         tracker.finish()
     accelerator.wait_for_everyone()  # a launcher may kill the main process as soon as another process has ended
     run.stop.close()
+    accelerator.free_memory()  # DDP must go before the process group: gloo may hang otherwise (torch 2.13)
     if state.global_step < run.plan.max_train_steps or not validated:
         logger.info(f"stopped at step {state.global_step}; resume with --resume_from_checkpoint latest")
         accelerator.end_training()

@@ -1,6 +1,6 @@
 """Images per second of one worker, ours against the way of diffusers' `train_unconditional.py`.
 
-    python benchmarks/data_path.py
+    python -m benchmarks.data_path
 
 From files to the float32 images and noise that a training step starts from, in one process and one thread. The two
 divide the work otherwise: our worker draws the noise too, and leaves the scaling to the device; theirs scales, and
@@ -12,7 +12,6 @@ import argparse
 import io
 import platform
 import statistics
-import sys
 import tempfile
 import time
 import zipfile
@@ -28,12 +27,10 @@ from datasets import Dataset, load_dataset
 from torch.utils.benchmark import Timer
 from torch.utils.data import default_collate
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
 import train_diffit
 from diffit.decode import decode_pixels, normalize_pixels
 from diffit.latents import LatentDataset, LatentTable, latent_features
+from diffit.source_config import SourceConfig
 from diffit.sources import load_image_table
 from diffit.stream import (
     DIFFUSION,
@@ -45,6 +42,7 @@ from diffit.stream import (
     position_generator,
 )
 
+ROOT = Path(__file__).parents[1]
 LATENT_SHAPE = (4, 32, 32)  # of 256 pixels, as in configs/train/imagenet256.yaml
 TRAINING_STEPS, TRAINING_BATCH_SIZE = 12, 16
 
@@ -63,7 +61,7 @@ def write_jpegs(folder: Path, width: int, height: int, num_images: int = 200) ->
         Bytes per image.
     """
     rng = np.random.default_rng(0)
-    emoji = load_image_table(train_data_file=str(ROOT / "data/noto_emoji_32.parquet"))
+    emoji = load_image_table(SourceConfig(train_data_file=str(ROOT / "data/noto_emoji_32.parquet")))
     folder.mkdir()
     for i in range(num_images):
         picture = np.full((height, width, 3), 128, np.float32)
@@ -94,7 +92,7 @@ def our_side(source: dict[str, str], size: int, latent_shape: tuple[int, int, in
         latent_shape: of the noise, twice; None: that of the images, once.
         batch_size: images.
     """
-    table = load_image_table(**source)
+    table = load_image_table(SourceConfig(**source))
     stream = PositionStream(len(table), seed=0)
     dataset = ImageDataset(table, stream, (size, size), 3, random_flip=True, latent_shape=latent_shape)
 
@@ -192,7 +190,7 @@ def compare(sides: list[Side], batch_size: int, rounds: int) -> tuple[list[float
 
 def time_parts(folder: Path, rounds: int) -> dict[str, float]:
     """Milliseconds per 256-pixel image of what our worker does for it, and of the noise in both ways."""
-    table = load_image_table(train_data_dir=str(folder))
+    table = load_image_table(SourceConfig(train_data_dir=str(folder)))
     files = [table.read(index) for index in range(64)]
     decoded = [decode_pixels(*file, (256, 256), 3) for file in files]
     shape = (3, 256, 256)
@@ -218,7 +216,7 @@ def time_parts(folder: Path, rounds: int) -> dict[str, float]:
 
 def other_work(archive: Path, rounds: int) -> dict[str, float]:
     """Images per second of our worker for FFHQ at 64 pixels as EDM keeps it, and for prepared latents."""
-    table = load_image_table(train_data_dir=str(archive))
+    table = load_image_table(SourceConfig(train_data_dir=str(archive)))
     workers = {"64-pixel PNG, zip": ImageDataset(table, PositionStream(len(table), 0), (64, 64), 3, random_flip=True)}
     for side in (32, 64):
         shape, number = (4, side, side), 256
@@ -315,7 +313,7 @@ def main() -> None:
     lines = [
         "# Data pipeline",
         "",
-        f"`python benchmarks/data_path.py`, median of {args.rounds} alternating pairs, one process, one thread. "
+        f"`python -m benchmarks.data_path`, median of {args.rounds} alternating pairs, one process, one thread. "
         f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, Pillow "
         f"{PIL.__version__} (libjpeg-turbo {PIL.features.version('libjpeg_turbo')}), datasets "
         f"{datasets.__version__}, numpy {np.__version__}. JPEG quality 90, {num_bytes / 1000:.0f} kB at 256 "

@@ -1,8 +1,8 @@
 """What only a CUDA machine can show: whether the attention backends are right there, and how fast it trains.
 
-    python benchmarks/gpu.py            # everything; most of the time is compilation
-    python benchmarks/gpu.py --quick    # networks uncompiled, without float16
-    python benchmarks/gpu.py --device cpu --tiny    # runs the same code without a GPU; its figures mean nothing
+    python -m benchmarks.gpu            # everything; most of the time is compilation
+    python -m benchmarks.gpu --quick    # networks uncompiled, without float16
+    python -m benchmarks.gpu --device cpu --tiny    # runs the same code without a GPU; its figures mean nothing
 
 Writes `benchmarks/results/gpu.md`. Ends with 1 if a number is wrong, with 2 if there is no CUDA device.
 """
@@ -22,23 +22,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from diffit.batches import BatchPreparer
-from diffit.config import DiffusionConfig, EmaConfig, ModelConfig, OptimizerConfig, ScheduleConfig
-from diffit.formulations import choose_formulation, denoising_losses, nan_if_non_finite
-from diffit.logs import LossBins, peak_memory
-from diffit.networks import model_class, sample_shape, set_up_model, training_flops_per_image
-from diffit.optimization import (
-    NonFiniteGuard,
-    TrainingState,
-    build_ema,
-    build_lr_scheduler,
-    build_optimizer,
-    finish_step,
-)
-from gpu_checks import (
+from benchmarks.gpu_checks import (
     BACKENDS,
     GEOMETRIES,
     TINY_GEOMETRIES,
@@ -55,7 +39,21 @@ from gpu_checks import (
     reason,
     why_not,
 )
+from diffit.batches import BatchPreparer
+from diffit.config import DiffusionConfig, EmaConfig, ModelConfig, OptimizerConfig, ScheduleConfig
+from diffit.formulations import choose_formulation, denoising_losses, nan_if_non_finite
+from diffit.logs import LossBins, peak_memory
+from diffit.networks import model_class, sample_shape, set_up_model, training_flops_per_image
+from diffit.optimization import (
+    NonFiniteGuard,
+    TrainingState,
+    build_ema,
+    build_lr_scheduler,
+    build_optimizer,
+    finish_step,
+)
 
+ROOT = Path(__file__).parents[1]
 PEAKS = {  # dense FLOP/s in bf16, of NVIDIA's data sheets
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -100,6 +98,7 @@ class Training:
         batch["position"] = torch.arange(batch_size)
         batch["class_labels"] = torch.randint(0, model.null_label or 1, (batch_size,))
         self.batch = {name: x.pin_memory() if device.type == "cuda" else x for name, x in batch.items()}
+        self.batch["bad_images"] = []
 
     def __call__(self) -> torch.Tensor:
         """One optimizer step, in the order of the script; the loss, shape ()."""
@@ -257,7 +256,7 @@ def describe_machine(device: torch.device, argv: list[str]) -> list[str]:
     return [
         "# On a GPU",
         "",
-        f"`python benchmarks/gpu.py{''.join(f' {shlex.quote(x)}' for x in argv)}`",
+        f"`python -m benchmarks.gpu{''.join(f' {shlex.quote(x)}' for x in argv)}`",
         "",
         f"{name}; " + ", ".join(versions) + ".",
     ]

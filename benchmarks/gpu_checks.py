@@ -4,7 +4,6 @@ import copy
 import gc
 import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +11,12 @@ from pathlib import Path
 import torch
 from torch.utils._triton import has_triton
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
 from diffit.config import OptimizerConfig
 from diffit.networks import choose_attention_backend, model_class, sample_shape, set_attention_backend
 from diffit.optimization import build_optimizer
 from diffit_model import MAX_WINDOWS, TimeDependentSelfAttention
 
+ROOT = Path(__file__).parents[1]
 BACKENDS = ("native", "xformers", "flex")
 # Largest deviation from float64 that is right, as a share of the largest value of that tensor.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 6e-3}

@@ -1,6 +1,6 @@
 """What the training loop costs: beside the bare step of a network, and against diffusers' `train_unconditional.py`.
 
-    python benchmarks/loop.py
+    python -m benchmarks.loop
 
 Each side is a process of its own. Two sides take turns of a few steps; the first turn of each, with its start, does
 not count. Ours is `train_diffit.main` itself, with EMA, TensorBoard and its own reading of the images. Peak memory is
@@ -81,7 +81,6 @@ def script_flags(config: str, num_turns: int, folder: str) -> list[str]:
 
 def run_script(connection: Connection, config: str, num_turns: int, folder: str) -> None:
     """Our training script."""
-    sys.path.insert(0, str(ROOT))
     import train_diffit
 
     turns = Turns(connection)
@@ -97,7 +96,6 @@ def run_script(connection: Connection, config: str, num_turns: int, folder: str)
 
 def run_bare(connection: Connection, config: str, num_turns: int, folder: str) -> None:
     """Forward, backward and optimizer step of the network of configs/train/emoji32.yaml on one batch."""
-    sys.path.insert(0, str(ROOT))
     import torch
     from torch.nn import functional as F
 
@@ -109,7 +107,7 @@ def run_bare(connection: Connection, config: str, num_turns: int, folder: str) -
 
     asked = parse_args(script_flags(config, num_turns, folder))
     accelerator = build_accelerator(asked.precision, asked.run)
-    classes = load_image_table(train_data_file=asked.data.train_data_file).class_names
+    classes = load_image_table(asked.data.source).class_names
     model_config = read_model_config(asked.model) | {"num_class_embeds": len(classes)}
     model = build_model(model_config | {"in_channels": 3, "out_channels": 3})
     set_up_model(model, asked.model, accelerator.device, accelerator.mixed_precision)
@@ -136,7 +134,7 @@ def run_peer(connection: Connection, config: str, num_turns: int, folder: str) -
     from diffusers import DDPMPipeline, UNet2DModel  # noqa: F401 (it imports the first, too)
     from PIL import Image
 
-    from train_unconditional import train_unconditional
+    from benchmarks.train_unconditional import train_unconditional
 
     size, rng = UNET["sample_size"], np.random.default_rng(0)
 
@@ -228,7 +226,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=7, help="turns of each side that count")
     args = parser.parse_args()
-    sys.path.insert(0, str(Path(__file__).parent))
 
     (script, bare), ratios = seconds_and_ratios(compare([run_script, run_bare], "emoji32", args.pairs, KEEP))
     overhead = [ratio - 1 for ratio in ratios]
@@ -240,7 +237,7 @@ def main() -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "accelerate"))
     text = f"""# The training loop
 
-`python benchmarks/loop.py`: emoji32's images, {BATCH_SIZE} per step, float32, eager, loaded in the main process.
+`python -m benchmarks.loop`: emoji32's images, {BATCH_SIZE} per step, float32, eager, loaded in the main process.
 Segments of {TURN} steps, median of {args.pairs} alternating pairs after one warm-up pair; the lowest and highest in
 brackets. {torch.get_num_threads()} threads, {platform.machine()}, Python {platform.python_version()}, {versions}.
 

@@ -1,7 +1,7 @@
 """Is DiffiT worth it? Sample quality against training FLOPs and minutes, on two CPU cores.
 
-    python benchmarks/quality.py tune      # learning rates, widths of the average and recipes, one seed
-    python benchmarks/quality.py prove     # three seeds with the tuned settings
+    python -m benchmarks.quality tune      # learning rates, widths of the average and recipes, one seed
+    python -m benchmarks.quality prove     # three seeds with the tuned settings
 
 Everything is trained and judged by the project's own commands, one core each, as many at once as there are cores; only
 the loop of diffusers' `train_unconditional.py` is in `benchmarks/train_unconditional.py`. A job whose figures are in
@@ -33,10 +33,6 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.benchmark import Timer
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks/results"
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
 from diffit.config import parse_args
 from diffit.cpu_kernels import kernelize
 from diffit.networks import model_class, training_flops_per_image
@@ -45,6 +41,8 @@ from diffit.sampling import load_pipeline
 from diffit.sampling_config import SamplingConfig
 from diffit_pipeline import EDM_SCHEDULERS
 
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
 SEEDS = (0, 1, 2)
 BATCH_SIZE = 32
 STEPS = 25  # of DDIM
@@ -281,7 +279,7 @@ def train(run: Run, folder: Path) -> dict[tuple[int, float | str], Path]:
 def train_peer(run: Run, folder: Path) -> None:
     """diffusers' loop on the same images; a `DDPMPipeline` of its weights and of its average at each budget."""
     torch.set_num_threads(1)
-    from train_unconditional import train_unconditional
+    from benchmarks.train_unconditional import train_unconditional
 
     torch.manual_seed(run.seed)
     rows = load_dataset("parquet", data_files=str(folder.parent / run.task / "train.parquet"), split="train")

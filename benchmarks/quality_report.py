@@ -2,7 +2,7 @@
 
 What only who made them knows is taken from benchmarks/results/quality_notes.md.
 
-python benchmarks/quality_report.py
+python -m benchmarks.quality_report
 """
 
 import itertools
@@ -11,16 +11,12 @@ import math
 import os
 import platform
 import statistics
-import sys
-from pathlib import Path
 
 import diffusers
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-
+from benchmarks.quality import PEER, RAMP_UP, RESULTS, SEEDS, SIDES, STEPS, TASKS, TUNING_IMAGES, tuned
 from diffit.plots import AXIS_LABELS, new_figure
-from quality import PEER, RAMP_UP, RESULTS, SEEDS, SIDES, STEPS, TASKS, TUNING_IMAGES, tuned
 
 TARGETS = {"flops": 1.3, "minutes": 3.0}
 QUESTIONS = (  # each with our side, the other, and what is counted

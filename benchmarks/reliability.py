@@ -1,6 +1,6 @@
 """What it costs that nothing is lost: time of a checkpoint, and of randomness by position, at emoji32's size.
 
-    python benchmarks/reliability.py
+    python -m benchmarks.reliability
 
 Trains 12 steps of configs/train/emoji32.yaml with a checkpoint every 4, then draws the random numbers of a batch in
 both ways, alternating. Writes `benchmarks/results/reliability.md`.
@@ -10,7 +10,6 @@ import argparse
 import json
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,12 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
 import train_diffit
+from diffit.logs import Meter
 from diffit.stream import AUGMENTATION, DIFFUSION, position_generator
 
+ROOT = Path(__file__).parents[1]
 BATCH_SIZE, SHAPE = 64, (3, 32, 32)
 
 
@@ -41,13 +39,14 @@ def time_training(run_dir: str) -> tuple[float, list[float], int]:
     flags = ["--max_train_steps=12", "--checkpointing_steps=4", "--logging_steps=4", "--num_validation_images=1"]
     flags += ["--validation_inference_steps=1", "--report_to=none", f"--output_dir={run_dir}"]
     steps = []
-    log_metrics = train_diffit.log_metrics
+    images_per_second = Meter.images_per_second
 
-    def record(*arguments) -> None:
-        steps.append(BATCH_SIZE / arguments[6])  # seconds of a step, from images/s
-        log_metrics(*arguments)
+    def record(meter: Meter, position: int) -> float:
+        rate = images_per_second(meter, position)
+        steps.append(BATCH_SIZE / rate)  # seconds of a step
+        return rate
 
-    train_diffit.log_metrics = record
+    Meter.images_per_second = record
     train_diffit.main(train_diffit.parse_args(["--config", str(ROOT / "configs/train/emoji32.yaml"), *flags]))
     size = sum(file.stat().st_size for file in Path(run_dir, "checkpoint-12").rglob("*"))
     return statistics.median(steps), seconds, size
@@ -85,7 +84,7 @@ def main() -> None:
     parameters = json.loads((ROOT / "configs/model/emoji32.json").read_text())["block_out_channels"]
     text = f"""# Cost of reliability
 
-`python benchmarks/reliability.py`: emoji32 (channels {parameters}), {BATCH_SIZE} images per step, float32.
+`python -m benchmarks.reliability`: emoji32 (channels {parameters}), {BATCH_SIZE} images per step, float32.
 {torch.get_num_threads()} thread(s), {platform.machine()}, Python {platform.python_version()}, torch
 {torch.__version__}; checkpoints on a local disk, median of {len(checkpoints)}; random numbers:
 median of {args.rounds} alternating pairs.

@@ -90,6 +90,8 @@ FOLDERS = ("v-prediction", "latents", "edm", "muon")  # the last one a `DDPMPipe
 # Models of the README that are not there, and classes that the tiny ones do not have; `make_inputs` makes all else.
 REPLACED = {"outputs/quickstart": "outputs/v-prediction", "outputs/cifar10": "outputs/edm"}
 REPLACED |= {"models/diffit-256": "outputs/latents", "207,360,387,974": "0,1,2"}
+WITH_FLAGS = ("train_diffit", "sample_diffit", "eval_diffit", "prepare_latents", "train_vae")
+WITH_FLAGS += ("convert_nvidia_checkpoint", "make_digits")
 FEW_STEPS = ["--num_inference_steps=4"]
 FEW_IMAGES = f"--num_images=12 --num_inference_steps=4 --num_subsets=2 --reference=path/to/images {EXTRACTOR}".split()
 SAMPLES = {
@@ -99,9 +101,9 @@ SAMPLES = {
     "unet-ddim": "--model_path=outputs/unet --seeds=0-7 --class_labels=1,2 --scheduler=ddim --eta=0.5"
     " --num_inference_steps=5 --save_npz",
 }
-LATENTS = "scripts/prepare_latents.py --vae_model_name_or_path=stabilityai/sd-vae-ft-ema"
+LATENTS = "prepare_latents.py --vae_model_name_or_path=stabilityai/sd-vae-ft-ema"
 SCRIPTS = {
-    "train_vae": "scripts/train_vae.py --train_data_file=data/digits.parquet --output_dir=outputs/vae"
+    "train_vae": "train_vae.py --train_data_file=data/digits.parquet --output_dir=outputs/vae"
     " --max_train_steps=3 --train_batch_size=8",
     "prepare_latents/32": f"{LATENTS} --train_data_dir=path/to/class/folders --resolution=32 --no-mirror"
     " --output_dir=outputs/latents-digits",
@@ -112,11 +114,13 @@ SCRIPTS = {
 }
 
 # Runs many commands in one interpreter, each in a fork of it: importing torch and diffusers takes most of the time.
+# Commits differ in the folders of some scripts.
 RUNNER = """
 import accelerate, datasets, json, os, runpy, sys, torchmetrics, transformers
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, EDMEulerScheduler, UNet2DModel
 codes = {}
 for name, argv in json.loads(sys.argv[1]).items():
+    argv[0] = next(path for folder in ("", "scripts/", "data/") if os.path.exists(path := folder + argv[0]))
     process = os.fork()
     if process == 0:
         os.makedirs(os.path.dirname(f"logs/{name}"), exist_ok=True)
@@ -190,7 +194,8 @@ def readme_commands(text: str) -> list[tuple[str, list[str]]]:
             words = [REPLACED.get(word, word) for word in shlex.split(line, comments=True)]
             for i, word in enumerate(words):
                 if re.fullmatch(r"(scripts/)?\w+\.py|configs/slurm/\w+\.sbatch", word):
-                    command = (word if word.endswith(".py") else "train_diffit.py", words[i + 1 :])
+                    script = word.removeprefix("scripts/") if word.endswith(".py") else "train_diffit.py"
+                    command = (script, words[i + 1 :])
                     commands += [command] if command not in commands else []
                     break
     return commands
@@ -597,9 +602,7 @@ class Comparison:
 
     def compare_flags(self) -> None:
         """The flags of each script and their choices."""
-        scripts = [f"scripts/{file.name}" for file in sorted((self.base.folder / "scripts").glob("*.py"))]
-        scripts = ["train_diffit.py", "sample_diffit.py", "eval_diffit.py", *scripts]
-        for name in self.run_jobs({f"flags/{Path(script).stem}": [script, "--help"] for script in scripts}):
+        for name in self.run_jobs({f"flags/{script}": [f"{script}.py", "--help"] for script in WITH_FLAGS}):
             self.report.add(name, *(flags_of(side.log(name)) for side in (self.base, self.head)), may_grow=True)
 
     def compare_arguments(self) -> None:

@@ -1,6 +1,6 @@
 """What the included trainings cost on 8, 64 and 512 GPUs, by arithmetic: the tables of docs/scaling.md.
 
-    python benchmarks/scaling.py    # writes them between the markers of the document
+    python -m benchmarks.scaling    # writes them between the markers of the document
 
 FLOPs, parameters and bytes are counted from the configs on the meta device. What is assumed of the machines is in
 ASSUMED, and printed with the tables. Nothing here was measured on a GPU.
@@ -8,18 +8,15 @@ ASSUMED, and printed with the tables. Nothing here was measured on a GPU.
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import torch
 import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
 from diffit.networks import model_class, sample_shape, training_flops_per_image
 
+ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs/scaling.md"
 GPUS = (8, 64, 512)
 GPUS_PER_NODE = 8

@@ -1,6 +1,6 @@
 """Time and memory of training steps and sampling: against plain networks, and as a fraction of the machine's peak.
 
-    python benchmarks/speed.py
+    python -m benchmarks.speed
 
 In each case the sides take turns in one process; the reported ratio is the median over the pairs. Peak memory is
 measured in a separate process per side. The plain networks are in `benchmarks/plain_models.py`. Writes
@@ -25,16 +25,14 @@ from diffusers import DDIMScheduler
 from torch.profiler import profile
 from torch.utils.benchmark import Timer
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
+from benchmarks.loop import GIVE_BACK, KEEP
+from benchmarks.plain_models import by_the_letter
 from diffit.cpu_kernels import kernelize
 from diffit.networks import model_class, sample_shape, training_flops_per_image
 from diffit.optimization import HalfLifeEMA
 from diffit_pipeline import DiffiTPipeline
-from loop import GIVE_BACK, KEEP
-from plain_models import by_the_letter
 
+ROOT = Path(__file__).parents[1]
 MATRIX = 2048
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mkldnn_convolution", "convolution_backward")
 SAMPLING_STEPS = 2  # timed out of 50, because all steps cost the same
@@ -145,8 +143,8 @@ def peak_memory(case: str, side: str) -> float:
 
     On Linux a process inherits the peak of its parent, so call this before the parent has allocated anything large.
     """
-    command = [sys.executable, __file__, "--memory_of", case, side]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | GIVE_BACK)
+    command = [sys.executable, "-m", "benchmarks.speed", "--memory_of", case, side]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ | GIVE_BACK)
     return float(done.stdout.split()[-1])
 
 
@@ -228,7 +226,7 @@ def main() -> None:
         report_memory(*args.memory_of)
         return
     if not KEEP.items() <= os.environ.items():  # glibc reads them when it starts
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP)
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | KEEP)
 
     memory = {case: {side: peak_memory(case, side) for side in sides} for case, sides in SIDES.items()}
     ratios = [row for case in SIDES for row in compare(case, memory[case], args.rounds)]
@@ -240,7 +238,7 @@ def main() -> None:
     lines = [
         "# Speed and memory",
         "",
-        f"`python benchmarks/speed.py`, float32, eager, {args.rounds} alternating pairs in one process; "
+        f"`python -m benchmarks.speed`, float32, eager, {args.rounds} alternating pairs in one process; "
         f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads, Python "
         f"{platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}.",
         "",

@@ -1,7 +1,16 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
 """The library behind the scripts at the top of this repository. Where to look:
 
-    config, plan                      training flags and their rules; everything derived from them and the data
+    ../diffit_model.py                the networks of the paper        } both travel with every saved model and import
+    ../diffit_pipeline.py             samplers, schedulers, guidance   } nothing from this package
+    ../train_diffit.py                the training loop
+
+    config                            training flags, and which of them must not change when a run is resumed
+    plan                              everything derived from the flags, the data and the processes
+    source_config, validation_config  flags of image sources, and of measurements during training
+    config_file                       YAML lists of flags
+    latents_config, vae_config,       flags of prepare_latents.py, train_vae.py and
+    convert_config                        convert_nvidia_checkpoint.py
     sources, decode, stream, latents  reading images or prepared latents; the tensors at each position of the stream
     batches, augment                  micro-batches on the device: VAE encoding, augmentation, noise
     formulations                      DDPM and EDM: noise levels, network inputs, loss, schedulers
@@ -11,7 +20,9 @@
     checkpoint, run_dir, lock         saving and resuming; which files in a folder are ours; which run owns a folder
     processes, launcher               joining processes, agreement, stop signals; the death of a launcher
     logs, validation, export          trackers; held-out loss, metrics, previews; the pipeline folder and the hub
-    sampling_config, sampling         sampling flags and their rules; loading a pipeline, sampling seeds
+                                          (model_card.md is its template)
+    sampling_config, sampling         sampling flags and their rules; loading a pipeline, sampling seeds (the samplers
+                                          themselves are in diffit_pipeline.py)
     eval_config, evaluation           evaluation flags; cached samples and features
     image_sets, features              images from folders, zips, npz, ...; feature extractors
     metrics, plots                    Frechet distance, kernel distance and others; plots of an evaluation

@@ -2,7 +2,7 @@
 """Micro-batches: opening the data, loading it, and preparing a batch on the device (VAE, augmentation, noise)."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from accelerate import Accelerator
@@ -38,13 +38,13 @@ def open_tables(data: DataConfig, validation: ValidationConfig) -> tuple[Table, 
     """
     held_out = None
     if data.latents_dir is not None:
-        table = load_latent_table(data.latents_dir, data.cache_dir)
+        table = load_latent_table(data.latents_dir, data.source.cache_dir)
     else:
-        table = load_image_table(**data.image_source(), dataset_split=data.dataset_split)
+        table = load_image_table(data.source)
     if data.class_conditional and table.class_names is None:
         raise UserError(f"--class_conditional: {table.source} has no labels")
     if validation.validation_split is not None:
-        held_out = load_image_table(**data.image_source(), dataset_split=validation.validation_split)
+        held_out = load_image_table(replace(data.source, dataset_split=validation.validation_split))
         if data.class_conditional:
             held_out = held_out.with_class_names(table.class_names)
     elif validation.validation_fraction is not None:
@@ -108,6 +108,7 @@ class BatchPreparer:
         null: the null class, or None for an unconditional network.
         label_dropout: fraction of labels to replace by the null class, in [0, 1].
         augmentation_probability: probability of each augmentation, in [0, 1].
+        bad_images: messages about the images skipped so far, each of which is logged once.
     """
 
     formulation: Formulation
@@ -116,6 +117,7 @@ class BatchPreparer:
     null: int | None = None
     label_dropout: float = 0.0
     augmentation_probability: float = 0.0
+    bad_images: set[str] = field(default_factory=set)
 
     def __call__(self, batch: dict) -> NoisyBatch:
         """Moves a batch to the device, encodes it with the VAE, augments it and adds noise.
@@ -123,6 +125,10 @@ class BatchPreparer:
         Args:
             batch: output of `diffit.stream.collate`. It is augmented if it has random numbers for that.
         """
+        for message in batch["bad_images"]:
+            if message not in self.bad_images:
+                self.bad_images.add(message)
+                logger.warning(f"skipped ({len(self.bad_images)} so far): {message}", main_process_only=False)
         levels = self.formulation.noise_levels(batch["time_uniform"])
         level_bins = (batch["time_uniform"] * LEVEL_BINS).long()
         labels = batch_labels(batch, self.label_dropout, self.null)
@@ -160,16 +166,3 @@ def encode_images(batch: dict, vae: AutoencoderKL | None, device: torch.device) 
         moments = encode_moments(vae, images)  # (B, 2C, H, W)
     posterior_noise = batch["posterior_noise"].to(device, non_blocking=True)
     return sample_latents(moments, posterior_noise, vae.config.scaling_factor, vae.config.shift_factor or 0.0)
-
-
-def report_bad_images(messages: list[str], seen: set[str]) -> None:
-    """Logs every skipped image once.
-
-    Args:
-        messages: messages of a batch, which name its skipped images.
-        seen: messages logged so far; updated in place.
-    """
-    for message in messages:
-        if message not in seen:
-            seen.add(message)
-            logger.warning(f"skipped ({len(seen)} so far): {message}", main_process_only=False)

@@ -77,6 +77,21 @@ def resolution_type(text: str) -> tuple[int, int]:
     return size
 
 
+def step_rules_type(text: str) -> str:
+    """An argparse type for --lr_step_rules, such as `1:1000,0.1:2000,0.01`; returns the text unchanged."""
+    *rules, last = text.split(",")
+    try:
+        float(last)
+        for rule in rules:
+            multiple, steps = rule.split(":")
+            float(multiple), int(steps)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected MULTIPLE:STEP pairs and a last MULTIPLE, such as 1:1000,0.1:2000,0.01, got {text!r}"
+        ) from None
+    return text
+
+
 def number_type(kind: type, minimum: float, maximum: float = math.inf, open_ends: bool = False):
     """Returns an argparse type for numbers in a range.
 
@@ -133,7 +148,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type, title: str | 
         if not field.metadata:  # `debug`, which `Parser` defines
             continue
         if "options" not in field.metadata:
-            add_flags(group, field.type, prefix=prefix + field.metadata.get("prefix", ""))
+            add_flags(group, field.type, field.metadata["title"], prefix + field.metadata["prefix"])
             continue
         options, text = dict(field.metadata["options"]), field.metadata["help"]
         if isinstance(field.default, bool):
@@ -199,9 +214,15 @@ def parse_config(parser: argparse.ArgumentParser, config_class: type, argv: list
         parser.error(message_of(error))
 
 
-def nested(config_class: type, prefix: str = "") -> Any:
-    """Defines a field that is itself a config dataclass, with `prefix` prepended to the names of its flags."""
-    return dataclasses.field(default_factory=config_class, metadata={"prefix": prefix})
+def nested(config_class: type, prefix: str = "", title: str | None = None) -> Any:
+    """Defines a field that is itself a config dataclass.
+
+    Args:
+        config_class: the inner config.
+        prefix: prepended to the names of its flags.
+        title: title of a separate section in `--help`, or None to list its flags with those of the outer config.
+    """
+    return dataclasses.field(default_factory=config_class, metadata={"prefix": prefix, "title": title})
 
 
 def flag_fields(config_class: type, prefix: str = "") -> Iterable[tuple[str, dataclasses.Field]]:
@@ -211,6 +232,25 @@ def flag_fields(config_class: type, prefix: str = "") -> Iterable[tuple[str, dat
             yield prefix + field.name, field
         elif "prefix" in field.metadata:
             yield from flag_fields(field.type, prefix + field.metadata.get("prefix", ""))
+
+
+def given(config: Any, names: tuple[str, ...]) -> list[str]:
+    """The names of those flags that are set; nested configs are searched as well."""
+    values = to_flags(config)
+    return [name for name in names if values[name] is not None]
+
+
+def require_one(config: Any, names: tuple[str, ...]) -> None:
+    """Refuses a config unless exactly one of these flags is set; nested configs are searched as well."""
+    if len(found := given(config, names)) != 1:
+        got = " and ".join(f"--{name} {to_flags(config)[name]}" for name in found) or "none"
+        raise UserError(f"give exactly one of {', '.join('--' + name for name in names)}; got {got}")
+
+
+def refuse_both(config: Any, first: str, second: str) -> None:
+    """Refuses a config in which both fields are set."""
+    if len(given(config, (first, second))) == 2:
+        raise UserError(f"give --{first} or --{second}, not both")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ Units: images, optimizer steps, pixels, thousands of images (kimg).
 
 import argparse
 import dataclasses
-import difflib
 import importlib.util
 import math
 import re
@@ -25,24 +24,30 @@ from diffit.command_line import (
     flag,
     flag_fields,
     from_flags,
+    given,
     nested,
     number_type,
     path_type,
+    refuse_both,
+    require_one,
     resolution_type,
+    step_rules_type,
     to_flags,
 )
+from diffit.config_file import config_file_argv
 from diffit.errors import UserError, message_of
 from diffit.launcher import EXIT_STOPPED
-from diffit.sampling_config import GuidanceConfig
+from diffit.source_config import SOURCES, SourceConfig
+from diffit.validation_config import MetricsConfig, ValidationConfig
 
 # The names of diffusers' `SchedulerType`, and `warmup_stable_decay` for transformers' `get_wsd_schedule`.
-SCHEDULES = (
+LR_SCHEDULES = (
     *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
     *("piecewise_constant", "warmup_stable_decay"),
 )
 FORMULATIONS = ("ddpm", "edm")  # the keys of `diffit.formulations.FORMULATIONS`, whose import is slow
 DURATIONS = ("max_train_steps", "num_train_epochs", "max_train_kimg")
-DATA_SOURCES = ("dataset_name", "train_data_dir", "train_data_file", "latents_dir")
+DATA_SOURCES = (*SOURCES, "latents_dir")
 # A flag on the command line replaces the other flags of its group in the config file.
 ALTERNATIVES = (
     DATA_SOURCES,
@@ -54,7 +59,7 @@ ALTERNATIVES = (
 )
 # Section titles in --help where the field's name does not say enough.
 TITLES = {
-    "data": "data (exactly one of the first four flags is required)",
+    "data": "data: one of --dataset_name, --train_data_dir, --train_data_file and --latents_dir is required",
     "batch": "batch and duration (exactly one of the three durations is required)",
     "schedule": "learning-rate schedule",
     "ema": "weight averages",
@@ -67,39 +72,6 @@ OF_THIS_START = ("hub_token", "dry_run", "resume_from_checkpoint", "overwrite_ou
 at_least_one, at_least_zero = number_type(int, 1), number_type(int, 0)
 positive_float, non_negative_float = number_type(float, 0, open_ends=True), number_type(float, 0)
 fraction, beta = number_type(float, 0, 1), number_type(float, 0, 1 - 1e-9)
-
-
-def step_rules_type(text: str) -> str:
-    """An argparse type for --lr_step_rules, such as `1:1000,0.1:2000,0.01`; returns the text unchanged."""
-    *rules, last = text.split(",")
-    try:
-        float(last)
-        for rule in rules:
-            multiple, steps = rule.split(":")
-            float(multiple), int(steps)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected MULTIPLE:STEP pairs and a last MULTIPLE, such as 1:1000,0.1:2000,0.01, got {text!r}"
-        ) from None
-    return text
-
-
-def given(config: Any, names: tuple[str, ...]) -> list[str]:
-    """The names of those fields that are set."""
-    return [name for name in names if getattr(config, name) is not None]
-
-
-def require_one(config: Any, names: tuple[str, ...]) -> None:
-    """Refuses a config unless exactly one of these fields is set."""
-    if len(found := given(config, names)) != 1:
-        got = " and ".join(f"--{name} {getattr(config, name)}" for name in found) or "none"
-        raise UserError(f"give exactly one of {', '.join('--' + name for name in names)}; got {got}")
-
-
-def refuse_both(config: Any, first: str, second: str) -> None:
-    """Refuses a config in which both fields are set."""
-    if len(given(config, (first, second))) == 2:
-        raise UserError(f"give --{first} or --{second}, not both")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,29 +137,12 @@ class ModelConfig:
 class DataConfig:
     """The training images and how they are cropped, augmented and read."""
 
-    dataset_name: str | None = flag(
-        None, "data set on the hub, or a local path that datasets.load_dataset accepts", type=path_type
-    )
-    train_data_dir: str | None = flag(
-        None,
-        "folder or zip of images; labels come from subfolders, dataset.json or metadata.jsonl; parquet files are "
-        "read as well",
-        type=path_type,
-    )
-    train_data_file: str | None = flag(None, "parquet file of images", type=path_type)
+    source: SourceConfig = nested(SourceConfig)
     latents_dir: str | None = flag(
         None, "folder of latents written by prepare_latents.py; needs --vae_model_name_or_path", type=path_type
     )
-    dataset_config_name: str | None = flag(None, "configuration of --dataset_name (default: its only one)")
-    dataset_split: str = flag("train", "split of the data to train on")
-    image_column: str | None = flag(None, "column that holds the images (default: the only one of type Image)")
-    label_column: str | None = flag(
-        None,
-        "column that holds the class labels; implies --class_conditional (default: the only one of type ClassLabel)",
-    )
-    class_conditional: bool = flag(False, "condition the network on the class labels", fixed=True)
-    cache_dir: str | None = flag(
-        None, "cache folder for datasets.load_dataset (default: that of the datasets library)", type=path_type
+    class_conditional: bool = flag(
+        False, "condition the network on the class labels; --label_column implies it", fixed=True
     )
     resolution: tuple[int, int] | None = flag(
         None,
@@ -223,11 +178,6 @@ class DataConfig:
 
     def __post_init__(self):
         require_one(self, DATA_SOURCES)
-
-    def image_source(self) -> dict[str, str | None]:
-        """Arguments of `load_image_table`, without the split."""
-        names = ("dataset_name", "train_data_dir", "train_data_file", "dataset_config_name", "cache_dir")
-        return {name: getattr(self, name) for name in (*names, "image_column", "label_column")}
 
 
 @dataclass(frozen=True)
@@ -365,7 +315,7 @@ class ScheduleConfig:
     lr_scheduler: str = flag(
         "constant_with_warmup",
         "learning-rate schedule over optimizer steps; constant and piecewise_constant have no warm-up",
-        choices=SCHEDULES,
+        choices=LR_SCHEDULES,
         fixed=True,
     )
     lr_warmup_steps: int | None = flag(
@@ -473,63 +423,6 @@ class PrecisionConfig:
 
 
 @dataclass(frozen=True)
-class ValidationConfig:
-    """Held-out images, previews and the exported pipeline."""
-
-    validation_split: str | None = flag(
-        None, "split of --dataset_name used as held-out images (default: no held-out images)"
-    )
-    validation_fraction: float | None = flag(
-        None,
-        "fraction of the training images to hold out (default: no held-out images)",
-        type=number_type(float, 0, 1, open_ends=True),
-    )
-    validation_steps: int = flag(
-        1000,
-        "optimizer steps between validations, which compute the held-out loss, sample a preview grid and export the "
-        "pipeline",
-        type=at_least_one,
-    )
-    validation_loss_images: int = flag(1024, "maximum number of images used for the held-out loss", type=at_least_one)
-    num_validation_images: int = flag(64, "number of images in the preview grid", type=at_least_one)
-    validation_inference_steps: int = flag(
-        50,
-        "sampling steps for previews and --eval_metrics, with DDIM (DPM-Solver++ for EDM)",
-        type=at_least_one,
-    )
-    guidance: GuidanceConfig = nested(GuidanceConfig, "validation_guidance_")
-
-    def __post_init__(self):
-        refuse_both(self, "validation_split", "validation_fraction")
-
-
-@dataclass(frozen=True)
-class MetricsConfig:
-    """Metrics during training."""
-
-    eval_steps: int | None = flag(
-        None,
-        "optimizer steps between computations of --eval_metrics for each EMA; the best pipeline so far is kept in "
-        "best/ (default: no metrics)",
-        type=at_least_one,
-    )
-    eval_num_images: int = flag(1000, "number of images to sample for --eval_metrics", type=number_type(int, 8))
-    eval_metrics: tuple[str, ...] = flag(
-        ("frechet_distance", "kernel_distance"),
-        "metrics to compute; the first one selects the best EMA and the best step",
-        nargs="+",
-        choices=("frechet_distance", "kernel_distance", "precision", "recall"),
-    )
-    feature_extractor: str = flag("inception", "feature extractor for --eval_metrics (see eval_diffit.py)")
-    feature_model: str | None = flag(
-        None, "folder or hub name of the weights for --feature_extractor dinov2 or clip", type=path_type
-    )
-    inception_path: str | None = flag(
-        None, "TorchScript file for --feature_extractor inception (default: downloaded)", type=path_type
-    )
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """The run's folder, checkpoints and logs."""
 
@@ -610,17 +503,18 @@ class TrainConfig:
     hub: HubConfig = nested(HubConfig)
     debug: bool = False
 
-    def model_folders(self) -> dict[str, str | None]:
-        """Maps flags to the folders or hub names of the models that the run reads."""
-        return {
+    def folders_read(self) -> tuple[dict[str, str | None], str | None]:
+        """Maps flags to the folders or hub names of the models that the run reads; and that of its data set."""
+        models = {
             "--pretrained_model_name_or_path": self.model.pretrained_model_name_or_path,
             "--vae_model_name_or_path": self.model.vae_model_name_or_path,
             "--validation_guidance_model": self.validation.guidance.model,
         }
+        return models, self.data.source.dataset_name
 
     def __post_init__(self):
         in_latents = self.model.vae_model_name_or_path is not None
-        if self.validation.validation_split is not None and self.data.dataset_name is None:
+        if self.validation.validation_split is not None and self.data.source.dataset_name is None:
             raise UserError("--validation_split needs --dataset_name; use --validation_fraction with other data")
         if self.data.augmentation_probability > 0 and in_latents:
             raise UserError("--augmentation_probability works in pixel space only: drop --vae_model_name_or_path")
@@ -651,70 +545,6 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         if field.metadata:
             add_flags(parser, field.type, title=TITLES.get(field.name, field.name))
     return parser
-
-
-def config_file_argv(parser: argparse.ArgumentParser, path: str, skip: set[str]) -> list[str]:
-    """Turns a YAML list of flags into arguments, so that argparse checks keys, types and choices.
-
-    Args:
-        parser: all flags.
-        path: the YAML file: a mapping of long flag names without dashes to values.
-        skip: keys to leave out.
-    """
-    values = read_config_file(parser, path)
-    actions = {action.dest: action for action in parser._actions}
-    argv = []
-    for key, value in values.items():
-        if key not in actions or key in ("config", "help"):
-            similar = difflib.get_close_matches(key, actions, n=1)
-            parser.error(f"{path}: unknown flag {key!r}" + (f", did you mean {similar[0]!r}?" if similar else ""))
-        if key in skip:
-            continue
-        if isinstance(actions[key], argparse.BooleanOptionalAction):
-            if value not in ("true", "false"):
-                parser.error(f"{path}: {key} must be true or false, got {value!r}")
-            argv.append(f"--{key}" if value == "true" else f"--no-{key}")
-        elif key == "model_kwargs":
-            argv += [f"--{key}", *model_kwargs_argv(parser, f"{path}: {key}", value)]
-        elif isinstance(value, list) and actions[key].nargs in (2, "+"):
-            argv += [f"--{key}", *map(str, value)]
-        elif not isinstance(value, str) or value in ("", "null", "~"):
-            parser.error(f"{path}: {key} must be one value, got {value!r}")
-        else:
-            argv.append(f"--{key}={value}")
-    return argv
-
-
-def read_config_file(parser: argparse.ArgumentParser, path: str) -> dict:
-    """The mapping of a YAML config file, in which every scalar stays the string that is written there."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = yaml.load(text, Loader=yaml.BaseLoader)
-        keys = [key.value for key, _ in yaml.compose(text).value] if isinstance(values, dict) else []
-    except OSError as error:
-        parser.error(f"--config: cannot read {path}: {error.strerror}")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        parser.error(f"--config: {path} is not valid YAML: {error}")
-    if not isinstance(values, dict):
-        parser.error(f"--config: {path} must be a list of `flag: value`")
-    for key in keys:
-        if keys.count(key) > 1:
-            parser.error(f"{path}: {key} is given twice")
-    return values
-
-
-def model_kwargs_argv(parser: argparse.ArgumentParser, where: str, value: Any) -> list[str]:
-    """KEY=VALUE pairs of a mapping of strings, or of lists of strings."""
-    if not isinstance(value, dict):
-        parser.error(f"{where} must be a mapping, got {value!r}")
-    pairs = []
-    for name, item in value.items():
-        if isinstance(item, list) and all(isinstance(v, str) for v in item):
-            item = f"[{', '.join(item)}]"
-        if not isinstance(item, str):
-            parser.error(f"{where}: {name} must be a value or a list of values, got {item!r}")
-        pairs.append(f"{name}={item}")
-    return pairs
 
 
 def parse_args(argv: list[str] | None = None, description: str | None = None) -> TrainConfig:

@@ -85,7 +85,7 @@ class ReferenceConfig:
 
 
 @dataclass(frozen=True)
-class MetricsConfig:
+class EvalMetricsConfig:
     """Metrics and the features that they compare.
 
     Raises:
@@ -181,7 +181,7 @@ class EvalConfig:
 
     evaluated: EvaluatedConfig = nested(EvaluatedConfig)
     reference: ReferenceConfig = nested(ReferenceConfig)
-    metrics: MetricsConfig = nested(MetricsConfig)
+    metrics: EvalMetricsConfig = nested(EvalMetricsConfig)
     sampling: SamplingConfig = nested(SamplingConfig)
     plots: PlotsConfig = nested(PlotsConfig)
     output: OutputConfig = nested(OutputConfig)

@@ -46,29 +46,31 @@ class RunFacts:
 
     Attributes:
         name: name of the model in its card (see `pipeline_name`).
-        dataset_name: --dataset_name, or None for images from files.
         data_source: name of the training data in messages.
         flags: the run's flags in the form of a config file.
         plan: the run's plan.
         ema: the flags of the averages.
         metrics: the flags of metrics.
-        vae: a latent-space model's VAE, or None.
     """
 
     name: str
-    dataset_name: str | None
     data_source: str
     flags: dict[str, Any]
     plan: Plan
     ema: EmaConfig
     metrics: MetricsConfig
-    vae: AutoencoderKL | None
+
+    @property
+    def dataset_name(self) -> str | None:
+        """--dataset_name, or None for images from files."""
+        return self.flags.get("dataset_name")
 
 
 def save_pipeline(
     facts: RunFacts,
     run_dir: OutputFolder,
     state: TrainingState,
+    vae: AutoencoderKL | None,
     average: str,
     validation: dict[str, float],
     grid: PIL.Image.Image,
@@ -82,6 +84,7 @@ def save_pipeline(
         facts: facts about the run.
         run_dir: the run's folder.
         state: holds the network.
+        vae: a latent-space model's VAE, or None.
         average: name of the average whose weights the network currently holds, or "" without EMA.
         validation: held-out losses and metrics of these weights, if there are any.
         grid: preview grid of these weights.
@@ -96,7 +99,7 @@ def save_pipeline(
         DDPMPipeline(state.model, scheduler).save_pretrained(folder)
     else:
         id2label = {str(number): name for number, name in enumerate(plan.class_names or ())} or None
-        build_pipeline(state.model, facts.vae, scheduler, id2label).save_pretrained(folder)
+        build_pipeline(state.model, vae, scheduler, id2label).save_pretrained(folder)
     (folder / "training_args.yaml").write_text(yaml.safe_dump(facts.flags))
     grid.save(folder / "sample_grid.png")
     model_card(facts, state, average, validation).save(folder / "README.md")

@@ -327,7 +327,7 @@ def formulation_name(scheduler_config: dict[str, Any]) -> str:
 
 def formulation_of(scheduler: SchedulerMixin) -> Formulation:
     """The formulation that a saved pipeline was trained with, derived from its scheduler."""
-    name = formulation_name({"_class_name": type(scheduler).__name__})
+    name = formulation_name({**scheduler.config, "_class_name": type(scheduler).__name__})
     return FORMULATIONS[name].from_scheduler_config(scheduler.config)
 
 

@@ -17,6 +17,7 @@ from diffit.decode import image_size
 from diffit.errors import UserError
 from diffit.features import FeatureExtractor, TableImages
 from diffit.metrics import FeatureSet
+from diffit.source_config import SourceConfig
 from diffit.sources import ImageTable, detect_num_channels, listed_samples, load_image_table
 
 
@@ -112,11 +113,12 @@ def open_source(flag: str, name: str, dataset_split: str = "train", image_column
         return _open_npz(flag, path)
     try:
         if path.suffix == ".parquet":
-            table = load_image_table(train_data_file=name, image_column=image_column)
+            source = SourceConfig(train_data_file=name, image_column=image_column)
         elif path.is_file() or (path.is_dir() and image_column is None):
-            table = load_image_table(train_data_dir=name)
+            source = SourceConfig(train_data_dir=name)
         else:
-            table = load_image_table(dataset_name=name, dataset_split=dataset_split, image_column=image_column)
+            source = SourceConfig(dataset_name=name, dataset_split=dataset_split, image_column=image_column)
+        table = load_image_table(source)
     except (UserError, OSError) as error:
         raise UserError(f"{flag} {name}: {error}") from error
     if listed := listed_samples(path):  # sample_diffit.py puts a grid next to the samples

@@ -17,7 +17,7 @@ from diffit.errors import BadImageError, UserError, load_model
 from diffit.sources import Table, _parse_json, _read_parquet
 from diffit.stream import PositionStream, StreamDataset
 
-LATENTS_METADATA = "latents.json"  # metadata of a folder written by `scripts/prepare_latents.py`
+LATENTS_METADATA = "latents.json"  # metadata of a folder written by `prepare_latents.py`
 LATENTS_METADATA_TYPES = {
     **{"encoder_digest": str, "scaling_factor": float, "shift_factor": float, "resolution": list},
     **{"latent_shape": list, "mirrored": bool, "num_images": int, "data_digest": str, "images_per_shard": int},
@@ -107,7 +107,7 @@ def sample_latents(
 
 @dataclass(frozen=True)
 class LatentTable(Table):
-    """Reads the moments of images and of their mirror images, as written by `scripts/prepare_latents.py`.
+    """Reads the moments of images and of their mirror images, as written by `prepare_latents.py`.
 
     `rows`, in Arrow format, has the columns `moments` and optionally `mirrored_moments`, each (2c, h, w), and
     `bad_image`: null, or the reason why the image has no moments.
@@ -156,7 +156,7 @@ def latent_features(
 
 
 def load_latent_table(latents_dir: str, cache_dir: str | None = None) -> LatentTable:
-    """Opens a folder written by `scripts/prepare_latents.py`.
+    """Opens a folder written by `prepare_latents.py`.
 
     Args:
         latents_dir: the folder.
@@ -168,7 +168,7 @@ def load_latent_table(latents_dir: str, cache_dir: str | None = None) -> LatentT
     """
     root = Path(latents_dir)
     if not (root / LATENTS_METADATA).is_file():
-        raise UserError(f"--latents_dir {root}: no {LATENTS_METADATA} there; scripts/prepare_latents.py writes one")
+        raise UserError(f"--latents_dir {root}: no {LATENTS_METADATA} there; prepare_latents.py writes one")
     metadata = _parse_json((root / LATENTS_METADATA).read_bytes(), str(root / LATENTS_METADATA))
     for name, kind in LATENTS_METADATA_TYPES.items():
         if not isinstance(metadata.get(name), kind):
@@ -178,7 +178,7 @@ def load_latent_table(latents_dir: str, cache_dir: str | None = None) -> LatentT
     if missing:
         raise UserError(
             f"--latents_dir {root}: {len(missing)} of {len(names)} shards are missing, the first is {missing[0]}; "
-            "run the same scripts/prepare_latents.py command again to resume it"
+            "run the same prepare_latents.py command again to resume it"
         )
     rows = _read_parquet([str(root / name) for name in names], cache_dir)
     class_names = tuple(rows.features["label"].names) if "label" in rows.features else None

@@ -16,7 +16,7 @@ import torch
 from diffit.errors import UserError
 from diffit.eval_config import METRICS
 
-NUM_NEIGHBORS = NEAREST = 3  # neighbors that span the manifold of precision and recall, as in arXiv 1904.06991
+NUM_NEIGHBORS = 3  # neighbors that span the manifold of precision and recall, as in arXiv 1904.06991
 INCEPTION_SPLITS = 10  # as in arXiv 1606.03498
 MIN_IMAGES = 10_000  # below, values are not comparable with published ones
 CHUNK_ROWS = 2048  # of a distance or kernel matrix that are in memory at once

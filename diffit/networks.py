@@ -8,12 +8,14 @@ import json
 import math
 import types
 import typing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import yaml
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, UNet2DModel
 from torch import nn
@@ -23,6 +25,7 @@ from diffit.config import ModelConfig
 from diffit.cpu_kernels import kernelize
 from diffit.errors import UserError, load_model, user_errors
 from diffit.latents import LatentTable, load_vae, vae_description
+from diffit.processes import on_all_processes
 from diffit.sources import Table
 from diffit_model import (
     DiffiTTransformer2DModel,
@@ -181,6 +184,34 @@ def build_vae(path: str | None, table: Table, device: torch.device) -> Autoencod
                     f"has {value}"
                 )
     return vae.to(device)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks of a training, on the device: the one that is trained and, in latent space, the frozen VAE."""
+
+    model: ModelMixin
+    vae: AutoencoderKL | None
+
+
+def build_networks(
+    accelerator: Accelerator, model_config: dict[str, Any], asked: ModelConfig, table: Table, seed: int
+) -> Networks:
+    """Builds or loads the networks of a training and moves them to the device. Must be called by all processes.
+
+    Args:
+        accelerator: the processes.
+        model_config: complete config of the network that is trained.
+        asked: pretrained weights, VAE, and how the network runs.
+        table: the training data; prepared latents say which VAE made them.
+        seed: for new weights.
+    """
+    torch.manual_seed(seed)
+    pretrained = (asked.pretrained_model_name_or_path, asked.reset_class_embeddings)
+    model = on_all_processes(accelerator, build_model, model_config, *pretrained)
+    set_up_model(model, asked, accelerator.device, accelerator.mixed_precision)
+    vae = on_all_processes(accelerator, build_vae, asked.vae_model_name_or_path, table, accelerator.device)
+    return Networks(model, vae)
 
 
 def build_model(config: dict, pretrained: str | None = None, reset_class_embeddings: bool = False) -> ModelMixin:

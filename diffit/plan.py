@@ -143,6 +143,10 @@ class Plan:
         due["validation"] |= due["metrics"]
         return Due(**due, stop=stopping and step != self.max_train_steps)
 
+    def agreement(self, data: DataFacts) -> dict[str, Any]:
+        """What must be the same in all processes, by names that mean something to the user."""
+        return self.resolved_flags() | {"the training data": data.digest, "the network": self.model_config}
+
     def resolved_flags(self) -> dict[str, Any]:
         """The values that flags take if they were not given, as saved with the run."""
         sizes = {"resolution": list(self.resolution), "num_channels": self.num_channels}

@@ -13,10 +13,10 @@ from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, UNet2DModel
 
 from diffit.cpu_kernels import kernelize
 from diffit.errors import UserError, load_model, user_errors
+from diffit.formulations import formulation_of
 from diffit.networks import choose_attention_backend, model_class, set_attention_backend
 from diffit.sampling_config import SamplingConfig
 from diffit_pipeline import (
-    EDM_SCHEDULERS,
     FORWARD_PROCESS,
     DiffiTPipeline,
     choose_scheduler,
@@ -110,10 +110,10 @@ def check_sampling(pipeline: DiffiTPipeline, sampling: SamplingConfig, model_pat
         raise UserError(f"--vae is for latent-space models, --model_path {model_path} is a pixel-space model")
     if sampling.vae is None and pipeline.transformer is not None and pipeline.vae is None:
         raise UserError(f"--model_path {model_path} is a latent-space model without vae/: --vae must name one")
-    num_train_timesteps = pipeline.scheduler.config.num_train_timesteps
-    if not is_edm(pipeline) and sampling.num_inference_steps > num_train_timesteps:
+    max_steps = formulation_of(pipeline.scheduler).max_sampling_steps
+    if max_steps is not None and sampling.num_inference_steps > max_steps:
         raise UserError(
-            f"--num_inference_steps {sampling.num_inference_steps} exceeds the {num_train_timesteps} timesteps of "
+            f"--num_inference_steps {sampling.num_inference_steps} exceeds the {max_steps} timesteps of "
             f"--model_path {model_path}"
         )
     guidance = sampling.guidance
@@ -196,11 +196,6 @@ def load_sampler(
         set_attention_backend(network, backend)
         kernelize(network)
     return pipeline, guidance_model
-
-
-def is_edm(pipeline: DiffiTPipeline) -> bool:
-    """Whether a model has EDM's continuous noise levels instead of timesteps."""
-    return isinstance(pipeline.scheduler, tuple(EDM_SCHEDULERS.values()))
 
 
 def parse_class_labels(pipeline: DiffiTPipeline, text: str) -> list[int]:

@@ -1,11 +1,12 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Where images come from: a hub data set, parquet, a folder or a zip, as an `ImageTable`.
+"""Opens a source of images (a hub data set, parquet, a folder or a zip) as an `ImageTable`.
 
-An `ImageTable` is a HuggingFace data set whose images are not decoded yet. Decoding happens in `diffit.decode`, so
-that a bad image is reported by its name.
+An `ImageTable` is a HuggingFace data set whose images are not decoded yet. `diffit.decode` decodes them, so that the
+message about a bad image names its file.
 
-Data may come from strangers, so it can name no file outside of itself, and nothing is unpacked or decoded beyond
-`MAX_FILE_BYTES` and `MAX_IMAGE_PIXELS`."""
+Data is not trusted: it cannot name files outside of itself, and nothing larger than `MAX_FILE_BYTES` is unpacked or
+than `MAX_IMAGE_PIXELS` decoded.
+"""
 
 import contextlib
 import glob
@@ -27,26 +28,28 @@ from datasets import config as datasets_config
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub import constants as hub_constants
 
+from diffit.command_line import require_one
 from diffit.decode import MAX_IMAGE_PIXELS, _natural_channels, _open_image
 from diffit.errors import BadImageError, UserError, global_rank, user_errors
 from diffit.run_dir import is_listed, our_files
+from diffit.source_config import SOURCES, SourceConfig
 
 logger = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-MAX_FILE_BYTES = 8 * MAX_IMAGE_PIXELS  # 512 MiB, unpacked: four channels of 16 bits for the largest image
-MAX_CLASSES = 100_000  # so that one absurd label cannot fill the memory with names of classes
+MAX_FILE_BYTES = 8 * MAX_IMAGE_PIXELS  # 512 MiB unpacked: four channels of 16 bits of the largest image
+MAX_CLASSES = 100_000  # one absurd label must not fill the memory with class names
 OUTSIDE_A_ZIP = re.compile(r"^/|(^|/)\.\.(/|$)|^[A-Za-z]:|\\")  # absolute, upwards, a drive, a Windows separator
 SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
 
 
 @dataclass(frozen=True)
 class Table(ABC):
-    """Images of some form, and their labels.
+    """Images (or their latents) and their labels.
 
     Attributes:
-        rows: data set with a row for each image.
-        source: what the user named: a folder, a file or a data set; used in messages.
+        rows: data set with one row per image.
+        source: folder, file or data set that the user named; for messages.
         indices: row of each of the n images in `rows`.
         labels: class of each row, in [0, number of classes), or None if there are no labels.
         class_names: name of each class, or None.
@@ -67,17 +70,20 @@ class Table(ABC):
 
     @abstractmethod
     def content(self, index: int) -> bytes:
-        """The bytes of an image, for `digest`.
+        """Bytes of an image, for `digest`.
 
         Raises:
-            BadImageError: if it cannot be read.
+            BadImageError: if the image cannot be read.
         """
 
     def with_class_names(self, class_names: tuple[str, ...]) -> Self:
-        """The same images with their classes numbered as in another table, by their names.
+        """Renumbers the classes as in another table, matching them by name.
+
+        Args:
+            class_names: of the other table.
 
         Raises:
-            ValueError: if there are no labels, or a class that the other table does not have.
+            UserError: if this table has no labels, or a class that the other one lacks.
         """
         names = self.class_names or ()
         unknown = sorted(set(names) - set(class_names))
@@ -87,30 +93,33 @@ class Table(ABC):
         return replace(self, labels=numbers[self.labels], class_names=class_names)
 
     def select(self, indices: list[int]) -> Self:
-        """The table of these images, in this order."""
+        """A table of these images, in this order."""
         return replace(self, indices=self.indices[indices])
 
     def digest(self, num_images: int = 64) -> str:
-        """A checksum of number, labels and class names, and of the bytes of some images that are evenly spread.
+        """A checksum of the number of images, their labels, the class names and the bytes of some images.
 
-        Tells whether several machines see the same images, wherever those lie.
+        It is the same on all machines that see the same images, whatever their paths.
+
+        Args:
+            num_images: evenly spaced images whose bytes are read.
         """
         labels = None if self.labels is None else self.labels[self.indices].tolist()
         digest = hashlib.sha256(json.dumps([len(self), labels, self.class_names]).encode())
         for index in np.linspace(0, len(self) - 1, min(num_images, len(self))).astype(int):
-            with contextlib.suppress(BadImageError):  # reported when it is read for training
+            with contextlib.suppress(BadImageError):  # training will report it
                 digest.update(self.content(int(index)))
         return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class ImageTable(Table):
-    """Images that are not decoded: `rows` has the column `image` ({"bytes", "path"}).
+    """Images that are not decoded yet: `rows` has the column `image` ({"bytes", "path"}).
 
     Attributes:
-        archive: the zip that the paths are in, or None.
-        folders: where files may lie that rows without bytes name, as real paths, the first for relative names; None:
-            anywhere, because the paths are not the data's own but were found in a folder.
+        archive: zip that contains the paths, or None.
+        folders: folders (real paths) that may hold the files named by rows without bytes; relative names start from
+            the first one. None allows any path, because we listed the paths ourselves.
     """
 
     archive: str | None = None
@@ -120,7 +129,7 @@ class ImageTable(Table):
         return self.read(index)[1]
 
     def read(self, index: int) -> tuple[str, bytes]:
-        """A name for messages and the undecoded bytes of an image.
+        """Returns a name for messages, and the undecoded bytes of an image.
 
         Raises:
             BadImageError: if the file cannot be read.
@@ -145,18 +154,18 @@ class ImageTable(Table):
             raise BadImageError(f"cannot read image {name}: {error}") from error
 
     def _locate(self, row: int, path: str) -> tuple[str | None, str]:
-        """Where the image is that a row names but does not hold: its zip, or None, and its name.
+        """Locates an image that a row names but does not hold: returns its zip (or None) and its path.
 
         Raises:
-            BadImageError: if that is not among the files of the data set.
+            BadImageError: if the path is not one of the data set's files.
         """
         entry = re.fullmatch(r"zip://(.+)::(.+)", path)  # how `datasets` names a file in a zip
         file = entry[2] if entry else path
         real_path = os.path.realpath(os.path.join(self.folders[0], file))
         if "://" in file or not any(Path(real_path).is_relative_to(folder) for folder in self.folders):
             raise BadImageError(
-                f"row {row} of {self.source} has no bytes but the path {path}, which is not of this data set: it "
-                f"must be a file in {self.folders[0]}; nothing else is read, and nothing is downloaded"
+                f"row {row} of {self.source} has no bytes, and its path {path} is outside of the data set: it must be "
+                f"a file in {self.folders[0]}; other files are not read, and nothing is downloaded"
             )
         return (real_path, entry[1]) if entry else (None, real_path)
 
@@ -165,7 +174,7 @@ _open_zips: dict[str, tuple[int, zipfile.ZipFile]] = {}
 
 
 def _open_zip(path: str) -> zipfile.ZipFile:
-    # One handle for each process: a forked worker must not share its parent's file offset.
+    # One handle per process: a forked worker must not share its parent's file offset.
     pid, handle = _open_zips.get(path, (None, None))
     if pid != os.getpid():
         handle = zipfile.ZipFile(path)
@@ -176,13 +185,13 @@ def _open_zip(path: str) -> zipfile.ZipFile:
 def _read_from_zip(archive: str, name: str) -> bytes:
     handle = _open_zip(archive)
     entry = handle.getinfo(name)
-    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others cannot be unpacked bit by bit
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others cannot be unpacked piecewise
         raise BadImageError(
-            f"{name} in {archive} is packed by method {entry.compress_type}: pack it stored or deflated"
+            f"{name} in {archive} has compression method {entry.compress_type}: only stored and deflate are read"
         )
     _check_file_size(f"{name} in {archive}", entry.file_size)
     with handle.open(entry) as file:
-        # `ZipFile.read` would unpack all that the entry holds, which may be far more than the size that it states.
+        # `ZipFile.read` would unpack the whole entry, which may be far larger than it states.
         return file.read(entry.file_size + 1)
 
 
@@ -194,15 +203,13 @@ def _read_file(path: str) -> bytes:
 
 def _check_file_size(name: str, num_bytes: int) -> None:
     if num_bytes > MAX_FILE_BYTES:
-        raise BadImageError(
-            f"{name} has {num_bytes:,} bytes (unpacked), more than the {MAX_FILE_BYTES:,} that are read"
-        )
+        raise BadImageError(f"{name} has {num_bytes:,} bytes (unpacked), more than the limit of {MAX_FILE_BYTES:,}")
 
 
 def _list_folder(root: Path) -> list[str]:
-    """Names of the files in a folder and its sub-folders, relative to it and sorted; hidden ones are left out.
+    """Lists the files in a folder and its sub-folders, relative to it and sorted, without hidden ones.
 
-    A link to a folder within `root` is not followed: its files are found where they are.
+    A link to a folder within `root` is not followed, because its files are listed where they are.
 
     Raises:
         UserError: names a link that leads out of `root` or nowhere, or a folder that cannot be read.
@@ -227,13 +234,14 @@ def _list_folder(root: Path) -> list[str]:
 
 
 def _without_products(root: Path, names: list[str]) -> list[str]:
-    """Names of files without those that training, sampling and evaluation have written (see `diffit.run_dir`).
+    """Drops the files that training, sampling and evaluation have written (see `diffit.run_dir`).
 
-    How many images that leaves out is logged. Of a folder of samples that is `root` itself, the samples are data.
+    Logs how many images and parquet files were dropped. If `root` itself is a folder of samples, they are kept: they
+    are the data that the user asked for.
     """
     folders = {folder for name in names for folder in PurePosixPath(name).parents}
     marks = {folder: files for folder in folders if (files := our_files(root / folder))}
-    above = {folder: files for folder in root.resolve().parents if (files := our_files(folder))}  # as of RUN/previews
+    above = {folder: files for folder in root.resolve().parents if (files := our_files(folder))}  # for RUN/previews
     asked_for = listed_samples(root)
     kept, left_out = [], {}
     for name in names:
@@ -250,12 +258,12 @@ def _without_products(root: Path, names: list[str]) -> list[str]:
             left_out[owners[0]] = left_out.get(owners[0], 0) + 1
     if left_out and global_rank() == 0:
         places = ", ".join(sorted(str(root / folder) for folder in left_out))
-        logger.warning(f"{root}: left out {sum(left_out.values())} files that DiffiT has written, in {places}")
+        logger.warning(f"{root}: skipped {sum(left_out.values())} files that DiffiT has written, in {places}")
     return kept
 
 
 def listed_samples(root: Path) -> set[str]:
-    """Names of the images that `samples.json` of `sample_diffit.py` lists; none if it is not of that form."""
+    """Images listed in the `samples.json` that `sample_diffit.py` writes; none if there is no valid one."""
     try:
         summary = json.loads((root / "samples.json").read_text(encoding="utf-8"))
         return {str(row["file"]) for row in summary["images"]}
@@ -280,78 +288,68 @@ def _check_link(root: Path, link: str) -> None:
 
 
 def _list_zip(root: Path) -> list[str]:
-    """Names of the files in a zip, sorted; hidden ones are left out.
+    """Lists the files in a zip, sorted, without hidden ones.
 
     Raises:
-        ValueError: names an entry whose name leads out of the archive.
+        UserError: names an entry whose path leads out of the archive.
     """
     names = []
     for entry in _open_zip(str(root)).infolist():
         if OUTSIDE_A_ZIP.search(entry.filename):
             raise UserError(
                 f"--train_data_dir {root}: the entry {entry.filename!r} has a name that leads out of the archive; "
-                "names must be relative, with / between folders. Pack it anew, or unpack it with a tool you trust"
+                "names must be relative, with / between folders. Repack it, or unpack it with a tool you trust"
             )
         if not entry.is_dir() and not any(_is_hidden(part) for part in entry.filename.split("/")):
             names.append(entry.filename)
     return sorted(names)
 
 
-def load_image_table(
-    dataset_name: str | None = None,
-    dataset_config_name: str | None = None,
-    dataset_split: str = "train",
-    train_data_dir: str | None = None,
-    train_data_file: str | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    cache_dir: str | None = None,
-) -> ImageTable:
-    """Finds the images and labels of one of the three sources. Nothing is decoded.
+def load_image_table(source: SourceConfig) -> ImageTable:
+    """Opens the images and labels of a source. Nothing is decoded.
 
     Args:
-        dataset_name: hub name, or local path for `datasets.load_dataset`.
-        dataset_config_name: its configuration.
-        dataset_split: its split.
-        train_data_dir: folder or zip of images, with class sub-folders, `dataset.json` (StyleGAN and EDM format),
-            `metadata.jsonl`, or parquet files.
-        train_data_file: one parquet file.
-        image_column: column of the images; None: the only one of type `Image`.
-        label_column: column of the labels; None: the only one of type `ClassLabel`, if there is one.
-        cache_dir: of `load_dataset`.
+        source: the flags.
 
     Raises:
-        ValueError: if there is not exactly one source, or a file or column is missing or ambiguous.
+        UserError: names the flag if there is not exactly one source, or a file or column is missing or ambiguous.
     """
-    sources = {
-        "--dataset_name": dataset_name,
-        "--train_data_dir": train_data_dir,
-        "--train_data_file": train_data_file,
-    }
-    given = [flag for flag, value in sources.items() if value is not None]
-    if len(given) != 1:
-        raise UserError(f"give exactly one of {', '.join(sources)}; got {' and '.join(given) or 'none'}")
+    require_one(source, SOURCES)
+    if source.dataset_name is not None:
+        return _load_dataset(source)
+    if source.train_data_file is not None:
+        return _load_parquet_file(source)
+    return _load_folder_or_zip(source)
 
-    if dataset_name is not None:
-        _check_dataset_folder(Path(dataset_name))
-        failures = (OSError, ValueError, DatasetsError)  # not there, no such configuration or split, damaged
-        with user_errors(f"--dataset_name {dataset_name} (--dataset_split {dataset_split})", *failures):
-            rows = load_dataset(dataset_name, dataset_config_name, split=dataset_split, cache_dir=cache_dir)
-        # `datasets` keeps what it downloads and unpacks in its caches.
-        caches = [datasets_config.HF_DATASETS_CACHE, datasets_config.DOWNLOADED_DATASETS_PATH]
-        caches += [datasets_config.EXTRACTED_DATASETS_PATH, hub_constants.HF_HUB_CACHE, cache_dir]
-        local = dataset_name if Path(dataset_name).is_dir() else None
-        folders = tuple(os.path.realpath(folder) for folder in (local, *caches) if folder is not None)
-        source = f"{dataset_name} ({dataset_split})"
-        return _table_from_columns(rows, source, image_column, label_column, folders)
-    if train_data_file is not None:
-        if not Path(train_data_file).is_file():
-            raise UserError(f"--train_data_file: no such file: {train_data_file}")
-        rows = _read_parquet([train_data_file], cache_dir)
-        folders = (os.path.realpath(Path(train_data_file).parent),)
-        return _table_from_columns(rows, train_data_file, image_column, label_column, folders)
 
-    root = Path(train_data_dir)
+def _load_dataset(source: SourceConfig) -> ImageTable:
+    """Opens --dataset_name."""
+    name, split = source.dataset_name, source.dataset_split
+    _check_dataset_folder(Path(name))
+    failures = (OSError, ValueError, DatasetsError)  # not there, no such configuration or split, damaged
+    with user_errors(f"--dataset_name {name} (--dataset_split {split})", *failures):
+        rows = load_dataset(name, source.dataset_config_name, split=split, cache_dir=source.cache_dir)
+    # `datasets` keeps what it downloads and unpacks in its caches.
+    caches = [datasets_config.HF_DATASETS_CACHE, datasets_config.DOWNLOADED_DATASETS_PATH]
+    caches += [datasets_config.EXTRACTED_DATASETS_PATH, hub_constants.HF_HUB_CACHE, source.cache_dir]
+    local = name if Path(name).is_dir() else None
+    folders = tuple(os.path.realpath(folder) for folder in (local, *caches) if folder is not None)
+    return _table_from_columns(rows, f"{name} ({split})", source.image_column, source.label_column, folders)
+
+
+def _load_parquet_file(source: SourceConfig) -> ImageTable:
+    """Opens --train_data_file."""
+    file = source.train_data_file
+    if not Path(file).is_file():
+        raise UserError(f"--train_data_file: no such file: {file}")
+    rows = _read_parquet([file], source.cache_dir)
+    folders = (os.path.realpath(Path(file).parent),)
+    return _table_from_columns(rows, file, source.image_column, source.label_column, folders)
+
+
+def _load_folder_or_zip(source: SourceConfig) -> ImageTable:
+    """Opens --train_data_dir: the rows of its parquet files if there are any, otherwise its image files."""
+    root = Path(source.train_data_dir)
     if root.is_dir():
         files = _list_folder(root)
     elif zipfile.is_zipfile(root):
@@ -360,30 +358,31 @@ def load_image_table(
         raise UserError(f"--train_data_dir: neither a folder nor a zip: {root}")
     parquet = [name for name in files if name.endswith(".parquet")]
     if not parquet or root.is_file():
-        return _table_from_files(root, files, label_column)
+        return _table_from_files(root, files, source.label_column)
     other_splits = [name for name in parquet if PurePosixPath(name).name.startswith(("test", "val"))]
     if other_splits and len(other_splits) < len(parquet):
         raise UserError(
             f"--train_data_dir {root} holds several splits ({other_splits[0]}): use --dataset_name {root} with "
             "--dataset_split, or --train_data_file"
         )
-    rows = _read_parquet([str(root / name) for name in parquet], cache_dir)
-    return _table_from_columns(rows, str(root), image_column, label_column, (os.path.realpath(root),))
+    rows = _read_parquet([str(root / name) for name in parquet], source.cache_dir)
+    folders = (os.path.realpath(root),)
+    return _table_from_columns(rows, str(root), source.image_column, source.label_column, folders)
 
 
 def _check_dataset_folder(root: Path) -> None:
-    """Refuses a local folder for `datasets.load_dataset`, which lists it itself, if products of ours are in it."""
+    """Refuses a local data set that holds images of ours, which `datasets.load_dataset` would read as data."""
     for folder, _, _ in os.walk(root) if root.is_dir() else ():
         images = [name for name in our_files(Path(folder)) if PurePosixPath(name).suffix.lower() in IMAGE_EXTENSIONS]
         if images:
             raise UserError(
                 f"--dataset_name {root} holds images that DiffiT has written, such as {Path(folder, images[0])}: move "
-                "them away, or give the folder as --train_data_dir, which leaves them out"
+                "them away, or give the folder as --train_data_dir, which skips them"
             )
 
 
 def _read_parquet(paths: list[str], cache_dir: str | None) -> Dataset:
-    files = [glob.escape(os.path.abspath(path)) for path in paths]  # `datasets` takes them for patterns
+    files = [glob.escape(os.path.abspath(path)) for path in paths]  # `datasets` reads them as patterns
     try:
         return load_dataset("parquet", data_files=files, split="train", cache_dir=cache_dir)
     except (DatasetGenerationError, OSError, ValueError) as error:
@@ -401,7 +400,7 @@ def _table_from_columns(
     kind = features[image_column]
     plain = getattr(kind, "dtype", None) in ("binary", "large_binary", "string")
     if not isinstance(kind, Image) and not plain and not (isinstance(kind, dict) and "bytes" in kind):
-        raise UserError(f"--image_column {image_column} of {source} holds no images but {kind}")
+        raise UserError(f"--image_column {image_column} of {source} must hold images, it holds {kind}")
 
     images = rows.select_columns([image_column]).rename_columns({image_column: "image"})
     images = images.cast_column("image", Image(decode=False))
@@ -423,7 +422,7 @@ def _find_column(
         return name
     candidates = [column for column, feature in features.items() if isinstance(feature, kind)]
     if len(candidates) > 1:
-        raise UserError(f"{source} has several columns of type {kind.__name__}, choose by {flag}: {candidates}")
+        raise UserError(f"{source} has several columns of type {kind.__name__}: choose one with {flag}: {candidates}")
     if not candidates and required:
         raise UserError(f"{source} has no column of type {kind.__name__}; {flag} must name one of {list(features)}")
     return candidates[0] if candidates else None
@@ -432,7 +431,13 @@ def _find_column(
 def _encode_labels(
     values: list[int | str], source: str, names: list[str] | None = None
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Class of each image and the names of the classes, from class names or from numbers, which keep their values."""
+    """Returns the class of each image and the class names. Integer labels keep their values.
+
+    Args:
+        values: class names or integers.
+        source: for messages.
+        names: of the classes, if the data set has them.
+    """
     distinct = set(values)
     if distinct and all(isinstance(value, str) for value in distinct):
         numeric = all(value.isdecimal() for value in distinct)
@@ -444,15 +449,15 @@ def _encode_labels(
     else:
         most = len(names or range(MAX_CLASSES)) - 1
         wrong = sorted(str(value) for value in distinct if type(value) is not int or not 0 <= value <= most)
-        raise UserError(f"{source}: labels must be class names or integers from 0 to {most}, one kind: {wrong[:5]}")
+        raise UserError(f"{source}: labels must all be class names, or all integers from 0 to {most}, got {wrong[:5]}")
     return np.array(values, np.int64), tuple(names)
 
 
 def _table_from_files(root: Path, files: list[str], label_column: str | None) -> ImageTable:
-    """Images in a folder or zip, with the labels that its layout gives.
+    """Opens the image files of a folder or zip, with labels if there are any.
 
-    Labels come from `dataset.json`, else `metadata.jsonl`, else the names of the first-level sub-folders, provided
-    that every image lies in one and there are several.
+    Labels come from `dataset.json`, otherwise from `metadata.jsonl`, otherwise from the names of the first-level
+    sub-folders, if every image lies in one and there are several.
     """
 
     def read_bytes(name: str) -> bytes:
@@ -483,7 +488,9 @@ def _table_from_files(root: Path, files: list[str], label_column: str | None) ->
     elif all("/" in name for name in names) and len({name.split("/")[0] for name in names}) > 1:
         labels = {name: name.split("/")[0] for name in names}
         if set(labels.values()) <= SPLIT_NAMES and all(name.count("/") > 1 for name in names):
-            raise UserError(f"--train_data_dir {root} holds splits, not classes: give one of {set(labels.values())}")
+            raise UserError(
+                f"--train_data_dir {root} holds splits, not classes: give one of its folders {set(labels.values())}"
+            )
     if label_column is not None and "metadata.jsonl" not in files:
         raise UserError(f"--label_column {label_column}: only metadata.jsonl has columns, and {root} has none")
 
@@ -508,7 +515,7 @@ def _table_from_files(root: Path, files: list[str], label_column: str | None) ->
 def _parse_json(text: bytes, name: str) -> dict:
     try:
         value = json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # of the encoding, too
+    except (ValueError, RecursionError) as error:  # a wrong encoding is a ValueError, too
         raise UserError(f"{name} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{name}: expected an object, got {type(value).__name__}")
@@ -516,7 +523,13 @@ def _parse_json(text: bytes, name: str) -> dict:
 
 
 def _check_listed(listed: list, names: list[str], source: str) -> dict[str, int | str | None]:
-    """Labels by file name, from pairs of the two."""
+    """Checks pairs of a file name and a label, and returns the labels by file name.
+
+    Args:
+        listed: the pairs.
+        names: the images that exist.
+        source: file of the pairs, for messages.
+    """
     if not isinstance(listed, list):
         raise UserError(f"{source}: expected a list of [file name, label], got {listed!r}")
     known = set(names)
@@ -524,14 +537,18 @@ def _check_listed(listed: list, names: list[str], source: str) -> dict[str, int 
         if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
             raise UserError(f"{source}: expected [file name, label], got {entry!r}")
         if entry[0] not in known:
-            raise UserError(f"{source} names an image that is not there: {entry[0]!r}")
+            raise UserError(f"{source} names an image that does not exist: {entry[0]!r}")
         if not isinstance(entry[1], int | str | None):
             raise UserError(f"{source}: the label of {entry[0]} must be a class name or a number, got {entry[1]!r}")
     return dict(listed)
 
 
 def detect_num_channels(table: ImageTable, num_images: int = 64) -> int:
-    """Channels that the images have, by a look at some that are evenly spread: the most that one of them has.
+    """Number of channels of the images: the most that any of some evenly spaced images has.
+
+    Args:
+        table: reader of the images.
+        num_images: how many of them are opened.
 
     Raises:
         BadImageError: if none of them can be opened.

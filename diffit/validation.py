@@ -17,19 +17,20 @@ from accelerate.logging import get_logger
 from diffusers import AutoencoderKL, ModelMixin
 from torch.utils.data import DataLoader
 
-from diffit.batches import BatchPreparer, build_dataset, report_bad_images
+from diffit.batches import BatchPreparer, build_dataset
 from diffit.config import DataConfig, MetricsConfig, ValidationConfig
+from diffit.cpu_kernels import kernelize
 from diffit.errors import UserError
 from diffit.export import RunFacts, build_pipeline, save_pipeline
 from diffit.features import FeatureExtractor, TableImages, extract_features, load_extractor
-from diffit.formulations import denoising_losses
+from diffit.formulations import Formulation, denoising_losses
 from diffit.logs import LossBins
-from diffit.metrics import NEAREST, FeatureSet, metric_values
+from diffit.metrics import NUM_NEIGHBORS, FeatureSet, metric_values
 from diffit.optimization import TrainingState, ema_weights
 from diffit.plan import Plan
 from diffit.processes import StopRequest, ignore_stop_signals, on_all_processes
 from diffit.run_dir import OutputFolder
-from diffit.sampling import sample_seeds
+from diffit.sampling import load_guidance_model, sample_seeds
 from diffit.sampling_config import GuidanceConfig, SamplingConfig
 from diffit.sources import Table, detect_num_channels
 from diffit.stream import PositionStream, collate
@@ -51,6 +52,25 @@ class Evaluator:
     reference: FeatureSet
 
 
+def build_guidance_model(
+    accelerator: Accelerator, path: str | None, model: ModelMixin, formulation: Formulation
+) -> ModelMixin | None:
+    """Loads the weaker model of --validation_guidance_model onto the device; None without that flag.
+
+    Args:
+        accelerator: this process and its device.
+        path: folder or hub name of the weaker model's pipeline, or None.
+        model: the network that it guides.
+        formulation: the training formulation, which must be the weaker model's as well.
+
+    Raises:
+        UserError: if there is no such model, or it was trained for another task.
+    """
+    arguments = (path, model, formulation.scheduler.config, torch.float32, "--validation_guidance_model")
+    guidance_model = on_all_processes(accelerator, load_guidance_model, *arguments)
+    return None if guidance_model is None else kernelize(guidance_model.to(accelerator.device))
+
+
 def build_extractor(accelerator: Accelerator, asked: MetricsConfig, source: Table) -> FeatureExtractor | None:
     """Loads the feature extractor for --eval_steps; None without that flag.
 
@@ -59,8 +79,8 @@ def build_extractor(accelerator: Accelerator, asked: MetricsConfig, source: Tabl
     """
     if asked.eval_steps is None:
         return None
-    if len(source) <= NEAREST:
-        raise UserError(f"--eval_steps needs at least {NEAREST + 1} images to compare with, got {len(source)}")
+    if len(source) <= NUM_NEIGHBORS:
+        raise UserError(f"--eval_steps needs at least {NUM_NEIGHBORS + 1} images to compare with, got {len(source)}")
     load = functools.partial(load_extractor, asked.feature_extractor, accelerator.device)
     return on_all_processes(accelerator, load, asked.feature_model, asked.inception_path)
 
@@ -204,7 +224,6 @@ def validation_loss(accelerator: Accelerator, validation: Validation) -> dict[st
     batches = [positions[i : i + size] for i in range(0, num_positions, size)]
     prepare = BatchPreparer(plan.formulation, accelerator.device, validation.vae, null_label(model))
     losses = LossBins(accelerator.device)
-    bad_images: set[str] = set()
     for batch in DataLoader(
         build_dataset(table, stream, plan, data),
         batch_sampler=batches[accelerator.process_index :: accelerator.num_processes],
@@ -212,7 +231,6 @@ def validation_loss(accelerator: Accelerator, validation: Validation) -> dict[st
         collate_fn=collate,
         worker_init_fn=ignore_stop_signals,
     ):
-        report_bad_images(batch["bad_images"], bad_images)
         batch["time_uniform"] = (batch["position"] + 0.5) / num_positions
         noisy = prepare(batch)
         losses.add(denoising_losses(model, plan.formulation, noisy), noisy.level_bins)
@@ -293,7 +311,7 @@ def export(validation: Validation, average: str, values: dict[str, float], grid:
         grid: preview grid of these weights.
     """
     save = functools.partial(
-        save_pipeline, validation.facts, validation.run_dir, validation.state, average, values, grid
+        save_pipeline, validation.facts, validation.run_dir, validation.state, validation.vae, average, values, grid
     )
     save()
     metric = validation.metrics.eval_metrics[0]

@@ -26,6 +26,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 def pytest_sessionfinish() -> None:
     import shutil
 
+    from warm_start import WarmProcess
+
+    for process in WarmProcess.started:  # what a failed test has left; Python would wait for it
+        if process.poll() is None:
+            process.kill()
     shutil.rmtree(_CACHE, ignore_errors=True)
 
 

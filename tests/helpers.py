@@ -29,10 +29,12 @@ import train_diffit
 from diffit.config import parse_args
 from diffit.decode import decode_image, normalize_pixels
 from diffit.networks import model_class
+from diffit.source_config import SourceConfig
 from diffit.sources import ImageTable, load_image_table
 from diffit.stream import ImageDataset, PositionStream
 from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import DiffiTPipeline
+from warm_start import WarmProcess
 
 ROOT = Path(__file__).parents[1]
 
@@ -113,7 +115,7 @@ def run(command: list[str], cwd: Path = ROOT, timeout: float = 300, **environmen
     return output
 
 
-def wait_for_file(path: Path, process: subprocess.Popen) -> None:
+def wait_for_file(path: Path, process: subprocess.Popen | WarmProcess) -> None:
     """Waits until a running command has written a file or folder."""
     while not path.exists():
         assert process.poll() is None, process.communicate()[0]
@@ -212,7 +214,7 @@ def plain_loop(
     times = (torch.linspace(0, 1, 1001, dtype=torch.float64) + 0.008) / 1.008
     signal = (times * torch.pi / 2).cos().square()  # cosine betas
     alphas = torch.cumprod(1 - (1 - signal[1:] / signal[:-1]).clamp(max=0.999), 0).float()
-    table = load_image_table(train_data_dir=str(image_folder))
+    table = load_image_table(SourceConfig(train_data_dir=str(image_folder)))
     dataset = ImageDataset(table, PositionStream(24, seed=0), (8, 8), 3, random_flip=random_flip)
     losses = []
     for step, start in enumerate(starts):
@@ -370,7 +372,7 @@ def write_files(root: Path, files: dict[str, int | str | bytes]) -> Path:
 def load_table(source: Path, **options) -> ImageTable:
     """The table of a folder, a zip or a parquet file."""
     flag = "train_data_file" if source.suffix == ".parquet" else "train_data_dir"
-    return load_image_table(**{flag: str(source)}, cache_dir=str(source.parent / "cache"), **options)
+    return load_image_table(SourceConfig(**{flag: str(source)}, cache_dir=str(source.parent / "cache"), **options))
 
 
 def decode(data: bytes, resolution: tuple[int, int], num_channels: int = 3, **options) -> torch.Tensor:

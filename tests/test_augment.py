@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from diffit.augment import NUM_AUGMENT_LABELS, NUM_AUGMENT_NUMBERS, augment, sample_augmentation
 from diffit.networks import model_class
+from diffit.source_config import SourceConfig
 from diffit.sources import load_image_table
 from diffit.stream import ImageDataset, PositionStream
 from helpers import STATES, assert_same_files, mentions, train
@@ -235,7 +236,7 @@ def test_arguments_out_of_range_are_refused(count, probability, words):
 
 
 def test_augmentation_leaves_all_other_numbers_of_a_position_as_they_are(image_folder):
-    table = load_image_table(train_data_dir=str(image_folder))
+    table = load_image_table(SourceConfig(train_data_dir=str(image_folder)))
     stream = PositionStream(len(table), seed=0)
     plain, augmented = (
         ImageDataset(table, stream, (8, 8), 3, random_flip=True, augment=augment)[(5, stream.index(5))]

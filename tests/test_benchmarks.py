@@ -10,11 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import diffit_model
-import gpu
-import loop
-import quality
-import quality_report
-import same_numbers
+from benchmarks import gpu, loop, quality, quality_report, same_numbers
 from diffit.networks import training_flops_per_image
 
 

@@ -4,7 +4,10 @@
 import filecmp
 import json
 import math
+import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -406,6 +409,20 @@ def test_bad_flags_are_refused_with_their_name(tmp_path, monkeypatch, capsys, fl
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "code", "words"), [(["--help"], 0, ["--to_nvidia"]), (["--to_nvidia", "--vae=x"], 2, ["--vae"])]
+)
+def test_flags_are_answered_before_the_slow_imports_in_any_folder(flags, code, words, tmp_path):
+    script = [str(ROOT / "convert_nvidia_checkpoint.py"), "--checkpoint=a", "--output_dir=b"]
+    command = [sys.executable, "-X", "importtime", *script, *flags]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    imported = set(re.findall(r"\| +(\w+)$", process.stderr, re.MULTILINE))
+    assert process.returncode == code and "argparse" in imported
+    assert not imported & {"torch", "numpy", "safetensors", "diffusers", "diffit_model"}
+    assert mentions(*words).search(process.stdout if code == 0 else process.stderr.splitlines()[-1])
+    assert not list(tmp_path.iterdir())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # At full size
 
@@ -426,11 +443,10 @@ before = peak()
 main(parse_args(sys.argv[1:]))
 print("above the imports:", peak() - before)
 """
-    environment = {"PYTHONPATH": str(ROOT / "scripts")}
     there = ["-c", code, f"--checkpoint={checkpoint}", f"--output_dir={tmp_path / 'converted'}"]
     back = ["-c", code, "--to_nvidia", f"--checkpoint={tmp_path / 'converted'}", f"--output_dir={tmp_path / 'back'}"]
     for command in (there, back):
-        output = run(command, **environment)
+        output = run(command)
         assert int(output.rsplit(maxsplit=1)[-1]) < 3e9, output
     assert filecmp.cmp(checkpoint, tmp_path / "back/diffit.safetensors", shallow=False)
     shutil.rmtree(tmp_path)  # 7 GB, which pytest would keep

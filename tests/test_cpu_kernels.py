@@ -3,22 +3,25 @@
 
 import copy
 import pickle
-from types import SimpleNamespace
 from unittest import mock
 
 import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from accelerate import Accelerator
+from diffusers import DDIMScheduler
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import eval_diffit
 import sample_diffit
 from diffit import cpu_kernels
 from diffit.config import ModelConfig
 from diffit.cpu_kernels import Dropout16, GELULinear, GroupNormSiLUConv, NormalizeTokens, kernelize
-from diffit.networks import build_guidance_model, set_up_model
+from diffit.formulations import DDPM
+from diffit.networks import set_up_model
+from diffit.sampling import load_sampler
+from diffit.sampling_config import SamplingConfig
+from diffit.validation import build_guidance_model
 from diffit_model import (
     DiffiTBlock,
     DiffiTMLP,
@@ -374,15 +377,16 @@ def build_pipeline() -> DiffiTPipeline:
 
 
 def test_training_on_a_cpu_uses_the_kernels_also_for_guidance(tmp_path):
-    model, scheduler, cpu = build_unet(), DDPMScheduler(), torch.device("cpu")
-    DiffiTPipeline(build_unet(), scheduler).save_pretrained(tmp_path)
-    set_up_model(model, ModelConfig(model_config="unused.json", attention_backend="native"), cpu)
-    guidance_model = build_guidance_model(str(tmp_path), model, scheduler.config, cpu)
+    model, formulation = build_unet(), DDPM()
+    DiffiTPipeline(build_unet(), formulation.scheduler).save_pretrained(tmp_path)
+    set_up_model(model, ModelConfig(model_config="unused.json", attention_backend="native"), torch.device("cpu"))
+    guidance_model = build_guidance_model(Accelerator(cpu=True), str(tmp_path), model, formulation)
     assert kernels(model) == kernels(guidance_model) == kernels(kernelize(build_unet()))
 
 
-def test_evaluation_on_a_cpu_uses_the_kernels():
-    pipeline = eval_diffit.set_up(SimpleNamespace(device=torch.device("cpu")), build_pipeline())
+def test_evaluation_on_a_cpu_uses_the_kernels(tmp_path):
+    build_pipeline().save_pretrained(tmp_path)
+    pipeline, _ = load_sampler(str(tmp_path), SamplingConfig(scheduler="ddim"), torch.device("cpu"))
     assert kernels(pipeline.network) == kernels(kernelize(build_unet()))
 
 

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from diffit.decode import decode_image, decode_pixels, normalize_pixels
 from diffit.errors import BadImageError
+from diffit.source_config import SourceConfig
 from diffit.sources import ImageTable, detect_num_channels, load_image_table
 from diffit.stream import (
     AUGMENTATION,
@@ -228,13 +229,15 @@ def test_folder_of_parquet_files_gives_all_rows(tmp_path, folder):
 def test_dataset_name_reads_local_parquet(tmp_path, split, expected):
     write_parquet(tmp_path / "hub/train-0.parquet", image=(IMAGE, [1]), label=(ANIMAL, [1]))
     write_parquet(tmp_path / "hub/test-0.parquet", image=(IMAGE, [2]), label=(ANIMAL, [0]))
-    table = load_image_table(dataset_name=str(tmp_path / "hub"), dataset_split=split, cache_dir=str(tmp_path / "c"))
+    table = load_image_table(
+        SourceConfig(dataset_name=str(tmp_path / "hub"), dataset_split=split, cache_dir=str(tmp_path / "c"))
+    )
     assert contents(table) == [expected]
 
 
 def test_dataset_name_reads_local_image_folder(tmp_path):
     write_files(tmp_path / "f", {"train/cat/1.png": 1, "train/dog/2.png": 2})
-    table = load_image_table(dataset_name=str(tmp_path / "f"), cache_dir=str(tmp_path / "cache"))
+    table = load_image_table(SourceConfig(dataset_name=str(tmp_path / "f"), cache_dir=str(tmp_path / "cache")))
     assert sorted(contents(table)) == [(1, 0, "cat"), (2, 1, "dog")]
 
 
@@ -262,7 +265,7 @@ def test_plain_label_column_is_encoded(tmp_path, feature, values, labels):
 
 def test_digits_equal_those_of_scikit_learn():
     digits = pytest.importorskip("sklearn.datasets").load_digits()
-    table = load_image_table(train_data_file=str(DATA / "digits.parquet"))
+    table = load_image_table(SourceConfig(train_data_file=str(DATA / "digits.parquet")))
     assert len(table) == 1797 and table.class_names == tuple("0123456789")
     assert table.labels.tolist() == digits.target.tolist()
     pixels = np.stack([levels(decode_image(*table.read(index), (8, 8), 1))[..., 0] for index in range(1797)])
@@ -270,7 +273,7 @@ def test_digits_equal_those_of_scikit_learn():
 
 
 def test_emoji_are_1906_colour_images_in_9_classes():
-    table = load_image_table(train_data_file=str(DATA / "noto_emoji_32.parquet"))
+    table = load_image_table(SourceConfig(train_data_file=str(DATA / "noto_emoji_32.parquet")))
     assert len(table) == 1906 and len(table.class_names) == 9 and set(table.labels) == set(range(9))
     images = [PIL.Image.open(io.BytesIO(table.read(index)[1])) for index in range(1906)]
     assert {image.size for image in images} == {(32, 32)} and {image.mode for image in images} <= {"RGB", "RGBA"}
@@ -292,7 +295,7 @@ def test_emoji_are_1906_colour_images_in_9_classes():
 )
 def test_wrong_source_is_named(sources, words):
     with pytest.raises(ValueError, match=mentions(*words)):
-        load_image_table(**sources)
+        load_image_table(SourceConfig(**sources))
 
 
 WRONG_FILES = {  # name: (files beside the image a.png; what the message names)
@@ -766,11 +769,11 @@ def test_split_that_leaves_nothing_is_an_error(table_of_20, fraction):
 def test_folders_of_splits_are_not_taken_for_classes(tmp_path):
     write_files(tmp_path, {"train/cat/0.png": 0, "train/dog/1.png": 1, "test/cat/2.png": 2})
     with pytest.raises(ValueError, match=mentions("--train_data_dir", tmp_path, "train", "test")):
-        load_image_table(train_data_dir=str(tmp_path))
-    assert load_image_table(train_data_dir=str(tmp_path / "train")).class_names == ("cat", "dog")
+        load_image_table(SourceConfig(train_data_dir=str(tmp_path)))
+    assert load_image_table(SourceConfig(train_data_dir=str(tmp_path / "train"))).class_names == ("cat", "dog")
 
 
 def test_label_column_that_cannot_apply_is_refused(tmp_path):
     write_files(tmp_path, {"cat/0.png": 0, "dog/1.png": 1})
     with pytest.raises(ValueError, match="--label_column kind"):
-        load_image_table(train_data_dir=str(tmp_path), label_column="kind")
+        load_image_table(SourceConfig(train_data_dir=str(tmp_path), label_column="kind"))

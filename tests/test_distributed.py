@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -13,9 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from diffit.command_line import EXIT_USER_ERROR
 from diffit.launcher import EXIT_STOPPED
 from diffit.lock import OutputDirLock
-from helpers import ROOT, mentions, start, torchrun, train, wait_for_file
+from diffit.source_config import SourceConfig
+from diffit.sources import load_image_table
+from helpers import mentions, train, wait_for_file
+from warm_start import WarmProcess, run_ranks
 
 # --- one run for one folder
 
@@ -171,12 +176,12 @@ def test_run_that_lost_its_folder_writes_no_checkpoint(train_args, tmp_path, mon
 
 def test_second_run_on_one_folder_is_refused_and_the_first_goes_on(base_args, tmp_path):
     flags = [f"--output_dir={tmp_path / 'run'}", "--max_train_steps=100000", "--resume_from_checkpoint=latest"]
-    first = start(["train_diffit.py", *base_args, *flags, "--checkpointing_steps=10"])
+    first = WarmProcess(["train_diffit.py", *base_args, *flags, "--checkpointing_steps=10"])
     wait_for_file(tmp_path / "run/checkpoint-10", first)
     with pytest.raises(ValueError, match=mentions("--output_dir", tmp_path / "run", first.pid)):
         train([*base_args, *flags])
     assert first.poll() is None
-    first.terminate()
+    first.send_signal(signal.SIGTERM)
     first.communicate(timeout=60)
     assert first.returncode == EXIT_STOPPED
     assert not (tmp_path / "run/.running").exists()
@@ -190,21 +195,22 @@ def test_dry_run_leaves_no_folder(train_args, tmp_path):
 # --- agreement at the start
 
 
-def refused_launch(command: str, tmp_path: Path) -> str:
-    """Runs a shell command in two processes of torchrun, which must fail, and returns what they printed."""
-    process = start([*torchrun(), "--no-python", "bash", "-c", command], cwd=ROOT)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0, output
+def two_ranks(arguments: list[str], *flags: str) -> list[list[str]]:
+    """The commands of two processes; `RANK` in a flag is the number of each."""
+    return [["train_diffit.py", *arguments, *(flag.replace("RANK", rank) for flag in flags)] for rank in "01"]
+
+
+def refused_launch(commands: list[list[str]], tmp_path: Path, folders: list[Path] | None = None) -> str:
+    """Runs the processes of one launch, which must all fail, and returns what they printed."""
+    codes, output = run_ranks(*commands, folders=folders)
+    assert codes == [EXIT_USER_ERROR] * len(commands), output
     assert not list(tmp_path.rglob("*checkpoint*"))
     return output
 
 
-def shell(arguments: list[str]) -> str:
-    return f"exec {sys.executable} {ROOT / 'train_diffit.py'} {' '.join(arguments)}"
-
-
 def test_arguments_that_differ_between_processes_are_named(train_args, tmp_path):
-    output = refused_launch(shell([*train_args, "--learning_rate=1e-$((3 + RANK))"]), tmp_path)
+    first, second = two_ranks(train_args)
+    output = refused_launch([[*first, "--learning_rate=1e-3"], [*second, "--learning_rate=1e-4"]], tmp_path)
     assert mentions("process 1", "--learning_rate", "0.001", "0.0001").search(output)
 
 
@@ -213,13 +219,14 @@ def test_data_that_differ_between_processes_are_found(train_args, image_folder, 
         shutil.copytree(image_folder, tmp_path / f"data{rank}")
     image = tmp_path / "data1/green/3.png"
     image.write_bytes((tmp_path / "data1/red/0.png").read_bytes())
-    output = refused_launch(shell([*train_args, f"--train_data_dir={tmp_path}/data$RANK"]), tmp_path)
-    assert mentions("process 1", "the training data").search(output)
+    output = refused_launch(two_ranks(train_args, f"--train_data_dir={tmp_path}/dataRANK"), tmp_path)
+    digests = [load_image_table(SourceConfig(train_data_dir=f"{tmp_path}/data{rank}")).digest() for rank in range(2)]
+    assert mentions("process 1", *digests).search(output)
 
 
 def test_data_missing_on_one_machine_is_told_in_all_processes(train_args, image_folder, tmp_path):
     shutil.copytree(image_folder, tmp_path / "data0")
-    output = refused_launch(shell([*train_args, f"--train_data_dir={tmp_path}/data$RANK"]), tmp_path)
+    output = refused_launch(two_ranks(train_args, f"--train_data_dir={tmp_path}/dataRANK"), tmp_path)
     errors = [line for line in output.split("\n") if "error: " in line and f"{tmp_path}/data1" in line]
     assert len(errors) == 1 and "process 1 " in errors[0]
 
@@ -227,10 +234,9 @@ def test_data_missing_on_one_machine_is_told_in_all_processes(train_args, image_
 def test_same_data_in_different_places_trains(train_args, image_folder, tmp_path):
     for rank in range(2):
         shutil.copytree(image_folder, tmp_path / f"data{rank}")
-    command = shell([*train_args, f"--train_data_dir={tmp_path}/data$RANK", "--max_train_steps=1"])
-    process = start([*torchrun(), "--no-python", "bash", "-c", command])
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    flags = [f"--train_data_dir={tmp_path}/dataRANK", "--max_train_steps=1"]
+    codes, output = run_ranks(*two_ranks(train_args, *flags))
+    assert codes == [0, 0], output
 
 
 def test_output_dir_that_is_not_shared_is_told(tmp_path):
@@ -246,5 +252,6 @@ def test_processes_with_different_output_dirs_end_at_the_start(train_args, tmp_p
     """Each process has a current folder of its own, as on machines without shared storage."""
     for rank in range(2):
         (tmp_path / f"node{rank}").mkdir()
-    output = refused_launch(f"cd {tmp_path}/node$RANK; {shell([*train_args, '--output_dir=run'])}", tmp_path)
-    assert len(mentions("--output_dir run", socket.gethostname()).findall(output)) >= 2
+    folders = [tmp_path / "node0", tmp_path / "node1"]
+    output = refused_launch(two_ranks(train_args, "--output_dir=run"), tmp_path, folders)
+    assert mentions("--output_dir run", socket.gethostname()).search(output)

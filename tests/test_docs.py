@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-import scaling
+import diffit
+from benchmarks import scaling
 from helpers import ROOT
 
 
@@ -16,3 +17,9 @@ def test_test_that_the_table_of_faults_names_exists(name):
 
 def test_tables_of_the_scaling_document_are_what_its_script_writes():
     assert scaling.document() == scaling.DOCUMENT.read_text()
+
+
+def test_package_lists_all_of_its_modules():
+    names = {file.stem for file in (ROOT / "diffit").glob("*.py")} - {"__init__"}
+    listed = set(re.findall(r"\w+", re.search(r"\n    config .*?\n\n", diffit.__doc__, re.DOTALL)[0]))
+    assert names <= listed, names - listed

@@ -46,6 +46,7 @@ from diffit.metrics import (
 )
 from diffit.networks import model_class
 from diffit.plots import nearest_in_pixels
+from diffit.source_config import SourceConfig
 from diffit.sources import load_image_table
 from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import DiffiTPipeline
@@ -382,7 +383,7 @@ def test_extractor_that_is_not_there_is_named(name):
 
 
 def test_images_of_a_table_are_those_of_the_files(image_folder):
-    table = load_image_table(train_data_dir=str(image_folder))
+    table = load_image_table(SourceConfig(train_data_dir=str(image_folder)))
     files = sorted(image_folder.rglob("*.png"))
     images = TableImages(table, (8, 8), 3)
     for index in (0, 23):
@@ -433,7 +434,7 @@ def test_features_are_taken_once_for_each_extractor_and_data(tmp_path, image_fol
         calls.append(len(images))
         return images.flatten(1).float()
 
-    images = TableImages(load_image_table(train_data_dir=str(image_folder)), (8, 8), 3)
+    images = TableImages(load_image_table(SourceConfig(train_data_dir=str(image_folder))), (8, 8), 3)
     state, one = PartialState(cpu=True), FeatureExtractor("own", function, {"weights_sha256": "1"})
     first = extract_features(state, tmp_path, images, {"digest": "a"}, one, batch_size=10)
     assert calls == [10, 10, 4] and first.shape == (24, 192)
@@ -727,7 +728,7 @@ def test_guidance_of_an_unconditional_model_is_refused(model_flags, tmp_path):
 
 def test_classes_as_often_as_in_the_reference(trained, image_folder, tmp_path):
     pipeline = DiffiTPipeline.from_folder(str(trained), model_class)
-    table = load_image_table(train_data_dir=str(image_folder)).select([0, 1, 2, 8, 23, 9])
+    table = load_image_table(SourceConfig(train_data_dir=str(image_folder))).select([0, 1, 2, 8, 23, 9])
     classes = list_classes(pipeline, "reference", 24, table)
     assert [classes.count(label) for label in range(3)] == [12, 8, 4]
 
@@ -844,9 +845,11 @@ def test_two_processes_give_what_one_gives(trained, image_folder, tmp_path):
 @pytest.mark.slow
 def test_distances_grow_from_real_to_blurred_to_noisy_to_other_images(tmp_path):
     """Half of the emoji against the other half, as they are, blurred and noisy, and against digits."""
-    table = load_image_table(train_data_file=str(ROOT / "data/noto_emoji_32.parquet"))
+    table = load_image_table(SourceConfig(train_data_file=str(ROOT / "data/noto_emoji_32.parquet")))
     first, second = (table.select(part[:300].tolist()) for part in shuffled_parts(len(table), 2))
-    digits = load_image_table(train_data_file=str(ROOT / "data/digits.parquet")).select(list(range(0, 1797, 6)))
+    digits = load_image_table(SourceConfig(train_data_file=str(ROOT / "data/digits.parquet"))).select(
+        list(range(0, 1797, 6))
+    )
     extractor = load_extractor("efficientnet_lite0", CPU)
     state = PartialState(cpu=True)
     rng = np.random.default_rng(0)

@@ -21,7 +21,7 @@ def card_of(class_names: tuple[str, ...] | None, dataset_name: str | None = None
         **{"class_names": class_names, "formulation": formulation, "num_images": 1797, "resolution": (8, 16)},
         **{"max_train_steps": 6, "batch": batch},
     )
-    facts = RunFacts("me/it's", dataset_name, "/home/me/digits", {}, plan, EmaConfig(), MetricsConfig(), None)
+    facts = RunFacts("me/it's", "/home/me/digits", {"dataset_name": dataset_name}, plan, EmaConfig(), MetricsConfig())
     state = SimpleNamespace(model=torch.nn.Linear(2, 2), global_step=4, position=16)
     return str(model_card(facts, state, "ema", {"validation/loss": 0.1, "eval/frechet_distance": 3.25}))
 

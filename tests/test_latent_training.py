@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch.distributions import Normal, kl_divergence
 
 import convert_nvidia_checkpoint
+import prepare_latents
 from diffit.decode import normalize_pixels
 from diffit.formulations import DDPM, variance_bound
 from diffit.networks import model_class
+from diffit.source_config import SourceConfig
 from diffit.sources import load_image_table
 from diffit.stream import ImageDataset, PositionStream, collate
 from diffit_model import DiffiTTransformer2DModel
@@ -172,7 +174,7 @@ def test_prepared_latents_train_like_those_encoded_on_the_way(latent_args, conve
     train([*latent_args, *flags])
     prepared = tmp_path / "latents"
     source = [f"--train_data_dir={image_folder}", "--resolution=8", f"--output_dir={prepared}"]
-    run(["scripts/prepare_latents.py", f"--vae_model_name_or_path={vae_dir}", *source])
+    prepare_latents.main(prepare_latents.parse_args([f"--vae_model_name_or_path={vae_dir}", *source]))
     without = [flag for flag in latent_args if not flag.startswith("--train_data_dir")]
     other = [*without, *flags, f"--latents_dir={prepared}", f"--output_dir={tmp_path / 'other'}"]
     train(other)
@@ -351,7 +353,7 @@ def test_finetuning_starts_from_the_loss_of_the_converted_model(finetuning_args,
 
     model = DiffiTTransformer2DModel.from_pretrained(converted, subfolder="transformer")
     vae, scheduler = AutoencoderKL.from_pretrained(vae_dir), DDPMScheduler()
-    table = load_image_table(train_data_file=str(ROOT / "data/digits.parquet"))
+    table = load_image_table(SourceConfig(train_data_file=str(ROOT / "data/digits.parquet")))
     stream = PositionStream(len(table), seed=0)
     dataset = ImageDataset(table, stream, (8, 8), 3, latent_shape=(2, 4, 4))
     batch = collate([dataset[(p, stream.index(p))] for p in range(16)])

@@ -1,14 +1,15 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Latents: `scripts/prepare_latents.py`, `diffit/latents.py`, and `scripts/train_vae.py`.
+"""Latents: `prepare_latents.py`, `diffit/latents.py`, and `train_vae.py`.
 
 The VAEs are tiny real ones: 24 colour images of 8 x 8 pixels become latents of 4 x 4 x 4. Where no tolerance stands,
 equality is exact.
 """
 
 import json
-import os
+import re
 import shutil
-import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -34,9 +35,11 @@ from diffit.latents import (
     vae_description,
     vae_latent_shape,
 )
+from diffit.source_config import SourceConfig
 from diffit.sources import load_image_table
 from diffit.stream import DIFFUSION, ImageDataset, PositionStream, collate, position_generator, split_table
-from helpers import ROOT, mentions, run, start, tiny_vae, torchrun
+from helpers import ROOT, mentions, tiny_vae
+from warm_start import WarmProcess, run_ranks
 
 NUM_IMAGES = 24
 SHARDS = [f"train-0000{number}-of-00003.parquet" for number in range(3)]
@@ -95,7 +98,7 @@ def datasets_of_both_kinds(
     image_folder: Path, latents_dir: Path, random_flip: bool, on_bad_image: str = "error"
 ) -> tuple[ImageDataset, LatentDataset]:
     """What encodes on the fly and what reads prepared latents, for the same training."""
-    images = load_image_table(train_data_dir=str(image_folder))
+    images = load_image_table(SourceConfig(train_data_dir=str(image_folder)))
     stream = PositionStream(len(images), seed=5)
     common = {"random_flip": random_flip, "on_bad_image": on_bad_image}
     on_the_fly = ImageDataset(images, stream, (8, 8), 3, center_crop=True, latent_shape=(4, 4, 4), **common)
@@ -174,7 +177,7 @@ def test_description_of_a_vae_without_shift_has_the_shift_zero():
 
 def test_training_in_latents_leaves_the_numbers_of_training_in_pixels_alone(image_folder):
     """Without `latent_shape` the draws are time, dropout, noise of the image's shape, and nothing else."""
-    table = load_image_table(train_data_dir=str(image_folder))
+    table = load_image_table(SourceConfig(train_data_dir=str(image_folder)))
     stream = PositionStream(NUM_IMAGES, seed=5)
     item = ImageDataset(table, stream, (8, 8), 3)[(7, 0)]
     rng = position_generator(5, 7, DIFFUSION)
@@ -189,7 +192,7 @@ def test_training_in_latents_leaves_the_numbers_of_training_in_pixels_alone(imag
 
 
 def test_noise_and_posterior_noise_have_the_shape_of_latents_and_differ(image_folder):
-    table = load_image_table(train_data_dir=str(image_folder))
+    table = load_image_table(SourceConfig(train_data_dir=str(image_folder)))
     item = ImageDataset(table, PositionStream(NUM_IMAGES, seed=5), (8, 8), 3, latent_shape=(4, 2, 6))[(7, 0)]
     assert item["noise"].shape == item["posterior_noise"].shape == (4, 2, 6)
     assert not torch.equal(item["noise"], item["posterior_noise"])
@@ -236,7 +239,7 @@ def test_random_flip_without_mirror_images_is_refused(base_flags, tmp_path):
 
 
 def test_held_out_images_are_the_same_with_and_without_prepared_latents(image_folder, prepared_dir):
-    images, latents = load_image_table(train_data_dir=str(image_folder)), open_latents(prepared_dir)
+    images, latents = load_image_table(SourceConfig(train_data_dir=str(image_folder))), open_latents(prepared_dir)
     for of_images, of_latents in zip(split_table(images, 0.25), split_table(latents, 0.25), strict=True):
         np.testing.assert_array_equal(of_latents.indices, of_images.indices)
         assert [of_latents.label(i) for i in range(len(of_latents))] == [
@@ -250,7 +253,7 @@ def test_held_out_images_are_the_same_with_and_without_prepared_latents(image_fo
 
 def test_rows_are_the_encoded_images_and_their_mirror_images_in_order(image_folder, prepared_dir, vae_dir):
     """Also across shards. Tolerance 1e-5: another batch sums in another order."""
-    images, latents = load_image_table(train_data_dir=str(image_folder)), open_latents(prepared_dir)
+    images, latents = load_image_table(SourceConfig(train_data_dir=str(image_folder))), open_latents(prepared_dir)
     pixels = torch.stack([decode_image(*images.read(index), (8, 8), 3) for index in range(NUM_IMAGES)])
     vae = load_vae(str(vae_dir))
     for mirrored in (False, True):
@@ -279,7 +282,7 @@ def test_folder_holds_the_shards_and_the_metadata_and_nothing_else(prepared_dir,
         "mirrored": True,
         "source": str(image_folder),
         "num_images": NUM_IMAGES,
-        "data_digest": load_image_table(train_data_dir=str(image_folder)).digest(),
+        "data_digest": load_image_table(SourceConfig(train_data_dir=str(image_folder))).digest(),
         "images_per_shard": 10,
     }
 
@@ -298,8 +301,9 @@ def test_grayscale_vae_and_images_that_are_not_square(base_flags, tmp_path):
 
 def test_two_processes_prepare_the_same_bytes_as_one(base_flags, prepared_dir, tmp_path):
     output_dir = tmp_path / "latents"
-    script = str(ROOT / "scripts/prepare_latents.py")
-    output = run([*torchrun(), script, *base_flags, f"--output_dir={output_dir}"])
+    command = ["prepare_latents.py", *base_flags, f"--output_dir={output_dir}"]
+    codes, output = run_ranks(command, command)
+    assert codes == [0, 0], output
     assert mentions("24 images", "3 shards", "3", output_dir).search(output)
     assert shard_bytes(output_dir) == shard_bytes(prepared_dir)
     assert (output_dir / "latents.json").read_text() == (prepared_dir / "latents.json").read_text()
@@ -311,11 +315,11 @@ def test_killed_run_goes_on_where_it_was_killed(tmp_path):
     flags = [f"--vae_model_name_or_path={tmp_path / 'vae'}", f"--train_data_file={ROOT / 'data/digits.parquet'}"]
     flags += ["--resolution=8", "--images_per_shard=20", "--no-mirror", f"--cache_dir={tmp_path / 'cache'}"]
     killed = tmp_path / "killed"
-    process = start([str(ROOT / "scripts/prepare_latents.py"), *flags, f"--output_dir={killed}"])
+    process = WarmProcess(["prepare_latents.py", *flags, f"--output_dir={killed}"])
     deadline = time.monotonic() + 60
     while not list(killed.glob("data/train-00002-*")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.communicate()
     kept = {file: file.stat().st_mtime_ns for file in killed.glob("data/train-*")}
     assert 3 <= len(kept) < 90
@@ -368,6 +372,31 @@ def test_numbers_that_make_no_sense_are_refused(flag, base_flags, capsys):
     with pytest.raises(SystemExit):
         prepare_latents.parse_args([*base_flags, "--output_dir=nowhere", flag])
     assert flag.split("=")[0] in capsys.readouterr().err
+
+
+REQUIRED = {
+    "prepare_latents.py": ["--vae_model_name_or_path=a", "--output_dir=b", "--resolution=8", "--train_data_dir=c"],
+    "train_vae.py": ["--output_dir=b", "--train_data_dir=c"],
+}
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--help"], 0, ["--cache_dir"]),
+        (["--resolution=0"], 2, ["--resolution", "0"]),
+        (["--dataset_name=d"], 2, ["--dataset_name d", "--train_data_dir c"]),
+    ],
+)
+@pytest.mark.parametrize("script", REQUIRED)
+def test_flags_are_answered_before_the_slow_imports_in_any_folder(script, flags, code, words, tmp_path):
+    command = [sys.executable, "-X", "importtime", str(ROOT / script), *REQUIRED[script], *flags]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    imported = set(re.findall(r"\| +(\w+)$", process.stderr, re.MULTILINE))
+    assert process.returncode == code and "argparse" in imported
+    assert not imported & {"torch", "numpy", "accelerate", "datasets", "diffusers"}
+    assert mentions(*words).search(process.stdout if code == 0 else process.stderr.splitlines()[-1])
+    assert not list(tmp_path.iterdir())
 
 
 def test_folder_that_was_not_prepared_is_refused(tmp_path):
@@ -464,7 +493,7 @@ def test_trained_vae_is_loaded_by_diffusers_and_its_latents_have_unit_variance(i
     train_vae.main(train_vae.parse_args(flags))
     assert mentions(tmp_path, "PSNR", "dB").search(capsys.readouterr().out)
     vae = load_vae(str(tmp_path))
-    images = load_image_table(train_data_dir=str(image_folder))
+    images = load_image_table(SourceConfig(train_data_dir=str(image_folder)))
     pixels = torch.stack([decode_image(*images.read(index), (8, 8), 3) for index in range(NUM_IMAGES)])
     moments = encode_moments(vae, pixels)
     noise = torch.randn(NUM_IMAGES, 4, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -488,7 +517,9 @@ def test_digits_are_still_read_after_encoding_and_decoding(tmp_path):
     assert time.process_time() - started < 300
 
     vae = load_vae(str(output_dir))
-    table = load_image_table(train_data_file=str(ROOT / "data/digits.parquet"), cache_dir=str(tmp_path / "cache"))
+    table = load_image_table(
+        SourceConfig(train_data_file=str(ROOT / "data/digits.parquet"), cache_dir=str(tmp_path / "cache"))
+    )
     training, held_out = split_table(table, 0.2)
     classifier = sklearn_svm.SVC(gamma=0.256, C=10).fit(small_pixels(training), labels_of(training))
     assert classifier.score(small_pixels(held_out), labels_of(held_out)) >= 0.97

@@ -16,6 +16,7 @@ from diffit.config import build_parser, parse_args
 from diffit.networks import model_class, read_model_config
 from diffit_model import DiffiTModelMixin, DiffiTUNet2DModel
 from helpers import LAUNCH, ROOT, TINY_CONFIG, losses, mentions, readme_commands, run, start, torchrun, train
+from warm_start import run_ranks
 
 ACCELERATE = sorted((ROOT / "configs/accelerate").glob("*.yaml"))
 
@@ -65,9 +66,9 @@ def test_two_processes_share_the_seeds(tmp_path):
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "model")
     flags = [f"--model_path={tmp_path / 'model'}", "--seeds=0-6", "--num_inference_steps=2", "--batch_size=2"]
     sample_diffit.main(sample_diffit.parse_args([*flags, f"--output_dir={tmp_path / 'one'}"]))
-    config = str(ROOT / "configs/accelerate/cpu_multi_process.yaml")
-    command = [*LAUNCH, "--config_file", config, "sample_diffit.py", *flags, f"--output_dir={tmp_path / 'two'}"]
-    run(command)
+    command = ["sample_diffit.py", *flags, f"--output_dir={tmp_path / 'two'}"]
+    codes, output = run_ranks(command, command)
+    assert codes == [0, 0], output
     names = sorted(path.name for path in (tmp_path / "one").glob("seed_*.png"))
     assert names == sorted(path.name for path in (tmp_path / "two").glob("seed_*.png")) and len(names) == 7
     for name in [*names, "grid.png"]:
@@ -75,10 +76,13 @@ def test_two_processes_share_the_seeds(tmp_path):
         assert np.abs(one - two).max() <= 1
 
 
-def test_misspelt_flag_ends_the_script_with_its_name():
-    process = start(["train_diffit.py", "--config", "configs/train/quickstart.yaml", "--learning_rat", "1"])
+def test_misspelt_flag_ends_the_script_before_data_or_models_are_touched(tmp_path):
+    absent = [f"--{name}={tmp_path}/absent" for name in ("model_config", "train_data_dir")]
+    flags = [*absent, "--max_train_steps=1", f"--output_dir={tmp_path}/run", "--learning_rat=1"]
+    process = start(["train_diffit.py", *flags])
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2 and "--learning_rat" in output and "Traceback" not in output
+    assert process.returncode == 2 and mentions("--learning_rat").search(output) and "Traceback" not in output
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs/train").glob("*.yaml")), ids=lambda file: file.stem)

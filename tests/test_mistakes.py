@@ -24,7 +24,8 @@ from diffit.command_line import Parser, path_type, run_script
 from diffit.config import parse_args
 from diffit.errors import RunError, UserError, message_of
 from diffit_model import DiffiTUNet2DModel
-from helpers import ROOT, TINY_CONFIG, mentions, run, start, tiny_vae, torchrun, train
+from helpers import ROOT, TINY_CONFIG, mentions, run, tiny_vae, torchrun, train
+from warm_start import WarmProcess
 
 SCRIPTS = {
     "train": train_diffit,
@@ -179,7 +180,7 @@ OTHERS = [
     ("latents", ["--train_data_file={broken.parquet}", "--resolution=8"], ["broken.parquet"]),
     ("latents", ["--train_data_dir={bad}", "--resolution=8"], ["3.png"]),
     ("vae", ["--train_data_dir={absent}", "--output_dir={out}"], ["--train_data_dir", "absent"]),
-    ("vae", ["--train_data_dir={bad}", "--output_dir={out}", "--resolution=9"], ["--resolution", "9x9"]),
+    ("vae", ["--train_data_dir={bad}", "--output_dir={out}", "--resolution=9"], ["--resolution 9", "8"]),
     ("vae", ["--train_data_dir={bad}", "--output_dir={out}", "--kl_weight=nan"], ["--kl_weight", "nan"]),
     ("vae", ["--train_data_dir={bad}", "--output_dir={out}", "--learning_rate=-1"], ["--learning_rate", "-1.0"]),
     ("latents", ["--train_data_dir={bad}", "--resolution=8", "--dataloader_num_workers=-1"], ["_workers", "-1"]),
@@ -279,7 +280,7 @@ def test_message_from_a_worker_is_that_of_the_error():
 
 def test_bad_image_in_a_worker_is_one_line(base_args, folders, tmp_path):
     flags = [*base_args, f"--train_data_dir={folders['bad']}", "--no-class_conditional", f"--output_dir={tmp_path}/r"]
-    process = start(["train_diffit.py", *flags, "--dataloader_num_workers=2", "--max_train_steps=12"])
+    process = WarmProcess(["train_diffit.py", *flags, "--dataloader_num_workers=2", "--max_train_steps=12"])
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 2, output
     assert "Traceback" not in output and output.count("error: ") == 1 and "3.png" in output

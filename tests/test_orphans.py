@@ -31,7 +31,7 @@ from helpers import LAUNCH, ROOT, STATES, TINY_CONFIG, assert_same_files, mentio
 
 KILLS = int(os.environ.get("KILLS", 10))
 ACCELERATE = [*LAUNCH, "--config_file", "configs/accelerate/cpu.yaml"]
-SCRIPTS = ("train_diffit", "sample_diffit", "eval_diffit", "scripts/prepare_latents", "scripts/train_vae")
+SCRIPTS = ("train_diffit", "sample_diffit", "eval_diffit", "prepare_latents", "train_vae")
 FOLLOWER = """
 import os, sys, time
 from diffit.launcher import follow_launcher

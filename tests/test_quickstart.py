@@ -20,7 +20,7 @@ TARGETS = {
     "quickstart": ("QUICKSTART", ["train_diffit.py", "sample_diffit.py"]),
     "latent-quickstart": (
         "LATENT",
-        ["scripts/train_vae.py", "scripts/prepare_latents.py", "train_diffit.py", "sample_diffit.py"],
+        ["train_vae.py", "prepare_latents.py", "train_diffit.py", "sample_diffit.py"],
     ),
 }
 

@@ -32,6 +32,7 @@ from helpers import (
     train,
     wait_for_file,
 )
+from warm_start import WarmProcess, run_ranks
 
 STEPS = 150
 
@@ -53,7 +54,7 @@ def whole_run(long_args, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_signal_saves_and_the_run_goes_on_bitwise(name, long_args, whole_run, tmp_path):
     arguments = [*long_args, f"--output_dir={tmp_path / 'run'}", "--resume_from_checkpoint=latest"]
-    process = start(["train_diffit.py", *arguments, "--dataloader_num_workers=2"])
+    process = WarmProcess(["train_diffit.py", *arguments, "--dataloader_num_workers=2"])
     wait_for_file(tmp_path / "run/checkpoint-10", process)
     process.send_signal(getattr(signal, name))
     output, _ = process.communicate(timeout=60)
@@ -101,7 +102,7 @@ def test_second_interrupt_leaves_at_once():
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_signal_before_the_training_leaves_at_once_and_gives_the_folder_back(name, long_args, tmp_path):
     """It comes when the folder has been taken; whether the training has begun by then makes no difference."""
-    process = start(["train_diffit.py", *long_args, f"--output_dir={tmp_path / 'run'}"])
+    process = WarmProcess(["train_diffit.py", *long_args, f"--output_dir={tmp_path / 'run'}"])
     wait_for_file(tmp_path / "run/.running", process)
     process.send_signal(getattr(signal, name))
     output, _ = process.communicate(timeout=60)
@@ -150,7 +151,7 @@ def test_signal_during_a_validation_is_obeyed_at_once(long_args, whole_run, tmp_
     """The validation of step 10 would take minutes."""
     arguments = [*long_args, f"--output_dir={tmp_path / 'run'}", "--resume_from_checkpoint=latest"]
     slow = ["--validation_steps=10", "--num_validation_images=4000", "--validation_inference_steps=50"]
-    process = start(["train_diffit.py", *arguments, *slow])
+    process = WarmProcess(["train_diffit.py", *arguments, *slow])
     wait_for_file(tmp_path / "run/checkpoint-10", process)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
@@ -164,7 +165,7 @@ def test_signal_during_a_validation_is_obeyed_at_once(long_args, whole_run, tmp_
 def test_last_validation_given_up_is_made_up_for(long_args, tmp_path):
     arguments = [*long_args, f"--output_dir={tmp_path / 'run'}", "--max_train_steps=10"]
     slow = ["--num_validation_images=4000", "--validation_inference_steps=50"]
-    process = start(["train_diffit.py", *arguments, *slow])
+    process = WarmProcess(["train_diffit.py", *arguments, *slow])
     wait_for_file(tmp_path / "run/checkpoint-10", process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=20)
@@ -249,7 +250,8 @@ def test_bad_loss_in_one_process_is_a_bad_step_in_all(long_args, tmp_path):
         "train_diffit.main(parse_args())\n"
     )
     arguments = [*long_args, f"--output_dir={tmp_path / 'run'}", "--max_train_steps=4"]
-    output = run([*torchrun(), str(script), *arguments], PYTHONPATH=str(ROOT))
+    codes, output = run_ranks([str(script), *arguments], [str(script), *arguments])
+    assert codes == [0, 0], output
     assert mentions("step 2", "positions", 8, 15).search(output)
     numbers = json.loads((tmp_path / "run/checkpoint-4/state.json").read_text())
     assert (numbers["position"], numbers["bad_steps"], numbers["global_step"]) == (40, 1, 4)

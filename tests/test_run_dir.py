@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +13,10 @@ import eval_diffit
 from diffit.errors import UserError
 from diffit.export import save_pipeline
 from diffit.run_dir import MARK, OutputFolder, our_files
+from diffit.source_config import SourceConfig
 from diffit.sources import load_image_table
 from diffit_model import DiffiTUNet2DModel
-from helpers import ROOT, TINY_CONFIG, mentions, sample, train
+from helpers import ROOT, TINY_CONFIG, mentions, run, sample, train
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -38,16 +37,27 @@ def draw_images(folder: Path, names: list[str]) -> None:
         PIL.Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(folder / name)
 
 
+ONE_STEP = ["--max_train_steps=1", "--num_validation_images=1", "--validation_inference_steps=1"]
+
+
 @pytest.fixture
 def short(train_args) -> list[str]:
     """A training of one step; the last --output_dir wins."""
-    return [*train_args, "--max_train_steps=1", "--num_validation_images=1", "--validation_inference_steps=1"]
+    return [*train_args, *ONE_STEP]
+
+
+@pytest.fixture(scope="module")
+def finished_run(base_args, tmp_path_factory) -> Path:
+    """The folder of a finished run of one step. Not to be changed."""
+    run_dir = tmp_path_factory.mktemp("finished")
+    train([*base_args, *ONE_STEP, f"--output_dir={run_dir}"])
+    return run_dir
 
 
 @pytest.fixture
-def run_folder(short, tmp_path) -> Path:
-    """The folder of a finished run of one step."""
-    train(short)
+def run_folder(finished_run, tmp_path) -> Path:
+    """A copy of that folder where `short` would write."""
+    shutil.copytree(finished_run, tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -228,10 +238,20 @@ def test_code_is_not_overwritten(base_args, tmp_path):
     copy = tmp_path / "checkout"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "outputs", "tests", "benchmarks", "docs", "data"))
     before = contents(copy)
-    for flag in ("--no-overwrite_output_dir", "--overwrite_output_dir"):
-        command = [sys.executable, "train_diffit.py", *base_args, "--output_dir=.", flag]
-        process = subprocess.run(command, cwd=copy, capture_output=True, text=True)
-        assert process.returncode == 2 and mentions("--output_dir .", "code").search(process.stderr)
+    script = (
+        "import sys\n"
+        "import train_diffit\n"
+        "from diffit.command_line import run_script\n"
+        "from diffit.config import parse_args\n"
+        "for flag in ('--no-overwrite_output_dir', '--overwrite_output_dir'):\n"
+        "    try:\n"
+        "        run_script(train_diffit.main, parse_args([*sys.argv[1:], flag]))\n"
+        "    except SystemExit as end:\n"
+        "        print('exit code', end.code)\n"
+    )
+    output = run(["-c", script, *base_args, "--output_dir=."], cwd=copy)
+    refusals = [line for line in output.split("\n") if mentions("--output_dir .", "code").search(line)]
+    assert output.count("exit code 2") == len(refusals) == 2
     assert_kept(before, copy)
 
 
@@ -276,7 +296,7 @@ def test_run_of_a_version_without_marks_is_resumed_and_overwritten(short, run_fo
 
 
 def table_files(folder: Path) -> list[str]:
-    table = load_image_table(train_data_dir=str(folder))
+    table = load_image_table(SourceConfig(train_data_dir=str(folder)))
     return sorted(Path(image["path"]).relative_to(folder).as_posix() for image in table.rows["image"])
 
 
@@ -323,7 +343,7 @@ def test_output_folder_below_a_folder_for_load_dataset_is_refused(short, tmp_pat
         train([*flags, f"--dataset_name={tmp_path / 'set'}", f"--output_dir={tmp_path / 'set' / 'runs'}"])
     OutputFolder(tmp_path / "set" / "runs", "x").write("previews/a.png", lambda file: file.write_bytes(b""))
     with pytest.raises(UserError, match=mentions("--dataset_name", "previews/a.png")):
-        load_image_table(dataset_name=str(tmp_path / "set"))
+        load_image_table(SourceConfig(dataset_name=str(tmp_path / "set")))
 
 
 # --- sampling, evaluation

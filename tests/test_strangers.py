@@ -31,6 +31,7 @@ from diffit.config import HubConfig, parse_args
 from diffit.errors import BadImageError
 from diffit.export import push_to_hub
 from diffit.run_dir import PIPELINE_FILES, OutputFolder
+from diffit.source_config import SourceConfig
 from diffit.sources import MAX_FILE_BYTES, load_image_table
 from diffit_model import DiffiTUNet2DModel
 from helpers import (
@@ -92,7 +93,7 @@ def test_path_in_a_parquet_that_leads_outside_is_refused(flag, tmp_path):
     if flag == "train_data_dir":
         (tmp_path / "data/link.dat").unlink()
     source = file if flag == "train_data_file" else file.parent
-    table = load_image_table(**{flag: str(source)}, cache_dir=str(tmp_path / "cache"))
+    table = load_image_table(SourceConfig(**{flag: str(source)}, cache_dir=str(tmp_path / "cache")))
     for row, name in enumerate(names):
         if name == "link.dat" and flag == "train_data_dir":
             continue
@@ -109,7 +110,7 @@ def test_path_in_a_parquet_below_its_folder_is_read(tmp_path):
 def test_zip_of_a_dataset_name_is_read(tmp_path):
     (tmp_path / "hub").mkdir()
     write_files(tmp_path / "hub/train.zip", {"1.png": 1, "2.png": 2})
-    table = load_image_table(dataset_name=str(tmp_path / "hub"), cache_dir=str(tmp_path / "cache"))
+    table = load_image_table(SourceConfig(dataset_name=str(tmp_path / "hub"), cache_dir=str(tmp_path / "cache")))
     assert sorted(table.read(i)[1] for i in range(2)) == sorted(constant("L", level) for level in (1, 2))
 
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_diffit
 from diffit.batches import batch_labels, open_tables
 from diffit.config import parse_args
+from diffit.source_config import SourceConfig
 from diffit.sources import load_image_table
 from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import DiffiTPipeline
@@ -30,7 +31,7 @@ def test_validation_classes_are_matched_by_name(train_args, image_folder, tmp_pa
     """A split that lacks a class must not number its classes anew."""
     from datasets import Dataset
 
-    table = load_image_table(train_data_dir=str(image_folder))
+    table = load_image_table(SourceConfig(train_data_dir=str(image_folder)))
     rows = [{"image": {"bytes": table.read(i)[1]}, "kind": table.class_names[table.label(i)]} for i in range(24)]
     training = Dataset.from_list(rows)
     held_out = Dataset.from_list([row for row in rows if row["kind"] != "blue"])

@@ -11,6 +11,7 @@ from diffit.batches import open_tables
 from diffit.config import parse_args
 from diffit.decode import normalize_pixels
 from diffit.networks import model_class
+from diffit.source_config import SourceConfig
 from diffit.sources import load_image_table
 from diffit.stream import ImageDataset, PositionStream, split_table
 from diffit_pipeline import DiffiTPipeline
@@ -32,7 +33,7 @@ def test_validation_loss_has_the_weights_of_the_training_loss(gamma, train_args,
     flags = ["--max_train_steps=1", "--learning_rate=0", "--validation_fraction=0.25", f"--snr_gamma={gamma}"]
     flags += ["--model_kwargs", "zero_init_output=true"]
     train([*train_args, *flags])
-    _, held_out = split_table(load_image_table(train_data_dir=str(image_folder)), 0.25)
+    _, held_out = split_table(load_image_table(SourceConfig(train_data_dir=str(image_folder))), 0.25)
     dataset = ImageDataset(held_out, PositionStream(6, seed=0), (8, 8), 3, center_crop=True)
     items = [dataset[(p, dataset.stream.index(p))] for p in range(6)]
     clean = normalize_pixels(torch.stack([item["pixel_values"] for item in items]))
@@ -105,7 +106,9 @@ def test_metric_equals_that_of_the_same_images_drawn_by_hand(train_args, tmp_pat
     from diffit.metrics import FeatureSet, frechet_distance
 
     train([*train_args, *EVAL, "--max_train_steps=2"])
-    table = load_image_table(train_data_dir=[a for a in train_args if "train_data_dir" in a][0].split("=")[1])
+    table = load_image_table(
+        SourceConfig(train_data_dir=[a for a in train_args if "train_data_dir" in a][0].split("=")[1])
+    )
     real = TableImages(table, (8, 8), 3)
     reference = mean_colours(torch.stack([real[i] for i in range(len(table))]))
     pipe = DiffiTPipeline.from_folder(str(tmp_path / "run"), model_class)

@@ -1,9 +1,9 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
 """Converts NVIDIA's latent DiffiT checkpoints to folders that diffusers loads, and trained models back.
 
-    python scripts/convert_nvidia_checkpoint.py --checkpoint diffit_256.safetensors --output_dir diffit-256 \\
+    python convert_nvidia_checkpoint.py --checkpoint diffit_256.safetensors --output_dir diffit-256 \\
         --vae stabilityai/sd-vae-ft-ema
-    python scripts/convert_nvidia_checkpoint.py --to_nvidia --checkpoint diffit-256 --output_dir back
+    python convert_nvidia_checkpoint.py --to_nvidia --checkpoint diffit-256 --output_dir back
 
 The folder is a `DiTPipeline`: `transformer/`, a DDIM `scheduler/`, and `vae/` if `--vae` is given.
 `DiTPipeline.from_pretrained("diffit-256", trust_remote_code=True)` loads it; if it has no `vae/`, pass `vae=` as well.
@@ -12,11 +12,14 @@ config is inferred from their shapes. XL/2 (561 M parameters, 2.3 GB) takes seco
 the imports.
 """
 
-import argparse
+from diffit.convert_config import ConvertConfig, parse_args
+
+if __name__ == "__main__":
+    CONFIG = parse_args(description=__doc__)  # before the slow imports, so that a refused flag is answered at once
+
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -24,9 +27,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from diffit.command_line import Parser, path_type, run_script
+from diffit.command_line import run_script
 from diffit.errors import UserError, load_model, user_errors
 from diffit.run_dir import OutputFolder
 from diffit_model import DiffiTTransformer2DModel, relative_position_index
@@ -234,52 +235,25 @@ def read_trained_folder(path: Path) -> dict[str, torch.Tensor]:
     raise UserError(f"--checkpoint {path}: neither {files[0]} nor {files[1]} is there")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the flags and checks everything that needs no weights."""
-    parser = Parser(__doc__)
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        type=path_type,
-        help="NVIDIA's .safetensors or .pt file; with --to_nvidia, the folder of a trained model (required)",
-    )
-    parser.add_argument(
-        "--output_dir", required=True, type=path_type, help="folder for the result, new or empty (required)"
-    )
-    parser.add_argument(
-        "--vae",
-        type=path_type,
-        help="folder or hub name of the AutoencoderKL to save with the network (default: none)",
-    )
-    parser.add_argument(
-        "--to_nvidia", action="store_true", help="convert a trained folder to NVIDIA's layout (default: off)"
-    )
-    args = parser.parse_args(argv)
-    args.checkpoint, args.output_dir = Path(args.checkpoint), Path(args.output_dir)
-    if args.to_nvidia and args.vae:
-        parser.error("--vae cannot be used with --to_nvidia: NVIDIA's layout has no VAE")
-    if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
-        parser.error(f"--output_dir {args.output_dir} is not an empty folder")
-    return args
-
-
-def main(args: argparse.Namespace) -> None:
+def main(config: ConvertConfig) -> None:
     """Reads, converts and writes. If anything is wrong, nothing is written."""
-    folder = OutputFolder(args.output_dir, Path(__file__).name)
-    if args.to_nvidia:
-        tensors = nvidia_from_weights(read_trained_folder(args.checkpoint))
+    checkpoint, output_dir = Path(config.checkpoint), Path(config.output_dir)
+    folder = OutputFolder(output_dir, Path(__file__).name)
+    if config.to_nvidia:
+        tensors = nvidia_from_weights(read_trained_folder(checkpoint))
         folder.create()
-        save_file(tensors, args.output_dir / "diffit.safetensors")
-        print(f"{len(tensors)} tensors: {args.output_dir / 'diffit.safetensors'}")
+        save_file(tensors, output_dir / "diffit.safetensors")
+        print(f"{len(tensors)} tensors: {output_dir / 'diffit.safetensors'}")
         return
 
-    model = model_from_nvidia(read_checkpoint(args.checkpoint))
+    model = model_from_nvidia(read_checkpoint(checkpoint))
     vae = None
-    if args.vae is not None:
-        vae = load_model(f"--vae {args.vae}: cannot load an AutoencoderKL", AutoencoderKL.from_pretrained, args.vae)
+    if config.vae is not None:
+        what = f"--vae {config.vae}: cannot load an AutoencoderKL"
+        vae = load_model(what, AutoencoderKL.from_pretrained, config.vae)
         if vae.config.latent_channels != model.config.in_channels:
             raise UserError(
-                f"--vae {args.vae} has {vae.config.latent_channels} latent channels, "
+                f"--vae {config.vae} has {vae.config.latent_channels} latent channels, "
                 f"the checkpoint {model.config.in_channels}"
             )
     # The diffusion process of the training. Clipping is off because latents are not confined to [-1, 1].
@@ -295,14 +269,14 @@ def main(args: argparse.Namespace) -> None:
     folder.create()
     for name, component in pipeline.components.items():
         if component is not None:
-            component.save_pretrained(args.output_dir / name)
-    pipeline.save_config(args.output_dir)
+            component.save_pretrained(output_dir / name)
+    pipeline.save_config(output_dir)
     millions, tokens = model.num_parameters() / 1e6, " x ".join(map(str, model.token_grid))
     print(
         f"{millions:.1f} M parameters, {model.config.num_layers} blocks, {tokens} tokens, {model.null_label} classes: "
-        f"{args.output_dir}"
+        f"{output_dir}"
     )
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, CONFIG)

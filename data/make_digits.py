@@ -1,6 +1,6 @@
 """Writes `data/digits.parquet`: the handwritten digits of scikit-learn's `load_digits` as grayscale PNGs with labels.
 
-python scripts/make_digits.py data/digits.parquet
+python data/make_digits.py data/digits.parquet
 """
 
 import argparse

@@ -1,9 +1,9 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
 """Encodes images and their mirror images with a VAE in advance, so that training does not have to.
 
-    python scripts/prepare_latents.py --vae_model_name_or_path outputs/vae-digits --resolution 32 --no-mirror \\
+    python prepare_latents.py --vae_model_name_or_path outputs/vae-digits --resolution 32 --no-mirror \\
         --train_data_file data/digits.parquet --output_dir outputs/latents-digits
-    torchrun --nproc_per_node 8 scripts/prepare_latents.py --vae_model_name_or_path stabilityai/sd-vae-ft-ema \\
+    torchrun --nproc_per_node 8 prepare_latents.py --vae_model_name_or_path stabilityai/sd-vae-ft-ema \\
         --train_data_dir imagenet/train --resolution 256 --batch_size 64 --dataloader_num_workers 12 \\
         --output_dir imagenet-latents
 
@@ -20,17 +20,14 @@ A shard holds a range of images. It is written under a temporary name and then r
 exist. The same command therefore resumes an interrupted run, on any number of processes, with the same result.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
+from diffit.latents_config import LatentsConfig, parse_args
 from diffit.launcher import follow_launcher
 
 if __name__ == "__main__":
-    follow_launcher()  # before the slow imports, during which the launcher may die
+    # Before the slow imports: the launcher may die meanwhile, and a refused flag is answered at once.
+    follow_launcher()
+    CONFIG = parse_args(description=__doc__)
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -38,6 +35,7 @@ import logging
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -48,7 +46,7 @@ from diffusers import AutoencoderKL
 from torch.utils.data import BatchSampler, DataLoader
 from tqdm.auto import tqdm
 
-from diffit.command_line import Parser, number_type, path_type, resolution_type, run_script
+from diffit.command_line import run_script
 from diffit.decode import decode_image
 from diffit.errors import BadImageError, UserError, user_errors
 from diffit.latents import (
@@ -67,81 +65,7 @@ from diffit.sources import ImageTable, detect_num_channels, load_image_table
 
 logger = logging.getLogger("prepare_latents")
 
-DATA_FLAGS = (
-    *("dataset_name", "dataset_config_name", "dataset_split", "train_data_dir", "train_data_file"),
-    *("image_column", "label_column", "cache_dir"),
-)
 PATHS = ("vae", "source")  # metadata for people only: paths may differ although their contents are the same
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the flags. The data flags are those of `train_diffit.py`."""
-    parser = Parser(__doc__)
-    parser.add_argument(
-        "--vae_model_name_or_path",
-        type=path_type,
-        required=True,
-        help="folder or hub name of the AutoencoderKL that encodes the images (required)",
-    )
-    parser.add_argument(
-        "--output_dir",
-        type=path_type,
-        required=True,
-        help="folder for the latents: new, or written by an interrupted run with the same flags (required)",
-    )
-    parser.add_argument(
-        "--resolution", type=resolution_type, required=True, help="size of the images in pixels, N or HxW (required)"
-    )
-    parser.add_argument(
-        "--mirror",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="encode the mirror image of each image, too, which training with --random_flip needs (default: on)",
-    )
-    parser.add_argument(
-        "--batch_size", type=int, default=16, help="images per encoder pass and process (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--images_per_shard", type=int, default=1024, help="images per parquet file (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--on_bad_image",
-        choices=("error", "skip"),
-        default="error",
-        help="error: stop at the first image that cannot be read; skip: record it as bad and continue "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--dataloader_num_workers",
-        type=number_type(int, 0),
-        default=0,
-        help="worker processes that decode images, per process; 0 decodes in the main process (default: %(default)s)",
-    )
-
-    group = parser.add_argument_group("data: one of --dataset_name, --train_data_dir, --train_data_file")
-    group.add_argument(
-        "--dataset_name", type=path_type, help="hub name or local path for datasets.load_dataset (default: none)"
-    )
-    group.add_argument(
-        "--dataset_config_name", help="configuration of --dataset_name (default: the data set's default configuration)"
-    )
-    group.add_argument("--dataset_split", default="train", help="split of --dataset_name (default: %(default)s)")
-    group.add_argument(
-        "--train_data_dir",
-        type=path_type,
-        help="folder or zip of images; dataset.json, metadata.jsonl and parquet files are read, too (default: none)",
-    )
-    group.add_argument("--train_data_file", type=path_type, help="parquet file of images (default: none)")
-    group.add_argument("--image_column", help="column of the images (default: the only column of type Image)")
-    group.add_argument("--label_column", help="column of the labels (default: the only column of type ClassLabel)")
-    group.add_argument(
-        "--cache_dir", type=path_type, help="cache folder of datasets.load_dataset (default: the datasets library's)"
-    )
-    args = parser.parse_args(argv)
-    for name in ("batch_size", "images_per_shard"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)} is less than 1")
-    return args
 
 
 class CenterCrops(torch.utils.data.Dataset):
@@ -237,12 +161,11 @@ def write_shard(file: Path, columns: dict[str, list], features: Features) -> Non
     temporary.rename(file)
 
 
-def prepare(accelerator: Accelerator, args: argparse.Namespace) -> None:
+def prepare(accelerator: Accelerator, config: LatentsConfig) -> None:
     """Encodes the missing shards, divided among the processes."""
-    vae = on_all_processes(accelerator, load_vae, args.vae_model_name_or_path).to(accelerator.device)
-    latent_shape = vae_latent_shape(vae, args.resolution)
-    source = {name: getattr(args, name) for name in DATA_FLAGS}
-    table = on_all_processes(accelerator, lambda: load_image_table(**source))
+    vae = on_all_processes(accelerator, load_vae, config.vae_model_name_or_path).to(accelerator.device)
+    latent_shape = vae_latent_shape(vae, config.resolution)
+    table = on_all_processes(accelerator, load_image_table, config.source)
     num_channels = vae.config.in_channels
     if (
         run_on_main_and_broadcast(accelerator, detect_num_channels, table) > num_channels
@@ -250,38 +173,38 @@ def prepare(accelerator: Accelerator, args: argparse.Namespace) -> None:
     ):
         logger.warning(f"{table.source} has more channels than the VAE ({num_channels}): colours are dropped")
     metadata = {
-        "vae": args.vae_model_name_or_path,
+        "vae": config.vae_model_name_or_path,
         **vae_description(vae),
-        "resolution": list(args.resolution),
+        "resolution": list(config.resolution),
         "latent_shape": list(latent_shape),
-        "mirrored": args.mirror,
+        "mirrored": config.mirror,
         "source": table.source,
         "num_images": len(table),
         "data_digest": table.digest(),
-        "images_per_shard": args.images_per_shard,
+        "images_per_shard": config.images_per_shard,
     }
     check_agreement(accelerator, metadata)
-    output_dir = Path(args.output_dir)
+    output_dir = Path(config.output_dir)
     run_on_main_and_broadcast(accelerator, check_metadata, output_dir, metadata)
-    names = latent_shard_names(len(table), args.images_per_shard)
+    names = latent_shard_names(len(table), config.images_per_shard)
     missing = run_on_main_and_broadcast(accelerator, missing_shards, output_dir, names)
     mine = missing[accelerator.process_index :: accelerator.num_processes]
 
-    features = latent_features(latent_shape, args.mirror, table.class_names)
+    features = latent_features(latent_shape, config.mirror, table.class_names)
     # A batch never crosses a shard boundary, so the contents of a shard do not depend on which process encodes it.
-    ranges = [range(len(table))[n * args.images_per_shard : (n + 1) * args.images_per_shard] for n in mine]
-    batches = [list(BatchSampler(images, args.batch_size, drop_last=False)) for images in ranges]
+    ranges = [range(len(table))[n * config.images_per_shard : (n + 1) * config.images_per_shard] for n in mine]
+    batches = [list(BatchSampler(images, config.batch_size, drop_last=False)) for images in ranges]
     loader = iter(
         DataLoader(
-            CenterCrops(table, args.resolution, num_channels, args.on_bad_image),
+            CenterCrops(table, config.resolution, num_channels, config.on_bad_image),
             batch_sampler=[batch for of_shard in batches for batch in of_shard],
-            num_workers=args.dataloader_num_workers,
+            num_workers=config.dataloader_num_workers,
             collate_fn=collate_crops,
         )
     )
     progress = tqdm(total=sum(map(len, ranges)), unit=" images", disable=not accelerator.is_main_process)
     for number, images, of_shard in zip(mine, ranges, batches, strict=True):
-        columns = encode(vae, itertools.islice(loader, len(of_shard)), args.mirror)
+        columns = encode(vae, itertools.islice(loader, len(of_shard)), config.mirror)
         if table.class_names is not None:
             columns["label"] = [table.label(index) for index in images]
         write_shard(output_dir / names[number], columns, features)
@@ -293,19 +216,19 @@ def prepare(accelerator: Accelerator, args: argparse.Namespace) -> None:
         print(f"{len(table)} images in {len(names)} shards ({len(missing)} of them new): {output_dir}")
 
 
-def main(args: argparse.Namespace) -> None:
+def main(config: LatentsConfig) -> None:
     """Locks `--output_dir`, then encodes."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     disable_datasets_progress_bars()
     join_processes(timeout=timedelta(hours=12))  # at the end, all processes wait for the slowest one
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    lock = OutputDirLock(args.output_dir)
+    lock = OutputDirLock(config.output_dir)
     with contextlib.ExitStack() as resources:
         token = run_on_main_and_broadcast(accelerator, resources.enter_context, lock)
         on_all_processes(accelerator, lock.check_visible, token)
-        prepare(accelerator, args)
+        prepare(accelerator, config)
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, CONFIG)

@@ -1,0 +1,1 @@
+"""Measurements. Modules, run from the top of the repository: `python -m benchmarks.speed`."""
