@@ -153,7 +153,7 @@ def test_result_stays_in_range_where_interpolation_overshoots():
         (numbers("move"), [0, 0, 0, 0, 0, 0, 0, 0.9, -0.6]),
     ],
 )
-def test_labels_tell_what_was_done(row, expected):
+def test_augment_labels_describe_the_transforms(row, expected):
     _, labels = augment(noise(1, 3, 8, 8), row, 0.5)
     torch.testing.assert_close(labels, torch.tensor([expected], dtype=torch.float32), rtol=0, atol=1e-6)
 
@@ -198,7 +198,7 @@ def test_probability_of_zero_changes_nothing():
 # --- a pure function of images and numbers
 
 
-def test_numbers_are_as_many_whatever_they_are():
+def test_number_of_random_numbers_is_constant():
     rng = np.random.default_rng(0)
     first, second = sample_augmentation(rng), sample_augmentation(rng)
     assert first.shape == second.shape == (NUM_AUGMENT_NUMBERS,) and first.dtype == np.float32
@@ -235,7 +235,7 @@ def test_arguments_out_of_range_are_refused(count, probability, words):
 # --- in a training
 
 
-def test_augmentation_leaves_all_other_numbers_of_a_position_as_they_are(image_folder):
+def test_augmentation_does_not_change_other_random_numbers(image_folder):
     table = load_image_table(SourceConfig(train_data_dir=str(image_folder)))
     stream = PositionStream(len(table), seed=0)
     plain, augmented = (

@@ -553,7 +553,7 @@ def grey_folder_with_one_colour(tmp_path: Path) -> Path:
     return write_files(tmp_path / "f", {f"{i:03d}.png": i for i in range(130)} | {"001.png": constant("RGB", RED)})
 
 
-def test_colour_among_grayscale_is_an_error(grey_folder_with_one_colour):
+def test_color_image_among_grayscale_is_an_error(grey_folder_with_one_colour):
     dataset = make_dataset(grey_folder_with_one_colour)
     assert dataset.num_channels == 1
     with pytest.raises(BadImageError, match=mentions("--num_channels 1", "001.png")):

@@ -160,7 +160,7 @@ def test_variance_is_that_of_the_conditional_pass():
         ({"guidance_schedule": "power_cosine", "guidance_interval": (0, 0.5)}, lambda t: t <= 500),
     ],
 )
-def test_guided_timesteps_take_one_pass_of_the_double_batch_and_others_of_the_single(settings, guided):
+def test_guided_steps_double_the_batch_and_others_do_not(settings, guided):
     unet = tiny_unet(num_class_embeds=3)
     batches = count_batches(unet)
     recording_pipeline(unet)([0, 2], num_inference_steps=20, guidance_scale=3.0, **settings)

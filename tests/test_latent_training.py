@@ -111,7 +111,7 @@ def test_variance_bound_is_the_divergence_of_two_gaussians(t, bound_inputs):
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-7)
 
 
-def test_variance_bound_at_the_first_timestep_is_the_surprise_at_the_image(bound_inputs):
+def test_variance_bound_at_the_first_timestep_is_the_images_nll(bound_inputs):
     """Bins of 1/255 to both sides, open at -1 and 1."""
     inputs = {name: bound_inputs[name] for name in ("clean", "noise", "error", "variance")}
     inputs["error"] = 0.1 * inputs["error"]

@@ -175,7 +175,7 @@ def test_description_of_a_vae_without_shift_has_the_shift_zero():
 # The stream
 
 
-def test_training_in_latents_leaves_the_numbers_of_training_in_pixels_alone(image_folder):
+def test_latent_training_does_not_change_pixel_space_numbers(image_folder):
     """Without `latent_shape` the draws are time, dropout, noise of the image's shape, and nothing else."""
     table = load_image_table(SourceConfig(train_data_dir=str(image_folder)))
     stream = PositionStream(NUM_IMAGES, seed=5)
@@ -191,7 +191,7 @@ def test_training_in_latents_leaves_the_numbers_of_training_in_pixels_alone(imag
         torch.testing.assert_close(in_latents[name], item[name], rtol=0, atol=0)
 
 
-def test_noise_and_posterior_noise_have_the_shape_of_latents_and_differ(image_folder):
+def test_noise_and_posterior_noise_are_independent_latents(image_folder):
     table = load_image_table(SourceConfig(train_data_dir=str(image_folder)))
     item = ImageDataset(table, PositionStream(NUM_IMAGES, seed=5), (8, 8), 3, latent_shape=(4, 2, 6))[(7, 0)]
     assert item["noise"].shape == item["posterior_noise"].shape == (4, 2, 6)
@@ -218,7 +218,7 @@ def test_prepared_latents_train_like_those_encoded_on_the_fly(image_folder, prep
     )
 
 
-def test_random_flip_takes_the_mirrored_moments_where_images_are_flipped(image_folder, prepared_dir):
+def test_random_flip_uses_the_moments_of_the_mirrored_image(image_folder, prepared_dir):
     on_the_fly, prepared = datasets_of_both_kinds(image_folder, prepared_dir, random_flip=True)
     flips = []
     for position in range(NUM_IMAGES):
@@ -487,7 +487,7 @@ def test_skipped_image_is_replaced_as_in_training_on_the_fly(base_flags, damaged
 # A VAE of one's own
 
 
-def test_trained_vae_is_loaded_by_diffusers_and_its_latents_have_unit_variance(image_folder, tmp_path, capsys):
+def test_trained_vae_loads_in_diffusers_with_unit_variance_latents(image_folder, tmp_path, capsys):
     flags = [f"--train_data_dir={image_folder}", "--resolution=8", "--block_out_channels", "4", "8"]
     flags += ["--max_train_steps=2", "--train_batch_size=8", f"--output_dir={tmp_path}"]
     train_vae.main(train_vae.parse_args(flags))

@@ -91,13 +91,13 @@ def test_world_size_that_disagrees_with_srun_is_refused(slurm_task):
         join_slurm_step()
 
 
-def test_missing_scontrol_is_told_with_what_helps(slurm_task):
+def test_missing_scontrol_is_reported_with_a_remedy(slurm_task):
     slurm_task.setenv("PATH", "")
     with pytest.raises(ValueError, match=mentions("gpu[07-08]", "MASTER_ADDR")):
         join_slurm_step()
 
 
-def test_failing_scontrol_is_told_with_what_helps(slurm_task):
+def test_failing_scontrol_is_reported_with_a_remedy(slurm_task):
     slurm_task.setenv("SLURM_STEP_NODELIST", "gpu[07-")
     with pytest.raises(ValueError, match=mentions("gpu[07-", "MASTER_ADDR")):
         join_slurm_step()
@@ -131,7 +131,7 @@ def new_store(monkeypatch) -> None:
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
 
 
-def test_restarts_that_may_fail_are_warned_of(train_args, monkeypatch, caplog):
+def test_restarts_that_may_fail_log_a_warning(train_args, monkeypatch, caplog):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     config = parse_args(train_args)
@@ -155,7 +155,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-def test_killed_worker_is_restarted_and_the_run_goes_on_bitwise(long_args, whole_run, new_store, tmp_path):
+def test_killed_worker_is_restarted_and_the_run_resumes_bitwise(long_args, whole_run, new_store, tmp_path):
     """One node: torchrun starts both workers again, and they resume by themselves."""
     launcher = [*torchrun(), "--max_restarts=1"]
     process = start([*launcher, "train_diffit.py", *long_args, f"--output_dir={tmp_path}"])
@@ -168,7 +168,7 @@ def test_killed_worker_is_restarted_and_the_run_goes_on_bitwise(long_args, whole
 
 
 @pytest.mark.slow
-def test_killed_node_comes_back_and_the_run_goes_on_bitwise(long_args, whole_run, new_store, tmp_path, free_port):
+def test_killed_node_rejoins_and_the_run_resumes_bitwise(long_args, whole_run, new_store, tmp_path, free_port):
     """Two launchers meet on loopback; the second is killed with its worker and started again."""
 
     def launch(node: int) -> subprocess.Popen:

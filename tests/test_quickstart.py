@@ -66,12 +66,12 @@ def run_and_read(target: str, output_dir: Path) -> tuple[int, float, float]:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_recipe_of_the_makefile_is_complete(target):
+def test_quickstart_commands_of_the_makefile_are_complete(target):
     assert [command[0] for command in make_commands(target, "somewhere")] == TARGETS[target][1]
 
 
 @pytest.mark.slow
-def test_quickstart_digits_are_read_as_the_class_asked_for(tmp_path):
+def test_quickstart_digits_are_classified_as_requested(tmp_path):
     """Under 6 minutes on two cores; 90 of 100 digits right; at least half of the real spread of the pixels."""
     right, spread, seconds = run_and_read("quickstart", tmp_path / "quickstart")
     assert right >= 90
@@ -80,7 +80,7 @@ def test_quickstart_digits_are_read_as_the_class_asked_for(tmp_path):
 
 
 @pytest.mark.slow
-def test_latent_digits_are_read_as_the_class_asked_for(tmp_path):
+def test_latent_digits_are_classified_as_requested(tmp_path):
     """Under 20 minutes on two cores, the VAE included; 80 of 100 digits right."""
     right, spread, seconds = run_and_read("latent-quickstart", tmp_path / "latent")
     assert right >= 80

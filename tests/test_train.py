@@ -108,7 +108,7 @@ class ReadCounter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_loop_waits_for_no_device_between_logs(train_args):
+def test_loop_never_waits_for_the_device_between_logs(train_args):
     """Each step reads two numbers that lie on the host: its position, and whether the step before was taken."""
     counts = []
     for num_steps in (2, 6):  # one log each, at the end
@@ -186,7 +186,7 @@ def test_token_is_written_nowhere(finished_run):
     assert not [path for path in files if b"hf_secret" in path.read_bytes()]
 
 
-def test_model_card_says_what_and_how(finished_run):
+def test_model_card_describes_data_training_and_usage(finished_run):
     card = (finished_run / "README.md").read_text()
     header = yaml.safe_load(card.split("---")[1])
     assert header["library_name"] == "diffusers" and "diffit" in header["tags"]
@@ -207,7 +207,7 @@ def test_saved_arguments_are_a_config_of_the_same_run(train_args, tmp_path):
     assert losses(tmp_path / "run") == losses(tmp_path / "again")
 
 
-def test_class_conditional_folder_loads_as_our_pipeline_without_this_repository(finished_run, tmp_path):
+def test_class_conditional_folder_loads_without_this_repository(finished_run, tmp_path):
     script = (
         "import sys\n"
         "from diffusers import AutoModel, DiffusionPipeline\n"
@@ -239,7 +239,7 @@ def test_unconditional_folder_loads_as_a_plain_ddpm_pipeline(train_args, tmp_pat
     assert type(DDPMPipeline.from_pretrained(tmp_path / "run", trust_remote_code=True)) is DDPMPipeline
 
 
-def test_peer_trains_under_the_same_recipe(train_args, tmp_path):
+def test_unet2d_model_trains_with_the_same_flags(train_args, tmp_path):
     config = {
         "_class_name": "UNet2DModel",
         "sample_size": 8,
@@ -257,7 +257,7 @@ def test_peer_trains_under_the_same_recipe(train_args, tmp_path):
     assert pipe.unet.config.num_class_embeds == 4  # three classes and the null class
 
 
-def test_bad_image_stops_training_by_name_or_is_skipped(train_args, image_folder, tmp_path, caplog):
+def test_bad_image_is_named_or_skipped(train_args, image_folder, tmp_path, caplog):
     folder = tmp_path / "data"
     shutil.copytree(image_folder, folder)
     (folder / "red" / "broken.png").write_bytes(b"no image")
@@ -269,7 +269,7 @@ def test_bad_image_stops_training_by_name_or_is_skipped(train_args, image_folder
     assert logged(tmp_path / "run").Scalars("train/bad_images")[-1].value == 1
 
 
-def test_out_of_memory_names_the_flags_that_help():
+def test_out_of_memory_names_flags_that_reduce_memory():
     message = train_diffit.explain_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert "--train_batch_size" in message and "--gradient_checkpointing" in message
     assert train_diffit.explain_out_of_memory(ValueError("something else")) is None
@@ -310,7 +310,7 @@ def test_overwriting_deletes_only_what_a_run_wrote(train_args, tmp_path):
 # --- fine-tuning
 
 
-def test_finetuning_keeps_weights_and_renews_class_rows_only(finished_run, train_args, image_folder, tmp_path, caplog):
+def test_finetuning_reinitializes_only_class_embeddings(finished_run, train_args, image_folder, tmp_path, caplog):
     folder = tmp_path / "two_classes"
     for name in ("red", "green"):
         shutil.copytree(image_folder / name, folder / name)
