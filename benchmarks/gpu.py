@@ -64,7 +64,7 @@ PEAKS = {  # dense FLOP/s in bf16, of NVIDIA's data sheets
     "L4": 121e12,
     "RTX 4090": 165e12,
 }
-SECTIONS = ("backends", "training", "synchronisation", "fp16", "graphs")
+SECTIONS = ("backends", "training", "synchronization", "fp16", "graphs")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def measure_training(report: Report, device: torch.device, cases: list[Case], mo
 
 
 @contextlib.contextmanager
-def forbidden_synchronisation(device: torch.device) -> Iterator[None]:
+def forbidden_synchronization(device: torch.device) -> Iterator[None]:
     """Turns every host-device synchronization into an exception, except waiting for an event."""
     if device.type != "cuda":
         yield
@@ -215,7 +215,7 @@ def forbidden_synchronisation(device: torch.device) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def check_synchronisation(report: Report, device: torch.device, cases: list[Case]) -> None:
+def check_synchronization(report: Report, device: torch.device, cases: list[Case]) -> None:
     """Trains for some steps with a NonFiniteGuard while synchronization is an error."""
     row = report.table(
         "Synchronisation",
@@ -227,11 +227,11 @@ def check_synchronisation(report: Report, device: torch.device, cases: list[Case
         free_memory(device)
         training = build_training(case, "native", False, device)
         try:
-            with forbidden_synchronisation(device):
+            with forbidden_synchronization(device):
                 for _ in range(3):
                     training()
         except RuntimeError as error:
-            row(case.name, f"{report.verdict(False, f'{case.name} synchronises')}: {reason(error)}")
+            row(case.name, f"{report.verdict(False, f'{case.name} synchronizes')}: {reason(error)}")
         else:
             row(case.name, "ok" if device.type == "cuda" else "not watched: needs CUDA")
         training = None
@@ -288,8 +288,8 @@ def main(argv: list[str] | None = None) -> int:
     if "training" in args.sections:
         compiled = [False] if args.quick or args.tiny else [False, True]
         measure_training(report, device, cases, compiled, steps=2 if args.tiny else 10)
-    if "synchronisation" in args.sections:
-        check_synchronisation(report, device, cases)
+    if "synchronization" in args.sections:
+        check_synchronization(report, device, cases)
     if "fp16" in args.sections:
         check_overflow(report, device, cases[1])
         check_range(report, device, cases)

@@ -392,7 +392,7 @@ def check_range(report: Report, device: torch.device, cases: list[Case]) -> None
     """Reports where activations leave the range of float16 as the input grows."""
     row = report.table(
         "Range of activations in fp16",
-        "Networks as they are initialised, under autocast, on noise of this deviation; training feeds them about 1, "
+        "Networks as they are initialized, under autocast, on noise of this deviation; training feeds them about 1, "
         "which must stay finite. A trained network may be elsewhere.",
         ["network", *(f"deviation {scale}" for scale in INPUT_SCALES), "verdict"],
     )

@@ -58,7 +58,7 @@ def tiny_model_config(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory) -> Path:
-    """24 colour images of 8 x 8 pixels in the classes `blue`, `green` and `red`."""
+    """24 color images of 8 x 8 pixels in the classes `blue`, `green` and `red`."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for channel, name in enumerate(("red", "green", "blue")):

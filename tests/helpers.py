@@ -347,9 +347,9 @@ def encode_npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def constant(mode: str, colour: int | tuple[int, ...], file_format: str = "PNG", **options) -> bytes:
+def constant(mode: str, color: int | tuple[int, ...], file_format: str = "PNG", **options) -> bytes:
     """An image file of 4 x 4 equal pixels."""
-    return encode(PIL.Image.new(mode, (4, 4), colour), file_format, **options)
+    return encode(PIL.Image.new(mode, (4, 4), color), file_format, **options)
 
 
 def noise_image(seed: int, *shape: int) -> np.ndarray:

@@ -349,7 +349,7 @@ def write_module(folder: Path, body: str) -> None:
 
 @pytest.fixture
 def own_module(tmp_path, monkeypatch):
-    """A function of the user's: 4 x 4 thumbnails of the colours."""
+    """A function of the user's: 4 x 4 thumbnails of the colors."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_features", raising=False)
     pooled = "torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1)"

@@ -39,7 +39,7 @@ PARTS = [f"{folder}/diffusion_pytorch_model.safetensors" for folder in ("transfo
 
 @pytest.fixture(scope="module")
 def vae_dir(tmp_path_factory) -> Path:
-    """From 8 x 8 colour images to 4 x 4 latents of two channels."""
+    """From 8 x 8 color images to 4 x 4 latents of two channels."""
     folder = tmp_path_factory.mktemp("vae")
     tiny_vae(latent_channels=2, scaling_factor=0.7).save_pretrained(folder)
     return folder

@@ -1,7 +1,7 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
 """Latents: `prepare_latents.py`, `diffit/latents.py`, and `train_vae.py`.
 
-The VAEs are tiny real ones: 24 colour images of 8 x 8 pixels become latents of 4 x 4 x 4. Where no tolerance stands,
+The VAEs are tiny real ones: 24 color images of 8 x 8 pixels become latents of 4 x 4 x 4. Where no tolerance stands,
 equality is exact.
 """
 
