@@ -1,4 +1,4 @@
-"""What the benchmarks compute from their figures."""
+"""Computations of the benchmarks on their results, and short runs of them."""
 
 import json
 from pathlib import Path
@@ -56,7 +56,7 @@ def test_ratio_of_two_loops_is_taken_pair_by_pair():
 
 @pytest.fixture
 def recompile_limit():
-    """What `gpu.main` sets is put back."""
+    """Restores the settings that `gpu.main` changes."""
     with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
         yield
 
@@ -113,7 +113,7 @@ def test_gpu_benchmark_halves_a_batch_that_does_not_fit(monkeypatch):
 
 
 def write_run(folder: Path, weight: float = 0.5, pixel: int = 7, **state) -> Path:
-    """The files of a run that `same_numbers` reads, as far as they are short."""
+    """The short ones among the files of a run that `same_numbers` reads."""
     for part, value in (("unet", 0.25), ("unet_ema", weight)):
         (folder / f"checkpoint-1/{part}").mkdir(parents=True)
         save_file({"w": torch.tensor([1.0, value])}, folder / f"checkpoint-1/{part}/model.safetensors")

@@ -1,4 +1,4 @@
-"""Checkpoints: what a resume asks for, damaged files, and disks that fail."""
+"""Checkpoints: requirements for resuming, damaged files, and failing disks."""
 
 import errno
 import json
@@ -22,7 +22,7 @@ from warm_start import WarmProcess
 
 @pytest.fixture(scope="module")
 def finished_run(base_args, tmp_path_factory) -> Path:
-    """A run of 4 steps with two checkpoints. Not to be changed."""
+    """A run of 4 steps with two checkpoints. Tests must not modify it."""
     run_dir = tmp_path_factory.mktemp("finished")
     train([*base_args, f"--output_dir={run_dir}", "--checkpointing_steps=2"])
     return run_dir
@@ -30,7 +30,7 @@ def finished_run(base_args, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def two_checkpoints(finished_run, train_args, tmp_path) -> tuple[list[str], Path]:
-    """Flags that resume that run, and a copy of it."""
+    """Flags that resume a copy of that run."""
     shutil.copytree(finished_run, tmp_path / "run")
     return [*train_args, "--checkpointing_steps=2", "--resume_from_checkpoint=latest"], tmp_path / "run"
 
@@ -198,7 +198,7 @@ def test_pruning_keeps_the_new_checkpoint_beside_a_damaged_one(two_checkpoints):
 
 
 def test_resuming_from_an_earlier_checkpoint_renames_later_ones(two_checkpoints, caplog):
-    """Or `latest` would mean the branch that was left, and pruning would delete the new one."""
+    """Otherwise `latest` would select the abandoned branch, and pruning would delete the new one."""
     arguments, run_dir = two_checkpoints
     flags = ["--checkpoints_total_limit=1", "--max_train_steps=3"]
     train([*arguments, f"--resume_from_checkpoint={run_dir / 'checkpoint-2'}", *flags])
@@ -276,7 +276,7 @@ def test_failed_pruning_does_not_stop_training(train_args, tmp_path, caplog):
 
 
 def test_folders_that_cannot_be_synced_do_not_stop_training(train_args, tmp_path, monkeypatch):
-    """As on some network file systems."""
+    """Some network file systems behave like this."""
     original = os.fsync
 
     def fsync(handle: int) -> None:

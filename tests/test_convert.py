@@ -88,7 +88,7 @@ def reference(
 
 
 def inputs_of(tensors: dict[str, torch.Tensor], batch: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Latents, timesteps from one end to the other, and labels of which the first is the null class."""
+    """Latents, timesteps over the whole range, and labels, the first of which is the null class."""
     side = math.isqrt(tensors["pos_embed"].shape[1]) * tensors["x_embedder.proj.weight"].shape[-1]
     generator = torch.Generator().manual_seed(1)
     shape = (batch, tensors["x_embedder.proj.weight"].shape[1], side, side)

@@ -462,7 +462,7 @@ IMAGES = {  # file, and what it holds as PIL images in color with values in [0, 
 @pytest.mark.parametrize("resolution", [(12, 9), (5, 5), (30, 20)])
 @pytest.mark.parametrize("name", IMAGES)
 def test_values_are_those_of_float_arithmetic_on_the_resized_image(name, resolution, flip):
-    """Bitwise, as when workers made the floats, so that a run goes on as it began."""
+    """Bitwise, as when workers converted to floats, so that old runs resume with the same numbers."""
     data, planes = IMAGES[name]
     height, width = resolution
     scale = min(12 / height, 9 / width)

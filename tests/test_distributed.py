@@ -1,4 +1,4 @@
-"""Processes that work together: one run for one folder, and agreement at the start."""
+"""Several processes: one run per folder, and agreement at the start."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from warm_start import WarmProcess, run_ranks
 
 
 def write_owner(lock: OutputDirLock, **changes) -> None:
-    """Puts an owner into a folder: this process, with changes."""
+    """Writes an owner file into a folder: this process with some fields changed."""
     with OutputDirLock(lock.folder) as token:
         owner = json.loads(lock.file.read_text())
         assert owner["token"] == token
@@ -160,7 +160,7 @@ def test_only_one_of_many_runs_takes_over_a_dead_runs_folder(tmp_path):
 
 
 def test_run_that_lost_its_folder_writes_no_checkpoint(train_args, tmp_path, monkeypatch):
-    """As after a long standstill, in which another run took over."""
+    """The situation after a long pause during which another run took over."""
     original = OutputDirLock.check_owned
 
     def steal_and_check(lock: OutputDirLock) -> None:

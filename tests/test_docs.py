@@ -1,4 +1,4 @@
-"""What the documents say is there."""
+"""References in the documents must exist."""
 
 import re
 

@@ -467,7 +467,7 @@ def save_images(folder: Path, images: torch.Tensor) -> Path:
 
 @pytest.fixture
 def folders(tmp_path) -> tuple[str, str]:
-    """Flags of 24 images to judge and of a reference of 30 that are brighter."""
+    """Flags for evaluating 24 images against a reference of 30 brighter ones."""
     images = save_images(tmp_path / "images", random_images(24))
     reference = save_images(tmp_path / "reference", 255 - random_images(30, seed=1) // 2)
     return f"--images={images}", f"--reference={reference}"
@@ -514,7 +514,7 @@ def test_npz_and_zip_equal_the_folder(folders, own_module, tmp_path):
 
 
 def test_only_the_samples_in_a_sample_folder_are_evaluated(folders, own_module, tmp_path):
-    """`sample_diffit.py` puts a grid of another size beside them."""
+    """`sample_diffit.py` writes a grid of another size into the same folder."""
     expected = evaluate(tmp_path, *folders, f"--feature_extractor={own_module}")
     folder = tmp_path / "images"
     rows = [{"file": file.name} for file in folder.glob("*.png")]
@@ -545,7 +545,7 @@ def test_saved_statistics_serve_as_reference(folders, own_module, tmp_path):
 
 
 def test_statistics_of_edm_serve_as_reference(folders, own_module, tmp_path):
-    """Only `mu` and `sigma`, without a word on the extractor."""
+    """Only `mu` and `sigma`, without the name of an extractor."""
     np.savez(tmp_path / "edm.npz", mu=np.full(12, 0.5), sigma=0.01 * np.eye(12))
     flags = (folders[0], f"--reference={tmp_path / 'edm.npz'}", f"--feature_extractor={own_module}")
     value = evaluate(tmp_path, *flags, "--metrics=frechet_distance")["frechet_distance"]["value"]
@@ -633,7 +633,7 @@ def test_metrics_that_need_images_refuse_statistics(folders, own_module, tmp_pat
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """What training leaves: a pipeline, and checkpoints of 24 and 48 images that have other weights."""
+    """The results of a training: a pipeline, and checkpoints after 24 and 48 images with different weights."""
     folder = tmp_path_factory.mktemp("trained")
     torch.manual_seed(0)
     unet = DiffiTUNet2DModel(**TINY_CONFIG, num_class_embeds=3, zero_init_output=False)
@@ -690,7 +690,7 @@ def test_second_run_samples_nothing(model_flags, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("model", ["autoguided", "churned"])
 def test_samples_are_those_of_the_sampling_script(model, model_flags, trained, tmp_path):
-    """Of a model with a weaker one, and of an EDM model with churn: both can be evaluated by path."""
+    """Both a model guided by a weaker one and an EDM model with churn can be evaluated by path."""
     if model == "autoguided":
         weak = DiffiTUNet2DModel(**TINY_CONFIG, num_class_embeds=3, zero_init_output=False)
         DiffiTPipeline(weak, DDPMScheduler()).save_pretrained(tmp_path / "weak")

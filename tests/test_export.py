@@ -1,4 +1,4 @@
-"""The model card: what it says for which run."""
+"""The model card of different runs."""
 
 import ast
 import re

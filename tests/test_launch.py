@@ -32,7 +32,7 @@ def test_accelerate_config_loads_with_its_own_loader(file):
 
 
 def test_one_process_under_accelerate_launch_equals_plain_python(train_args, tmp_path):
-    """The plain run is in this process, the other by `accelerate launch` with configs/accelerate/cpu.yaml."""
+    """A run in this process, and one under `accelerate launch` with configs/accelerate/cpu.yaml."""
     train([*train_args, f"--output_dir={tmp_path / 'plain'}"])
     config = str(ROOT / "configs/accelerate/cpu.yaml")
     run([*LAUNCH, "--config_file", config, "train_diffit.py", *train_args, f"--output_dir={tmp_path / 'launched'}"])

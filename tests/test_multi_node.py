@@ -1,4 +1,4 @@
-"""Several machines, played by launchers on this one, and processes that die. Under a real SLURM: test_slurm.py."""
+"""Several machines, simulated by launchers on this one, and processes that die. For a real SLURM see test_slurm.py."""
 
 import os
 import signal
@@ -73,13 +73,13 @@ def test_variables_of_a_launcher_are_kept(slurm_task):
 
 
 def test_step_of_one_task_stays_alone(slurm_task):
-    """So it is with an interactive shell; SLURM_PROCID is set there."""
+    """An interactive shell is the same; SLURM_PROCID is set there."""
     slurm_task.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert set(launch_variables().values()) == {None}
 
 
 def test_batch_script_stays_alone(slurm_task):
-    """It has SLURM_PROCID and SLURM_NTASKS, but is no task of a step."""
+    """It has SLURM_PROCID and SLURM_NTASKS, but is not a task of a step."""
     slurm_task.delenv("SLURM_STEP_NUM_TASKS")
     slurm_task.setenv("SLURM_NTASKS", "4")
     assert set(launch_variables().values()) == {None}
@@ -119,7 +119,7 @@ def test_accelerate_launch_that_starts_one_process_of_two_is_refused(train_args)
 
 @pytest.fixture(scope="module")
 def long_args(base_args) -> list[str]:
-    """A training of some seconds, in the middle of which a process can die; dropout is on."""
+    """A training of several seconds with dropout, long enough for a process to die in the middle."""
     periods = [f"--max_train_steps={STEPS}", "--checkpointing_steps=50", f"--validation_steps={STEPS}"]
     resume = ["--logging_steps=50", "--resume_from_checkpoint=latest"]
     return [*base_args, *periods, *resume, "--model_kwargs", "dropout=0.1"]

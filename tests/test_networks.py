@@ -1,4 +1,4 @@
-"""Networks from configs: what is read and refused, and where they can run."""
+"""Networks from configs: reading, refusals, and supported devices."""
 
 import json
 

@@ -42,7 +42,7 @@ time.sleep(100)
 
 
 class Run:
-    """A command and all processes that come from it, whoever their parent is by now."""
+    """A command and all its descendants, even after they have been adopted by another process."""
 
     def __init__(self, command: list[str], log: Path, **environment: str):
         self.mark = uuid.uuid4().hex
@@ -91,7 +91,7 @@ class Run:
         return time.monotonic() - killed
 
     def end(self) -> None:
-        """Whatever a failed test left."""
+        """Kills the processes that a failed test has left behind."""
         for process in self.alive():
             with contextlib.suppress(psutil.Error):
                 process.kill()
@@ -302,7 +302,7 @@ def exit_status_after_sigterm(function: Callable[[Callable[[], None]], None]) ->
 
 
 def wait_in_torch() -> None:
-    """What a signal cannot interrupt."""
+    """Waits in a way that a signal cannot interrupt."""
     TCPStore("127.0.0.1", 1, 2, is_master=False, timeout=timedelta(seconds=60))
 
 

@@ -1,4 +1,4 @@
-"""The promise of the README: `make quickstart` draws digits that can be read."""
+"""The README's promise: `make quickstart` samples legible digits."""
 
 import shlex
 import subprocess
@@ -34,7 +34,7 @@ def make_commands(target: str, output_dir: str) -> list[list[str]]:
 
 
 def run_and_read(target: str, output_dir: Path) -> tuple[int, float, float]:
-    """Runs a recipe and has its digits read by a classifier of real ones.
+    """Runs a recipe and classifies its digits with a classifier trained on real ones.
 
     Returns:
         Digits of 100 that are read as the class asked for; the least spread of the pixels of a class, as a share of

@@ -1,4 +1,4 @@
-"""Runs lose nothing: signals, time limits, bad numbers, and other numbers of processes."""
+"""Reliability: signals, time limits, non-finite steps, and changes of the number of processes."""
 
 import contextlib
 import json
@@ -39,7 +39,7 @@ STEPS = 150
 
 @pytest.fixture(scope="module")
 def long_args(base_args) -> list[str]:
-    """A training of some seconds, in the middle of which a signal can come; dropout is on."""
+    """A training of several seconds with dropout, long enough for a signal to arrive in the middle."""
     periods = [f"--max_train_steps={STEPS}", "--checkpointing_steps=10", f"--validation_steps={STEPS}"]
     return [*base_args, *periods, "--model_kwargs", "dropout=0.1"]
 

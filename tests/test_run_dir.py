@@ -1,4 +1,4 @@
-"""Nothing of the user's is lost: what a folder's mark does not list is never overwritten, deleted, moved or read."""
+"""Files that are not listed in a folder's mark are the user's: never overwritten, deleted, moved or read as data."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def assert_kept(before: dict[str, bytes], folder: Path) -> None:
-    """Every file that was there is there, byte for byte."""
+    """Every earlier file still exists, byte for byte."""
     now = contents(folder)
     assert {name: now.get(name) for name in before} == before
 
@@ -42,13 +42,13 @@ ONE_STEP = ["--max_train_steps=1", "--num_validation_images=1", "--validation_in
 
 @pytest.fixture
 def short(train_args) -> list[str]:
-    """A training of one step; the last --output_dir wins."""
+    """Flags of a training of one step; the last --output_dir counts."""
     return [*train_args, *ONE_STEP]
 
 
 @pytest.fixture(scope="module")
 def finished_run(base_args, tmp_path_factory) -> Path:
-    """The folder of a finished run of one step. Not to be changed."""
+    """The folder of a finished run of one step. Tests must not modify it."""
     run_dir = tmp_path_factory.mktemp("finished")
     train([*base_args, *ONE_STEP, f"--output_dir={run_dir}"])
     return run_dir

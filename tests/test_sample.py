@@ -247,7 +247,7 @@ def test_latents_are_scaled_and_shifted_before_they_are_decoded():
 
 
 def test_size_of_a_latent_model_is_in_pixels():
-    """DiT itself draws squares only."""
+    """DiT itself samples square images only."""
     pipeline = quiet(DiffiTPipeline(None, DDIMScheduler(), transformer=tiny_dit(sample_size=4), vae=tiny_vae()))
     assert pipeline([1], num_inference_steps=1).images[0].size == (8, 8)
     assert pipeline([1], num_inference_steps=1, height=12, width=12).images[0].size == (12, 12)
@@ -338,7 +338,7 @@ def test_unconditional_folder_is_sampled(unconditional, tmp_path):
 
 @pytest.mark.parametrize("flags", [["--eta=1"], ["--scheduler=ddpm"], ["--scheduler=euler_ancestral"]])
 def test_image_of_a_seed_depends_on_the_seed_alone(flags, unconditional, tmp_path):
-    """Samplers that draw noise at each step. At one batch size bitwise, across batch sizes within 1/255."""
+    """Samplers with noise at each step: bitwise at one batch size, within 1/255 across batch sizes."""
     first = sample(unconditional, tmp_path / "a", "--seeds=0-4", "--batch_size=3", *flags)
     other_place = sample(unconditional, tmp_path / "b", "--seeds=9,4,2,0", "--batch_size=3", *flags)
     other_batch = sample(unconditional, tmp_path / "c", "--seeds=0-4", "--batch_size=5", *flags)
@@ -446,7 +446,7 @@ def test_vae_of_a_latent_folder_without_one(latent, conditional, tmp_path, monke
 
 
 def test_folder_with_images_of_other_weights_is_refused(unconditional, tmp_path):
-    """The same path may hold a model that was trained further."""
+    """A path may contain a model that has been trained further in the meantime."""
     sample(unconditional, tmp_path / "out", "--seeds=0")
     unet = tiny_unet()
     torch.nn.init.ones_(unet.conv_out.bias)

@@ -43,7 +43,7 @@ def cluster(tmp_path_factory):
 
 
 def slurm(*command: str, timeout: float = 120) -> str:
-    """What a command of SLURM prints; it must succeed."""
+    """The output of a SLURM command, which must succeed."""
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout + process.stderr

@@ -1,4 +1,4 @@
-"""Input from strangers: refused by name, nothing run, nothing read or written outside. Secrets: shown nowhere."""
+"""Untrusted input: refused with its name, never executed, never read or written outside. Secrets are never shown."""
 
 import base64
 import http.server
@@ -521,7 +521,7 @@ class HubStub(http.server.ThreadingHTTPServer):
         return [body for line, _, body in list(self.requests) if line.endswith(path)]
 
     def uploaded(self) -> dict[str, bytes]:
-        """Contents of the files of all commits, by name."""
+        """The contents of the files in all commits, by file name."""
         lines = [json.loads(line) for body in self.asked("/commit/main") for line in body.splitlines()]
         files = [line["value"] for line in lines if line["key"] == "file"]
         return {file["path"]: base64.b64decode(file["content"]) for file in files}

@@ -1,4 +1,4 @@
-"""The training script: flags, a run against a plain loop, what it writes, and fine-tuning."""
+"""The training script: flags, a run against a plain loop, its output, and fine-tuning."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ from helpers import TINY_CONFIG, logged, losses, plain_loop, relative_difference
 
 
 def test_validation_classes_are_matched_by_name(train_args, image_folder, tmp_path):
-    """A split that lacks a class must not number its classes anew."""
+    """A split that lacks a class must not renumber its classes."""
     from datasets import Dataset
 
     table = load_image_table(SourceConfig(train_data_dir=str(image_folder)))
@@ -98,7 +98,7 @@ def test_training_equals_a_plain_loop(train_args, image_folder, tmp_path):
 
 
 class ReadCounter(TorchDispatchMode):
-    """Counts what makes the host wait for a device: tensors read as numbers, and sizes that depend on values."""
+    """Counts host-device synchronizations: tensors read as numbers, and sizes that depend on values."""
 
     waits = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
     count = 0
@@ -121,7 +121,7 @@ def test_loop_never_waits_for_the_device_between_logs(train_args):
 
 @pytest.fixture(scope="module")
 def finished_run(base_args, tmp_path_factory) -> Path:
-    """A class-conditional run with everything on, and what it left."""
+    """The folder of a class-conditional run with all features on."""
     run_dir = tmp_path_factory.mktemp("finished")
     train(
         [

@@ -1,4 +1,4 @@
-"""Validation while training: the held-out loss, and metrics of generated images."""
+"""Validation during training: the held-out loss, and metrics of generated images."""
 
 import json
 import shutil
