@@ -19,7 +19,7 @@ from benchmarks.quality import PEER, RAMP_UP, RESULTS, SEEDS, SIDES, STEPS, TASK
 from diffit.plots import AXIS_LABELS, new_figure
 
 TARGETS = {"flops": 1.3, "minutes": 3.0}
-QUESTIONS = (  # each with our side, the other, and what is counted
+QUESTIONS = (  # question, our side, the other side, unit of the cost
     ("a. architecture: DiffiT against `UNet2DModel`, same recipe with AdamW", "DiffiT", "U-Net", "flops"),
     ("b. product: DiffiT with Muon against `train_unconditional.py`", "DiffiT, Muon", PEER, "minutes"),
     ("b. with AdamW in place of Muon", "DiffiT", PEER, "minutes"),

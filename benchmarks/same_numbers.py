@@ -558,7 +558,7 @@ class Comparison:
             self.add_folder(name, folder)
 
     def compare_evaluation(self) -> None:
-        self.sample()  # the README judges what it has drawn
+        self.sample()  # the README's evaluations read the samples
         jobs = {}
         for i, (script, flags) in enumerate(self.commands):
             if script == "eval_diffit.py":

@@ -188,7 +188,7 @@ def build_vae(path: str | None, table: Table, device: torch.device) -> Autoencod
 
 @dataclass(frozen=True)
 class Networks:
-    """The networks of a training, on the device: the one that is trained and, in latent space, the frozen VAE."""
+    """The networks on the device: the trained model and, in latent space, the frozen VAE."""
 
     model: ModelMixin
     vae: AutoencoderKL | None
@@ -197,14 +197,14 @@ class Networks:
 def build_networks(
     accelerator: Accelerator, model_config: dict[str, Any], asked: ModelConfig, table: Table, seed: int
 ) -> Networks:
-    """Builds or loads the networks of a training and moves them to the device. Must be called by all processes.
+    """Builds or loads the networks and moves them to the device. Must be called by all processes.
 
     Args:
-        accelerator: the processes.
-        model_config: complete config of the network that is trained.
-        asked: pretrained weights, VAE, and how the network runs.
-        table: the training data; prepared latents say which VAE made them.
-        seed: for new weights.
+        accelerator: this process and its device.
+        model_config: the network's complete config.
+        asked: the flags of the network and the VAE.
+        table: the training data; prepared latents record the VAE that encoded them.
+        seed: seed of the initial weights.
     """
     torch.manual_seed(seed)
     pretrained = (asked.pretrained_model_name_or_path, asked.reset_class_embeddings)
