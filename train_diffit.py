@@ -266,14 +266,12 @@ def train(
     asked: OptimizerConfig,
     seed: int,
 ) -> bool:
-    """Trains until the last step or a stop; returns whether the last validation that was due was completed.
+    """Trains until the last step or a stop; returns False if a stop interrupted the last validation that was due.
 
     Args:
-        run: this training.
-        state: updated in place.
+        run, state, validation: this training; `state` is updated in place.
         batches: this process's micro-batches, starting at `state.position`.
         prepare_batch: moves a micro-batch to the device and adds the noise.
-        validation: everything that validations need.
         asked: the flags of gradient clipping and skipped steps.
         seed: seed of dropout.
     """
@@ -320,11 +318,7 @@ def train(
 
 
 def validate_again(run: Run, state: TrainingState, validation: Validation) -> bool:
-    """Repeats the last validation if nothing is left to train, since it may have been interrupted.
-
-    Returns:
-        False if it was interrupted again, otherwise True.
-    """
+    """If nothing is left to train, repeats the last validation; returns False if a stop interrupts it again."""
     step, last = state.global_step, run.plan.max_train_steps
     if step < last:
         return True

@@ -1,11 +1,11 @@
-"""Images per second of one worker, ours against the way of diffusers' `train_unconditional.py`.
+"""Data-loading throughput of one worker, ours against that of diffusers' `train_unconditional.py`.
 
     python -m benchmarks.data_path
 
-From files to the float32 images and noise that a training step starts from, in one process and one thread. The two
-divide the work otherwise: our worker draws the noise too, and leaves the scaling to the device; theirs scales, and
-leaves the noise to the device. So there are two ratios: of the workers, and of all work together, where the CPU is
-the device. Then a training waits for its workers. Writes `benchmarks/results/data_path.md`.
+Measures the path from files to the float32 images and noise of a training step, in one process and one thread. The
+sides divide the work differently: our worker also samples the noise and leaves scaling to the device; theirs scales
+and leaves the noise to the device. Hence two ratios: of the workers alone, and of all work with the CPU as device.
+Also measures how long a training waits for its workers. Writes `benchmarks/results/data_path.md`.
 """
 
 import argparse
@@ -46,7 +46,7 @@ ROOT = Path(__file__).parents[1]
 LATENT_SHAPE = (4, 32, 32)  # of 256 pixels, as in configs/train/imagenet256.yaml
 TRAINING_STEPS, TRAINING_BATCH_SIZE = 12, 16
 
-# What a worker does for its next batch, and what the training process does with that batch.
+# A worker's function that returns its next batch, and the training process's function that finishes the batch.
 Side = tuple[Callable[[], dict], Callable[[dict], list[torch.Tensor]]]
 
 
@@ -55,7 +55,7 @@ Side = tuple[Callable[[], dict], Callable[[dict], list[torch.Tensor]]]
 
 
 def write_jpegs(folder: Path, width: int, height: int, num_images: int = 200) -> float:
-    """Emoji on clouds of noise at every scale, so that decoding them takes as long as decoding photos.
+    """Writes emoji on multi-scale noise as JPEGs, which take as long to decode as photos.
 
     Returns:
         Bytes per image.
@@ -84,13 +84,13 @@ def write_jpegs(folder: Path, width: int, height: int, num_images: int = 200) ->
 
 
 def our_side(source: dict[str, str], size: int, latent_shape: tuple[int, int, int] | None, batch_size: int) -> Side:
-    """Images of a random crop and flip, in colour.
+    """Our side: color images with random crop and flip.
 
     Args:
-        source: arguments of `load_image_table`.
+        source: arguments of `SourceConfig`.
         size: height and width in pixels.
-        latent_shape: of the noise, twice; None: that of the images, once.
-        batch_size: images.
+        latent_shape: shape of two noise tensors, or None for one with the shape of the images.
+        batch_size: images per batch.
     """
     table = load_image_table(SourceConfig(**source))
     stream = PositionStream(len(table), seed=0)
@@ -104,16 +104,16 @@ def our_side(source: dict[str, str], size: int, latent_shape: tuple[int, int, in
 
 
 def our_worker(dataset: StreamDataset, batch_size: int) -> Callable[[], dict]:
-    """What a worker does for its next batch."""
+    """A function that returns our worker's next batch."""
     positions = iter(StreamBatchSampler(dataset.stream, batch_size))
     return lambda: collate([dataset[position] for position in next(positions)])
 
 
 def their_side(rows: Dataset, size: int, latent_shape: tuple[int, int, int] | None, batch_size: int) -> Side:
-    """The same as diffusers' `train_unconditional.py` does it, with --random_flip.
+    """Their side: the same images as `train_unconditional.py` with --random_flip loads them.
 
-    After `examples/unconditional_image_generation/train_unconditional.py` of diffusers (Apache-2.0) and the
-    transforms of torchvision (BSD-3-Clause) that it composes, step by step, for torchvision is not installed here.
+    It follows diffusers' `examples/unconditional_image_generation/train_unconditional.py` (Apache-2.0). The transforms
+    of torchvision (BSD-3-Clause) that it composes are re-implemented, because torchvision is not a dependency.
     """
 
     def resize(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -169,11 +169,11 @@ def their_side(rows: Dataset, size: int, latent_shape: tuple[int, int, int] | No
 
 
 def compare(sides: list[Side], batch_size: int, rounds: int) -> tuple[list[float], float, float]:
-    """Lets two sides take turns.
+    """Measures two sides in turns.
 
     Returns:
-        Images per second of each worker, and the ratios of time of the first side to the second, of the workers and
-        of all work: medians.
+        Medians: images per second of each worker, and the first side's time divided by the second's, for the workers
+        alone and for all work.
     """
     tensors = [finish(work()) for work, finish in sides]
     assert [tensor.shape for tensor in tensors[0]] == [tensor.shape for tensor in tensors[1]]
@@ -189,7 +189,7 @@ def compare(sides: list[Side], batch_size: int, rounds: int) -> tuple[list[float
 
 
 def time_parts(folder: Path, rounds: int) -> dict[str, float]:
-    """Milliseconds per 256-pixel image of what our worker does for it, and of the noise in both ways."""
+    """Milliseconds per 256-pixel image of each step of our worker, and of sampling noise in both ways."""
     table = load_image_table(SourceConfig(train_data_dir=str(folder)))
     files = [table.read(index) for index in range(64)]
     decoded = [decode_pixels(*file, (256, 256), 3) for file in files]
@@ -215,7 +215,7 @@ def time_parts(folder: Path, rounds: int) -> dict[str, float]:
 
 
 def other_work(archive: Path, rounds: int) -> dict[str, float]:
-    """Images per second of our worker for FFHQ at 64 pixels as EDM keeps it, and for prepared latents."""
+    """Images per second of our worker for FFHQ at 64 pixels in EDM's format, and for prepared latents."""
     table = load_image_table(SourceConfig(train_data_dir=str(archive)))
     workers = {"64-pixel PNG, zip": ImageDataset(table, PositionStream(len(table), 0), (64, 64), 3, random_flip=True)}
     for side in (32, 64):
@@ -242,7 +242,7 @@ def other_work(archive: Path, rounds: int) -> dict[str, float]:
 
 
 def time_waiting(num_workers: int, run_dir: str) -> tuple[float, float]:
-    """Trains emoji32 for some steps: seconds of a step, and the share of it that the loop waits for its batch."""
+    """Trains emoji32 for some steps; returns seconds per step, and the fraction spent waiting for a batch."""
     original = train_diffit.build_batches
     asked, given = [], []
 
@@ -268,7 +268,7 @@ def time_waiting(num_workers: int, run_dir: str) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=7, help="pairs of each case")
+    parser.add_argument("--rounds", type=int, default=7, help="number of rounds per case (default: 7)")
     args = parser.parse_args()
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as work_dir:

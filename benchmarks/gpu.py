@@ -1,4 +1,4 @@
-"""What only a CUDA machine can show: whether the attention backends are right there, and how fast it trains.
+"""Checks and measurements that need CUDA: correctness of the attention backends, and training throughput.
 
     python -m benchmarks.gpu            # everything; most of the time is compilation
     python -m benchmarks.gpu --quick    # networks uncompiled, without float16
@@ -64,7 +64,7 @@ PEAKS = {  # dense FLOP/s in bf16, of NVIDIA's data sheets
     "L4": 121e12,
     "RTX 4090": 165e12,
 }
-SECTIONS = ("backends", "training", "synchronisation", "fp16", "graphs")
+SECTIONS = ("backends", "training", "synchronization", "fp16", "graphs")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ SECTIONS = ("backends", "training", "synchronisation", "fp16", "graphs")
 
 
 class Training:
-    """A network and what `train_diffit.py` builds around it; a call is its step on one process, on random images."""
+    """A network with everything that `train_diffit.py` builds around it. A call runs a step on random images."""
 
     def __init__(self, case: Case, backend: str, compiled: bool, batch_size: int, device: torch.device):
         prediction_type = "epsilon" if case.formulation == "ddpm" else None
@@ -101,7 +101,7 @@ class Training:
         self.batch["bad_images"] = []
 
     def __call__(self) -> torch.Tensor:
-        """One optimizer step, in the order of the script; the loss, shape ()."""
+        """Runs one optimizer step in the order of the script, and returns the loss, shape ()."""
         state = self.state
         noisy = self.prepare_batch(self.batch)
         with autocast(self.device, self.dtype):
@@ -123,7 +123,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, repeats: int, rounds: int = 5) -> float:
-    """Median over rounds of the mean time of a call."""
+    """The median over rounds of the mean seconds per call."""
     times = []
     for _ in range(rounds):
         synchronize(device)
@@ -136,7 +136,7 @@ def seconds_of(call: Callable[[], object], device: torch.device, repeats: int, r
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product: what can be reached here."""
+    """FLOP/s of a large matrix product, the practical peak of the device."""
     size = 8192 if device.type == "cuda" else 256
     a, b = torch.randn(2, size, size, device=device, dtype=dtype).unbind()
     a @ b
@@ -144,7 +144,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def build_training(case: Case, backend: str, compiled: bool, device: torch.device) -> Training:
-    """Warmed up, with the largest batch of the case's, its half, its quarter, ... that fits in memory."""
+    """A warmed-up trainer whose batch size is that of the case, halved until it fits in memory."""
     batch_size = case.batch_size
     while True:
         try:
@@ -160,7 +160,7 @@ def build_training(case: Case, backend: str, compiled: bool, device: torch.devic
 
 
 def measure_training(report: Report, device: torch.device, cases: list[Case], modes: list[bool], steps: int) -> None:
-    """Images/s, peak memory and share of the peak of each network, backend and mode."""
+    """Reports images/s, peak memory and fraction of the practical peak of each network, backend and mode."""
     reached = matmul_flops(device, torch.bfloat16)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     sheet = next((peak for key, peak in PEAKS.items() if key in name), None)
@@ -203,8 +203,8 @@ def measure_training(report: Report, device: torch.device, cases: list[Case], mo
 
 
 @contextlib.contextmanager
-def forbidden_synchronisation(device: torch.device) -> Iterator[None]:
-    """Turns what makes the host wait for the device into an exception. Waiting for an event is allowed."""
+def forbidden_synchronization(device: torch.device) -> Iterator[None]:
+    """Turns every host-device synchronization into an exception, except waiting for an event."""
     if device.type != "cuda":
         yield
         return
@@ -215,8 +215,8 @@ def forbidden_synchronisation(device: torch.device) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def check_synchronisation(report: Report, device: torch.device, cases: list[Case]) -> None:
-    """Some training steps, watched by NonFiniteGuard, while synchronisation is an error."""
+def check_synchronization(report: Report, device: torch.device, cases: list[Case]) -> None:
+    """Trains for some steps with a NonFiniteGuard while synchronization is an error."""
     row = report.table(
         "Synchronisation",
         "Three steps with `torch.cuda.set_sync_debug_mode('error')`, with the guard against non-finite steps, whose "
@@ -227,11 +227,11 @@ def check_synchronisation(report: Report, device: torch.device, cases: list[Case
         free_memory(device)
         training = build_training(case, "native", False, device)
         try:
-            with forbidden_synchronisation(device):
+            with forbidden_synchronization(device):
                 for _ in range(3):
                     training()
         except RuntimeError as error:
-            row(case.name, f"{report.verdict(False, f'{case.name} synchronises')}: {reason(error)}")
+            row(case.name, f"{report.verdict(False, f'{case.name} synchronizes')}: {reason(error)}")
         else:
             row(case.name, "ok" if device.type == "cuda" else "not watched: needs CUDA")
         training = None
@@ -263,14 +263,16 @@ def describe_machine(device: torch.device, argv: list[str]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs all, and returns the exit code."""
+    """Runs all checks and measurements, and returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="nothing compiled but flex, fp32 and bf16 alone")
-    parser.add_argument("--tiny", action="store_true", help="tiny networks, to test this program")
+    parser.add_argument("--quick", action="store_true", help="only fp32 and bf16, and no compilation except flex")
+    parser.add_argument("--tiny", action="store_true", help="use tiny networks, to test this script")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/gpu.md, on a CPU nothing")
+    parser.add_argument(
+        "--output", type=Path, help="report to write (default: benchmarks/results/gpu.md; none on a CPU)"
+    )
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks/gpu.py needs a CUDA device, and torch finds none", file=sys.stderr)
@@ -286,8 +288,8 @@ def main(argv: list[str] | None = None) -> int:
     if "training" in args.sections:
         compiled = [False] if args.quick or args.tiny else [False, True]
         measure_training(report, device, cases, compiled, steps=2 if args.tiny else 10)
-    if "synchronisation" in args.sections:
-        check_synchronisation(report, device, cases)
+    if "synchronization" in args.sections:
+        check_synchronization(report, device, cases)
     if "fp16" in args.sections:
         check_overflow(report, device, cases[1])
         check_range(report, device, cases)

@@ -1,4 +1,4 @@
-"""What `benchmarks/gpu.py` checks: attention backends, CUDA graphs, float16. A wrong number is noted in the report."""
+"""The checks of `benchmarks/gpu.py`: attention backends, CUDA graphs, float16. The report lists wrong values."""
 
 import copy
 import gc
@@ -18,14 +18,14 @@ from diffit_model import MAX_WINDOWS, TimeDependentSelfAttention
 
 ROOT = Path(__file__).parents[1]
 BACKENDS = ("native", "xformers", "flex")
-# Largest deviation from float64 that is right, as a share of the largest value of that tensor.
+# Tolerated deviation from float64, as a fraction of the largest value of the tensor.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 6e-3}
 INPUT_SCALES = (1, 16, 256, 4096)  # of unit noise, for the range of float16
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """One attention: its window in tokens, heads and their size, and how many windows at once."""
+    """The sizes of one attention: window in tokens, number and size of heads, number of windows."""
 
     window: tuple[int, int]
     heads: int
@@ -43,7 +43,7 @@ GEOMETRIES = [
     Geometry((16, 16), 16, 72, 2),  # XL/2 at 256 pixels
     Geometry((32, 32), 16, 72, 2),  # XL/2 at 512 pixels
     Geometry((4, 4), 3, 24, 8),
-    Geometry((5, 3), 2, 40, 6),  # tokens that are no multiple of 8
+    Geometry((5, 3), 2, 40, 6),  # number of tokens not a multiple of 8
     Geometry((4, 4), 1, 16, 70_000),  # more windows than CUDA's grids have rows
 ]
 TINY_GEOMETRIES = [Geometry((4, 4), 2, 24, 4), Geometry((5, 3), 1, 8, 2)]
@@ -51,7 +51,7 @@ TINY_GEOMETRIES = [Geometry((4, 4), 2, 24, 4), Geometry((5, 3), 1, 8, 2)]
 
 @dataclass(frozen=True)
 class Case:
-    """A network to train: its config, and the images of a step to try first (halved until they fit)."""
+    """A network to train: its config, and the batch size to try first, which is halved until it fits."""
 
     name: str
     config: dict
@@ -77,14 +77,14 @@ def read_cases(tiny: bool) -> list[Case]:
 
 
 class Report:
-    """Markdown, and what was wrong."""
+    """A Markdown report, and the list of wrong values."""
 
     def __init__(self):
         self.lines: list[str] = []
         self.wrong: list[str] = []
 
     def table(self, title: str, note: str, head: list[str]) -> Callable[..., None]:
-        """Starts a table; returns what adds a row to it."""
+        """Starts a table, and returns a function that adds a row to it."""
         self.add("", f"## {title}", "", note, "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}")
         return lambda *row: self.add(f"| {' | '.join(map(str, row))} |")
 
@@ -94,7 +94,7 @@ class Report:
             self.lines.append(line)
 
     def verdict(self, right: bool, what: str) -> str:
-        """`ok`, or `WRONG`, which is remembered."""
+        """Returns `ok` or `WRONG`, and records the latter."""
         if not right:
             self.wrong.append(what)
         return "ok" if right else "**WRONG**"
@@ -111,7 +111,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def free_memory(device: torch.device) -> None:
-    """Also of the graphs that torch.compile made, which count towards its limit for each function."""
+    """Frees memory, including the graphs of torch.compile, which count towards its limit for each function."""
     torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
@@ -135,7 +135,7 @@ def why_not(
     gradients: bool = True,
     num_windows: int = 1,
 ) -> str | None:
-    """Why this backend cannot run a model here, or None. For xformers: why our processor would take `native`."""
+    """The reason why a backend cannot run a model here (for xformers: why our processor falls back), or None."""
     if backend == "flex" and device.type == "cpu" and gradients:
         return "has no backward pass on a CPU"
     if backend == "flex" and device.type == "cuda" and not has_triton():
@@ -151,7 +151,7 @@ def why_not(
 def outputs_and_gradients(
     attention: TimeDependentSelfAttention, inputs: list[torch.Tensor], weights: torch.Tensor, gradients: bool = True
 ) -> dict[str, torch.Tensor]:
-    """The output, and the gradients of its weighted sum: of tokens, time tokens and all parameters."""
+    """The output, and the gradients of its weighted sum with respect to tokens, time tokens and all parameters."""
     inputs = [x.detach().requires_grad_(gradients) for x in inputs]
     if not gradients:
         with torch.no_grad():
@@ -163,7 +163,7 @@ def outputs_and_gradients(
 
 
 def deviations(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Of each tensor, the largest deviation as a share of its largest value."""
+    """The largest deviation of each tensor, as a fraction of its largest value."""
     return {
         name: ((tensor.double() - expected[name]).abs().max() / expected[name].abs().max()).item()
         for name, tensor in actual.items()
@@ -173,7 +173,7 @@ def deviations(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 def check_backends(
     report: Report, device: torch.device, geometries: list[Geometry], dtypes: list[torch.dtype]
 ) -> None:
-    """Each backend in each dtype against the plain definition in float64."""
+    """Compares each backend in each dtype with the plain definition in float64."""
     tolerances = ", ".join(f"{dtype_name(dtype)} {TOLERANCES[dtype]:g}" for dtype in dtypes)
     row = report.table(
         "Attention against its definition",
@@ -228,11 +228,11 @@ def check_backends(
 
 
 class Graph:
-    """A CUDA graph of a function of a dictionary of tensors; without CUDA, the function itself.
+    """A function of a dictionary of tensors, captured as a CUDA graph; without CUDA, the function itself.
 
     Args:
-        function: maps tensors by name to tensors by name, and keeps nothing.
-        example: tensors of the right shapes.
+        function: maps named tensors to named tensors, without side effects.
+        example: inputs with the right shapes.
     """
 
     def __init__(self, function: Callable[[dict], dict], example: dict[str, torch.Tensor]):
@@ -266,10 +266,10 @@ def graph_inputs(case: Case, device: torch.device, seed: int, batch_size: int = 
 
 
 def graph_functions(model: torch.nn.Module, device: torch.device) -> dict[str, Callable[[dict], dict]]:
-    """What is captured: a forward pass; forward and backward in training mode; a forward pass with class labels."""
+    """The functions to capture: forward; forward and backward in training mode; forward with class labels."""
 
     def predict(inputs: dict, **conditions) -> torch.Tensor:
-        # Without its cache of weights in 16 bits, which would outlive the capture.
+        # Autocast's cache of 16-bit weights is disabled, because it would outlive the capture.
         with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
             return model(inputs["sample"], inputs["timesteps"], **conditions).sample
 
@@ -291,12 +291,12 @@ def graph_functions(model: torch.nn.Module, device: torch.device) -> dict[str, C
         return {"output": output.detach()} | dict(zip(names, gradients, strict=True))
 
     functions = {"forward": forward, "forward and backward": forward_and_backward}
-    # Last, because labels are looked at on the host, which no capture allows.
+    # Last, because labels are checked on the host, which is not allowed during a capture.
     return functions if model.null_label is None else functions | {"forward with class labels": forward_with_labels}
 
 
 def check_graphs(report: Report, device: torch.device, cases: list[Case]) -> None:
-    """Captures, and compares a replay on other inputs with eager."""
+    """Captures graphs, and compares a replay on new inputs with eager execution."""
     tolerance = TOLERANCES[torch.bfloat16]
     row = report.table(
         "CUDA graphs",
@@ -336,7 +336,7 @@ def check_graphs(report: Report, device: torch.device, cases: list[Case]) -> Non
 
 
 def check_overflow(report: Report, device: torch.device, case: Case) -> None:
-    """A step that overflows is left out, and the scale is halved; the step after it is taken."""
+    """Checks that a step that overflows is skipped and halves the scale, and that the next step is taken."""
     row = report.table(
         "An overflowing step in fp16",
         f"{case.name} with torch's GradScaler, as accelerate uses it; the loss of the second step is made infinite.",
@@ -369,7 +369,7 @@ def check_overflow(report: Report, device: torch.device, case: Case) -> None:
 
 
 def first_overflow(model: torch.nn.Module, inputs: dict, scale: float, device: torch.device) -> str | None:
-    """Name of the first module with an output that is not finite, or None."""
+    """Name of the first module with a non-finite output, or None."""
     bad: list[str] = []
 
     def look(name: str) -> Callable:
@@ -389,10 +389,10 @@ def first_overflow(model: torch.nn.Module, inputs: dict, scale: float, device: t
 
 
 def check_range(report: Report, device: torch.device, cases: list[Case]) -> None:
-    """Where activations leave the range of float16 as the input grows."""
+    """Reports where activations leave the range of float16 as the input grows."""
     row = report.table(
         "Range of activations in fp16",
-        "Networks as they are initialised, under autocast, on noise of this deviation; training feeds them about 1, "
+        "Networks as they are initialized, under autocast, on noise of this deviation; training feeds them about 1, "
         "which must stay finite. A trained network may be elsewhere.",
         ["network", *(f"deviation {scale}" for scale in INPUT_SCALES), "verdict"],
     )

@@ -1,10 +1,10 @@
-"""What the training loop costs: beside the bare step of a network, and against diffusers' `train_unconditional.py`.
+"""The overhead of the training loop over a bare training step, and its speed against `train_unconditional.py`.
 
     python -m benchmarks.loop
 
-Each side is a process of its own. Two sides take turns of a few steps; the first turn of each, with its start, does
-not count. Ours is `train_diffit.main` itself, with EMA, TensorBoard and its own reading of the images. Peak memory is
-that of further processes, see `GIVE_BACK`. Writes `benchmarks/results/loop.md`.
+Each side runs in its own process. Two sides alternate in turns of a few steps; the first turn of each, which includes
+its start-up, is not counted. Our side is `train_diffit.main` itself, with EMA, TensorBoard and data loading. Peak
+memory is measured in separate processes (see `GIVE_BACK`). Writes `benchmarks/results/loop.md`.
 """
 
 import argparse
@@ -22,14 +22,14 @@ from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-# What is heavy is imported by the sides: the memory of a process counts from that of the one that started it.
+# Heavy modules are imported by the sides only: a process's peak memory starts from that of its parent.
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "data/noto_emoji_32.parquet"
 BATCH_SIZE = 64  # of configs/train/emoji32.yaml
 TURN = 3  # steps
-# Which freed blocks glibc keeps is luck: 5 % of the peak, and 2 % of the time for asking for pages again. So the time
-# is measured where it keeps them all, and the peak where those of more than 256 KiB go back at once: there it is that
-# of what is needed, the same from run to run to about 1 MiB.
+# Which freed blocks glibc keeps varies between runs by 5 % of the peak, and requesting pages again by 2 % of the time.
+# So time is measured with glibc keeping all of them, and the peak with blocks above 256 KiB returned at once, which
+# makes it reproducible to about 1 MiB.
 KEEP = {"MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
 UNET = {
@@ -47,14 +47,14 @@ UNET = {
 
 
 class Turns:
-    """Of a side: measures its turns and waits while the other one has its own."""
+    """Measures the turns of one side, and makes it wait during the turns of the other."""
 
     def __init__(self, connection: Connection):
         self.connection = connection
         self.start = time.perf_counter()
 
     def end(self) -> None:
-        """After the last step of a turn."""
+        """Reports a turn after its last step, and waits for the next one."""
         seconds = time.perf_counter() - self.start
         self.connection.send((seconds / TURN, peak_memory()))
         self.connection.recv()
@@ -62,17 +62,17 @@ class Turns:
 
 
 def peak_memory() -> float:
-    """Most resident memory of this process so far, in MiB."""
+    """Peak resident memory of this process, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def script_flags(config: str, num_turns: int, folder: str) -> list[str]:
-    """Of our script: a log at the end of each turn; checkpoint and preview come after the last one."""
+    """Our script's flags: one log entry at the end of each turn; checkpoint and preview come after the last turn."""
     flags = ["--config", str(ROOT / "configs/train/emoji32.yaml"), "--report_to=tensorboard", "--use_ema"]
     if config == "unet":
         file = Path(folder, "unet.json")
         file.write_text(json.dumps(UNET))
-        # The loss of the other side, too.
+        # The same loss as the other side's.
         flags += [f"--model_config={file}", "--no-class_conditional", "--prediction_type=epsilon"]
     flags += [f"--max_train_steps={TURN * num_turns}", f"--logging_steps={TURN}", "--lr_warmup_steps=1"]
     flags += ["--checkpointing_steps=1000000", "--validation_steps=1000000", "--num_validation_images=1"]
@@ -176,16 +176,16 @@ def run_peer(connection: Connection, config: str, num_turns: int, folder: str) -
 def compare(
     sides: list[Callable], config: str, pairs: int, environment: dict[str, str]
 ) -> list[list[tuple[float, float]]]:
-    """Lets two sides take turns, each first in every other pair.
+    """Alternates the turns of two sides; each side is first in every other pair.
 
     Args:
         sides: functions such as `run_script`.
         config: `"emoji32"` or `"unet"`.
-        pairs: turns of each side that count.
-        environment: variables that both sides are started with.
+        pairs: number of counted turns per side.
+        environment: environment variables of both sides.
 
     Returns:
-        Of each turn of each side: seconds of a step, and the peak memory of the process so far in MiB.
+        For each side, for each turn: seconds per step, and the process's peak memory so far in MiB.
     """
     context = multiprocessing.get_context("spawn")
     os.environ.update(environment)
@@ -217,14 +217,14 @@ def compare(
 
 
 def seconds_and_ratios(results: list[list[tuple[float, float]]]) -> tuple[list[float], list[float]]:
-    """Median seconds of a step of each side; first / second side of each pair, in ascending order."""
+    """Median seconds per step of each side, and the sorted ratios of the first to the second side in each pair."""
     seconds = [[turn[0] for turn in turns] for turns in results]
     return [statistics.median(side) for side in seconds], sorted(a / b for a, b in zip(*seconds, strict=True))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pairs", type=int, default=7, help="turns of each side that count")
+    parser.add_argument("--pairs", type=int, default=7, help="number of counted turns per side (default: 7)")
     args = parser.parse_args()
 
     (script, bare), ratios = seconds_and_ratios(compare([run_script, run_bare], "emoji32", args.pairs, KEEP))

@@ -37,7 +37,7 @@ class PlainAttention(TimeDependentSelfAttention):
 
 
 class PlainWindowAttention(PlainAttention):
-    """The same, but the bias is gathered for each window."""
+    """Like `PlainAttention`, but the bias is gathered for each window."""
 
     def plain_bias(self, num_windows: int) -> torch.Tensor:
         """The biases, shape (B * G, h, N, N)."""

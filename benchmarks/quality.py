@@ -1,12 +1,12 @@
-"""Is DiffiT worth it? Sample quality against training FLOPs and minutes, on two CPU cores.
+"""Sample quality of DiffiT and of diffusers' UNet against training FLOPs and minutes, on two CPU cores.
 
-    python -m benchmarks.quality tune      # learning rates, widths of the average and recipes, one seed
+    python -m benchmarks.quality tune      # learning rates, EMA half-lives and recipes, one seed
     python -m benchmarks.quality prove     # three seeds with the tuned settings
 
-Everything is trained and judged by the project's own commands, one core each, as many at once as there are cores; only
-the loop of diffusers' `train_unconditional.py` is in `benchmarks/train_unconditional.py`. A job whose figures are in
-`--work_dir` is not done again, so a stopped benchmark goes on. The figures go to `benchmarks/results/quality*.json`,
-from which `benchmarks/quality_report.py` writes the report.
+The project's own scripts train and evaluate everything, one run per core at a time; only the loop of diffusers'
+`train_unconditional.py` is in `benchmarks/train_unconditional.py`. Jobs whose results are in `--work_dir` are skipped,
+so an interrupted benchmark resumes. The results are written to `benchmarks/results/quality*.json`, from which
+`benchmarks/quality_report.py` writes the report.
 """
 
 import argparse
@@ -52,11 +52,11 @@ RAMP_UP = 0.2  # and at most this share of the images seen
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is compared
+# The runs
 
 
 def diffit(size: int, channels: int, widths: list[int]) -> dict:
-    """Config of a DiffiT with one ResBlock for each resolution."""
+    """Config of a DiffiT with one ResBlock per resolution."""
     return {
         "_class_name": "DiffiTUNet2DModel",
         "sample_size": size,
@@ -72,7 +72,7 @@ def diffit(size: int, channels: int, widths: list[int]) -> dict:
 
 
 def unet(size: int, channels: int, widths: list[int], groups: int) -> dict:
-    """Config of a `UNet2DModel` with one residual block for each resolution and attention in the lowest."""
+    """Config of a `UNet2DModel` with one residual block per resolution, and attention at the lowest."""
     lower = len(widths) - 1
     return {
         "_class_name": "UNet2DModel",
@@ -91,13 +91,13 @@ def unet(size: int, channels: int, widths: list[int], groups: int) -> dict:
 
 @dataclass(frozen=True)
 class Task:
-    """A data set, two networks of the same FLOPs, and how long they train.
+    """A data set, two networks with the same FLOPs, and the lengths of their trainings.
 
     Attributes:
-        file: in data/.
-        networks: configs by name.
-        budgets: thousands of images at which the samples are judged.
-        tuning_budget: likewise, while tuning.
+        file: file name in data/.
+        networks: maps names to model configs.
+        budgets: thousands of training images after which the samples are evaluated.
+        tuning_budget: thousands of training images after which the samples are evaluated while tuning.
     """
 
     file: str
@@ -121,7 +121,7 @@ TASKS = {
     ),
 }
 PEER = "train_unconditional"
-RECIPE = {  # that of configs/train/emoji32.yaml and quickstart.yaml, but for the schedule of the learning rate
+RECIPE = {  # as in configs/train/emoji32.yaml and quickstart.yaml, except for the learning-rate schedule
     "prediction_type": "v_prediction",
     "beta_schedule": "squaredcos_cap_v2",
     "snr_gamma": 5,
@@ -134,22 +134,22 @@ MUON_RECIPE = RECIPE | {"optimizer": "muon"}
 
 @dataclass(frozen=True)
 class Run:
-    """One training.
+    """One training and its evaluations.
 
     Attributes:
-        task: of TASKS.
-        side: in the report.
-        network: of the task's.
-        learning_rate: the constant or highest one.
-        seed: of the training.
-        kimg: length.
-        budgets: thousands of images at which it is judged.
+        task: key in TASKS.
+        side: name of the side in the report.
+        network: key in the task's networks.
+        learning_rate: constant or peak learning rate.
+        seed: seed of the training.
+        kimg: length of the training in thousands of images.
+        budgets: thousands of training images after which the samples are evaluated.
         recipe: flags of train_diffit.py, or PEER.
-        model_kwargs: fields of the network's config that are other.
-        weights: what is judged, the first at each budget, others at the last: half-lives in kimg of the averages, or
-            of the peer "raw" and "ema".
-        ema_ramp_up: half-lives are at most this share of the images seen.
-        num_images: samples.
+        model_kwargs: fields of the network's config to override.
+        weights: weights to evaluate, the first at every budget and the others at the last one: half-lives of averages
+            in kimg, or "raw" and "ema" for the peer.
+        ema_ramp_up: half-lives are at most this fraction of the images seen.
+        num_images: number of samples.
         sampling: flags of eval_diffit.py.
     """
 
@@ -169,7 +169,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of the run's folder."""
         return f"{self.task}-{self.side}-lr{self.learning_rate:g}-seed{self.seed}".replace(" ", "_").replace(",", "")
 
 
@@ -203,18 +203,18 @@ def prepare(work_dir: Path) -> None:
 
 
 def png(image: Image.Image) -> bytes:
-    """The file of an image."""
+    """The contents of an image file."""
     buffer = io.BytesIO()
     image.save(buffer, "png")
     return buffer.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training and judging
+# Training and evaluation
 
 
 def to_argv(flags: dict) -> list[str]:
-    """Flags as a command line."""
+    """Turns a mapping of flags into a command line."""
     argv = []
     for name, value in flags.items():
         if isinstance(value, bool):
@@ -235,12 +235,12 @@ def command(script: str, argv: list[str], log: Path) -> None:
 
 
 def steps(kimg: float) -> int:
-    """Optimizer steps."""
+    """Converts thousands of images to optimizer steps."""
     return round(kimg * 1000 / BATCH_SIZE)
 
 
 def train(run: Run, folder: Path) -> dict[tuple[int, float | str], Path]:
-    """Trains where it was not done, and returns for budget and weights what `eval_diffit.py` takes as --model_path."""
+    """Trains unless that was done before; returns eval_diffit.py's --model_path for each budget and average."""
     if run.recipe == PEER:
         process = multiprocessing.get_context("spawn").Process(target=train_peer, args=(run, folder))
         process.start()
@@ -277,7 +277,7 @@ def train(run: Run, folder: Path) -> dict[tuple[int, float | str], Path]:
 
 
 def train_peer(run: Run, folder: Path) -> None:
-    """diffusers' loop on the same images; a `DDPMPipeline` of its weights and of its average at each budget."""
+    """Trains with diffusers' loop on the same images; saves a `DDPMPipeline` of its weights and EMA at each budget."""
     torch.set_num_threads(1)
     from benchmarks.train_unconditional import train_unconditional
 
@@ -312,7 +312,7 @@ def train_peer(run: Run, folder: Path) -> None:
 
 
 def evaluate(run: Run, name: str, model_paths: list[Path], flags: dict, work_dir: Path) -> dict:
-    """What `eval_diffit.py` writes of some models; kept under a name, and read if it is there."""
+    """The metrics that `eval_diffit.py` writes for some models; cached under a name."""
     output = work_dir / f"{name}.json"
     if not output.is_file():
         flags = {
@@ -332,7 +332,7 @@ def evaluate(run: Run, name: str, model_paths: list[Path], flags: dict, work_dir
 
 
 def judge(run: Run, work_dir: Path) -> list[dict]:
-    """Trains, judges the samples, and returns a row for each budget and average; or reads them."""
+    """Trains and evaluates a run, or reads the cached result; returns a row for each budget and average."""
     file = work_dir / f"{run.name}.json"
     if file.is_file():
         return json.loads(file.read_text())
@@ -354,7 +354,7 @@ def judge(run: Run, work_dir: Path) -> list[dict]:
 
 
 def judge_all(runs: list[Run], work_dir: Path) -> list[dict]:
-    """The rows of all, as many trainings at once as there are cores."""
+    """The rows of all runs, with one training at a time per core."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return [row for rows in pool.map(judge, runs, [work_dir] * len(runs)) for row in rows]
 
@@ -369,14 +369,14 @@ SIDES = {
     PEER: ("unet", PEER),
 }
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
-PEER_LEARNING_RATES = (1e-4, *LEARNING_RATES)  # with its default
-DIVERGED = {("emoji", PEER): 1e-2}  # best in tuning; in the proof one seed came to 162 and another to 331
+PEER_LEARNING_RATES = (1e-4, *LEARNING_RATES)  # includes its default
+DIVERGED = {("emoji", PEER): 1e-2}  # best in tuning, but two seeds of the comparison ended at distances of 162 and 331
 TUNING_IMAGES = 500
-HEUN = {"scheduler": "edm_heun", "num_inference_steps": 13}  # as many evaluations
-EULER = {"scheduler": "edm_euler"}  # what DDIM is for EDM
+HEUN = {"scheduler": "edm_heun", "num_inference_steps": 13}  # the same NFE
+EULER = {"scheduler": "edm_euler"}  # EDM's counterpart of DDIM
 SHARED = {key: RECIPE[key] for key in ("adam_beta2", "lr_scheduler", "lr_warmup_steps")}
 EDM_RECIPE = SHARED | {"formulation": "edm"}
-RECIPES = {  # what is tried on DiffiT beside the recipe: flags, fields of the config, sampling
+RECIPES = {  # alternatives to RECIPE for DiffiT: flags, model config fields, sampling flags
     "DiffiT, EDM": (EDM_RECIPE, {}, HEUN),
     "DiffiT, epsilon, linear betas": (SHARED | {"prediction_type": "epsilon", "beta_schedule": "linear"}, {}, {}),
     "DiffiT, no min-SNR weights": ({key: RECIPE[key] for key in RECIPE if key != "snr_gamma"}, {}, {}),
@@ -402,9 +402,9 @@ RECIPES = {  # what is tried on DiffiT beside the recipe: flags, fields of the c
 
 
 def tune(work_dir: Path) -> None:
-    """Writes quality_tuning.json: all sides at all learning rates, then DiffiT at its best with other recipes.
+    """Writes quality_tuning.json: all sides at all learning rates, then DiffiT at its best one with other recipes.
 
-    quality_tried.json has what needed code that was thrown away: nothing writes it anew.
+    quality_tried.json holds results of code that was removed, so no script can rewrite it.
     """
     runs = []
     for name, task in TASKS.items():
@@ -431,12 +431,12 @@ def tune(work_dir: Path) -> None:
 
 
 def write_rows(name: str, rows: list[dict]) -> None:
-    """Keeps figures in benchmarks/results."""
+    """Writes results to benchmarks/results."""
     (RESULTS / name).write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
 
 
 def tuned(side: str, task: str) -> dict:
-    """The row of the tuning with the lowest Frechet distance, but for a rate that did not hold in the proof."""
+    """The tuning row with the lowest Frechet distance, except for a learning rate that failed in the comparison."""
     rows = json.loads((RESULTS / "quality_tuning.json").read_text())
     rows = [row for row in rows if (row["side"], row["task"]) == (side, task)]
     rows = [row for row in rows if row["learning_rate"] != DIVERGED.get((task, side))]
@@ -444,11 +444,11 @@ def tuned(side: str, task: str) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Proof
+# Comparison
 
 
 def proof_runs() -> list[Run]:
-    """Three seeds of each side with its best learning rate and average; of the latter, half-lives as a share."""
+    """Three seeds of each side with its best learning rate and its best average, as a fraction of the training."""
     runs = []
     for seed in SEEDS:
         for name, task in TASKS.items():
@@ -465,7 +465,7 @@ def proof_runs() -> list[Run]:
 
 
 def prove(work_dir: Path) -> None:
-    """Writes quality_speed.json, quality.json, quality_more.json and the pictures of samples."""
+    """Writes quality_speed.json, quality.json, quality_more.json and grids of samples."""
     write_rows("quality_speed.json", [row for name in TASKS for row in time_steps(name)])
     runs = proof_runs()
     write_rows("quality.json", judge_all(runs, work_dir))
@@ -475,7 +475,7 @@ def prove(work_dir: Path) -> None:
 
 
 def time_steps(name: str, rounds: int = 7) -> list[dict]:
-    """Size of each side and its seconds per image in training on one core, the sides in turn."""
+    """Size of each side, and its seconds per training image on one core, measured in turns."""
     torch.set_num_threads(1)
     rows, timers = [], []
     for side, (network, recipe) in SIDES.items():
@@ -493,7 +493,7 @@ def time_steps(name: str, rounds: int = 7) -> list[dict]:
 
 
 def training_step(model: torch.nn.Module, recipe: dict | str) -> Callable[[], None]:
-    """One step on ready-made noisy images, with the optimizer and average of a side."""
+    """A training step on precomputed noisy images, with the side's optimizer and average."""
     config = model.config
     sample = torch.randn(BATCH_SIZE, config.in_channels, config.sample_size, config.sample_size)
     timesteps = torch.randint(0, 1000, (BATCH_SIZE,))
@@ -516,7 +516,7 @@ def training_step(model: torch.nn.Module, recipe: dict | str) -> Callable[[], No
 
 
 def judge_more(runs: list[Run], work_dir: Path) -> list[dict]:
-    """Beside the headline, of DiffiT on digits: other schedulers, EDM and its own, and guidance by class."""
+    """Additional results of DiffiT on digits: other schedulers, EDM with its own samplers, and guidance."""
     run = next(run for run in runs if (run.task, run.side) == ("digits", "DiffiT"))
     run = dataclasses.replace(run, num_images=TUNING_IMAGES)
     edm = dataclasses.replace(run, side="DiffiT by EDM", recipe=EDM_RECIPE)
@@ -528,12 +528,12 @@ def judge_more(runs: list[Run], work_dir: Path) -> list[dict]:
 
 
 def last_checkpoint(run: Run, work_dir: Path) -> Path:
-    """Of a training, which is done first where it was not."""
+    """The path of a run's last model, which is trained first if necessary."""
     return train(run, work_dir / run.name)[run.budgets[-1], run.weights[0]]
 
 
 def judge_steps(run: Run, work_dir: Path) -> list[dict]:
-    """The last model of a run, sampled by several schedulers with several numbers of steps."""
+    """Evaluates the last model of a run with several schedulers and numbers of steps."""
     is_edm = run.recipe.get("formulation") == "edm"
     flags = {
         "plots": work_dir / f"{run.name}-plots",
@@ -547,7 +547,7 @@ def judge_steps(run: Run, work_dir: Path) -> list[dict]:
 
 
 def judge_guidance(run: Run, work_dir: Path) -> list[dict]:
-    """Samples of a class-conditional run, guided."""
+    """Evaluates a class-conditional run with several guidance scales."""
     about = {"task": run.task, "side": run.side, "what": "guidance"}
     rows = []
     for scale in (1, 1.5, 2, 3):
@@ -559,7 +559,7 @@ def judge_guidance(run: Run, work_dir: Path) -> list[dict]:
 
 
 def draw_samples(name: str, runs: list[Run], work_dir: Path) -> None:
-    """Images of the same seeds from the last model of each side, above each other, and images held out."""
+    """A grid of images with the same seeds from the last model of each side, one row each, and held-out images."""
     side = TASKS[name].networks["diffit"]["sample_size"]
     held_out = load_dataset("parquet", data_files=str(work_dir / name / "held_out.parquet"), split="train")
     strips = [np.stack([np.array(row["image"].convert("RGB")) for row in held_out.select(range(24))])]

@@ -1,4 +1,4 @@
-"""Writes benchmarks/results/quality.md and its curves from the figures that `benchmarks/quality.py` left there.
+"""Writes benchmarks/results/quality.md and its plots from the results of `benchmarks/quality.py` in that folder.
 
 What only who made them knows is taken from benchmarks/results/quality_notes.md.
 
@@ -19,7 +19,7 @@ from benchmarks.quality import PEER, RAMP_UP, RESULTS, SEEDS, SIDES, STEPS, TASK
 from diffit.plots import AXIS_LABELS, new_figure
 
 TARGETS = {"flops": 1.3, "minutes": 3.0}
-QUESTIONS = (  # each with our side, the other, and what is counted
+QUESTIONS = (  # question, our side, the other side, unit of the cost
     ("a. architecture: DiffiT against `UNet2DModel`, same recipe with AdamW", "DiffiT", "U-Net", "flops"),
     ("b. product: DiffiT with Muon against `train_unconditional.py`", "DiffiT, Muon", PEER, "minutes"),
     ("b. with AdamW in place of Muon", "DiffiT", PEER, "minutes"),
@@ -27,12 +27,12 @@ QUESTIONS = (  # each with our side, the other, and what is counted
 
 
 def read_rows(name: str) -> list[dict]:
-    """Figures that are kept in benchmarks/results."""
+    """Reads results from benchmarks/results."""
     return json.loads((RESULTS / name).read_text())
 
 
 def curve(rows: list[dict], task: str, side: str, metric: str) -> list[tuple[float, float, float]]:
-    """Thousands of images, mean over the seeds and their standard deviation, by budget, of a side's first weights."""
+    """The curve of a side's first weights: thousands of images, mean and standard deviation over the seeds."""
     rows = [row for row in rows if (row["task"], row["side"]) == (task, side)]
     rows = [row for row in rows if row["weights"] == rows[0]["weights"]]
     points = []
@@ -43,11 +43,11 @@ def curve(rows: list[dict], task: str, side: str, metric: str) -> list[tuple[flo
 
 
 def cost_to_reach(points: list[tuple[float, float]], value: float) -> float | None:
-    """Cost at which a falling curve reaches a value, straight in logarithms between its points; None if it never does.
+    """The cost at which a falling curve reaches a value, by log-log interpolation; None if it never does.
 
     Args:
-        points: cost and value, by cost.
-        value: that is to be reached.
+        points: (cost, value) pairs, sorted by cost.
+        value: the value to reach.
     """
     if points[0][1] <= value:
         return points[0][0]
@@ -59,9 +59,9 @@ def cost_to_reach(points: list[tuple[float, float]], value: float) -> float | No
 
 
 def saving(ours: list[tuple[float, float]], theirs: list[tuple[float, float]]) -> tuple[float, str]:
-    """How many times less our side costs, and where: at their last value, or if ours does not get there, at our last.
+    """The factor by which our side is cheaper, and the value at which: their last one, or ours if it is worse.
 
-    Where our first budget is there already, it is at least so many times less.
+    If our first budget already reaches that value, the factor is a lower bound.
     """
     reached = cost_to_reach(ours, theirs[-1][1])
     if reached is not None:
@@ -72,7 +72,7 @@ def saving(ours: list[tuple[float, float]], theirs: list[tuple[float, float]]) -
 
 
 def report() -> None:
-    """Writes quality.md and the curves from the figures in benchmarks/results."""
+    """Writes quality.md and its plots from the results in benchmarks/results."""
     rows, speed = read_rows("quality.json"), read_rows("quality_speed.json")
     speed = {(row["task"], row["side"]): row for row in speed}
     lines = ["# Is DiffiT worth it?", "", *protocol(), "", "## Sides", ""]
@@ -140,7 +140,7 @@ def report() -> None:
 
 
 def protocol() -> list[str]:
-    """How it was measured."""
+    """The report's section on the method."""
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
     return [
         f"`make benchmark-quality` on {os.cpu_count()} CPU cores ({platform.machine()}), Python "
@@ -163,19 +163,19 @@ def protocol() -> list[str]:
 
 
 def weights_text(best: dict) -> str:
-    """What is judged of a side."""
+    """Describes the weights of a side that are evaluated."""
     if isinstance(best["weights"], str):
         return {"raw": "last", "ema": "its average"}[best["weights"]]
     return f"average, half-life {min(best['weights'] / best['kimg'], RAMP_UP):.1%} of the images seen"
 
 
 def rows_floor(rows: list[dict], task: str) -> float:
-    """The Frechet distance between halves of the reference."""
+    """The Frechet distance between the two halves of the reference."""
     return next(row["frechet_distance"]["floor"] for row in rows if row["task"] == task)
 
 
 def draw_curves(task: str, rows: list[dict], speed: dict) -> None:
-    """Both distances against FLOPs and minutes."""
+    """Plots both distances against FLOPs and minutes."""
     figure, panels = new_figure(2, 2, (5, 3.6))
     for axes_row, metric in zip(panels, ("frechet_distance", "kernel_distance"), strict=True):
         for axes, (label, key, factor) in zip(
@@ -194,7 +194,7 @@ def draw_curves(task: str, rows: list[dict], speed: dict) -> None:
 
 
 def sampling_section() -> list[str]:
-    """Frechet distance by evaluations of the network, a line for each scheduler, and by guidance."""
+    """Plots the Frechet distance over NFE, one line per scheduler, and over the guidance scale."""
     lines = ["## Sampling", "", f"Frechet distance of the first seed, {TUNING_IMAGES} samples."]
     rows = read_rows("quality_more.json")
     by_steps = [row for row in rows if row["what"] == "steps"]
@@ -224,7 +224,7 @@ def sampling_section() -> list[str]:
 
 
 def tuning_section() -> list[str]:
-    """All that was tried, also what did not pay."""
+    """The report's section on everything that was tried, including negative results."""
     lines = [
         "## Tuning",
         "",

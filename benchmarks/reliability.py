@@ -1,4 +1,4 @@
-"""What it costs that nothing is lost: time of a checkpoint, and of randomness by position, at emoji32's size.
+"""The cost of reliability: seconds of a checkpoint, and of randomness as a function of the position, for emoji32.
 
     python -m benchmarks.reliability
 
@@ -26,7 +26,7 @@ BATCH_SIZE, SHAPE = 64, (3, 32, 32)
 
 
 def time_training(run_dir: str) -> tuple[float, list[float], int]:
-    """Seconds of an optimizer step, seconds of each checkpoint, and bytes of one."""
+    """Seconds per optimizer step, seconds of each checkpoint, and bytes per checkpoint."""
     seconds = []
     original = train_diffit.save_checkpoint
 
@@ -53,7 +53,7 @@ def time_training(run_dir: str) -> tuple[float, list[float], int]:
 
 
 def draw_by_position(start: int) -> None:
-    """All random numbers of a batch as `ImageDataset` draws them."""
+    """Samples all random numbers of a batch as `ImageDataset` does."""
     for position in range(start, start + BATCH_SIZE):
         position_generator(0, position, AUGMENTATION).random(3)
         rng = position_generator(0, position, DIFFUSION)
@@ -62,13 +62,13 @@ def draw_by_position(start: int) -> None:
 
 
 def draw_from_state(start: int) -> None:
-    """The same numbers from torch's global generator, batch by batch, as scripts usually do."""
+    """Samples the same numbers from torch's global generator, batch by batch, as scripts usually do."""
     torch.rand(BATCH_SIZE, 3), torch.rand(BATCH_SIZE, 2), torch.randn(BATCH_SIZE, *SHAPE)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=21, help="pairs of draws")
+    parser.add_argument("--rounds", type=int, default=21, help="number of rounds (default: 21)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as run_dir:
         step, checkpoints, size = time_training(run_dir)

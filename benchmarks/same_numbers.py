@@ -1,4 +1,4 @@
-"""Are the numbers the same as before? Compares the working tree with an earlier commit, bit for bit.
+"""Compares the numbers of the working tree with those of an earlier commit, bit for bit.
 
     python benchmarks/same_numbers.py BASE
     python benchmarks/same_numbers.py BASE --only muon --only flags --allow 'muon/losses:*ema_decay*'
@@ -6,12 +6,12 @@
 Two copies are made in a temporary folder: the commit BASE, and the working tree with its uncommitted changes (HEAD
 below). Both run the same commands in their own folder, on one thread of the CPU and with their own caches: eight tiny
 trainings, sampling, evaluation, the scripts, `--help`, and dry runs of each config and of each training command in
-BASE's README. Only the command line, files and diffusers' public loading are used, so modules may move. SHA-256 is
-taken of what the files hold (tensors, pixels, values), not of how it is written; model cards and copied code are not
+BASE's README. Only the command line, files and diffusers' public loading are used, so modules may move. The SHA-256
+covers the contents of files (tensors, pixels, values), not their encoding; model cards and copied code are not
 compared. HEAD also resumes BASE's checkpoints and loads BASE's pipeline folders.
 
 Exits with 1 if a row says DIFFERS. Flags, arguments, fields of JSON files and logged tags that only HEAD has are
-listed as new, which is no difference. `--allow PATTERN` is for intended changes: a row, or `row:item`, with wildcards.
+listed as new and do not count. `--allow PATTERN` is for intended changes: a row, or `row:item`, with wildcards.
 """
 
 import argparse
@@ -44,7 +44,7 @@ TIMEOUT = 1800  # seconds for one command
 EXIT_STOPPED = 75  # of a training that was asked to stop
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is run
+# The commands
 
 TINY = {"sample_size": 8, "block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
 MODELS = {
@@ -76,7 +76,7 @@ TRAININGS = {
     "two-processes": f"{FOLDER} --train_batch_size=2",
     "resume": FOLDER,
 }
-# Further flags and exit code of each stretch: to half; on, until the clock stops it at the next step; to the end.
+# Additional flags and expected exit code of three runs: to half; one step more, stopped by its time limit; to the end.
 STRETCHES = {
     "resume": {
         f" --max_train_steps={HALF}": 0,
@@ -87,7 +87,7 @@ STRETCHES = {
 CONTINUED = ("v-prediction", "latents", "edm", "muon", "unet", "bf16")  # by HEAD, from BASE's checkpoints
 FOLDERS = ("v-prediction", "latents", "edm", "muon")  # the last one a `DDPMPipeline`, the others ours
 
-# Models of the README that are not there, and classes that the tiny ones do not have; `make_inputs` makes all else.
+# Models in the README that do not exist here, and classes that the tiny models lack; `make_inputs` makes the rest.
 REPLACED = {"outputs/quickstart": "outputs/v-prediction", "outputs/cifar10": "outputs/edm"}
 REPLACED |= {"models/diffit-256": "outputs/latents", "207,360,387,974": "0,1,2"}
 WITH_FLAGS = ("train_diffit", "sample_diffit", "eval_diffit", "prepare_latents", "train_vae")
@@ -113,8 +113,8 @@ SCRIPTS = {
     " --output_dir=datasets/imagenet512-latents",
 }
 
-# Runs many commands in one interpreter, each in a fork of it: importing torch and diffusers takes most of the time.
-# Commits differ in the folders of some scripts.
+# Runs many commands in forks of one interpreter, because importing torch and diffusers takes most of the time.
+# Some scripts are in different folders in different commits.
 RUNNER = """
 import accelerate, datasets, json, os, runpy, sys, torchmetrics, transformers
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, EDMEulerScheduler, UNet2DModel
@@ -132,7 +132,7 @@ for name, argv in json.loads(sys.argv[1]).items():
     codes[name] = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 print(json.dumps(codes))
 """
-# Draws from saved folders as a stranger would.
+# Samples from saved folders without this repository.
 LOADER = """
 import sys, numpy, torch
 from diffusers import DiffusionPipeline
@@ -149,7 +149,7 @@ numpy.savez(output, **images)
 
 
 def make_inputs(folder: Path) -> None:
-    """Images, a VAE and model configs, under the names that README and configs have for them."""
+    """Writes images, a VAE and model configs under the names that the README and the configs use."""
     from diffusers import AutoencoderKL
 
     (folder / "tiny").mkdir(parents=True)
@@ -173,7 +173,7 @@ def make_inputs(folder: Path) -> None:
 
 
 def check_out(commit: str | None, folder: Path) -> None:
-    """Copies a commit, or with None the working tree: what git tracks or would track, as it is now."""
+    """Copies a commit, or the working tree if None: all files that git tracks or would track."""
     git = ["git", "-C", str(ROOT)]
     if commit is not None:
         archive = subprocess.run([*git, "archive", commit], check=True, stdout=subprocess.PIPE).stdout
@@ -187,7 +187,7 @@ def check_out(commit: str | None, folder: Path) -> None:
 
 
 def readme_commands(text: str) -> list[tuple[str, list[str]]]:
-    """Script and flags of each command in the bash blocks of a README; `sbatch` passes its own on to the training."""
+    """Script and flags of each command in a README's bash blocks; flags of `sbatch` are those of the training."""
     commands = []
     for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
@@ -202,7 +202,7 @@ def readme_commands(text: str) -> list[tuple[str, list[str]]]:
 
 
 def training(name: str, output: str) -> list[str]:
-    """Command of one of `TRAININGS`."""
+    """The command line of one of `TRAININGS`."""
     return ["train_diffit.py", *COMMON.split(), *TRAININGS[name].split(), f"--output_dir=outputs/{output}"]
 
 
@@ -213,12 +213,12 @@ def output_of(command: list[str]) -> str:
 
 @dataclasses.dataclass
 class Side:
-    """A copy of the code, in which commands are run.
+    """A copy of the code in which commands are run.
 
     Attributes:
         name: `BASE` or `HEAD`.
-        folder: of the copy; the commands run there, and write into its `outputs`.
-        codes: exit code of each command by its name.
+        folder: the copy's folder, in which the commands run; they write to its `outputs`.
+        codes: maps names of commands to exit codes.
     """
 
     name: str
@@ -226,15 +226,15 @@ class Side:
     codes: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def log(self, name: str) -> str:
-        """What a command wrote to its standard output."""
+        """A command's standard output."""
         return (self.folder / f"logs/{name}.out").read_text()
 
     def last_words(self, name: str) -> str:
-        """The last line that a command wrote to its standard error."""
+        """The last line of a command's standard error."""
         return (self.folder / f"logs/{name}.err").read_text().strip().rpartition("\n")[2]
 
     def start(self, name: str, command: list[str], place: str) -> subprocess.Popen:
-        """Starts Python with these arguments on one thread of the CPU, offline, with its own caches."""
+        """Starts Python with these arguments on one CPU thread, offline, with separate caches."""
         inherited = ("HF_", "ACCELERATE_", "PYTHON", "TORCHELASTIC_", "SLURM_", "OMP_", "MKL_")
         environment = {key: value for key, value in os.environ.items() if not key.startswith(inherited)}
         caches = ("HF_HOME", "HF_MODULES_CACHE", "TORCH_HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR")
@@ -249,7 +249,7 @@ class Side:
 
 
 def run(sides: list[Side], name: str, command: list[str], jobs: int, place: str = ".") -> None:
-    """Runs Python with these arguments on all sides, `jobs` of them at once, and keeps the exit codes."""
+    """Runs Python with these arguments on all sides, `jobs` at a time, and records the exit codes."""
     processes = []
     try:
         for side in sides:
@@ -266,17 +266,17 @@ def run(sides: list[Side], name: str, command: list[str], jobs: int, place: str 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is compared: items, which are names with a tensor or a plain value
+# Items to compare: names with a tensor or a plain value
 
 VARIES = ("train/images_per_second", "train/peak_memory_gib")
-# Kinds of files; the first pattern counts, and None is not compared.
+# Patterns of file names to kinds of files. The first match counts; files of kind None are not compared.
 KINDS = {
     "*events.out.tfevents.*": "losses",
-    "*hparams.yml": None,  # the arguments once more
+    "*hparams.yml": None,  # repeats the arguments
     "*.py": None,
     "*README.md": None,
     "*manifest.json": None,  # checksums of files that are compared themselves
-    "*.diffit.json": None,  # likewise
+    "*.diffit.json": None,  # checksums as well
     "eval/best.json": "metrics",
     "eval/*": None,  # features, in folders named by a digest of settings
     "*_ema*/*.safetensors": "EMA",
@@ -289,11 +289,11 @@ KINDS = {
     "*.png": "images",
     "*": "other files",
 }
-MAY_GROW = (".json", ".yaml", "events")  # new items in these are no difference
+MAY_GROW = (".json", ".yaml", "events")  # new items in these files do not count as differences
 
 
 def flatten(value, name: str = "") -> dict:
-    """Nested dictionaries and lists as items."""
+    """Flattens nested dictionaries and lists into items."""
     if isinstance(value, dict | list | tuple) and value:
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         return {k: v for key, part in pairs for k, v in flatten(part, f"{name}.{key}" if name else str(key)).items()}
@@ -301,7 +301,7 @@ def flatten(value, name: str = "") -> dict:
 
 
 def read_events(file: Path) -> dict:
-    """Scalars of a TensorBoard file by tag and step."""
+    """A TensorBoard file's scalars by tag and step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
@@ -310,13 +310,13 @@ def read_events(file: Path) -> dict:
 
 
 def read_arrays(columns: dict) -> dict:
-    """Arrays, or columns of a table, as tensors if they hold numbers."""
+    """Turns arrays or table columns into tensors if they are numeric."""
     arrays = {name: np.array(column) for name, column in columns.items()}
     return {k: torch.from_numpy(v) if v.dtype.kind in "biuf" else str(v.tolist()) for k, v in arrays.items()}
 
 
 def read_items(file: Path) -> dict:
-    """What a file holds."""
+    """Reads a file as items."""
     if file.suffix == ".safetensors":
         return load_file(file)
     if file.suffix == ".pt":
@@ -339,7 +339,7 @@ def read_items(file: Path) -> dict:
 
 
 def read_tree(folder: Path) -> dict[str, dict]:
-    """Items of all files of a folder by kind. Names of event files hold the time, and are left out."""
+    """The items of all files in a folder, by kind. The names of event files contain the time and are omitted."""
     kinds: dict[str, dict] = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = file.relative_to(folder).as_posix()
@@ -351,7 +351,7 @@ def read_tree(folder: Path) -> dict[str, dict]:
 
 
 def read_yaml(text: str):
-    """What a dry run printed; as text if it is not YAML."""
+    """Parses the output of a dry run, which stays text if it is not YAML."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
@@ -359,7 +359,7 @@ def read_yaml(text: str):
 
 
 def flags_of(help_text: str) -> dict:
-    """The flags that a help text lists, and the choices of each."""
+    """The flags in a help text, with their choices."""
     items = {}
     for text in re.findall(r"^  (-\S.*?)(?:  |$)", help_text, re.MULTILINE):
         flags = re.findall(r"--?\w[\w-]*", re.sub(r"\{.*?\}", "", text))
@@ -369,12 +369,12 @@ def flags_of(help_text: str) -> dict:
 
 
 def layout(tensor: torch.Tensor) -> str:
-    """Type and shape."""
+    """Type and shape of a tensor in words."""
     return f"{tensor.dtype} {tuple(tensor.shape)}"
 
 
 def sha256(value) -> str:
-    """Of a tensor with its type and shape, or of a plain value."""
+    """SHA-256 of a tensor with its type and shape, or of a plain value."""
     if not isinstance(value, torch.Tensor):
         return hashlib.sha256(f"{type(value).__name__} {value!r}".encode()).hexdigest()
     content = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -383,7 +383,7 @@ def sha256(value) -> str:
 
 @dataclasses.dataclass
 class Difference:
-    """One item that differs: its name, in words, and by how much at most where both are numbers."""
+    """One item that differs: its name, a description, and the largest difference if both are numeric."""
 
     item: str
     text: str
@@ -391,7 +391,7 @@ class Difference:
 
 
 def describe(item: str, before, after) -> Difference:
-    """How an item differs."""
+    """Describes how an item differs."""
     are_tensors = isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)
     if are_tensors and layout(before) == layout(after):
         a, b = before.double(), after.double()
@@ -409,7 +409,7 @@ def describe(item: str, before, after) -> Difference:
 
 
 def compare(before: dict, after: dict, may_grow: bool = False) -> tuple[list[Difference], list[str]]:
-    """What differs, and what is new and no difference: anything if it `may_grow`, else what `MAY_GROW` names."""
+    """Returns the differences, and the new items that do not count: all if `may_grow`, else those in `MAY_GROW`."""
     differences = [
         describe(name, value, after[name]) if name in after else Difference(name, "missing on HEAD")
         for name, value in before.items()
@@ -421,7 +421,7 @@ def compare(before: dict, after: dict, may_grow: bool = False) -> tuple[list[Dif
 
 
 class Report:
-    """The table, printed row by row.
+    """The table of results, printed row by row.
 
     Args:
         allow: patterns of rows, or of `row:item`, that may differ.
@@ -432,13 +432,13 @@ class Report:
         self.counts, self.different = {"same": 0, "allowed": 0, "DIFFERS": 0}, []
 
     def is_allowed(self, row: str, item: str) -> bool:
-        """Whether a difference is an intended one."""
+        """Whether a difference is allowed by --allow."""
         hits = {pattern for pattern in self.allow if any(fnmatch.fnmatch(n, pattern) for n in (row, f"{row}:{item}"))}
         self.used |= hits
         return bool(hits)
 
     def add(self, row: str, before: dict, after: dict, may_grow: bool = False) -> None:
-        """Compares two sets of items and prints what came out; see `compare`."""
+        """Compares two sets of items and prints a row; see `compare`."""
         differences, new = compare(before, after, may_grow)
         if not before and not after:
             differences = [Difference("", "there is nothing to compare")]
@@ -470,11 +470,11 @@ class Report:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The parts
+# The parts of the comparison
 
 
 class Comparison:
-    """Runs commands on both sides, each once, and fills the report; a `compare_...` for each part."""
+    """Runs each command once on both sides and fills the report, with one `compare_...` method per part."""
 
     def __init__(self, base: Side, head: Side, report: Report, jobs: int):
         self.base, self.head, self.report, self.jobs = base, head, report, jobs
@@ -482,7 +482,7 @@ class Comparison:
         self.succeeded: dict[str, bool] = {}
 
     def check(self, name: str, expected: int = 0) -> None:
-        """Notes whether a command ended on HEAD as it did on BASE; if not, that is a row.
+        """Records whether a command ended on HEAD with the expected exit code, and adds a row if it did not.
 
         Raises:
             RuntimeError: if it failed on BASE, so that there is nothing to compare with.
@@ -495,7 +495,7 @@ class Comparison:
             self.report.add(f"{name}/exit code", {"": expected}, {"": f"{code}: {self.head.last_words(name)}"})
 
     def run_jobs(self, jobs: dict[str, list[str]], only_head: bool = False) -> list[str]:
-        """Runs scripts with their arguments, those that have not run yet; the names of all that succeeded."""
+        """Runs the commands that have not run yet; returns the names of all that succeeded."""
         new = {name: command for name, command in jobs.items() if name not in self.succeeded}
         if new:
             name, sides = f"jobs-{len(self.succeeded)}", [self.head] if only_head else [self.base, self.head]
@@ -509,7 +509,7 @@ class Comparison:
         return [name for name in jobs if self.succeeded[name]]
 
     def train(self, *names: str) -> list[str]:
-        """Trains, each as a user would, into `outputs/NAME`; the names of those that succeeded."""
+        """Runs trainings into `outputs/NAME` as a user would; returns the names of those that succeeded."""
         for name in names:
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
             command = [*(launcher if name == "two-processes" else ()), *training(name, name)]
@@ -521,14 +521,14 @@ class Comparison:
         return [name for name in names if self.succeeded[name]]
 
     def add_folder(self, row: str, folder: str, of_head: str | None = None, without: str = "") -> None:
-        """A row for all that commands wrote into a folder, but for one kind; on HEAD it may have another name."""
+        """Adds a row for a folder's files, except those of one kind; on HEAD the folder may have another name."""
         trees = read_tree(self.base.folder / folder), read_tree(self.head.folder / (of_head or folder))
         for tree in trees:
             tree.pop(without, None)
         self.report.add(row, *({k: v for items in tree.values() for k, v in items.items()} for tree in trees))
 
     def compare_training(self, name: str) -> None:
-        """A row for each kind of its files."""
+        """Adds a row for each kind of a training's files."""
         for _ in self.train(name):
             trees = [read_tree(side.folder / f"outputs/{name}") for side in (self.base, self.head)]
             for kind in dict.fromkeys(KINDS.values()):
@@ -536,7 +536,7 @@ class Comparison:
                     self.report.add(f"{name}/{kind}", *(tree.get(kind, {}) for tree in trees))
 
     def prepare(self) -> list[str]:
-        """Trains a VAE, and makes latents; the names of those that succeeded."""
+        """Trains a VAE and prepares latents; returns the names of the commands that succeeded."""
         return self.run_jobs({f"scripts/{name}": command.split() for name, command in SCRIPTS.items()})
 
     def compare_scripts(self) -> None:
@@ -544,7 +544,7 @@ class Comparison:
             self.add_folder(name, output_of(SCRIPTS[name.partition("/")[2]].split()))
 
     def sample(self) -> dict[str, str]:
-        """Draws as the README does, and more; the folders by the names of the commands that succeeded."""
+        """Samples as in the README, and more; returns the folders of the commands that succeeded, by name."""
         self.train(*CONTINUED)
         jobs = {f"samples/{name}": [*flags.split(), f"--output_dir=outputs/{name}"] for name, flags in SAMPLES.items()}
         for i, (script, flags) in enumerate(self.commands):
@@ -558,7 +558,7 @@ class Comparison:
             self.add_folder(name, folder)
 
     def compare_evaluation(self) -> None:
-        self.sample()  # the README judges what it has drawn
+        self.sample()  # the README's evaluations read the samples
         jobs = {}
         for i, (script, flags) in enumerate(self.commands):
             if script == "eval_diffit.py":
@@ -570,7 +570,7 @@ class Comparison:
             self.add_folder(name, f"outputs/metrics-{name.rpartition('-')[2]}")
 
     def compare_continued(self) -> None:
-        """HEAD goes on from BASE's checkpoints, and must come where BASE came."""
+        """HEAD resumes from BASE's checkpoints, and must end where BASE ended."""
         jobs = {}
         for name in self.train(*CONTINUED):
             start = f"outputs/{name}/checkpoint-{HALF}"
@@ -601,12 +601,12 @@ class Comparison:
                 self.report.add(f"{name} from_pretrained", *map(read_items, files))
 
     def compare_flags(self) -> None:
-        """The flags of each script and their choices."""
+        """Compares the flags of each script and their choices."""
         for name in self.run_jobs({f"flags/{script}": [f"{script}.py", "--help"] for script in WITH_FLAGS}):
             self.report.add(name, *(flags_of(side.log(name)) for side in (self.base, self.head)), may_grow=True)
 
     def compare_arguments(self) -> None:
-        """What configs, and flags in the README, come to; parameters and FLOPs too."""
+        """Compares the resolved flags, parameters and FLOPs of all configs and README commands."""
         self.train("latents")  # a command of the README fine-tunes it
         self.prepare()
         configs = sorted((self.base.folder / "configs/train").glob("*.yaml"))
@@ -620,15 +620,21 @@ class Comparison:
 
 
 def main() -> int:
-    """Makes both sides, compares them part by part, and removes everything."""
+    """Makes both copies, compares them part by part, and deletes them."""
     started = time.monotonic()
     names = [*TRAININGS, "scripts", "samples", "evaluation", "continued", "folders", "flags", "arguments"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", metavar="BASE", help="commit, branch or tag")
-    parser.add_argument("--only", action="append", choices=names, help="a part; may be given several times")
-    parser.add_argument("--allow", action="append", default=[], metavar="PATTERN", help="rows that may differ")
-    parser.add_argument("--jobs", type=int, choices=(1, 2), default=2, help="sides that run at once")
-    parser.add_argument("--keep", action="store_true", help="leave the temporary folder there, for a closer look")
+    parser.add_argument("base", metavar="BASE", help="commit, branch or tag to compare with")
+    parser.add_argument(
+        "--only", action="append", choices=names, help="part to compare; may be given several times (default: all)"
+    )
+    parser.add_argument(
+        "--allow", action="append", default=[], metavar="PATTERN", help="rows that may differ (default: none)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, choices=(1, 2), default=2, help="number of sides that run at once (default: 2)"
+    )
+    parser.add_argument("--keep", action="store_true", help="keep the temporary folder for inspection")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is removed then, too
     folder = Path(tempfile.mkdtemp(prefix="same-numbers-"))

@@ -1,9 +1,9 @@
-"""What the included trainings cost on 8, 64 and 512 GPUs, by arithmetic: the tables of docs/scaling.md.
+"""Estimates the cost of the included trainings on 8, 64 and 512 GPUs, and writes the tables of docs/scaling.md.
 
     python -m benchmarks.scaling    # writes them between the markers of the document
 
-FLOPs, parameters and bytes are counted from the configs on the meta device. What is assumed of the machines is in
-ASSUMED, and printed with the tables. Nothing here was measured on a GPU.
+FLOPs, parameters and bytes are counted from the configs on the meta device. The assumptions about the machines are in
+ASSUMED, and are printed with the tables. Nothing here was measured on a GPU.
 """
 
 import json
@@ -24,8 +24,8 @@ GPUS_PER_NODE = 8
 BUCKET = 25 * 2**20  # bytes of gradients that DDP sums at once
 OF_PIXELS = {"in_channels": 3, "out_channels": 3, "num_class_embeds": None, "num_augment_labels": 9}
 OF_LATENTS = {"in_channels": 4, "num_embeds_ada_norm": 1000}
-# Config: what the data say of its network, bytes that are read for an image (PNG, or mean and deviation of latents in
-# float32), and images a second of one worker, from benchmarks/results/data_path.md.
+# Config name -> fields of the model config that depend on the data, bytes read per image (a PNG, or the latents' mean
+# and standard deviation in float32), images/s of one worker (from benchmarks/results/data_path.md).
 RUNS = {
     "cifar10": (OF_PIXELS, 2_500, 2_258),
     "cifar10_l4": (OF_PIXELS, 2_500, 2_258),
@@ -57,7 +57,7 @@ PEAK, LATENT_MFU, PIXEL_MFU, START, CASTS, MEMORY, NVLINK, INFINIBAND, DELAY, DI
 
 
 class CountKernels(TorchDispatchMode):
-    """Counts the operators for which a GPU starts a kernel: all but views and allocations."""
+    """Counts the operators that launch a GPU kernel: all except views and allocations."""
 
     def __init__(self):
         super().__init__()
@@ -69,10 +69,10 @@ class CountKernels(TorchDispatchMode):
 
 
 def read(name: str) -> dict:
-    """Sizes of a training: parameters, FLOPs, operators, images, bytes of its checkpoint.
+    """The sizes of a training: parameters, FLOPs, operators, images, bytes per checkpoint.
 
     Args:
-        name: of configs/train.
+        name: file name in configs/train, without `.yaml`.
     """
     flags = yaml.safe_load((ROOT / f"configs/train/{name}.yaml").read_text())
     of_data, image_bytes, worker_speed = RUNS[name]
@@ -103,54 +103,54 @@ def read(name: str) -> dict:
 
 
 def compute_seconds(run: dict, gpus: int) -> float:
-    """Forward and backward pass of one optimizer step: the arithmetic, or starting the operators if that is longer."""
+    """Seconds of forward and backward per optimizer step: arithmetic, or kernel launches if they take longer."""
     each = run["batch"] / gpus
     passes = math.ceil(each / run["most"])
     return max(each * run["again"] * run["flops"] / (run["mfu"] * PEAK), passes * run["kernels"] * START)
 
 
 def update_seconds(run: dict) -> float:
-    """Clipping, Adam and averages: what they read and write of memory, in float32."""
+    """Seconds of clipping, Adam and averages, from the float32 memory that they read and write."""
     clip, adam, average = 3, 7, 3  # numbers per parameter
     return 4 * run["parameters"] * (clip + adam + average * run["averages"]) / MEMORY
 
 
 def all_reduce_bytes(run: dict, gpus: int) -> float:
-    """What leaves each GPU for the sum of the gradients in float32, by rings."""
+    """Bytes that each GPU sends in a ring all-reduce of the float32 gradients."""
     return 2 * (gpus - 1) / gpus * 4 * run["parameters"]
 
 
 def all_reduce_seconds(run: dict, gpus: int) -> float:
-    """Of those bytes, and of the exchanges."""
+    """Seconds of the all-reduce: bandwidth plus latency of the exchanges."""
     bandwidth = NVLINK if gpus <= GPUS_PER_NODE else INFINIBAND
     buckets = math.ceil(4 * run["parameters"] / BUCKET)
     return all_reduce_bytes(run, gpus) / bandwidth + buckets * 2 * math.log2(gpus) * DELAY
 
 
 def step_seconds(run: dict, gpus: int) -> float:
-    """One optimizer step. Only the backward pass, two thirds of the last accumulated one, hides the sum."""
+    """Seconds per optimizer step. Only the backward pass (2/3) of the last micro-batch hides the all-reduce."""
     compute = compute_seconds(run, gpus)
     backward = 2 / 3 * compute / math.ceil(run["batch"] / gpus / run["most"])
     return compute - backward + max(backward, all_reduce_seconds(run, gpus)) + update_seconds(run)
 
 
 def checkpoint_interval(run: dict, gpus: int) -> float:
-    """Seconds between checkpoints that lose least, by Young: sqrt(2 x time of saving x time between failures)."""
+    """Young's optimal checkpoint interval in seconds: sqrt(2 x time of a checkpoint x time between failures)."""
     return math.sqrt(2 * run["checkpoint"] / DISK * MTBF / gpus)
 
 
 def duration(hours: float) -> str:
-    """For people."""
+    """Formats a number for people."""
     return f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Markdown."""
+    """A Markdown table."""
     return ["", *(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)), ""]
 
 
 def tables() -> str:
-    """All tables, and what is assumed."""
+    """All tables and the assumptions."""
     runs = [read(name) for name in RUNS]
     lines = ["Assumed, not measured:", ""]
     lines += [f"- {what}: {value}" for what, (_, value) in ASSUMED.items()]
@@ -199,7 +199,7 @@ def tables() -> str:
 
 
 def document() -> str:
-    """docs/scaling.md with the tables as they are now."""
+    """The text of docs/scaling.md with up-to-date tables."""
     start, end = "<!-- tables: benchmarks/scaling.py -->\n", "<!-- end of tables -->"
     before, rest = DOCUMENT.read_text().split(start)
     return before + start + tables() + end + rest.split(end)[1]

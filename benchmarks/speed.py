@@ -219,7 +219,7 @@ def where_time_goes(work: Callable[[], None]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="pairs of each case")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds per case (default: 5)")
     parser.add_argument("--memory_of", nargs=2, metavar=("CASE", "SIDE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:

@@ -1,4 +1,4 @@
-"""The peer of two benchmarks: what diffusers' `train_unconditional.py` does at each step, with its defaults.
+"""The peer in two benchmarks: the training step of diffusers' `train_unconditional.py`, with its defaults.
 
 After `examples/unconditional_image_generation/train_unconditional.py` of diffusers 0.36 (Apache-2.0), without its
 arguments, previews, checkpoints and hub: linear betas, epsilon prediction, AdamW with its settings, a cosine schedule
@@ -30,14 +30,14 @@ def train_unconditional(
     """Trains a network in place.
 
     Args:
-        model: unconditional; takes images and timesteps.
-        loader: batches of images in [-1, 1], shape (B, C, H, W); it is gone through again and again.
-        num_steps: optimizer steps.
-        learning_rate: the highest of the schedule.
-        lr_warmup_steps: optimizer steps.
-        use_ema: keep an average, off by default as there.
-        accelerator: with the trackers that it logs to; None means one without.
-        on_step: called after each step with its number from 1 on, the network and the average.
+        model: unconditional network, called with images and timesteps.
+        loader: batches of images in [-1, 1], shape (B, C, H, W); repeated as often as necessary.
+        num_steps: length of the training in optimizer steps.
+        learning_rate: peak learning rate.
+        lr_warmup_steps: length of the warm-up in optimizer steps.
+        use_ema: whether to keep an average; off by default, as in diffusers' script.
+        accelerator: holds the trackers to log to; None means a new one without trackers.
+        on_step: called after each step with its number (from 1), the network and the average.
 
     Returns:
         The average, or None.

@@ -5,31 +5,31 @@
     ../diffit_pipeline.py             samplers, schedulers, guidance   } nothing from this package
     ../train_diffit.py                the training loop
 
-    config                            what may be asked of a training, and what must stay the same when it is resumed
-    plan                              what follows from that, from the data and from the processes
-    source_config, validation_config  flags for where images come from, and for what is measured during a training
+    config                            training flags, and which of them must not change when a run is resumed
+    plan                              everything derived from the flags, the data and the processes
+    source_config, validation_config  flags of image sources, and of measurements during training
     config_file                       YAML lists of flags
-    latents_config, vae_config,       settings of prepare_latents.py, train_vae.py and
+    latents_config, vae_config,       flags of prepare_latents.py, train_vae.py and
     convert_config                        convert_nvidia_checkpoint.py
-    sources, decode, stream, latents  images or prepared latents, to the tensors at a position of the stream
-    batches, augment                  a micro-batch on the device: encoded, augmented, noisy
+    sources, decode, stream, latents  reading images or prepared latents; the tensors at each position of the stream
+    batches, augment                  micro-batches on the device: VAE encoding, augmentation, noise
     formulations                      DDPM and EDM: noise levels, network inputs, loss, schedulers
-    networks                          build, adapt, load and place networks and VAEs; attention backends
-    cpu_kernels                       fast CPU layers put in place of the reference ones
-    optimization                      AdamW, Muon, schedules, averages, skipped steps, the state of a training
-    checkpoint, run_dir, lock         what is saved, what in a folder is ours, and which run owns it
-    processes, launcher               several processes: start, agreement, stop signals, launchers that die
+    networks                          building, loading, adapting and placing networks and VAEs; attention backends
+    cpu_kernels                       fast CPU layers that replace the reference ones
+    optimization                      AdamW, Muon, learning-rate schedules, EMA, non-finite steps, the training state
+    checkpoint, run_dir, lock         saving and resuming; which files in a folder are ours; which run owns a folder
+    processes, launcher               joining processes, agreement, stop signals; the death of a launcher
     logs, validation, export          trackers; held-out loss, metrics, previews; the pipeline folder and the hub
                                           (model_card.md is its template)
-    sampling_config, sampling         settings of sampling and their rules; load a model, sample seeds (the samplers
+    sampling_config, sampling         sampling flags and their rules; loading a pipeline, sampling seeds (the samplers
                                           themselves are in diffit_pipeline.py)
-    eval_config, evaluation           settings of an evaluation; samples and features kept on disk
+    eval_config, evaluation           evaluation flags; cached samples and features
     image_sets, features              images from folders, zips, npz, ...; feature extractors
-    metrics, plots                    Frechet and kernel distance and others; plots of an evaluation
-    command_line, errors              how flags are read, and how an error ends a script
+    metrics, plots                    Frechet distance, kernel distance and others; plots of an evaluation
+    command_line, errors              parsing flags; reporting errors
 
-No module imports one that imports it. A script imports something of this package before diffusers, which imports
-xformers where that is installed.
+The imports form no cycle. A script must import this package before diffusers, because diffusers imports xformers if it
+is installed, whose warning is filtered below.
 """
 
 import logging
@@ -41,5 +41,5 @@ def _has_cuda(record: logging.LogRecord) -> bool:
     return torch.cuda.is_available()
 
 
-# Without a CUDA device nothing uses xformers, and "Please reinstall xformers" would be a newcomer's first screen.
+# Without CUDA nothing uses xformers, and its "Please reinstall xformers" would be the first output that a user sees.
 logging.getLogger("xformers").addFilter(_has_cuda)

@@ -1,5 +1,5 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Micro-batches: read, moved to the device, encoded, augmented, and given their noise."""
+"""Micro-batches: opening the data, loading it, and preparing a batch on the device (VAE, augmentation, noise)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -24,14 +24,17 @@ from diffit.stream import ImageDataset, PositionStream, StreamBatchSampler, Stre
 
 logger = get_logger(__name__, log_level="INFO")
 
-LEVEL_BINS = 4  # the loss is logged by quartile of the noise levels
+LEVEL_BINS = 4  # losses are logged per quartile of the noise level
 
 
 def open_tables(data: DataConfig, validation: ValidationConfig) -> tuple[Table, Table | None]:
-    """The training images (or their latents) and, if asked for, held-out ones. Nothing is decoded.
+    """Opens the training images (or prepared latents) and the held-out images, without decoding any.
+
+    Returns:
+        The training data, and the held-out images or None.
 
     Raises:
-        UserError: if the images, or their labels, are not where the flags say.
+        UserError: if the images or labels that the flags name do not exist.
     """
     held_out = None
     if data.latents_dir is not None:
@@ -52,15 +55,15 @@ def open_tables(data: DataConfig, validation: ValidationConfig) -> tuple[Table, 
 def build_batches(
     table: Table, plan: Plan, data: DataConfig, seed: int, start_position: int, accelerator: Accelerator
 ) -> Iterator[dict]:
-    """Endless micro-batches of this process, from a position of the stream on.
+    """Iterates endlessly over this process's micro-batches.
 
     Args:
-        table: the training images or their latents.
-        plan: sizes.
-        data: what is done to each image, and how many workers read them.
-        seed: of the stream.
-        start_position: first position that is read.
-        accelerator: knows the number of processes, and which one this is.
+        table: the training images or latents.
+        plan: sizes of batches and images.
+        data: the flags of cropping, flipping, bad images and workers.
+        seed: seed of the stream.
+        start_position: first position of the stream to read.
+        accelerator: gives the number of processes and this one's index.
     """
     stream = PositionStream(len(table), seed)
     dataset = build_dataset(table, stream, plan, data)
@@ -78,7 +81,7 @@ def build_batches(
 
 
 def build_dataset(table: Table, stream: PositionStream, plan: Plan, data: DataConfig) -> StreamDataset:
-    """Images or prepared latents by position, with the noise for the network."""
+    """A data set of images or prepared latents, indexed by position, together with their noise."""
     if isinstance(table, LatentTable):
         return LatentDataset(table, stream, data.random_flip, data.on_bad_image)
     return ImageDataset(
@@ -96,16 +99,16 @@ def build_dataset(table: Table, stream: PositionStream, plan: Plan, data: DataCo
 
 @dataclass(frozen=True)
 class BatchPreparer:
-    """Turns micro-batches from a data loader into what a training step works on.
+    """Prepares a data loader's micro-batches for the network.
 
     Attributes:
         formulation: adds the noise.
-        device: where the network is.
-        vae: of a latent-space model, or None.
+        device: the network's device.
+        vae: a latent-space model's VAE, or None.
         null: the null class, or None for an unconditional network.
-        label_dropout: fraction of the labels replaced by the null class.
-        augmentation_probability: of each augmentation of pixels.
-        bad_images: messages of the images that were skipped so far, each of which is logged once.
+        label_dropout: fraction of labels to replace by the null class, in [0, 1].
+        augmentation_probability: probability of each augmentation, in [0, 1].
+        bad_images: messages about the images skipped so far, each of which is logged once.
     """
 
     formulation: Formulation
@@ -117,10 +120,10 @@ class BatchPreparer:
     bad_images: set[str] = field(default_factory=set)
 
     def __call__(self, batch: dict) -> NoisyBatch:
-        """Moves a batch to the device, encodes it with the VAE, augments it if it holds numbers for that, adds noise.
+        """Moves a batch to the device, encodes it with the VAE, augments it and adds noise.
 
         Args:
-            batch: of `diffit.stream.collate`.
+            batch: output of `diffit.stream.collate`. It is augmented if it has random numbers for that.
         """
         for message in batch["bad_images"]:
             if message not in self.bad_images:
@@ -142,17 +145,17 @@ class BatchPreparer:
 
 
 def batch_labels(batch: dict, label_dropout: float, null: int | None) -> torch.Tensor | None:
-    """Labels, a fraction of them replaced by the null class, shape (B); None for an unconditional network."""
+    """Class labels, a fraction of them replaced by the null class; shape (B). None for an unconditional network."""
     if null is None:
         return None
     return torch.where(batch["dropout_uniform"] < label_dropout, null, batch["class_labels"])
 
 
 def encode_images(batch: dict, vae: AutoencoderKL | None, device: torch.device) -> torch.Tensor:
-    """The clean images on the device, or with a VAE samples of their latents; shape (B, C, H, W).
+    """Moves clean images to the device, as pixels in [-1, 1] or as latents if there is a VAE; shape (B, C, H, W).
 
-    Latents are sampled from the encoder's Gaussian with the noise of the batch, so they, too, are a function of the
-    position.
+    Latents are sampled from the encoder's Gaussian with noise from the batch, so they are a function of the position,
+    too.
     """
     if "moments" in batch:
         moments = batch["moments"].to(device, non_blocking=True)  # (B, 2C, H, W)

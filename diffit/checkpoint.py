@@ -1,8 +1,8 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
 """Atomic, checksummed, pickle-free checkpoints.
 
-A checkpoint is written under another name, with a manifest of sizes and checksums that comes last, synced to the disk
-and renamed; only then are old ones deleted. docs/reliability.md lists the faults that this survives.
+A checkpoint is written under a temporary name, the manifest of sizes and checksums last, then synced to disk and
+renamed; only then are old ones deleted. docs/reliability.md lists the faults that this survives.
 """
 
 import contextlib
@@ -55,27 +55,28 @@ def file_digest(file: Path) -> dict[str, int | str]:
 
 
 def verify_checkpoint(path: Path) -> str | None:
-    """What is wrong with a checkpoint by its manifest of sizes and checksums, in words; None if it is complete."""
+    """Checks a checkpoint against its manifest. Returns a description of the damage, or None if it is complete."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         if absent := sorted({"state.json", "training_args.yaml", "optimizer.pt"} - set(manifest)):
-            return f"{MANIFEST} does not name {absent[0]}"
+            return f"{MANIFEST} does not list {absent[0]}"
         for name, expected in manifest.items():
             if Path(name).is_absolute() or ".." in Path(name).parts:
-                return f"{MANIFEST} names {name!r}, which is outside of the checkpoint"
+                return f"{MANIFEST} lists {name!r}, which is outside the checkpoint"
             if not (path / name).is_file():
                 return f"{name} is missing"
             if file_digest(path / name) != expected:
                 return f"{name} is damaged (size or checksum differs from {MANIFEST})"
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two for JSON that is no object
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two: JSON of another structure
         return f"cannot read {MANIFEST}: {error}"
     return None
 
 
 def sync_to_disk(path: Path) -> None:
-    """Returns when a file or the entries of a folder are on the disk, not only in memory.
+    """Syncs a file, or the entries of a folder, to disk.
 
-    Some file systems, and Windows, cannot do that with folders: there the disk decides when a rename arrives.
+    Windows and some file systems cannot sync folders; errors are ignored there, and the system writes a rename to disk
+    in its own time.
     """
     with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
         handle = os.open(path, os.O_RDONLY)
@@ -88,7 +89,7 @@ def sync_to_disk(path: Path) -> None:
 def write_checkpoint(
     folder: Path, accelerator: Accelerator, flags: dict, state: TrainingState, noise_scheduler: SchedulerMixin
 ) -> None:
-    """Writes everything that a resumed run needs into a new folder; the manifest comes last."""
+    """Writes everything that a resumed run needs into a new folder, the manifest last."""
     shutil.rmtree(folder, ignore_errors=True)
     part = component_name(state.model)
     state.model.save_pretrained(folder / part)
@@ -125,21 +126,22 @@ def save_checkpoint(
     state: TrainingState,
     noise_scheduler: SchedulerMixin,
 ) -> None:
-    """Writes `checkpoint-N`, then deletes old ones. To be called by all processes.
+    """Writes `checkpoint-N`, then deletes old ones. Must be called by all processes.
 
-    It is written under another name and renamed at the end, so a `checkpoint-N` is complete or does not exist. Only
-    the main process writes and deletes, and only while it owns the folder.
+    It is written under a temporary name and renamed at the end, so a `checkpoint-N` is complete or does not exist.
+    Only the main process writes and deletes, and only while it owns the folder.
 
     Args:
-        lock: of the folder of the run.
-        run_dir: the same folder, with the mark that lists which of its files are ours.
-        flags: of the run as a config file holds them; saved with the state, and compared when resuming. Among them,
-            `checkpoints_total_limit` is the number of checkpoints to keep, all if it is missing.
-        state: is saved.
-        noise_scheduler: is saved, too, so that one can sample and fine-tune from a checkpoint.
+        accelerator: this process among all processes.
+        lock: the lock on the run's folder.
+        run_dir: the run's folder, with its list of the files that are ours.
+        flags: the run's flags in the form of a config file; saved, and compared when resuming. All checkpoints are
+            kept unless they contain `checkpoints_total_limit`.
+        state: the state to save.
+        noise_scheduler: saved as well, so that a checkpoint can be sampled and fine-tuned from.
 
     Raises:
-        RunError: in all processes, if it could not be written; earlier checkpoints stay.
+        RunError: in all processes, if it could not be written; earlier checkpoints are kept.
     """
     accelerator.wait_for_everyone()
     failed = torch.zeros(1, device=accelerator.device)
@@ -151,13 +153,13 @@ def save_checkpoint(
             lock.check_owned()
             run_dir.announce([f"{temporary.name}/"])
             write_checkpoint(temporary, accelerator, flags, state, noise_scheduler)
-            if target.exists() and is_ours(target, run_dir):  # a damaged one of the same step
+            if target.exists() and is_ours(target, run_dir):  # a damaged checkpoint from the same step
                 set_aside(target)
             put_in_place(temporary, target)
             sync_to_disk(target.parent)
             run_dir.forget([f"{temporary.name}/"])
             run_dir.record(f"{target.name}/{name}" for name in [*manifest_files(target), MANIFEST])
-        except Exception as error:  # a full disk is an OSError, a SafetensorError or a RuntimeError
+        except Exception as error:  # a full disk can raise OSError, SafetensorError or RuntimeError
             reason = str(error)
             failed += 1
             shutil.rmtree(temporary, ignore_errors=True)
@@ -166,7 +168,7 @@ def save_checkpoint(
         raise_in_all(
             RunError,
             f"checkpoint-{state.global_step} could not be written to {lock.folder} ({reason}); "
-            f"the last one there is {left[-1].name if left else 'none'}",
+            f"the last checkpoint is {left[-1].name if left else 'none'}",
         )
     logger.info(f"saved checkpoint-{state.global_step}")
     if accelerator.is_main_process and "checkpoints_total_limit" in flags:
@@ -174,8 +176,8 @@ def save_checkpoint(
 
 
 def prune_checkpoints(run_dir: OutputFolder, global_step: int, total_limit: int) -> None:
-    """Deletes the oldest checkpoints of a run so that `total_limit` are left."""
-    # A damaged one that was skipped may have a later number: it is left alone, and does not count.
+    """Deletes a run's oldest checkpoints so that `total_limit` remain."""
+    # A damaged checkpoint that was skipped when resuming may have a higher number: it is kept and not counted.
     ours = [path for path in list_checkpoints(run_dir.folder) if is_ours(path, run_dir) or path.is_symlink()]
     kept = [path for path in ours if checkpoint_step(path) <= global_step]
     for old in kept[:-total_limit]:
@@ -183,21 +185,21 @@ def prune_checkpoints(run_dir: OutputFolder, global_step: int, total_limit: int)
             remove_checkpoint(old)
             run_dir.forget(name for name in run_dir.files if name.startswith(f"{old.name}/"))
         except OSError as error:
-            logger.warning(f"cannot delete {old}, as --checkpoints_total_limit asks: {error}")
+            logger.warning(f"cannot delete {old} (--checkpoints_total_limit): {error}")
 
 
 def is_ours(checkpoint: Path, run_dir: OutputFolder) -> bool:
-    """Whether a folder `checkpoint-N` is a checkpoint of ours, by its manifest or, if that is damaged, by the mark."""
+    """Whether a folder `checkpoint-N` is ours, by its manifest or, if that is damaged, by the list in `run_dir`."""
     return is_checkpoint(checkpoint) or any(name.startswith(f"{checkpoint.name}/") for name in run_dir.files)
 
 
 def put_in_place(temporary: Path, target: Path) -> None:
-    """Renames a folder that has been written; into a folder that holds files of the user it moves file by file.
+    """Renames a finished temporary folder, or moves its files one by one if `target` exists with files of the user's.
 
-    The manifest comes last, so that the checkpoint is complete or does not exist then, too.
+    The manifest is moved last, so that even then the checkpoint is complete or does not exist.
 
     Raises:
-        OSError: if a file of the user has the name of one of ours.
+        OSError: if a file of the user's has the name of one of ours.
     """
     if not target.exists():
         temporary.rename(target)
@@ -205,7 +207,7 @@ def put_in_place(temporary: Path, target: Path) -> None:
     for file in sorted(files_below(temporary), key=lambda file: file.name == MANIFEST):
         place = target / file.relative_to(temporary)
         if os.path.lexists(place):
-            raise OSError(f"{place} is in the way, and is not of this run")
+            raise OSError(f"{place} is in the way and was not written by this run")
         place.parent.mkdir(parents=True, exist_ok=True)
         file.rename(place)
         sync_to_disk(place.parent)
@@ -213,27 +215,27 @@ def put_in_place(temporary: Path, target: Path) -> None:
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Renames a checkpoint that must not be taken for one of the run, and logs its new name."""
+    """Renames a checkpoint that the run has superseded, so that it is never resumed from, and logs its new name."""
     aside = checkpoint.with_name(f"superseded-{time.strftime('%Y%m%d-%H%M%S')}-{checkpoint.name}")
     checkpoint.rename(aside)
-    logger.warning(f"{checkpoint} is now {aside.name}")
+    logger.warning(f"renamed {checkpoint} to {aside.name}")
     return aside
 
 
 def find_checkpoint(run: RunConfig) -> Path | None:
-    """The checkpoint that --resume_from_checkpoint means; None starts from scratch.
+    """Finds the checkpoint that --resume_from_checkpoint selects; None means to start from scratch.
 
-    `latest` is the newest complete one. Damaged ones are reported, skipped and left where they are.
+    `latest` is the newest complete one. Damaged ones are logged, skipped and kept.
 
     Raises:
-        UserError: if it does not exist or is damaged, if there are only damaged ones, or if --output_dir already
-            holds checkpoints and no flag says what to do.
+        UserError: if the given checkpoint does not exist or is damaged, if all checkpoints are damaged, or if
+            --output_dir already contains checkpoints and no flag says what to do with them.
     """
     existing = list_checkpoints(run.output_dir)
     if run.resume_from_checkpoint is None:
         if existing and not run.overwrite_output_dir:
             raise UserError(
-                f"--output_dir {run.output_dir} already holds checkpoints up to {existing[-1].name}: give "
+                f"--output_dir {run.output_dir} already contains checkpoints up to {existing[-1].name}: give "
                 "--resume_from_checkpoint latest to resume, or --overwrite_output_dir to delete them"
             )
         return None
@@ -254,12 +256,12 @@ def find_checkpoint(run: RunConfig) -> Path | None:
 
 
 def check_same_run(path: Path, earlier: dict, flags: dict) -> None:
-    """Refuses to resume under other settings, so far as their fields say that they are fixed.
+    """Refuses to resume with other values of the flags that are marked `fixed` in `diffit.config`.
 
     Args:
-        path: of the checkpoint, for messages.
-        earlier: flags of the run that wrote it; one that is missing did not exist yet, which equals its default.
-        flags: of the run that resumes it.
+        path: the checkpoint, for messages.
+        earlier: flags of the run that wrote it. A missing flag did not exist yet, and counts as its default.
+        flags: flags of the run that resumes it.
 
     Raises:
         UserError: names the first flag that differs, with both values.
@@ -272,23 +274,23 @@ def check_same_run(path: Path, earlier: dict, flags: dict) -> None:
                 continue
         if then != now:
             raise UserError(
-                f"{path} was trained with --{name} {then}, not {now}: a resumed run keeps its settings; to train with "
-                "other ones, start from its weights with --pretrained_model_name_or_path"
+                f"{path} was trained with --{name} {then}, not {now}: a resumed run must keep its settings; to change "
+                "them, fine-tune from its weights with --pretrained_model_name_or_path"
             )
 
 
 def load_checkpoint(path: Path, accelerator: Accelerator, flags: dict, state: TrainingState) -> None:
-    """Restores what `save_checkpoint` wrote, in every process.
+    """Restores a checkpoint written by `save_checkpoint`. Must be called by all processes.
 
     Args:
-        path: of the checkpoint.
-        accelerator: its gradient scaler is restored, too.
-        flags: of the run that resumes.
-        state: of a new run; becomes that of the checkpoint.
+        path: the checkpoint.
+        accelerator: its gradient scaler is restored as well.
+        flags: flags of the run that resumes.
+        state: a new run's state, which is overwritten.
 
     Raises:
-        UserError: names a setting, the data or the network if the checkpoint was trained with another, or a file in
-            it that is damaged or holds more than data.
+        UserError: if the checkpoint was trained with other settings, data or another network, or if one of its files
+            is damaged or contains code.
     """
     numbers = read_data(path / "state.json", lambda file: json.loads(file.read_text()))
     earlier = read_data(path / "training_args.yaml", lambda file: yaml.safe_load(file.read_text()))
@@ -296,9 +298,9 @@ def load_checkpoint(path: Path, accelerator: Accelerator, flags: dict, state: Tr
     optimizer_state = read_data(path / "optimizer.pt", read_tensors)
     check_same_run(path, earlier, flags)
     if numbers["num_images"] != state.num_images:
-        raise UserError(f"{path} was trained on {numbers['num_images']} images, the data has {state.num_images}")
+        raise UserError(f"{path} was trained on {numbers['num_images']} images, but the data has {state.num_images}")
     if numbers["data_digest"] != state.data_digest:
-        raise UserError(f"{path} was trained on other images of the same number, other labels, or with another VAE")
+        raise UserError(f"{path} was trained on different images or labels, or with a different VAE")
     load_network_weights(path, state, numbers["ema_steps"])
     state.optimizer.load_state_dict(optimizer_state)
     state.lr_scheduler.load_state_dict(numbers["lr_scheduler"])
@@ -313,21 +315,21 @@ def load_network_weights(path: Path, state: TrainingState, ema_steps: dict[str, 
     """Restores the network and its averages.
 
     Args:
-        path: of the checkpoint.
-        state: gets the weights.
-        ema_steps: optimizer steps that each average has seen.
+        path: the checkpoint.
+        state: receives the weights.
+        ema_steps: number of optimizer steps in each average.
 
     Raises:
-        UserError: if they are of another network.
+        UserError: if the weights belong to another network.
     """
     part = component_name(state.model)
     config = read_data(path / part / "config.json", lambda file: json.loads(file.read_text()))
     for key, value in json.loads(state.model.to_json_string()).items():
         if not key.startswith("_") and key != "auto_map" and config.get(key) != value:
-            raise UserError(f"{path} holds a network whose {key} is {config.get(key)}, not {value}")
+            raise UserError(f"{path} contains a network with {key} {config.get(key)}, not {value}")
     weights, wanted = load_weights(path / part), state.model.state_dict()
     if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in wanted.items()}:
-        raise UserError(f"{path} holds another network than --model_config and --model_kwargs describe")
+        raise UserError(f"{path} contains a different network than --model_config and --model_kwargs describe")
     state.model.load_state_dict(weights)
     for ema_name, ema_model in state.ema_models.items():
         weights = load_weights(path / f"{part}_{ema_name}")
@@ -338,18 +340,22 @@ def load_network_weights(path: Path, state: TrainingState, ema_steps: dict[str, 
 
 
 def read_data(file: Path, reader: Callable[[Path], dict]) -> dict:
-    """A file of a checkpoint, by a reader that runs no code.
+    """Reads a mapping from a file of a checkpoint.
+
+    Args:
+        file: the file.
+        reader: reads the file without running code in it.
 
     Raises:
-        ValueError: names the file, if it holds anything but data.
+        UserError: names the file if it is damaged, contains code, or is not a mapping.
     """
     try:
         data = reader(file)
     except (pickle.UnpicklingError, yaml.YAMLError, RuntimeError, ValueError, EOFError, OSError) as error:
-        # PyTorch's own message advises to load it without the protection.
+        # PyTorch's own message suggests to load it with `weights_only=False`, which would run the code.
         raise UserError(
-            f"{file} is damaged, or holds code, which is never run ({type(error).__name__}): delete the checkpoint, "
-            "and take such files only from people you trust"
+            f"{file} is damaged or contains code, which is never run ({type(error).__name__}): delete the checkpoint, "
+            "and resume only from checkpoints of people you trust"
         ) from None
     if not isinstance(data, dict):
         raise UserError(f"{file}: expected a mapping, got {type(data).__name__}")
@@ -357,38 +363,40 @@ def read_data(file: Path, reader: Callable[[Path], dict]) -> dict:
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the safetensors files in a folder, one file or several shards."""
+    """All tensors in a folder's safetensors files, which may be one file or several shards."""
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def open_run_dir(run: RunConfig, models: dict[str, str | None], dataset_name: str | None) -> OutputFolder:
-    """The folder of the run, in which no file of the user's will be lost. To be called before anything is written.
+    """Opens the run's folder, after checking that the run will not overwrite files of the user's.
+
+    Must be called before anything is written.
 
     Args:
-        run: says which folder.
-        models: folders of models that the run reads, by their flags.
-        dataset_name: folder or hub name of a data set, which is read with whatever lies in it.
+        run: the flags of the folder.
+        models: maps flags to the folders or hub names of the models that the run reads.
+        dataset_name: folder or hub name of a data set, or None. Every file in such a folder is read as data.
 
     Raises:
-        UserError: if --output_dir is the folder of this code, or holds a model that this run reads, files of the
-            user's whose names we use, or a trained pipeline that no flag allows us to replace.
+        UserError: if --output_dir is the folder of this code, or contains a model that this run reads, files of the
+            user's with names that we use, or a trained pipeline that no flag allows us to replace.
     """
     folder = f"--output_dir {run.output_dir}"
     run_dir = OutputFolder(run.output_dir, "train_diffit.py")
     run_dir.refuse_code_folder()
     for flag, model in models.items():
         if model is not None and Path(model).exists() and is_within(model, run.output_dir):
-            raise UserError(f"{folder} holds {flag} {model}, which training would overwrite: choose another folder")
+            raise UserError(f"{folder} contains {flag} {model}, which training would overwrite: choose another folder")
     if dataset_name is not None and Path(dataset_name).is_dir() and is_within(run.output_dir, dataset_name):
         raise UserError(
-            f"{folder} lies in --dataset_name {dataset_name}, which would then hold this run's previews: choose "
-            "another folder, or give the images as --train_data_dir, which leaves them out"
+            f"{folder} is inside --dataset_name {dataset_name}, so this run's previews would be read as data: choose "
+            "another folder, or give the images as --train_data_dir, which ignores previews"
         )
     checkpoints = list_checkpoints(run.output_dir)
     foreign = [path.name for path in checkpoints if not is_ours(path, run_dir)]
     if foreign:
         raise UserError(
-            f"{folder} holds {foreign[0]}, which this script did not write: move it, or choose another folder"
+            f"{folder} contains {foreign[0]}, which this script did not write: move it, or choose another folder"
         )
     links = [path.name for path in checkpoints if path.is_symlink()]
     if links and run.overwrite_output_dir:
@@ -397,21 +405,21 @@ def open_run_dir(run: RunConfig, models: dict[str, str | None], dataset_name: st
     if Path(run.output_dir, "model_index.json").is_file() and not checkpoints and not is_restarted():
         if not run.overwrite_output_dir and run.resume_from_checkpoint in (None, "latest"):
             raise UserError(
-                f"{folder} holds a trained pipeline and no checkpoint to resume from: give --overwrite_output_dir to "
-                "replace it, or choose another folder"
+                f"{folder} contains a trained pipeline but no checkpoint to resume from: give --overwrite_output_dir "
+                "to replace it, or choose another folder"
             )
     return run_dir
 
 
 def prepare_output_dir(accelerator: Accelerator, run: RunConfig, run_dir: OutputFolder, global_step: int) -> None:
-    """Clears --output_dir, with --overwrite_output_dir of all checkpoints, previews, metrics and logs of earlier runs.
+    """Deletes temporary files and, with --overwrite_output_dir, earlier checkpoints, previews, metrics and logs.
 
-    Where a run goes back to an earlier checkpoint, the later ones are moved aside, since `latest` would mean them.
+    If a run resumes from an earlier checkpoint, later ones are renamed, since `latest` would select them.
     """
     if accelerator.is_main_process:
         output_dir = Path(run.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
-        # Left by a run that was killed while writing.
+        # Files of a run that was killed while it wrote them.
         run_dir.remove([name for name in run_dir.files if name.startswith("tmp-")])
         if run.overwrite_output_dir:
             for old in list_checkpoints(output_dir):

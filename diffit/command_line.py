@@ -1,5 +1,5 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What the scripts share at their two ends: how flags are read, and how an error ends the script."""
+"""The start and the end of every script: reading flags into config dataclasses, and reporting errors."""
 
 import argparse
 import atexit
@@ -18,16 +18,16 @@ from tqdm import tqdm
 
 from diffit.errors import RunError, UserError, local_rank, message_of, speaks_for
 
-EXIT_USER_ERROR = 2  # as argparse
+EXIT_USER_ERROR = 2  # argparse's exit code
 EXIT_RUN_ERROR = 1
-# How gloo and NCCL say that another process has ended.
+# Matches the errors of gloo and NCCL after another process has ended.
 LOST_PEER = re.compile(r"connection (was )?(closed|reset|refused)|remote process exited|broken pipe", re.IGNORECASE)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, printed once a machine, without tokens of the hub.
+    """An argument parser with a `--debug` flag that prints errors as one line, once per machine, without hub tokens.
 
-    Every script has `--debug`. Flags are never abbreviated.
+    Flags cannot be abbreviated.
     """
 
     def __init__(self, description: str | None):
@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
             "--debug",
             action=argparse.BooleanOptionalAction,
             default=False,
-            help="show the traceback of an error that would otherwise be one line (default: off)",
+            help="show the traceback of errors that are otherwise reported in one line (default: off)",
         )
 
     def error(self, message: str) -> NoReturn:
@@ -47,23 +47,23 @@ class Parser(argparse.ArgumentParser):
 
 
 def path_type(text: str) -> str:
-    """An argparse type for paths, and for hub names, which are left as they are: expands a leading `~`."""
+    """An argparse type for paths and hub names: expands a leading `~`, and leaves everything else unchanged."""
     if not text:
         raise argparse.ArgumentTypeError("a path must not be empty")
-    if "\0" in text or any(0xDC80 <= ord(sign) <= 0xDCFF for sign in text):  # surrogates: bytes that are not UTF-8
-        raise argparse.ArgumentTypeError(f"{os.fsencode(text)!r} is not a path in UTF-8")
+    if "\0" in text or any(0xDC80 <= ord(sign) <= 0xDCFF for sign in text):  # surrogates stand for non-UTF-8 bytes
+        raise argparse.ArgumentTypeError(f"{os.fsencode(text)!r} is not a valid UTF-8 path")
     if "$" in text:
         raise argparse.ArgumentTypeError(
-            f"{text!r} holds a $, and variables are not expanded here: write the path out"
+            f"{text!r} contains a $, but variables are not expanded here: write the path out"
         )
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
-        raise argparse.ArgumentTypeError(f"{text!r}: no such user; ./{text} is the folder of that name")
+        raise argparse.ArgumentTypeError(f"{text!r}: no such user; write ./{text} for a folder with that name")
     return expanded
 
 
 def positive_int(text: str) -> int:
-    """An int from 1 up."""
+    """An argparse type: an int of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
     return int(text)
@@ -93,7 +93,14 @@ def step_rules_type(text: str) -> str:
 
 
 def number_type(kind: type, minimum: float, maximum: float = math.inf, open_ends: bool = False):
-    """An argparse type: an int or a float in [minimum, maximum], or between the two if `open_ends`."""
+    """Returns an argparse type for numbers in a range.
+
+    Args:
+        kind: int or float.
+        minimum: lower bound.
+        maximum: upper bound. The number must be finite in any case.
+        open_ends: whether the bounds are excluded.
+    """
 
     def parse(text: str) -> int | float:
         try:
@@ -102,7 +109,7 @@ def number_type(kind: type, minimum: float, maximum: float = math.inf, open_ends
             raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {text!r}") from None
         inside = minimum < value < maximum if open_ends else minimum <= value <= maximum and math.isfinite(value)
         if not inside:
-            limits = f"{minimum} and {maximum}" + (", both excluded" if open_ends else "")
+            limits = f"{minimum} and {maximum}" + (" (exclusive)" if open_ends else "")
             raise argparse.ArgumentTypeError(f"{value} is not between {limits}")
         return value
 
@@ -114,31 +121,31 @@ def number_type(kind: type, minimum: float, maximum: float = math.inf, open_ends
 
 
 def flag(default: Any, help: str, *, fixed: bool = False, fixed_if: tuple[str, str] | None = None, **options) -> Any:
-    """A field of a config dataclass that is a command-line flag of the same name.
+    """Defines a field of a config dataclass that is also a command-line flag with the same name.
 
     Args:
-        default: value without the flag; None where the help says what happens then. `--help` shows every other one.
+        default: the flag's default value. `--help` shows it, except for None, which `help` must explain.
         help: what the flag does, with its unit.
-        fixed: whether a resumed training must have the same value (see `diffit.checkpoint.check_same_run`).
-        fixed_if: another flag and its value, without which this flag has no effect and may differ.
-        options: of `ArgumentParser.add_argument`, such as `type`, `choices` or `nargs`. A bool needs none.
+        fixed: whether a resumed training must keep the value (see `diffit.checkpoint.check_same_run`).
+        fixed_if: name and value of another flag, without which this one has no effect and need not be kept.
+        options: arguments for `ArgumentParser.add_argument`, such as `type`, `choices` or `nargs`. A bool needs none.
     """
     metadata = {"help": help, "fixed": fixed, "fixed_if": fixed_if, "options": options}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def add_flags(parser: argparse.ArgumentParser, config_class: type, title: str | None = None, prefix: str = "") -> None:
-    """Adds a flag for each field of a config dataclass, those of nested configs included.
+    """Adds the flags of a config dataclass, including those of nested configs, to a parser.
 
     Args:
-        parser: gets the flags.
-        config_class: its fields are made by `flag`, or are config dataclasses with a `prefix` in their metadata.
-        title: of a group of their own in `--help`.
-        prefix: in front of each name, such as `validation_`.
+        parser: receives the flags.
+        config_class: a dataclass whose fields are defined by `flag` or `nested`.
+        title: title of a separate section in `--help`, or None for no section.
+        prefix: prepended to the name of each flag, such as `validation_`.
     """
     group = parser if title is None else parser.add_argument_group(title)
     for field in dataclasses.fields(config_class):
-        if not field.metadata:  # `debug`, which every parser has
+        if not field.metadata:  # `debug`, which `Parser` defines
             continue
         if "options" not in field.metadata:
             add_flags(group, field.type, field.metadata["title"], prefix + field.metadata["prefix"])
@@ -158,11 +165,11 @@ def from_flags(config_class: type, values: dict[str, Any], prefix: str = "") -> 
 
     Args:
         config_class: see `add_flags`.
-        values: by the names of the flags; others are left alone.
+        values: parsed values by the name of their flag; those of other flags are ignored.
         prefix: see `add_flags`.
 
     Raises:
-        UserError: from the rules of the config, which name flags without the prefix; it is put before them here.
+        UserError: if a rule of the config is violated. The rules name flags without the prefix; it is added here.
     """
     arguments = {}
     for field in dataclasses.fields(config_class):
@@ -179,7 +186,7 @@ def from_flags(config_class: type, values: dict[str, Any], prefix: str = "") -> 
 
 
 def to_flags(config: Any, prefix: str = "") -> dict[str, Any]:
-    """The opposite of `from_flags`: values by the names of the flags."""
+    """The inverse of `from_flags`: the values of a config by the name of their flag."""
     values = {}
     for field in dataclasses.fields(config):
         if not field.metadata:
@@ -193,11 +200,12 @@ def to_flags(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def parse_config(parser: argparse.ArgumentParser, config_class: type, argv: list[str] | None = None) -> Any:
-    """Reads the command line into a config; a value that its rules refuse ends the script like a flag that is unknown.
+    """Parses the command line into a config. A violated rule ends the script as an unknown flag does.
 
     Args:
-        parser: with the flags of `config_class` (see `add_flags`).
-        argv: the command line; default: that of this process.
+        parser: a parser with the flags of `config_class` (see `add_flags`).
+        config_class: the config to build.
+        argv: the command line, or None for that of this process.
     """
     values = vars(parser.parse_args(argv))
     try:
@@ -207,18 +215,18 @@ def parse_config(parser: argparse.ArgumentParser, config_class: type, argv: list
 
 
 def nested(config_class: type, prefix: str = "", title: str | None = None) -> Any:
-    """A field of a config dataclass that is one itself, whose flags have `prefix` before their names.
+    """Defines a field that is itself a config dataclass.
 
     Args:
-        config_class: the inner one.
-        prefix: see above.
-        title: of a group of their own in `--help`; default: they stand with the flags of the outer one.
+        config_class: the inner config.
+        prefix: prepended to the names of its flags.
+        title: title of a separate section in `--help`, or None to list its flags with those of the outer config.
     """
     return dataclasses.field(default_factory=config_class, metadata={"prefix": prefix, "title": title})
 
 
 def flag_fields(config_class: type, prefix: str = "") -> Iterable[tuple[str, dataclasses.Field]]:
-    """All flags of a config dataclass and its nested ones, with the fields that describe them."""
+    """Yields the name and the field of every flag of a config dataclass, including those of nested configs."""
     for field in dataclasses.fields(config_class):
         if "options" in field.metadata:
             yield prefix + field.name, field
@@ -227,13 +235,13 @@ def flag_fields(config_class: type, prefix: str = "") -> Iterable[tuple[str, dat
 
 
 def given(config: Any, names: tuple[str, ...]) -> list[str]:
-    """Which of these flags are set; they may be those of nested configs."""
+    """The names of those flags that are set; nested configs are searched as well."""
     values = to_flags(config)
     return [name for name in names if values[name] is not None]
 
 
 def require_one(config: Any, names: tuple[str, ...]) -> None:
-    """Refuses a config unless exactly one of these flags is set; they may be those of nested configs."""
+    """Refuses a config unless exactly one of these flags is set; nested configs are searched as well."""
     if len(found := given(config, names)) != 1:
         got = " and ".join(f"--{name} {to_flags(config)[name]}" for name in found) or "none"
         raise UserError(f"give exactly one of {', '.join('--' + name for name in names)}; got {got}")
@@ -246,15 +254,15 @@ def refuse_both(config: Any, first: str, second: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From the first line to the last
+# Running a script, and ending it
 
 
 def run_script(main: Callable[[Any], None], config: Any) -> None:
-    """Runs a script to its end. An error made for people is printed as one line, once; a bug shows its traceback.
+    """Runs a script. UserErrors and RunErrors are printed as one line, once; any other error shows its traceback.
 
     Args:
-        main: the script.
-        config: its argument, the parsed command line, with `debug`.
+        main: the script's main function.
+        config: its argument, a config with a field `debug`.
     """
     atexit.register(_end_workers)
     try:
@@ -271,21 +279,21 @@ def run_script(main: Callable[[Any], None], config: Any) -> None:
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
         if config.debug or not several or not LOST_PEER.search(str(error)):
             raise
-        message, speaks, exit_code = "stopped, because another process of the run has ended", True, EXIT_RUN_ERROR
+        message, speaks, exit_code = "stopped because another process of the run has ended", True, EXIT_RUN_ERROR
     for progress in list(getattr(tqdm, "_instances", ())):
-        progress.close()  # or the message would stand behind it
+        progress.close()  # otherwise the message would be printed on the same line
     if speaks:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
     sys.exit(exit_code)
 
 
 def _end_workers() -> None:
-    """Ends data-loader workers that an error has left behind.
+    """Kills data-loader workers that an error has left behind.
 
-    They ignore SIGTERM (see `ignore_stop_signals`), which is how Python would end them, and wait for their end.
+    They ignore SIGTERM (see `ignore_stop_signals`), with which Python would otherwise end them and then wait forever.
     """
     workers = multiprocessing.active_children()
     if workers and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report their death as an error
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their death as an error
     for worker in workers:
         worker.kill()

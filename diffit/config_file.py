@@ -13,9 +13,9 @@ def config_file_argv(parser: argparse.ArgumentParser, path: str, skip: set[str])
     """Turns a YAML list of flags into arguments, so that argparse checks keys, types and choices.
 
     Args:
-        parser: all flags.
-        path: the YAML file: a mapping of long flag names without dashes to values.
-        skip: keys to leave out.
+        parser: the parser of all flags.
+        path: the YAML file, a mapping from long flag names without dashes to values.
+        skip: keys to ignore.
     """
     values = read_config_file(parser, path)
     actions = {action.dest: action for action in parser._actions}
@@ -42,7 +42,7 @@ def config_file_argv(parser: argparse.ArgumentParser, path: str, skip: set[str])
 
 
 def read_config_file(parser: argparse.ArgumentParser, path: str) -> dict:
-    """The mapping of a YAML config file, in which every scalar stays the string that is written there."""
+    """Reads a YAML config file as a mapping in which every scalar stays a string, exactly as written."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         values = yaml.load(text, Loader=yaml.BaseLoader)
@@ -52,7 +52,7 @@ def read_config_file(parser: argparse.ArgumentParser, path: str) -> dict:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         parser.error(f"--config: {path} is not valid YAML: {error}")
     if not isinstance(values, dict):
-        parser.error(f"--config: {path} must be a list of `flag: value`")
+        parser.error(f"--config: {path} must be a mapping of `flag: value` lines")
     for key in keys:
         if keys.count(key) > 1:
             parser.error(f"{path}: {key} is given twice")
@@ -60,7 +60,7 @@ def read_config_file(parser: argparse.ArgumentParser, path: str) -> dict:
 
 
 def model_kwargs_argv(parser: argparse.ArgumentParser, where: str, value: Any) -> list[str]:
-    """KEY=VALUE pairs of a mapping of strings, or of lists of strings."""
+    """Turns a mapping from names to strings or lists of strings into KEY=VALUE arguments."""
     if not isinstance(value, dict):
         parser.error(f"{where} must be a mapping, got {value!r}")
     pairs = []

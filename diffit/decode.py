@@ -127,7 +127,7 @@ def decode_pixels(
         num_channels: channels C of the result.
         crop_position: position of the crop from top (0) to bottom (1) and from left (0) to right (1).
         flip: mirror the image horizontally.
-        keep_colour: refuse an image with more channels than `num_channels` rather than drop its colours.
+        keep_colour: refuse an image with more channels than `num_channels` rather than drop its colors.
 
     Returns:
         Grey levels in [0, 255], shape (C, H, W), for `normalize_pixels`: uint8, or float32 for 16-bit images and for
@@ -142,7 +142,7 @@ def decode_pixels(
         image = _open_image(name, data)
         if keep_colour and _natural_channels(image) > num_channels:
             raise BadImageError(
-                f"image has colours, but --num_channels {num_channels} was inferred from grayscale samples; "
+                f"image has colors, but --num_channels {num_channels} was inferred from grayscale samples; "
                 f"give the flag to convert it: {name}"
             )
         planes = _planes(image, name, num_channels)

@@ -1,5 +1,5 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The pipeline folder: weights, model card and upload."""
+"""Exporting the trained pipeline: its folder, its model card, and the upload to the hub."""
 
 import glob
 import json
@@ -42,15 +42,15 @@ def build_pipeline(
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a pipeline folder tells about its run, besides the weights.
+    """Facts about a run that its pipeline folder records.
 
     Attributes:
-        name: of the model in its card: that on the hub, or that of its folder.
-        data_source: name of the training data in words.
-        flags: of the run, as a config file holds them.
-        plan: of the run.
-        ema: which averages there are.
-        metrics: how samples are evaluated.
+        name: name of the model in its card (see `pipeline_name`).
+        data_source: name of the training data in messages.
+        flags: the run's flags in the form of a config file.
+        plan: the run's plan.
+        ema: the flags of the averages.
+        metrics: the flags of metrics.
     """
 
     name: str
@@ -76,19 +76,19 @@ def save_pipeline(
     grid: PIL.Image.Image,
     target: str = "",
 ) -> None:
-    """Writes a pipeline folder: weights as they are now, scheduler, flags, model card.
+    """Writes a pipeline folder: the network's current weights, scheduler, flags, preview and model card.
 
-    It replaces the earlier one; a file that someone has changed since, such as the model card, stays.
+    It replaces the earlier one, except for files that the user has edited, such as the model card.
 
     Args:
-        facts: of the run.
-        run_dir: the folder of the run.
+        facts: facts about the run.
+        run_dir: the run's folder.
         state: holds the network.
-        vae: of a latent-space model, or None.
-        average: name of the average whose weights the network holds now, or "".
-        validation: its held-out losses and metrics, so far as there are any.
-        grid: its preview.
-        target: folder inside that of the run, or "" for that folder itself.
+        vae: a latent-space model's VAE, or None.
+        average: name of the average whose weights the network currently holds, or "" without EMA.
+        validation: held-out losses and metrics of these weights, if there are any.
+        grid: preview grid of these weights.
+        target: name of a folder inside the run's folder, or "" for the run's folder itself.
     """
     folder = run_dir.folder / "tmp-pipeline"
     run_dir.remove(["tmp-pipeline/"])
@@ -105,20 +105,20 @@ def save_pipeline(
     model_card(facts, state, average, validation).save(folder / "README.md")
     kept = run_dir.publish(folder, target, earlier=pipeline_files(run_dir, target))
     if kept:
-        logger.warning(f"changed since they were written, so left as they are: {', '.join(kept)} in {run_dir.folder}")
+        logger.warning(f"not overwritten because they were edited: {', '.join(kept)} in {run_dir.folder}")
 
 
 def pipeline_files(run_dir: OutputFolder, target: str = "") -> list[str]:
-    """Names of the files of the pipeline that a run wrote into its folder, or into a folder in it."""
+    """Names of the pipeline's files that a run wrote into its folder, or into the folder `target` inside it."""
     prefix = f"{target}/" if target else ""
     inner = {name: name.removeprefix(prefix) for name in run_dir.files if name.startswith(prefix)}
     return [name for name, part in inner.items() if part in PIPELINE_FILES or part.split("/")[0] in PIPELINE_FOLDERS]
 
 
 def model_card(facts: RunFacts, state: TrainingState, average: str, validation: dict[str, float]) -> ModelCard:
-    """Fills in the template `model_card.md`: how the model was trained, and how to load it.
+    """Renders the template `model_card.md`, which says how the model was trained and how to load it.
 
-    For the arguments see `save_pipeline`. The hub renders the template with Jinja2, which torch installs.
+    For the arguments see `save_pipeline`. huggingface_hub renders it with Jinja2, a dependency of torch.
     """
     plan = facts.plan
     names, steps = plan.class_names, plan.formulation.num_sampling_steps
@@ -143,10 +143,10 @@ def model_card(facts: RunFacts, state: TrainingState, average: str, validation: 
 def card_rows(
     facts: RunFacts, state: TrainingState, average: str, validation: dict[str, float]
 ) -> Iterator[tuple[str, str]]:
-    """The table of a model card."""
+    """The rows of the model card's table."""
     plan = facts.plan
     num_parameters = sum(parameter.numel() for parameter in state.model.parameters())
-    # A path of the training machine is of no use to others, so only its last part is told.
+    # A path on the training machine means nothing to others, so only its last part is published.
     source = facts.dataset_name or Path(facts.data_source).name
     yield "network", f"`{type(state.model).__name__}`, {num_parameters / 1e6:.1f} M parameters"
     yield "data", f"{source}, {plan.num_images:,} images, {'x'.join(map(str, plan.resolution))} pixels"
@@ -163,7 +163,7 @@ def card_rows(
 
 
 def describe_average(ema: EmaConfig, average: str, validation: dict[str, float]) -> str:
-    """The weights of a pipeline folder in words: which average they are, and how it was selected."""
+    """Describes a pipeline folder's weights: which average they are, and how it was selected."""
     if not ema.use_ema:
         return "as trained, no EMA"
     if ema.ema_half_life_kimg is None:
@@ -180,16 +180,16 @@ def describe_average(ema: EmaConfig, average: str, validation: dict[str, float])
 
 
 def pipeline_name(hub_model_id: str | None, output_dir: str) -> str:
-    """What the model card calls the model: its name on the hub, or that of its folder."""
+    """The model's name in its card: its name on the hub, or otherwise the name of its folder."""
     return hub_model_id or Path(output_dir).resolve().name
 
 
 def push_to_hub(hub: HubConfig, run_dir: OutputFolder) -> None:
-    """Uploads the files of the pipeline, and nothing else of --output_dir.
+    """Uploads the pipeline's files, and nothing else in --output_dir.
 
     Raises:
-        RunError: says how to upload by hand, if it failed, or if the repository exists and is public although
-            --hub_private_repo is given.
+        RunError: if it failed, or if --hub_private_repo is given but the repository exists and is public. The message
+            says how to upload manually.
     """
     api = HfApi(token=hub.hub_token)
     folder = str(run_dir.folder)
@@ -198,18 +198,18 @@ def push_to_hub(hub: HubConfig, run_dir: OutputFolder) -> None:
     try:
         repo_id = api.create_repo(repo_id, private=hub.hub_private_repo, exist_ok=True).repo_id
         if hub.hub_private_repo and not api.model_info(repo_id).private:
-            raise UserError(f"--hub_private_repo: {repo_id} exists already and is public")
-        if repo_id != name and run_dir.is_unchanged("README.md"):  # the user's own name comes before that of the model
+            raise UserError(f"--hub_private_repo: {repo_id} already exists and is public")
+        if repo_id != name and run_dir.is_unchanged("README.md"):  # the hub has prepended the user's own name
             card = Path(folder, "README.md").read_text(encoding="utf-8")
             card = card.replace(f"\n# {name}\n", f"\n# {repo_id}\n")
             card = card.replace(f'from_pretrained("{name}"', f'from_pretrained("{repo_id}"')
             run_dir.write("README.md", lambda file: file.write_text(card, encoding="utf-8"))
         files = [glob.escape(file) for file in pipeline_files(run_dir)]
         api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=files, commit_message="Upload DiffiT")
-    except Exception as error:  # of the network, of the hub, of files: the training is over and must not look lost
+    except Exception as error:  # whatever failed: the message must say that the trained pipeline is not lost
         private = " --private" if hub.hub_private_repo else ""
         included = " ".join(f"--include '{pattern}'" for pattern in patterns)
         raise RunError(
             f"the trained pipeline is safe in {folder}, but could not be uploaded to {repo_id}: {error}. "
-            f"To upload it by hand: hf upload{private} {repo_id} {shlex.quote(folder)} . {included}"
+            f"To upload it manually: hf upload{private} {repo_id} {shlex.quote(folder)} . {included}"
         ) from None

@@ -1,10 +1,10 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The training formulations: noise-level sampling, input preconditioning, loss, and the schedulers to sample with.
+"""The training formulations, DDPM and EDM: noise-level sampling, input preconditioning, loss and schedulers.
 
 A formulation is one class here and one choice of `--formulation` in `diffit.config`; its fields are flags of
-`DiffusionConfig`. Training, validation and evaluation ask it for everything and never ask which one it is.
+`DiffusionConfig`. Training, validation and evaluation call its methods and never check which formulation it is.
 
-Shapes: B batch, C channels, H/W height/width of images or latents, T number of training timesteps.
+Shapes: B batch, C channels, H/W height/width (pixels or latents), T number of training timesteps.
 """
 
 import dataclasses
@@ -33,21 +33,21 @@ from diffit.errors import UserError
 
 @dataclass(frozen=True)
 class Formulation(ABC):
-    """What a network is trained to predict, and on what.
+    """Noise levels, network inputs and loss of a training, and the scheduler that samples from the trained network.
 
     Attributes:
-        in_latents: whether the clean images are latents, which have no fixed range.
+        in_latents: whether the clean images are latents, which are not limited to [-1, 1].
     """
 
     in_latents: bool = field(default=False, kw_only=True)
 
     @classmethod
     def from_flags(cls, asked: DiffusionConfig, pretrained: dict[str, Any], in_latents: bool) -> Self:
-        """Resolves the flags: as given, otherwise those of the pretrained pipeline, otherwise the defaults.
+        """Resolves each flag: the given value, otherwise the pretrained pipeline's, otherwise the default.
 
         Args:
-            asked: the flags.
-            pretrained: the same flags as far as the pretrained pipeline's scheduler tells them.
+            asked: the flags as given.
+            pretrained: config of the pretrained pipeline's scheduler, or empty.
             in_latents: see the class.
         """
         values = {name: getattr(asked, name) for name in cls.flag_names()}
@@ -56,38 +56,45 @@ class Formulation(ABC):
 
     @classmethod
     def from_scheduler_config(cls, config: dict[str, Any]) -> Self:
-        """The formulation that a saved pipeline was trained in, for evaluating it on images.
+        """The formulation that a saved pipeline was trained with, so that its losses can be evaluated.
 
         Args:
-            config: of the pipeline's scheduler, of whatever class.
+            config: config of the pipeline's scheduler, which may be of any class.
         """
         formulation = cls(**{name: config[name] for name in cls.flag_names() if name in config})
-        vars(formulation)["scheduler"] = cls.scheduler_class.from_config(config)  # with all its other settings
+        vars(formulation)["scheduler"] = cls.scheduler_class.from_config(config)  # keeps all its other settings
         return formulation
 
     @classmethod
     def flag_names(cls) -> tuple[str, ...]:
-        """The flags of `DiffusionConfig` that are for this formulation."""
+        """The flags of `DiffusionConfig` that apply to this formulation."""
         return tuple(field.name for field in dataclasses.fields(cls) if field.name != "in_latents")
 
     @property
     @abstractmethod
     def scheduler(self) -> SchedulerMixin:
-        """The forward process as a diffusers scheduler, saved with the model and used to sample from it."""
+        """The forward process as a diffusers scheduler, which is saved with the model and samples from it."""
 
     @abstractmethod
     def preview_scheduler(self) -> SchedulerMixin:
-        """A scheduler that samples in few steps."""
+        """A scheduler that samples well in few steps, for previews."""
 
     @abstractmethod
     def noise_levels(self, uniform: torch.Tensor) -> torch.Tensor:
-        """How much noise each image gets, as a function of one random number in [0, 1). Shape (B) to shape (B)."""
+        """Maps uniform random numbers in [0, 1) to noise levels, one per image.
+
+        Args:
+            uniform: shape (B).
+
+        Returns:
+            Timesteps or standard deviations of the noise; shape (B).
+        """
 
     @abstractmethod
     def network_inputs(
         self, clean_images: torch.Tensor, noise: torch.Tensor, levels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds the noise and scales the result as the network expects it.
+        """Adds noise to the images and scales the result for the network.
 
         Args:
             clean_images: images in [-1, 1] or latents; shape (B, C, H, W).
@@ -95,49 +102,59 @@ class Formulation(ABC):
             levels: see `noise_levels`; shape (B).
 
         Returns:
-            Noisy images of about unit variance, shape (B, C, H, W), and the network's `timestep`, shape (B).
+            The network's `sample`, noisy images with about unit variance, shape (B, C, H, W); and its `timestep`,
+            shape (B).
         """
 
     @abstractmethod
     def losses(
         self, model_pred: torch.Tensor, clean_images: torch.Tensor, noise: torch.Tensor, levels: torch.Tensor
     ) -> torch.Tensor:
-        """Loss of each image, given what the network predicts from `network_inputs`; shape (B), float32."""
+        """The loss of each image.
+
+        Args:
+            model_pred: the network's output for `network_inputs`; shape (B, C, H, W).
+            clean_images: see `network_inputs`.
+            noise: see `network_inputs`.
+            levels: see `noise_levels`; shape (B).
+
+        Returns:
+            Shape (B), float32.
+        """
 
     @abstractmethod
     def level_grid(self, count: int) -> list[float]:
-        """Noise levels for a plot, from the least noise to the most."""
+        """Returns `count` noise levels from the lowest to the highest, for a plot."""
 
     @abstractmethod
     def axes(self) -> dict[str, str]:
-        """Matplotlib settings of the axes of a plot of losses over noise levels."""
+        """Matplotlib axis properties for a plot of the loss over the noise level."""
 
     @abstractmethod
     def describe(self) -> str:
-        """The training objective in words, for the model card."""
+        """A short description of the training objective, for the model card."""
 
     @property
     @abstractmethod
     def num_sampling_steps(self) -> int:
-        """Denoising steps with which `scheduler` samples well, for the model card."""
+        """The number of sampling steps that the model card recommends for `scheduler`."""
 
-    max_sampling_steps: ClassVar[int | None] = (
-        None  # most denoising steps that a sampler may take, or None for any number
-    )
-    can_learn_variance: ClassVar[bool] = False  # whether the network may predict the variance in addition
+    max_sampling_steps: ClassVar[int | None] = None  # largest number of sampling steps, or None for no limit
+    can_learn_variance: ClassVar[bool] = False  # whether the network may also predict the variance
 
 
 @dataclass(frozen=True)
 class DDPM(Formulation):
     """Denoising diffusion with discrete timesteps (arXiv 2006.11239).
 
-    The defaults are the best settings on emoji in benchmarks/results/quality.md, and second to EDM alone on digits.
+    In benchmarks/results/quality.md the defaults are the best settings on emoji, and second only to EDM on digits.
 
     Attributes:
-        prediction_type: what the network predicts: `epsilon`, `sample` or `v_prediction`.
-        beta_schedule: variance of the noise added at each timestep.
-        num_train_timesteps: T.
-        snr_gamma: cap of the signal-to-noise ratio in the min-SNR loss weights (arXiv 2303.09556); None or 0 for none.
+        prediction_type: the prediction target: `epsilon`, `sample` or `v_prediction`.
+        beta_schedule: name of the schedule of betas, the variances of the noise added at each timestep.
+        num_train_timesteps: number of timesteps, T.
+        snr_gamma: cap of the signal-to-noise ratio in the min-SNR loss weights (arXiv 2303.09556); None or 0 disables
+            the weighting.
     """
 
     scheduler_class = DDPMScheduler
@@ -168,7 +185,7 @@ class DDPM(Formulation):
         return DDIMScheduler.from_config(self.scheduler.config)
 
     def noise_levels(self, uniform: torch.Tensor) -> torch.Tensor:
-        """Timesteps, int in [0, T), evenly distributed."""
+        """Uniformly distributed timesteps, int in [0, T)."""
         return (uniform.double() * self.num_train_timesteps).long()
 
     def network_inputs(
@@ -181,8 +198,8 @@ class DDPM(Formulation):
     ) -> torch.Tensor:
         """Weighted squared error of the prediction (DDPM, Eq. 14).
 
-        For a network that also learns the variance, whose `model_pred` has the shape (B, 2C, H, W) with the variance
-        in the second half of the channels, the variational bound is added.
+        A network with a learned variance predicts (B, 2C, H, W), the variance in the second half of the channels;
+        the variational bound is then added to its loss.
         """
         if model_pred.shape[1] == 2 * clean_images.shape[1]:
             model_pred, variance = model_pred.chunk(2, dim=1)
@@ -193,7 +210,7 @@ class DDPM(Formulation):
         return loss * self.loss_weights(levels) if self.snr_gamma else loss
 
     def target(self, clean_images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """What the network is to predict, shape (B, C, H, W)."""
+        """The prediction target, shape (B, C, H, W)."""
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "sample":
@@ -203,7 +220,7 @@ class DDPM(Formulation):
     def loss_weights(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Min-SNR weights (arXiv 2303.09556), shape (B)."""
         snr = compute_snr(self.scheduler, timesteps)  # (B)
-        weight = snr.clamp(max=self.snr_gamma)  # for the error of the image
+        weight = snr.clamp(max=self.snr_gamma)  # the weight of an error of the image (prediction type `sample`)
         if self.prediction_type == "epsilon":
             return weight / snr
         return weight / (snr + 1) if self.prediction_type == "v_prediction" else weight
@@ -239,7 +256,7 @@ class EDM(Formulation):
     """Continuous noise levels with preconditioning (arXiv 2206.00364).
 
     Attributes:
-        sigma_mean: mean of ln sigma, which is normally distributed (EDM, Table 1).
+        sigma_mean: mean of ln sigma; its distribution in training is normal (EDM, Table 1).
         sigma_std: standard deviation of ln sigma.
     """
 
@@ -258,8 +275,9 @@ class EDM(Formulation):
         return EDMDPMSolverMultistepScheduler.from_config(self.scheduler.config)
 
     def noise_levels(self, uniform: torch.Tensor) -> torch.Tensor:
-        """Sigma, the standard deviation of the noise; float32."""
-        normal = torch.special.ndtri((uniform.double() + 2**-25).clamp(max=1 - 2**-25))  # the numbers are 24 bits long
+        """Sigmas, the standard deviations of the noise; float32."""
+        # `uniform` is a multiple of 2^-24: shifting it by half of that keeps the quantile function finite at 0.
+        normal = torch.special.ndtri((uniform.double() + 2**-25).clamp(max=1 - 2**-25))
         return torch.exp(self.sigma_mean + self.sigma_std * normal).float()
 
     def network_inputs(
@@ -292,7 +310,7 @@ class EDM(Formulation):
         }
 
     def describe(self) -> str:
-        return f"EDM, ln sigma of mean {self.sigma_mean} and standard deviation {self.sigma_std}"
+        return f"EDM, ln sigma with mean {self.sigma_mean} and standard deviation {self.sigma_std}"
 
     @property
     def num_sampling_steps(self) -> int:
@@ -303,26 +321,26 @@ FORMULATIONS: dict[str, type[Formulation]] = {"ddpm": DDPM, "edm": EDM}
 
 
 def formulation_name(scheduler_config: dict[str, Any]) -> str:
-    """The name in `FORMULATIONS` of the formulation that a saved scheduler belongs to, by its class."""
+    """The key in `FORMULATIONS` that matches the class of a saved scheduler."""
     return "edm" if scheduler_config.get("_class_name", "").startswith("EDM") else "ddpm"
 
 
 def formulation_of(scheduler: SchedulerMixin) -> Formulation:
-    """The formulation that a saved pipeline was trained in, from the scheduler that it samples with."""
+    """The formulation that a saved pipeline was trained with, derived from its scheduler."""
     name = formulation_name({**scheduler.config, "_class_name": type(scheduler).__name__})
     return FORMULATIONS[name].from_scheduler_config(scheduler.config)
 
 
 def choose_formulation(asked: DiffusionConfig, pretrained: dict[str, Any], in_latents: bool) -> Formulation:
-    """The formulation that the flags ask for, with all its settings.
+    """The formulation that the flags select, with all its settings.
 
     Args:
-        asked: the flags.
-        pretrained: config of the scheduler of the pretrained pipeline, or empty; its settings are the defaults.
+        asked: the flags as given.
+        pretrained: config of the pretrained pipeline's scheduler, or empty; its settings are the defaults.
         in_latents: see `Formulation`.
 
     Raises:
-        UserError: if flags of one formulation are given with another.
+        UserError: if a flag belongs to another formulation.
     """
     trained_in = formulation_name(pretrained) if pretrained else None
     name = asked.formulation or trained_in or "ddpm"
@@ -335,35 +353,35 @@ def choose_formulation(asked: DiffusionConfig, pretrained: dict[str, Any], in_la
 
 
 def formulation_flags(formulation: Formulation) -> dict[str, Any]:
-    """The formulation as values of the flags of `DiffusionConfig`."""
+    """The values of the flags of `DiffusionConfig` that describe a formulation."""
     (name,) = (name for name, kind in FORMULATIONS.items() if type(formulation) is kind)
     return {"formulation": name} | {flag: getattr(formulation, flag) for flag in formulation.flag_names()}
 
 
 def differences(formulation: Formulation, pretrained: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """In which flags a formulation differs from that of a saved scheduler: by name, their value and ours."""
+    """The flags in which a formulation differs from a pretrained scheduler: names to (pretrained value, our value)."""
     theirs = pretrained | ({"formulation": formulation_name(pretrained)} if pretrained else {})
     ours = formulation_flags(formulation)
     return {flag: (theirs[flag], ours[flag]) for flag in ours if theirs.get(flag, ours[flag]) != ours[flag]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where inputs, network and loss meet
+# The loss of a batch
 
 
 @dataclass
 class NoisyBatch:
-    """What a training step works on, on the device.
+    """A micro-batch on the device, ready for the network.
 
     Attributes:
-        network_inputs: see `Formulation.network_inputs`.
-        clean_images: without noise, shape (B, C, H, W).
-        noise: standard normal, shape (B, C, H, W).
+        network_inputs: the network's `sample` and `timestep` (see `Formulation.network_inputs`).
+        clean_images: images in [-1, 1] or latents; shape (B, C, H, W).
+        noise: standard normal; shape (B, C, H, W).
         levels: see `Formulation.noise_levels`; shape (B).
-        conditions: further arguments of the network: `class_labels`, shape (B), or None for an unconditional network;
-            `augment_labels`, shape (B, 9), where images were augmented.
-        level_bins: in training, quartile of each level, int in [0, LEVEL_BINS); shape (B).
-        first_position: in training, that of the batch in the data stream.
+        conditions: the network's keyword arguments: `class_labels`, shape (B), or None for an unconditional network;
+            and, where images were augmented, `augment_labels`, shape (B, 9).
+        level_bins: quartile of each noise level, int in [0, LEVEL_BINS), shape (B); None in an evaluation.
+        first_position: the batch's first position in the data stream; None in an evaluation.
     """
 
     network_inputs: tuple[torch.Tensor, torch.Tensor]
@@ -376,7 +394,10 @@ class NoisyBatch:
 
 
 def denoising_losses(model: ModelMixin, formulation: Formulation, batch: NoisyBatch) -> torch.Tensor:
-    """Loss of each image, shape (B), float32: the one place where inputs, network and loss meet."""
+    """Runs the network and returns the loss of each image; shape (B), float32.
+
+    Training, validation, evaluation and benchmarks all call this function.
+    """
     model_pred = model(*batch.network_inputs, **batch.conditions).sample
     return formulation.losses(model_pred, batch.clean_images, batch.noise, batch.levels)
 
@@ -390,17 +411,17 @@ def nan_if_non_finite(losses: torch.Tensor) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The learned variance of DDPM
+# DDPM's learned variance
 
 
 @functools.lru_cache(maxsize=2)
 def bound_tables(noise_scheduler: DDPMScheduler, device: torch.device) -> torch.Tensor:
-    """What `variance_bound` needs at each timestep, computed in float64.
+    """The constants of `variance_bound` at each timestep, computed in float64.
 
     Returns:
-        Shape (3, T), float32: the factor from an error of the noise to that of the mean of x_{t-1} (DDPM, Eq. 11);
-        the log of the variance of q(x_{t-1} | x_t, x_0) (Eq. 7; at t = 0, where it is 0, that of t = 1), the lowest
-        that is learned; the log of beta_t, the highest.
+        Shape (3, T), float32. Row 0: the factor that turns an error of the noise into an error of the mean of x_{t-1}
+        (DDPM, Eq. 11). Row 1: the log of the lowest variance that can be learned, that of q(x_{t-1} | x_t, x_0)
+        (Eq. 7); it is 0 at t = 0, where that of t = 1 is used. Row 2: the log of the highest one, beta_t.
     """
     betas = noise_scheduler.betas.double()
     alphas_bar = torch.cumprod(1 - betas, 0)
@@ -417,18 +438,19 @@ def variance_bound(
     clean_images: torch.Tensor,
     timesteps: torch.Tensor,
 ) -> torch.Tensor:
-    """Variational bound of each image at its timestep, from which the variance is learned (arXiv 2102.09672, Eq. 4-6
-    and 15), in bits per dimension.
+    """The loss that trains the variance: the variational bound of each image at its timestep, in bits per dimension.
 
-    For t > 0 it is the divergence of q(x_{t-1} | x_t, x_0) from the network's Gaussian; for t = 0 the surprise at the
-    image, in bins of 1 / 255 to both sides that are open at -1 and 1.
+    See arXiv 2102.09672, Eq. 4-6 and 15. For t > 0 it is the KL divergence of q(x_{t-1} | x_t, x_0) from the network's
+    Gaussian; for t = 0 the negative log-likelihood of the image, discretized into bins that extend 1 / 255 to both
+    sides of each value, and to infinity at -1 and 1.
 
     Args:
-        noise_error: predicted minus true noise, detached, so that the bound trains the variance alone; shape
+        noise_error: predicted minus true noise, detached, so that the bound trains only the variance; shape
             (B, C, H, W).
-        variance: from -1 for the variance of q to 1 for beta_t, on a log scale; shape (B, C, H, W).
+        variance: the network's output, which interpolates the log-variance from that of q at -1 to beta_t at 1; shape
+            (B, C, H, W).
         noise_scheduler: the forward process.
-        clean_images: shape (B, C, H, W).
+        clean_images: images in [-1, 1] or latents; shape (B, C, H, W).
         timesteps: int in [0, number of training timesteps); shape (B).
 
     Returns:
@@ -436,7 +458,7 @@ def variance_bound(
     """
     tables = bound_tables(noise_scheduler, timesteps.device)[:, timesteps, None, None, None]  # (3, B, 1, 1, 1)
     factor, lowest, highest = tables  # 3 x (B, 1, 1, 1)
-    error = factor * noise_error.float()  # of the mean; at t = 0 that is the image; (B, C, H, W)
+    error = factor * noise_error.float()  # error of the mean, which is the image at t = 0; (B, C, H, W)
     fraction = (variance.float() + 1) / 2
     log_variance = fraction * highest + (1 - fraction) * lowest  # (B, C, H, W)
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What a training reports to the trackers and the progress bar."""
+"""Training metrics for the trackers and the progress bar."""
 
 import contextlib
 import sys
@@ -18,7 +18,7 @@ PROJECT = "train_diffit"  # name of the run in the trackers
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak memory so far in bytes: of the GPU, or of this process where there is none."""
+    """Peak memory in bytes since the start: the GPU's, or this process's without a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     if device.type == "mps":
@@ -31,25 +31,31 @@ def peak_memory(device: torch.device) -> int:
 
 
 class LossBins:
-    """Mean loss of all images, and by quartile of the noise levels, without waiting for the device.
+    """Mean loss, overall and per quartile of the noise level, accumulated on the device without a synchronization.
 
     Args:
-        device: of the losses.
+        device: device of the losses.
     """
 
     def __init__(self, device: torch.device):
-        self.sums = torch.zeros(2, LEVEL_BINS, device=device)  # of the losses by quartile, and their counts
+        self.sums = torch.zeros(2, LEVEL_BINS, device=device)  # per quartile: sum of the losses, number of losses
 
     def add(self, losses: torch.Tensor, level_bins: torch.Tensor) -> None:
-        """Adds the finite losses to their quartiles, both of shape (B)."""
+        """Adds the finite losses to their quartiles.
+
+        Args:
+            losses: shape (B).
+            level_bins: quartile of each noise level, int in [0, LEVEL_BINS); shape (B).
+        """
         losses = losses.detach().float()
         finite = losses.isfinite()
         self.sums.index_add_(1, level_bins, torch.stack([losses.where(finite, 0), finite.float()]))
 
     def means(self, accelerator: Accelerator, name: str) -> dict[str, float]:
-        """Means over all processes, under `name` such as `"train/loss"`; starts again from zero.
+        """Returns the means over all processes and resets them. Must be called by all processes.
 
-        To be called by all processes.
+        Args:
+            name: key of the overall mean, such as `"train/loss"`; quartiles get `_quartile_1` and so on appended.
         """
         sums, counts = accelerator.reduce(self.sums, "sum").tolist()
         self.sums.zero_()
@@ -61,11 +67,11 @@ class LossBins:
 
 
 class Meter:
-    """Losses and throughput since the last log.
+    """Losses and throughput since the last log entry.
 
     Args:
-        device: of the losses.
-        position: of the data stream, at which the training starts.
+        device: device of the losses.
+        position: position of the data stream at which training starts.
     """
 
     def __init__(self, device: torch.device, position: int):
@@ -73,7 +79,11 @@ class Meter:
         self.position, self.time = position, time.perf_counter()
 
     def images_per_second(self, position: int) -> float:
-        """Of all processes, since the last call; the time in `paused` does not count."""
+        """Throughput of all processes since the last call, excluding the time in `paused`.
+
+        Args:
+            position: current position of the data stream.
+        """
         now = time.perf_counter()
         rate = (position - self.position) / (now - self.time)
         self.position, self.time = position, now
@@ -81,7 +91,7 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Does not count the time of the `with` block."""
+        """Excludes the duration of the `with` block from the throughput."""
         start = time.perf_counter()
         yield
         self.time += time.perf_counter() - start
@@ -96,16 +106,18 @@ def log_training(
     lr: float,
     num_bad_images: int,
 ) -> None:
-    """Sends the numbers since the last log to the trackers and the progress bar. To be called by all processes.
+    """Sends the metrics since the last log entry to the trackers and the progress bar.
+
+    Must be called by all processes.
 
     Args:
-        accelerator: has the trackers.
-        progress: in optimizer steps.
-        state: of the training, after the step.
-        meter: of the steps since the last log.
-        grad_norm: of the last step before clipping, shape ().
+        accelerator: holds the trackers.
+        progress: progress bar, in optimizer steps.
+        state: training state after the step.
+        meter: losses and throughput since the last log entry.
+        grad_norm: gradient norm of the last step before clipping; shape ().
         lr: learning rate of the last step.
-        num_bad_images: skipped by this process so far.
+        num_bad_images: number of images that this process has skipped so far.
     """
     images_per_second = meter.images_per_second(state.position)
     values = meter.losses.means(accelerator, "train/loss") | {

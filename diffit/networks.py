@@ -1,5 +1,5 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Networks and VAEs: their configs checked, built, adapted from saved weights, placed on a device."""
+"""Networks and VAEs: checking their configs, building them, adapting saved weights, placing them on a device."""
 
 import contextlib
 import difflib
@@ -39,10 +39,10 @@ logger = get_logger(__name__, log_level="INFO")
 
 
 def read_model_config(asked: ModelConfig) -> dict[str, Any]:
-    """The model config with --model_kwargs applied, checked against the network's constructor.
+    """Reads the model config, applies --model_kwargs and checks both against the network's constructor.
 
     Raises:
-        ValueError: names the file or flag and the field.
+        UserError: names the file or flag and the field.
     """
     flag = "--model_config" if asked.model_config else "--pretrained_model_name_or_path"
     path = asked.model_config or asked.pretrained_model_name_or_path
@@ -66,11 +66,14 @@ def read_model_config(asked: ModelConfig) -> dict[str, Any]:
 
 
 def read_config_json(flag: str, path: str) -> dict[str, Any]:
-    """The config of a network: a JSON file, or that of a saved folder or of a model on the hub.
+    """Reads a network's config from a JSON file, a saved folder or the hub.
 
     Args:
-        flag: that names the path, for messages.
-        path: of the file or folder, or the hub name.
+        flag: flag with this path, for messages.
+        path: path of the file or folder, or hub name.
+
+    Raises:
+        UserError: names the flag and the path if there is no valid config.
     """
     try:
         if Path(path).suffix == ".json":
@@ -78,24 +81,24 @@ def read_config_json(flag: str, path: str) -> dict[str, Any]:
             if not isinstance(config, dict):
                 raise UserError(f"{flag} {path}: expected a JSON object, got {type(config).__name__}")
         else:
-            config = UNet2DModel.load_config(path, subfolder=network_subfolder(path))  # of any model class
+            config = UNet2DModel.load_config(path, subfolder=network_subfolder(path))  # works for any model class
             if not isinstance(config, dict):
-                raise UserError(f"{flag} {path}: its config.json must hold a JSON object")
+                raise UserError(f"{flag} {path}: its config.json must contain a JSON object")
         return dict(config)
     except json.JSONDecodeError as error:
         raise UserError(f"{flag} {path} is not valid JSON: {error}") from error
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {path}: no such config here, nor on the hub: {error}") from error
+        raise UserError(f"{flag} {path}: no such config on this machine or on the hub: {error}") from error
 
 
 def config_value(text: str):
-    """A value of --model_kwargs: YAML, and numbers such as 1e-6, which PyYAML takes for strings."""
+    """Parses a value of --model_kwargs: YAML, plus numbers such as 1e-6, which PyYAML reads as strings."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"--model_kwargs: {text!r} is no plain YAML value: {error}") from error
+        raise UserError(f"--model_kwargs: {text!r} is not a plain YAML value: {error}") from error
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -103,7 +106,7 @@ def config_value(text: str):
 
 
 def fits(value, annotation) -> bool:
-    """Whether a value from JSON or YAML is of an annotated type; a list does for a tuple, an int for a float."""
+    """Whether a value from JSON or YAML matches a type annotation; lists match tuples, and ints match floats."""
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         return any(fits(value, option) for option in typing.get_args(annotation))
     if typing.get_origin(annotation) is tuple:
@@ -117,7 +120,10 @@ def fits(value, annotation) -> bool:
 
 
 def network_subfolder(path: str) -> str | None:
-    """`"unet"` or `"transformer"` if a folder or hub repository is that of a pipeline, None if of a network."""
+    """The network's subfolder, `"unet"` or `"transformer"`, in a pipeline's folder or repository.
+
+    None if the folder or repository contains a network itself.
+    """
     for part in ("unet", "transformer"):
         if Path(path).is_dir():
             if Path(path, part).is_dir():
@@ -130,19 +136,19 @@ def network_subfolder(path: str) -> str | None:
 
 
 def read_pretrained_scheduler(path: str | None) -> dict[str, Any]:
-    """Config of the scheduler that the pretrained weights were trained with; empty without a path or a scheduler."""
+    """The config of the scheduler saved with pretrained weights; empty without a path or a scheduler."""
     if path is None:
         return {}
-    # A path may be the folder of a network inside a pipeline's.
+    # The path may be a network's folder inside a pipeline's folder.
     inside = Path(path).name.startswith(("unet", "transformer")) and Path(path).is_dir()
     with contextlib.suppress(OSError):
         return dict(DDPMScheduler.load_config(str(Path(path).parent) if inside else path, subfolder="scheduler"))
-    logger.warning(f"{path} has no scheduler, so what its weights predict is taken from the flags")
+    logger.warning(f"{path} has no scheduler: make sure that the flags match how its weights were trained")
     return {}
 
 
 def vae_on_meta(path: str | None) -> AutoencoderKL | None:
-    """The VAE of --vae_model_name_or_path without weights (on the meta device), or None without one.
+    """The VAE of --vae_model_name_or_path on the meta device, without weights; None without a path.
 
     Raises:
         UserError: if there is no such VAE.
@@ -152,18 +158,20 @@ def vae_on_meta(path: str | None) -> AutoencoderKL | None:
     try:
         config = AutoencoderKL.load_config(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"--vae_model_name_or_path {path}: no such config here, nor on the hub: {error}") from error
+        raise UserError(
+            f"--vae_model_name_or_path {path}: no such config on this machine or on the hub: {error}"
+        ) from error
     if config.get("_class_name") != "AutoencoderKL":
-        raise UserError(f"--vae_model_name_or_path {path}: is a {config.get('_class_name')}, not an AutoencoderKL")
+        raise UserError(f"--vae_model_name_or_path {path} is a {config.get('_class_name')}, not an AutoencoderKL")
     with torch.device("meta"):
         return AutoencoderKL.from_config(config)
 
 
 def build_vae(path: str | None, table: Table, device: torch.device) -> AutoencoderKL | None:
-    """The frozen VAE of --vae_model_name_or_path in float32, or None without one.
+    """Loads the frozen VAE of --vae_model_name_or_path in float32; None without a path.
 
     Raises:
-        UserError: if its weights cannot be read, or prepared latents were made by another one.
+        UserError: if its weights cannot be read, or prepared latents were encoded by another VAE.
     """
     if path is None:
         return None
@@ -172,15 +180,15 @@ def build_vae(path: str | None, table: Table, device: torch.device) -> Autoencod
         for key, value in vae_description(vae).items():
             if table.metadata[key] != value:
                 raise UserError(
-                    f"--latents_dir {table.source} was made by a VAE with {key} {table.metadata[key]}, that of "
-                    f"{path} is {value}"
+                    f"--latents_dir {table.source} was encoded by a VAE with {key} {table.metadata[key]}, but {path} "
+                    f"has {value}"
                 )
     return vae.to(device)
 
 
 @dataclass(frozen=True)
 class Networks:
-    """The networks of a training, on the device: the one that is trained and, in latent space, the frozen VAE."""
+    """The networks on the device: the trained model and, in latent space, the frozen VAE."""
 
     model: ModelMixin
     vae: AutoencoderKL | None
@@ -189,14 +197,14 @@ class Networks:
 def build_networks(
     accelerator: Accelerator, model_config: dict[str, Any], asked: ModelConfig, table: Table, seed: int
 ) -> Networks:
-    """Builds or loads the networks of a training and moves them to the device. Must be called by all processes.
+    """Builds or loads the networks and moves them to the device. Must be called by all processes.
 
     Args:
-        accelerator: the processes.
-        model_config: complete config of the network that is trained.
-        asked: pretrained weights, VAE, and how the network runs.
-        table: the training data; prepared latents say which VAE made them.
-        seed: for new weights.
+        accelerator: this process and its device.
+        model_config: the network's complete config.
+        asked: the flags of the network and the VAE.
+        table: the training data; prepared latents record the VAE that encoded them.
+        seed: seed of the initial weights.
     """
     torch.manual_seed(seed)
     pretrained = (asked.pretrained_model_name_or_path, asked.reset_class_embeddings)
@@ -207,24 +215,24 @@ def build_networks(
 
 
 def build_model(config: dict, pretrained: str | None = None, reset_class_embeddings: bool = False) -> ModelMixin:
-    """A new network, or one that starts from saved weights.
+    """Builds a network with new or pretrained weights.
 
-    For another resolution or number of classes the weights are adapted (see `adapt_weights`), and log lines say how.
+    Pretrained weights are adapted to another resolution or other classes (see `adapt_weights`); changes are logged.
 
     Args:
-        config: complete `config.json`.
-        pretrained: folder or hub name of weights.
+        config: the network's complete config.
+        pretrained: folder or hub name of pretrained weights, or None.
         reset_class_embeddings: re-initialize the class embeddings even if the number of classes is unchanged.
 
     Raises:
-        UserError: if there are no weights in safetensors, or lists the weights that do not fit.
+        UserError: if there are no safetensors weights, or some of them do not fit the network.
     """
     model = model_class(config).from_config(config)
     if pretrained is None:
         return model
     subfolder = network_subfolder(pretrained)
     source = load_model(
-        f"--pretrained_model_name_or_path {pretrained}: cannot read weights in safetensors (.bin, .pt are not read)",
+        f"--pretrained_model_name_or_path {pretrained}: cannot read safetensors weights (.bin and .pt are not read)",
         *(model_class(config).from_pretrained, pretrained),
         subfolder=subfolder,
         use_safetensors=True,
@@ -238,21 +246,21 @@ def build_model(config: dict, pretrained: str | None = None, reset_class_embeddi
 
 
 def sample_shape(config: dict) -> tuple[int, int, int]:
-    """Channels, height and width of what the network of a complete config denoises."""
+    """Channels, height and width (in pixels or latents) of a network's input, from its complete config."""
     size = config["sample_size"]
     return (config["in_channels"], *([size, size] if isinstance(size, int) else size))
 
 
 def training_flops_per_image(config: dict) -> int:
-    """FLOPs (multiplications and additions) of one image forward and backward, counted on the meta device.
+    """Counts the FLOPs (multiplications and additions) of training on one image, on the meta device.
 
-    The backward pass counts twice the forward pass.
+    The backward pass is counted as twice the forward pass.
     """
     with torch.device("meta"):
         model = model_class(config).from_config(config).eval()
         sample = torch.empty(1, *sample_shape(config))
         timestep = torch.zeros(1)
-        # UNet2DModel must be given labels; ours takes None for the null class.
+        # UNet2DModel requires labels, while our networks read None as the null class.
         needs_labels = isinstance(model, UNet2DModel) and config["num_class_embeds"] is not None
         labels = torch.zeros(1, dtype=torch.long) if needs_labels else None
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -261,12 +269,12 @@ def training_flops_per_image(config: dict) -> int:
 
 
 def set_up_model(model: ModelMixin, asked: ModelConfig, device: torch.device, mixed_precision: str = "no") -> None:
-    """Moves a network to its device and sets attention backend, checkpointing, compilation and CPU kernels.
+    """Moves a network to its device, and sets up attention, gradient checkpointing, compilation and CPU kernels.
 
     Args:
-        model: the network.
-        asked: the flags.
-        device: to train on.
+        model: the network; modified in place.
+        asked: the flags of the network.
+        device: device to train on.
         mixed_precision: `"no"`, `"fp16"` or `"bf16"`.
 
     Raises:
@@ -279,19 +287,19 @@ def set_up_model(model: ModelMixin, asked: ModelConfig, device: torch.device, mi
         backend, reason = choose_attention_backend(model, device, dtype)
         logger.info(f"attention backend: {backend} ({reason})")
     elif backend == "xformers" and device.type != "cuda":
-        raise UserError(f"--attention_backend xformers needs CUDA, the device is {device.type}")
+        raise UserError(f"--attention_backend xformers needs CUDA, but the device is {device.type}")
     elif backend == "flex" and device.type in ("cpu", "mps"):
         raise UserError(
-            f"--attention_backend flex cannot train on the device {device.type}: it has no backward pass there; use "
+            f"--attention_backend flex cannot train on the device {device.type}, where it has no backward pass: use "
             "native"
         )
     set_attention_backend(model, backend)
     if asked.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if asked.compile or backend == "flex":
-        # Resolutions x widths x training and validation: by default torch leaves what is beyond 8 of them uncompiled.
+        # One variant per resolution, width and mode (training, validation); torch's default limit is 8 variants.
         torch._dynamo.config.recompile_limit = 64
-    if asked.compile:  # in place, so that the names of the weights stay
+    if asked.compile:  # in place, which keeps the names of the weights
         model.compile_repeated_blocks() if model._repeated_blocks else model.compile()
     kernelize(model)
 
@@ -307,10 +315,10 @@ MODEL_CLASSES = {
 
 
 def model_class(config: dict) -> type[ModelMixin]:
-    """Returns the class of the network that a `config.json` describes.
+    """The class of the network that a config describes.
 
     Args:
-        config: contents of a `config.json`; without `_class_name` it means `DiffiTUNet2DModel`.
+        config: contents of a `config.json`; the default of `_class_name` is `DiffiTUNet2DModel`.
 
     Raises:
         ValueError: if `_class_name` is not in `MODEL_CLASSES`.
@@ -333,7 +341,7 @@ def choose_attention_backend(model: nn.Module, device: torch.device, dtype: torc
         The backend, `"xformers"` or `"native"`, and the reason.
     """
     if device.type != "cuda":
-        return "native", f"xformers needs CUDA, the device is {device.type}"
+        return "native", f"xformers needs CUDA, but the device is {device.type}"
     attentions = [module for module in model.modules() if isinstance(module, TimeDependentSelfAttention)]
     if not attentions:
         return "native", "the model has no DiffiT attention"
@@ -375,7 +383,7 @@ def set_attention_backend(model: ModelMixin, backend: str) -> None:
 def adapt_weights(
     source: ModelMixin, target: ModelMixin, reset_class_embeddings: bool = False
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Adapts the weights of a network to one for another resolution or other classes, to fine-tune from them.
+    """Adapts a network's weights to another resolution or other classes, for fine-tuning.
 
     Relative position bias tables and position embeddings are interpolated. Class embeddings are re-initialized if the
     number of classes differs, or on request. The null class keeps its prediction: its embedding is copied, set to zero
@@ -419,7 +427,7 @@ def adapt_weights(
 
 
 def _interpolate_positions(source: ModelMixin, target: ModelMixin, weights: dict[str, torch.Tensor]) -> list[str]:
-    """Resizes bias tables and position embeddings in `weights` from the grids of `source` to those of `target`."""
+    """Resizes bias tables and position embeddings in `weights` to the grids of `target`; describes each change."""
     resized = {}
     target_names = target.state_dict().keys()
     for name in [name for name in weights if name in target_names]:
@@ -444,7 +452,7 @@ def _interpolate_positions(source: ModelMixin, target: ModelMixin, weights: dict
 def _adapt_class_embeddings(
     weights: dict[str, torch.Tensor], target_weights: dict[str, torch.Tensor], reset: bool
 ) -> list[str]:
-    """Replaces the class embeddings in `weights`, whose last row is the null class, where they do not fit."""
+    """Replaces class embeddings in `weights` that do not fit, except the last row, which is the null class."""
     name = "class_embedding.weight"
     rows, new_rows = weights.get(name), target_weights.get(name)
     if rows is None and new_rows is None:
@@ -464,7 +472,7 @@ def _adapt_class_embeddings(
 
 
 def resize_grid(rows: torch.Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> torch.Tensor:
-    """Resizes a grid of vectors with bicubic interpolation, as Swin does its bias tables; the center is preserved.
+    """Resizes a grid of vectors with bicubic interpolation, as Swin resizes bias tables; the center is preserved.
 
     Args:
         rows: vectors in row-major order, any float dtype; shape (height * width, K).

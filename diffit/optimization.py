@@ -1,5 +1,5 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Optimizers, learning-rate schedules, averages of the weights, and steps that go wrong."""
+"""Optimizers, learning-rate schedules, weight averages, and the guard against non-finite steps."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -22,27 +22,31 @@ from diffit.stream import position_generator
 
 logger = get_logger(__name__, log_level="INFO")
 
-# The quintic polynomial of Muon (Jordan et al. 2024): p(s) = A * s + B * s^3 + C * s^5.
+# Muon's quintic polynomial (Jordan et al. 2024): p(s) = A * s + B * s^3 + C * s^5.
 A, B, C = 3.4445, -4.7750, 2.0315
 ITERATIONS = 5
 MOMENTUM = 0.95
 
 
 def muon_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Weights of the linear layers within blocks: no embedding, no convolution, no bias table, no last layer."""
+    """The weights that Muon optimizes: those of linear layers inside blocks.
+
+    Embeddings, convolutions, bias tables and the last layer are left to AdamW.
+    """
     modules = model.named_modules()
     return [module.weight for name, module in modules if isinstance(module, nn.Linear) and "block" in name]
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """Brings the singular values of matrices near 1, by the Newton-Schulz iteration of Muon.
+    """Approximately orthogonalizes matrices with Muon's Newton-Schulz iteration.
 
     Args:
         matrices: shape (n, rows, columns).
 
     Returns:
-        The same singular vectors, with values p(p(p(p(p(s / norm))))), roughly in [0.7, 1.2] unless s is tiny; in
-        bfloat16 on CUDA, else in the dtype of `matrices`: CPUs multiply few numbers a second in bfloat16.
+        Matrices with the same singular vectors, whose singular values s become p(p(p(p(p(s / norm))))), roughly in
+        [0.7, 1.2] unless s is tiny; shape (n, rows, columns). They are bfloat16 on CUDA, and otherwise have the dtype
+        of `matrices`, because bfloat16 is slow on CPUs.
     """
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if is_tall else matrices  # (n, r, c) with r <= c
@@ -55,26 +59,26 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon on matrices and fused AdamW on the rest.
+    """Muon for matrices, and fused AdamW for all other parameters.
 
-    torch's own Muon always multiplies in bfloat16 and cannot leave a step out without asking the host; this one is
-    the same update (its `match_rms_adamw`), with matrices of one shape in one product, and obeys `found_inf` and
-    `grad_scale` as the fused AdamW does.
+    The update is that of `torch.optim.Muon` with `match_rms_adamw`, which always multiplies in bfloat16 and cannot
+    skip a step without a synchronization with the host. This class batches matrices of the same shape, and respects
+    `found_inf` and `grad_scale` as fused AdamW does.
 
     Args:
-        matrices: parameters of two dimensions.
-        others: all other parameters.
-        lr: of AdamW.
-        muon_lr_ratio: learning rate of Muon as a multiple of `lr`; at 1 its updates have AdamW's usual size.
-        betas: of AdamW.
-        weight_decay: decoupled, of all; each parameter decays at its own learning rate.
-        eps: of AdamW.
+        matrices: two-dimensional parameters, for Muon.
+        others: all other parameters, for AdamW.
+        lr: AdamW's learning rate.
+        muon_lr_ratio: Muon's learning rate as a multiple of `lr`; at 1 its updates are about as large as AdamW's.
+        betas: AdamW's decay rates.
+        weight_decay: decoupled weight decay of all parameters, each at its own learning rate.
+        eps: constant added to AdamW's denominator.
 
     Raises:
         ValueError: if there are no matrices.
     """
 
-    _step_supports_amp_scaling = True  # what torch's GradScaler asks for
+    _step_supports_amp_scaling = True  # torch's GradScaler checks this attribute
 
     def __init__(
         self,
@@ -88,16 +92,16 @@ class MuonAdamW(torch.optim.Optimizer):
     ):
         matrices, others = list(matrices), list(others)
         if not matrices:
-            raise ValueError("Muon is for the matrices of blocks, and this network has none")
+            raise ValueError("Muon needs linear layers inside blocks, and this network has none")
         self.adamw = torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, fused=True)
         groups = [{"params": others}, {"params": matrices, "lr": lr * muon_lr_ratio}]
         super().__init__(groups, self.adamw.defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
-        """Updates all parameters that have a gradient; returns what the closure does."""
+        """Updates all parameters that have a gradient, and returns the closure's loss."""
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        self.adamw.param_groups, self.adamw.state = self.param_groups[:1], self.state  # loading a state renews them
+        self.adamw.param_groups, self.adamw.state = self.param_groups[:1], self.state  # load_state_dict replaces them
         self.adamw.found_inf, self.adamw.grad_scale = found_inf, grad_scale
         loss = self.adamw.step(closure)
 
@@ -112,7 +116,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def _step_matrices(
         self, parameters: list[nn.Parameter], found_inf: torch.Tensor | None, grad_scale: torch.Tensor | None
     ) -> None:
-        """Updates n parameters of one shape (rows, columns)."""
+        """Updates n parameters that share one shape (rows, columns)."""
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -121,13 +125,13 @@ class MuonAdamW(torch.optim.Optimizer):
         grad = torch.stack([parameter.grad for parameter in parameters])  # (n, rows, columns)
         if grad_scale is not None:
             grad = grad / grad_scale
-        if found_inf is not None:  # what is between momentum and momentum is the momentum, to the last bit
+        if found_inf is not None:  # a skipped step must not change the momentum: lerp(m, m) is exactly m
             grad = torch.where(found_inf.bool(), momentum, grad)
         momentum = momentum.lerp(grad, 1 - MOMENTUM)
-        update = orthogonalize(grad.lerp(momentum, MOMENTUM)).to(grad.dtype)  # with Nesterov's momentum
+        update = orthogonalize(grad.lerp(momentum, MOMENTUM)).to(grad.dtype)  # Nesterov momentum
 
         lr, decay = self.param_groups[1]["lr"], self.param_groups[1]["weight_decay"]
-        size = 0.2 * max(update.shape[-2:]) ** 0.5  # the root mean square of AdamW's updates (arXiv 2502.16982)
+        size = 0.2 * max(update.shape[-2:]) ** 0.5  # matches the RMS of AdamW's updates (arXiv 2502.16982)
         change = lr * size * update + lr * decay * torch.stack(list(parameters))
         if found_inf is not None:
             change = change * (1 - found_inf)
@@ -135,11 +139,11 @@ class MuonAdamW(torch.optim.Optimizer):
         torch._foreach_sub_(parameters, list(change))
 
 
-DROPOUT = 3  # stream of `position_generator` that seeds dropout inside the network
+DROPOUT = 3  # the stream of `position_generator` that seeds the network's dropout
 
 
 def build_optimizer(asked: OptimizerConfig, model: ModelMixin) -> torch.optim.Optimizer:
-    """AdamW for all parameters, or Muon for some of them; both can skip a step without asking the host."""
+    """AdamW, or Muon with AdamW. Both can skip a step without a synchronization with the host."""
     settings = {
         "lr": asked.learning_rate,
         "betas": (asked.adam_beta1, asked.adam_beta2),
@@ -161,12 +165,14 @@ def build_lr_scheduler(
     warmup_steps: int,
     decay_steps: int | None = None,
 ) -> LambdaLR:
-    """The learning rate over optimizer steps. It stays unprepared: accelerate would step it once per process.
+    """The learning-rate schedule. Do not pass it to `accelerator.prepare`, which would step it once per process.
 
     Args:
-        asked: which schedule.
-        optimizer: gets the learning rate.
-        max_train_steps, warmup_steps, decay_steps: see `Plan`.
+        asked: the flags of the schedule.
+        optimizer: its learning rates are scaled by the schedule.
+        max_train_steps: length of the training in optimizer steps.
+        warmup_steps: length of the warm-up in optimizer steps.
+        decay_steps: length of the final decay in optimizer steps (`warmup_stable_decay` only).
     """
     if asked.lr_scheduler == "warmup_stable_decay":
         return get_wsd_schedule(optimizer, warmup_steps, decay_steps, max_train_steps, decay_type="linear")
@@ -182,25 +188,25 @@ def build_lr_scheduler(
 
 
 class InPlaceEMA(EMAModel):
-    """diffusers' average, updated in place: its own step makes a second copy of all weights for a moment."""
+    """diffusers' `EMAModel`, updated in place; its own `step` temporarily allocates a second copy of all weights."""
 
     @torch.no_grad()
     def step(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Takes in the weights after an optimizer step."""
+        """Updates the average with the weights after an optimizer step."""
         self.optimization_step += 1
         self.cur_decay_value = self.get_decay(self.optimization_step)
-        # A parameter that is not trained stays what it was: there the average and the weight are equal.
+        # Frozen parameters need no special case: their average equals the weight and stays that way.
         torch._foreach_lerp_(self.shadow_params, list(parameters), 1 - self.cur_decay_value)
 
 
 class HalfLifeEMA(InPlaceEMA):
-    """EMA whose memory is counted in images, so that it does not depend on the batch (EDM, appendix F.1).
+    """EMA with a half-life in images, which makes it independent of the batch size (EDM, appendix F.1).
 
     Args:
-        parameters: of the network, float32.
-        half_life: images after which a weight counts half.
-        ramp_up: the half-life is at most this share of the images seen so far.
-        batch_size: images of an optimizer step.
+        parameters: the network's parameters, float32.
+        half_life: number of images after which the contribution of a step is halved.
+        ramp_up: the half-life is at most this fraction of the images seen so far.
+        batch_size: images per optimizer step.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], half_life: float, ramp_up: float, batch_size: int):
@@ -208,20 +214,23 @@ class HalfLifeEMA(InPlaceEMA):
         self.half_life, self.ramp_up, self.batch_size = half_life, ramp_up, batch_size
 
     def get_decay(self, optimization_step: int) -> float:
-        """What the average keeps of itself at an optimizer step, from 1 up; in [0, 1)."""
+        """The decay, in [0, 1), at an optimizer step, counted from 1."""
         half_life = min(self.half_life, self.ramp_up * optimization_step * self.batch_size)
         return 0.5 ** (self.batch_size / half_life) if half_life > 0 else 0.0
 
 
 def build_ema(asked: EmaConfig, model: ModelMixin, batch_size: int) -> dict[str, InPlaceEMA]:
-    """Averages of the float32 parameters, by the suffix of their folder's name.
+    """Builds the averages of the float32 parameters.
 
     Either one average, whose decay warms up as 1 - (1 + step / inv_gamma) ** -power, or one for each half-life.
 
     Args:
-        asked: which averages.
+        asked: the flags of the averages.
         model: the network.
         batch_size: images per optimizer step.
+
+    Returns:
+        Averages by the suffix of their folder's name, such as `ema` or `ema_2kimg`; empty without EMA.
     """
     if not asked.use_ema:
         return {}
@@ -235,19 +244,19 @@ def build_ema(asked: EmaConfig, model: ModelMixin, batch_size: int) -> dict[str,
 
 @dataclass
 class TrainingState:
-    """All that changes while training, and so all that a checkpoint holds.
+    """Everything that changes during training; a checkpoint contains all of it.
 
     Attributes:
-        model: the network itself, not what accelerate wraps around it.
-        ema_models: its averaged weights by the end of their folder's name: `ema`, or `ema_2kimg` for a half-life.
-        optimizer: likewise unwrapped.
-        lr_scheduler: steps once per optimizer step.
-        num_images: in the training data, which fixes what a position means.
-        data_digest: of the training data, and of the VAE that encodes them.
-        global_step: successful optimizer steps.
-        position: first position of the stream that has not been trained on.
-        bad_steps: left out so far because the loss or the gradient was not finite; their positions are passed by.
-        bad_steps_in_a_row: of these, since the last successful step.
+        model: the network, without accelerate's wrapper.
+        ema_models: averaged weights by the suffix of their folder's name (see `build_ema`).
+        optimizer: the optimizer, without accelerate's wrapper.
+        lr_scheduler: the learning-rate schedule, stepped once per optimizer step.
+        num_images: number of training images, which determines the image at each position.
+        data_digest: checksum of the training data and, in latent space, of the VAE.
+        global_step: number of successful optimizer steps.
+        position: first position of the stream that has not been consumed.
+        bad_steps: number of steps skipped because of a non-finite loss or gradient; their positions are consumed.
+        bad_steps_in_a_row: number of skipped steps since the last successful one.
     """
 
     model: ModelMixin
@@ -264,9 +273,9 @@ class TrainingState:
 
 @contextlib.contextmanager
 def ema_weights(ema_model: EMAModel | None, model: ModelMixin) -> Iterator[None]:
-    """Puts the EMA weights into the network for the duration of a `with` block; without EMA it does nothing.
+    """Puts the EMA weights into the network for the duration of a `with` block. Does nothing without EMA.
 
-    Network and average swap their tensors, so nothing is copied. The average is not to be used meanwhile.
+    The network and the average swap tensors, so nothing is copied, and the average must not be used inside the block.
     """
     exchange_weights(ema_model, model)
     try:
@@ -276,44 +285,44 @@ def ema_weights(ema_model: EMAModel | None, model: ModelMixin) -> Iterator[None]
 
 
 def exchange_weights(ema_model: EMAModel | None, model: ModelMixin) -> None:
-    """Gives the network the tensors of the average, and the average those of the network."""
+    """Swaps the tensors of the network and the average."""
     if ema_model is not None:
         for parameter, average in zip(model.parameters(), ema_model.shadow_params, strict=True):
             parameter.data, average.data = average.data, parameter.data
 
 
 class NonFiniteGuard:
-    """Skips optimizer steps whose gradient is non-finite, without waiting for the device.
+    """Skips optimizer steps whose gradient is non-finite, without a synchronization before the step.
 
-    The device skips the update by itself. The host asks for the outcome once the gradient of the next step is being
-    computed, so the device always has work.
+    The optimizer skips the update on the device. The host reads the outcome while the device computes the gradient of
+    the next step, so the device always has work.
 
     Args:
-        optimizer: one that obeys `found_inf`, as torch's fused ones and `MuonAdamW` do; under fp16 the gradient
-            scaler sets that itself.
-        max_bad_steps: consecutive steps that may be skipped before training ends.
+        optimizer: an optimizer that respects `found_inf`, such as torch's fused ones and `MuonAdamW`. Under fp16 the
+            gradient scaler sets `found_inf` itself.
+        max_bad_steps: number of consecutive skipped steps after which training ends.
         batch_size: images per optimizer step, for messages.
-        output_dir: folder of the run, for messages.
+        output_dir: the run's folder, for messages.
 
     Raises:
-        TypeError: if the optimizer does not say that it obeys, since it would take the step.
+        TypeError: if the optimizer ignores `found_inf`, since it would take non-finite steps.
     """
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, max_bad_steps: int = 20, batch_size: int = 1, output_dir: str = "."
     ):
-        # Set by torch's fused optimizers; the same attribute tells torch's GradScaler.
+        # torch's fused optimizers set this attribute, which its GradScaler checks as well.
         if not getattr(optimizer, "_step_supports_amp_scaling", False):
             raise TypeError(
-                f"{type(optimizer).__name__} does not obey found_inf, so it would take steps whose gradient is not "
-                "finite: use a fused optimizer"
+                f"{type(optimizer).__name__} ignores found_inf, so it would take steps with non-finite gradients: use "
+                "a fused optimizer"
             )
         self.optimizer = optimizer
         self.max_bad_steps, self.batch_size, self.output_dir = max_bad_steps, batch_size, output_dir
         self.is_bad, self.arrived = None, None
 
     def watch(self, grad_norm: torch.Tensor) -> None:
-        """To be called before each `optimizer.step()` with the norm of its gradient, shape ()."""
+        """Must be called before each `optimizer.step()` with the norm of its gradient, shape ()."""
         is_bad = ~grad_norm.isfinite()
         self.optimizer.found_inf = is_bad.float()
         self.is_bad = is_bad.to("cpu", non_blocking=is_bad.device.type == "cuda")
@@ -322,7 +331,7 @@ class NonFiniteGuard:
             self.arrived.record()
 
     def outcome(self) -> bool | None:
-        """Whether the step that was watched last was taken; None if there is none, or it was asked for already."""
+        """Whether the last watched step was taken; None if there is none or its outcome was returned already."""
         if self.is_bad is None:
             return None
         if self.arrived is not None:
@@ -333,13 +342,13 @@ class NonFiniteGuard:
 
 
 def finish_step(state: TrainingState, guard: NonFiniteGuard) -> bool:
-    """Advances the learning-rate schedule, the averages and the step count, or counts a skipped step.
+    """Finishes the last optimizer step: advances schedule, averages and step count, or counts it as skipped.
 
     Returns:
-        Whether there was an unfinished step and it was taken.
+        True if a step was finished and had been taken; False if it had been skipped or there was none.
 
     Raises:
-        RunError: after --max_bad_steps skipped steps in a row; weights and checkpoints stay as they were before.
+        RunError: after --max_bad_steps consecutive skipped steps; weights and checkpoints keep their last good values.
     """
     taken = guard.outcome()
     if taken is None:
@@ -371,5 +380,5 @@ def finish_step(state: TrainingState, guard: NonFiniteGuard) -> bool:
 
 
 def seed_dropout(seed: int, position: int) -> None:
-    """Makes dropout in the network a function of the seed and the first position of the micro-batch."""
+    """Makes the network's dropout a function of the seed and the micro-batch's first position."""
     torch.manual_seed(int(position_generator(seed, position, DROPOUT).integers(2**63)))

@@ -144,7 +144,7 @@ class Plan:
         return Due(**due, stop=stopping and step != self.max_train_steps)
 
     def agreement(self, data: DataFacts) -> dict[str, Any]:
-        """What must be the same in all processes, by names that mean something to the user."""
+        """The values that must be the same in all processes, by names that the user understands."""
         return self.resolved_flags() | {"the training data": data.digest, "the network": self.model_config}
 
     def resolved_flags(self) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Processes that work together, on one machine or many: how they meet, what they must agree on, when they stop.
+"""The processes of a run, on one machine or many: launchers, joining, broadcasting, agreement and stop signals.
 
-Used by the scripts that run on several processes. Nothing here synchronizes with the accelerator's device."""
+Nothing here synchronizes with the accelerator's device.
+"""
 
 import logging
 import math
@@ -28,19 +29,19 @@ from diffit.launcher import EXIT_STOPPED, launcher_is_gone
 
 logger = logging.getLogger(__name__)
 
-START_TIMEOUT = timedelta(minutes=5)  # for processes that start together, whose imports may be slow on some machines
-TIMEOUT = timedelta(hours=6)  # for waiting on other processes, of which one may be reading millions of files
+START_TIMEOUT = timedelta(minutes=5)  # for all processes to start: imports may be slow on some machines
+TIMEOUT = timedelta(hours=6)  # for collectives: another process may be reading millions of files
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
 def join_slurm_step() -> None:
-    """Makes `srun python train_diffit.py` one run: SLURM's variables become those that torch reads.
+    """Makes `srun python train_diffit.py` one run by translating SLURM's environment variables into torch's.
 
-    Nothing is done under a launcher, which has set RANK, nor in a batch script or an interactive shell, which are one
-    task at most. The tasks meet on the first node of the step, unless MASTER_ADDR and MASTER_PORT are exported.
+    Does nothing under a launcher, which has set RANK, or in a step with a single task. The tasks meet on the first
+    node of the step unless MASTER_ADDR and MASTER_PORT are exported.
 
     Raises:
-        ValueError: if WORLD_SIZE is another number, or the first node cannot be found out.
+        UserError: if WORLD_SIZE contradicts SLURM, or the first node cannot be determined.
     """
     num_tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if num_tasks == "1" or "RANK" in os.environ:
@@ -52,30 +53,30 @@ def join_slurm_step() -> None:
         try:
             listed = subprocess.check_output(["scontrol", "show", "hostnames", nodes], text=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise UserError(f"cannot tell the first node of {nodes}: {error}; export it as MASTER_ADDR") from None
+            raise UserError(f"cannot determine the first node of {nodes}: {error}; export it as MASTER_ADDR") from None
         os.environ["MASTER_ADDR"] = listed.split()[0]
-    # Steps that share a node need ports of their own, below those that Linux gives out by itself.
+    # Steps that share a node need different ports, below the range from which Linux assigns ports automatically.
     step = 10 * int(os.environ["SLURM_JOB_ID"]) + int(os.environ["SLURM_STEP_ID"])
     os.environ.setdefault("MASTER_PORT", str(20000 + step % 10000))
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
-    # With --gpus-per-task a process sees one GPU, which is number 0 to it.
+    # With --gpus-per-task each process sees only its own GPU, as number 0.
     os.environ["LOCAL_RANK"] = "0" if torch.accelerator.device_count() == 1 else os.environ["SLURM_LOCALID"]
 
 
 def join_processes(timeout: timedelta = TIMEOUT) -> PartialState:
-    """Joins this process and the others of its launch, if there are any, into one process group.
+    """Joins all processes of this launch into one process group.
 
-    To be called by every script before it builds an `Accelerator`, which then takes this state.
+    Every script must call this before it builds an `Accelerator`, which then uses this state.
 
     Args:
-        timeout: for collectives. Only the wait for processes that never come has the shorter `START_TIMEOUT`.
+        timeout: time-out of collectives. Waiting for processes to start has the shorter `START_TIMEOUT`.
 
     Raises:
-        RunError: names the processes that did not come.
+        RunError: names the processes that did not start.
     """
     join_slurm_step()
-    store = meet()  # kept until the group has a store of its own: the main process may host it
-    # Without `cpu`, several processes on CPUs all believe that they are the only one.
+    store = meet()  # kept until the process group has its own store, since the main process may host this one
+    # Without `cpu`, each of several CPU processes would believe that it is the only one.
     cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=cpu, timeout=timeout)
     del store
@@ -83,14 +84,14 @@ def join_processes(timeout: timedelta = TIMEOUT) -> PartialState:
 
 
 def build_accelerator(precision: PrecisionConfig, run: RunConfig) -> Accelerator:
-    """Sets up precision, trackers and this process's part of the launch, which `join_processes` has joined.
+    """Builds the `Accelerator` with the run's precision and trackers, after `join_processes`.
 
     Raises:
-        UserError: if the launcher's processes do not see each other, or fp16 is asked for on a CPU.
+        UserError: if the launcher's processes do not see each other, or fp16 is requested on a CPU.
     """
     if precision.mixed_precision == "fp16" and not torch.accelerator.is_available():
         raise UserError(
-            "--mixed_precision fp16 does not exist on a CPU (accelerate would train in fp32): use bf16 or no"
+            "--mixed_precision fp16 is not supported on CPUs (accelerate would train in fp32): use bf16 or no"
         )
     if precision.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -101,14 +102,14 @@ def build_accelerator(precision: PrecisionConfig, run: RunConfig) -> Accelerator
         torch.backends.cudnn.allow_tf32 = True
     logging_dir = str(Path(run.output_dir, run.logging_dir))
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # as `join_processes` has said already
+        cpu=not torch.accelerator.is_available(),  # as in `join_processes`
         mixed_precision=precision.mixed_precision,
         log_with=None if run.report_to == "none" else run.report_to,
         project_config=ProjectConfiguration(project_dir=run.output_dir, logging_dir=logging_dir),
     )
     check_launch(accelerator)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # from accelerate's own config
-        raise UserError("mixed precision fp16 does not exist on a CPU: give --mixed_precision bf16 or no")
+        raise UserError("mixed precision fp16 is not supported on CPUs: give --mixed_precision bf16 or no")
     return accelerator
 
 
@@ -116,40 +117,46 @@ def check_launch(accelerator: Accelerator) -> None:
     """Refuses a launch whose processes do not see each other.
 
     Raises:
-        UserError: says what the launcher was asked for and what there is.
+        UserError: names the expected and the actual number of processes.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != world_size:
         raise UserError(
-            f"the launcher started {world_size} processes (WORLD_SIZE), but this one sees "
+            f"the launcher started {world_size} processes (WORLD_SIZE), but accelerate sees "
             f"{accelerator.num_processes}; see the launch commands in README.md"
         )
-    # Where more than one process was asked for, `accelerate launch --cpu` sets the address and starts one.
+    # If more than one process is requested, `accelerate launch --cpu` sets MASTER_ADDR but starts only one.
     alone = accelerator.num_processes == 1 and os.environ.get("ACCELERATE_USE_CPU") == "True"
     if alone and "MASTER_ADDR" in os.environ:
         raise UserError(
-            "accelerate launch --cpu starts one process only, whatever --num_processes is: use "
+            "accelerate launch --cpu starts only one process, regardless of --num_processes: use "
             "--config_file configs/accelerate/cpu_multi_process.yaml"
         )
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     if restarts > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # pytorch/pytorch issue 135712
-        logger.warning("--max_restarts of torchrun may fail unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is exported")
+        logger.warning("torchrun --max_restarts may fail unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is exported")
 
 
 def _did_not_meet(message: str) -> RunError:
     error = RunError(message)
-    error.raised_in = "process"  # the others may not be there to tell
+    error.raised_in = "process"  # every process reports it, since others may not exist
     return error
 
 
 def meet(timeout: timedelta = START_TIMEOUT) -> TCPStore | None:
-    """Waits until all processes have started; None if this one is alone.
+    """Waits until all processes of this launch have started.
 
-    torch has one time-out both for the wait for processes that never come and for collectives, and with NCCL it finds
-    only in the first collective that one is missing. So the processes look for each other here first.
+    torch has a single time-out for starting and for collectives, and NCCL notices a missing process only in the first
+    collective. Therefore the processes wait for each other here first.
+
+    Args:
+        timeout: time-out of this wait.
+
+    Returns:
+        The store in which the processes met, or None if there is only one process.
 
     Raises:
-        RunError: names the processes that did not come.
+        RunError: names the processes that did not start.
     """
     if not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return None
@@ -165,46 +172,46 @@ def meet(timeout: timedelta = START_TIMEOUT) -> TCPStore | None:
             *(host, port, world_size),
             is_master=rank == 0 and not hosted_by_launcher,
             timeout=timeout,
-            wait_for_workers=False,  # torch could not say which are missing
-            multi_tenant=True,  # the process group will use the same port
+            wait_for_workers=False,  # torch's own wait would not say which ones are missing
+            multi_tenant=True,  # the process group will share the port
             use_libuv=os.environ.get("USE_LIBUV", "0" if sys.platform == "win32" else "1") == "1",
         )
     except RuntimeError as error:
         if rank == 0 and not hosted_by_launcher:
             raise _did_not_meet(f"{me}: cannot listen at {host}:{port}: {error}") from None
         awaited = "the launcher" if hosted_by_launcher else "process 0"
-        raise _did_not_meet(f"{me}: {awaited} did not answer at {host}:{port} for {minutes}: {error}") from None
+        raise _did_not_meet(f"{me}: no answer from {awaited} at {host}:{port} for {minutes}: {error}") from None
     started = PrefixStore("diffit-started", store)
     keys = [str(index) for index in range(world_size)]
     try:
         started.set(str(rank), "")
-        if rank == 0:  # one process asks for each of the others, so that thousands can start
+        if rank == 0:  # only one process checks all keys, which scales to thousands of processes
             started.wait(keys, timeout)
             started.set("all", "")
         started.wait(["all"], timeout)
     except RuntimeError as error:
         try:
-            missing = [key for key in keys if not started.check([key])] or ["0"]  # which says that all are there
+            missing = [key for key in keys if not started.check([key])] or ["0"]  # process 0 did not set "all"
             problem = f"waited {minutes} for process {', '.join(missing)}, which did not start"
         except RuntimeError:
-            problem = f"the store at {host}:{port}, where the processes meet, is gone: {error}"
+            problem = f"lost the connection to the store at {host}:{port}, through which processes meet: {error}"
         raise _did_not_meet(f"{me}: {problem}") from None
     return store
 
 
 def raise_in_all(kind: type[UserError] | type[RunError], message: str, cause: BaseException | None = None) -> NoReturn:
-    """Raises an error that all processes of the run raise alike, so that it is printed once."""
+    """Raises an error that all processes of the run raise, so that only one of them prints it."""
     error = kind(message)
     error.raised_in = "run"
     raise error from cause
 
 
 def run_on_main_and_broadcast(accelerator: Accelerator, function: Callable, *arguments):
-    """Runs a function in the main process and returns its result in every process.
+    """Runs a function in the main process and broadcasts its result. Must be called by all processes.
 
     Raises:
         UserError: in all processes, if the function raised one.
-        RunError: in the other processes, if the function failed otherwise; the main process raises the failure itself.
+        RunError: in the other processes, if the function raised another error, which the main process re-raises.
     """
     result, failure = None, None
     if accelerator.is_main_process:
@@ -227,12 +234,12 @@ def run_on_main_and_broadcast(accelerator: Accelerator, function: Callable, *arg
 def on_all_processes(accelerator: Accelerator, function: Callable, *arguments):
     """Runs a function in every process and returns its result; if it fails in one process, all of them raise.
 
-    The main process goes first, so that it fills caches which the others then find.
+    The main process runs it first, so that the others find its caches filled.
 
     Raises:
-        UserError: in all processes, if the function raised one somewhere; of several the first process's. It names
-            the process where the main process itself did not fail.
-        RunError: in a process where the function did not fail, if it failed otherwise in another.
+        UserError: in all processes, if the function raised one in any; if it did in several, the first one's. The
+            message names the process unless it is the main process.
+        RunError: in processes where the function succeeded, if it raised another error in some process.
     """
     result, failure = None, None
     with accelerator.main_process_first():
@@ -259,45 +266,47 @@ def on_all_processes(accelerator: Accelerator, function: Callable, *arguments):
 
 
 def check_agreement(accelerator: Accelerator, values: dict) -> None:
-    """Compares what must be the same in all processes with the main process's values.
+    """Refuses a run unless all processes have the same values as the main process. Must be called by all processes.
 
     Args:
-        values: by names that mean something to the user, such as flags.
+        accelerator: this process among all processes.
+        values: values by a name that the user understands, such as a flag.
 
     Raises:
-        UserError: in all processes, names what differs, the two values and where.
+        UserError: in all processes, names the values that differ, the process and its machine.
     """
     hosts = gather_object([(socket.gethostname(), values)])
     main_host, expected = hosts[0]
     for index, (host, got) in enumerate(hosts):
         differ = [name for name in expected | got if expected.get(name) != got.get(name)]
         if differ:
-            listed = "; ".join(f"{name} is {expected.get(name)} there, {got.get(name)} here" for name in differ)
+            listed = "; ".join(f"{name} is {got.get(name)} instead of {expected.get(name)}" for name in differ)
             raise_in_all(
                 UserError,
-                f"process {index} on {host} was not started like process 0 on {main_host}: {listed}. All processes "
-                "need the same arguments, data and code",
+                f"process {index} on {host} differs from process 0 on {main_host}: {listed}. All processes must have "
+                "the same arguments, data and code",
             )
 
 
 class StopRequest:
-    """Turns SIGTERM, SIGINT, SIGUSR1 and a time limit into one stop that all processes make at the same step.
+    """Turns SIGTERM, SIGINT, SIGUSR1 and a time limit into a stop of all processes at the same step.
 
-    The processes exchange their wishes over a CPU process group while the next step is under way, so agreeing costs
-    the device nothing and comes one step late. A second SIGINT (Ctrl-C) stops at once, and so does any signal before
-    the training has begun.
+    The processes exchange their requests over a CPU process group during the next step, so the agreement costs no
+    device time and takes effect one step late. A second SIGINT (Ctrl-C) stops at once, and so does any signal before
+    training has begun.
 
-    Python runs signal handlers in the main thread, and only between two Python instructions: never while that thread
-    waits for other processes in C++. So a thread of our own sees each signal, too. It ends a process that does not
-    leave in time, and one whose launcher is gone after `LAST_SECONDS` at the latest.
+    Python runs signal handlers in the main thread between two Python instructions, and so not while that thread waits
+    for other processes in C++. Therefore a separate thread sees every signal as well. It ends the process if it does
+    not exit in time before training has begun, or `LAST_SECONDS` after its launcher's death.
 
     Args:
-        max_train_time: minutes from now on, or None.
+        max_train_time: time limit in minutes from now, or None for no limit.
     """
 
-    PATIENCE = 5  # seconds that Python's handler gets before the training has begun
-    LEAVING_PATIENCE = 60  # and, once it has run, to give the folder back on a busy machine
-    # After the launcher's death: for one step and a checkpoint. A larger checkpoint is lost, the one before is not.
+    PATIENCE = 5  # seconds for Python's handler to run, before training has begun
+    LEAVING_PATIENCE = 60  # seconds for the process to release the folder after that, on a busy machine
+    # Seconds after the launcher's death for one step and a checkpoint. A checkpoint that takes longer is lost; the
+    # previous one is not.
     LAST_SECONDS = 600
 
     def __init__(self, max_train_time: float | None = None):
@@ -310,7 +319,7 @@ class StopRequest:
         self.exchange = None
         self.closed = threading.Event()
         self.earlier = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
-        # The C part of Python's handler writes the number of each signal here, whatever the main thread does.
+        # Python's C-level handler writes the number of each signal here, whatever the main thread is doing.
         self.numbers, self.wakeup = socket.socketpair()
         self.wakeup.setblocking(False)
         self.earlier_wakeup = signal.set_wakeup_fd(self.wakeup.fileno(), warn_on_full_buffer=False)
@@ -318,49 +327,49 @@ class StopRequest:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def begin(self) -> None:
-        """From now on there is something to save. To be called by all processes."""
+        """Marks the beginning of training: from now on a stop saves a checkpoint. Must be called by all processes."""
         if torch.distributed.is_initialized():
             self.group = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT)
         self.has_begun = True
 
     def _handle(self, number: int, frame) -> None:
         if not self.has_begun:
-            self.signalled = True  # in case the exception is swallowed, as in a destructor
-            if self.is_leaving:  # a second signal must not interrupt what gives the folder back
+            self.signalled = True  # in case the exception is swallowed, as it is in a destructor
+            if self.is_leaving:  # a second signal must not interrupt the release of the folder
                 return
             self.is_leaving = True
             logger.warning("stopped before the training began")
             sys.exit(EXIT_STOPPED)
         now = time.monotonic()
         self.first_signal = min(self.first_signal, now)
-        # A launcher passes on the Ctrl-C that the terminal has sent already: within a second they are the same one.
+        # The terminal sends Ctrl-C to all processes, and the launcher forwards it: within a second it is the same one.
         if number == signal.SIGINT and now - self.first_signal > 1:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt
         self.signalled = True
 
     def _watch(self) -> None:
-        while received := self.numbers.recv(4096):  # nothing once `close` has shut the other end
+        while received := self.numbers.recv(4096):  # empty once `close` has shut down the other end
             if not any(number in STOP_SIGNALS for number in received):
                 continue
             if launcher_is_gone():
-                signal.alarm(self.LAST_SECONDS)  # by the kernel, which no C++ call can hold up
+                signal.alarm(self.LAST_SECONDS)  # the kernel's timer works even if a C++ call never returns
             if self.has_begun or self.closed.wait(self.PATIENCE):
                 continue
             if self.is_leaving and self.closed.wait(self.LEAVING_PATIENCE):
                 continue
             if not self.has_begun:
-                # By file descriptor: the stuck main thread may hold the locks of Python's streams.
+                # Written to the file descriptor, since the stuck main thread may hold the locks of Python's streams.
                 os.write(2, b"stopped before the training began, while waiting for other processes\n")
                 os._exit(EXIT_STOPPED)
         self.numbers.close()
 
     def is_wanted(self) -> bool:
-        """Whether this process is to stop; the others may not know of it yet."""
+        """Whether this process was asked to stop. The other processes may not know yet."""
         return self.signalled or time.monotonic() > self.deadline
 
     def is_wanted_anywhere(self) -> bool:
-        """Whether some process is to stop. Waits for the others, so it is for jobs that take long anyway."""
+        """Whether any process was asked to stop. Must be called by all processes, which wait for each other."""
         if self.group is None:
             return self.is_wanted()
         flag = torch.tensor([int(self.is_wanted())])
@@ -368,7 +377,7 @@ class StopRequest:
         return flag.item() > 0
 
     def agreed(self) -> bool:
-        """Whether all processes are to stop now. To be called by all, once after each optimizer step."""
+        """Whether all processes must stop now. Must be called by all processes, once after each optimizer step."""
         if self.group is None:
             return self.is_wanted()
         agreed = self._result()
@@ -385,7 +394,7 @@ class StopRequest:
         return bool(flag.item() > 0)
 
     def close(self) -> None:
-        """Ends the last exchange and gives the signals back. The second call does nothing."""
+        """Finishes the last exchange and restores the earlier signal handlers. A second call does nothing."""
         if self.closed.is_set():
             return
         try:
@@ -396,15 +405,15 @@ class StopRequest:
                 signal.signal(number, handler)
             signal.set_wakeup_fd(self.earlier_wakeup)
             _wakeup_fds.discard(self.wakeup.fileno())
-            self.wakeup.shutdown(socket.SHUT_WR)  # ends the thread; a close does not while a forked process lives
+            self.wakeup.shutdown(socket.SHUT_WR)  # ends the thread; `close` would not while a forked process is alive
             self.wakeup.close()
 
 
-_wakeup_fds: set[int] = set()  # of the living StopRequests of this process
+_wakeup_fds: set[int] = set()  # the file descriptors of this process's open StopRequests
 
 
 def _keep_signals_to_ourselves() -> None:
-    """In a forked process: its signals are not its parent's, with which it shares the file descriptors."""
+    """Keeps a forked process from reporting its signals to its parent, with which it shares the file descriptors."""
     if _wakeup_fds:
         signal.set_wakeup_fd(-1)
 
@@ -414,11 +423,14 @@ if hasattr(os, "register_at_fork"):
 
 
 def ignore_stop_signals(worker_id: int) -> None:
-    """For data-loader workers: a signal to the whole process group must not end them before their process is done."""
+    """Makes a data-loader worker ignore stop signals, which a terminal or SLURM sends to the whole process group.
+
+    The training process still needs its workers to finish the step. Used as `worker_init_fn`.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def is_restarted() -> bool:
-    """Whether torchrun or SLURM has started this command again."""
+    """Whether torchrun or SLURM has restarted this command."""
     return any(int(os.environ.get(f"{name}_RESTART_COUNT", 0)) for name in ("TORCHELASTIC", "SLURM"))

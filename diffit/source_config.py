@@ -1,8 +1,8 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The flags that say where images come from: the same in train_diffit.py, prepare_latents.py and train_vae.py.
+"""The flags of image sources, shared by train_diffit.py, prepare_latents.py and train_vae.py.
 
-`diffit.sources` reads what they name. The scripts parse their flags before their slow imports, so nothing slow is
-imported here.
+`diffit.sources` reads the images. The scripts parse their flags before their slow imports, so nothing slow is imported
+here.
 """
 
 from dataclasses import dataclass
@@ -14,21 +14,24 @@ SOURCES = ("dataset_name", "train_data_dir", "train_data_file")
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """A source of images, for which one of `SOURCES` is set, and what to read there."""
+    """A source of images: one of `SOURCES`, and the split and columns to read."""
 
     dataset_name: str | None = flag(
-        None, "hub name, or local path for datasets.load_dataset (default: none)", type=path_type
+        None, "data set on the hub, or a local path that datasets.load_dataset accepts (default: none)", type=path_type
     )
     train_data_dir: str | None = flag(
         None,
-        "folder or zip of images; dataset.json, metadata.jsonl and parquet files are read, too (default: none)",
+        "folder or zip of images; labels come from subfolders, dataset.json or metadata.jsonl; parquet files are "
+        "read as well (default: none)",
         type=path_type,
     )
     train_data_file: str | None = flag(None, "parquet file of images (default: none)", type=path_type)
     dataset_config_name: str | None = flag(None, "configuration of --dataset_name (default: its only one)")
     dataset_split: str = flag("train", "split of --dataset_name")
-    image_column: str | None = flag(None, "column of the images (default: the only one of type Image)")
-    label_column: str | None = flag(None, "column of the labels (default: the only one of type ClassLabel)")
+    image_column: str | None = flag(None, "column that holds the images (default: the only one of type Image)")
+    label_column: str | None = flag(
+        None, "column that holds the class labels (default: the only one of type ClassLabel)"
+    )
     cache_dir: str | None = flag(
-        None, "cache folder of datasets.load_dataset (default: the datasets library's)", type=path_type
+        None, "cache folder for datasets.load_dataset (default: that of the datasets library)", type=path_type
     )

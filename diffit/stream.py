@@ -217,9 +217,9 @@ class ImageDataset(StreamDataset):
         table: reader of the images.
         stream: order of the images; determines the replacement of a bad image.
         resolution: height H and width W in pixels.
-        num_channels: channels C; None infers them from a sample of the images, and a colour image among grayscale
+        num_channels: channels C; None infers them from a sample of the images, and a color image among grayscale
             ones is then an error.
-        center_crop: crop the centre rather than a random position.
+        center_crop: crop the center rather than a random position.
         random_flip: mirror each image horizontally with probability 1/2.
         on_bad_image: `"error"` raises; `"skip"` takes the next readable image of the permutation and reports the bad
             one's name.

@@ -1,5 +1,5 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What is measured while a training runs: held-out loss, metrics, previews, and which average is the best."""
+"""Validation during training: held-out loss, metrics, previews, and the choice of the best average."""
 
 import dataclasses
 import functools
@@ -41,11 +41,11 @@ logger = get_logger(__name__, log_level="INFO")
 
 @dataclass
 class Evaluator:
-    """Compares samples with real images.
+    """Everything that metrics of samples are computed with.
 
     Attributes:
-        extractor: images to features.
-        reference: features of the held-out images, or of the training images where none are held out.
+        extractor: the feature extractor.
+        reference: features of the held-out images, or of the training images if none are held out.
     """
 
     extractor: FeatureExtractor
@@ -55,13 +55,13 @@ class Evaluator:
 def build_guidance_model(
     accelerator: Accelerator, path: str | None, model: ModelMixin, formulation: Formulation
 ) -> ModelMixin | None:
-    """The weaker model of --validation_guidance_model, on the device; None without one.
+    """Loads the weaker model of --validation_guidance_model onto the device; None without that flag.
 
     Args:
-        accelerator: the processes.
-        path: of the weaker model's pipeline.
+        accelerator: this process and its device.
+        path: folder or hub name of the weaker model's pipeline, or None.
         model: the network that it guides.
-        formulation: that both must have been trained in.
+        formulation: the training formulation, which must be the weaker model's as well.
 
     Raises:
         UserError: if there is no such model, or it was trained for another task.
@@ -72,7 +72,7 @@ def build_guidance_model(
 
 
 def build_extractor(accelerator: Accelerator, asked: MetricsConfig, source: Table) -> FeatureExtractor | None:
-    """The feature extractor for --eval_steps; None without it.
+    """Loads the feature extractor for --eval_steps; None without that flag.
 
     Raises:
         UserError: if it cannot be loaded, or there are too few images to compare with.
@@ -80,7 +80,7 @@ def build_extractor(accelerator: Accelerator, asked: MetricsConfig, source: Tabl
     if asked.eval_steps is None:
         return None
     if len(source) <= NUM_NEIGHBORS:
-        raise UserError(f"--eval_steps compares with {len(source)} images, at least {NUM_NEIGHBORS + 1} are needed")
+        raise UserError(f"--eval_steps needs at least {NUM_NEIGHBORS + 1} images to compare with, got {len(source)}")
     load = functools.partial(load_extractor, asked.feature_extractor, accelerator.device)
     return on_all_processes(accelerator, load, asked.feature_model, asked.inception_path)
 
@@ -93,15 +93,15 @@ def build_evaluator(
     data: DataConfig,
     output_dir: str,
 ) -> Evaluator | None:
-    """Computes the features of the real images, or reads them where an earlier run kept them in --output_dir.
+    """Computes the features of the real images, or reads those that an earlier run has cached in --output_dir.
 
     Args:
-        accelerator: shares the work among the processes.
+        accelerator: distributes the work over the processes.
         extractor: see `build_extractor`; None for no metrics.
         source: images to compare with.
-        plan: says their size and channels.
-        data: says how many workers read them.
-        output_dir: of the run.
+        plan: resolution and channels of the images.
+        data: number of workers.
+        output_dir: the run's folder.
     """
     if extractor is None:
         return None
@@ -119,21 +119,21 @@ def build_evaluator(
 
 @dataclass(frozen=True)
 class Validation:
-    """Everything that the validations of a run need.
+    """Everything that a run's validations need.
 
     Attributes:
-        plan: of the run.
+        plan: the run's plan.
         asked: the flags of validation.
         metrics: the flags of metrics.
         data: the flags of the training data.
-        state: of the training.
-        vae: of a latent-space model, or None.
-        guidance_model: weaker model that guides the previews, or None.
+        state: the training state.
+        vae: a latent-space model's VAE, or None.
+        guidance_model: a weaker model that guides the previews, or None.
         held_out: images for the held-out loss, or None.
-        evaluator: for metrics, or None.
-        facts: what the exported folder tells about the run.
-        run_dir: the folder of the run.
-        stop: ends a validation early.
+        evaluator: computes the metrics, or None.
+        facts: facts about the run for the exported folder.
+        run_dir: the run's folder.
+        stop: stop requests, which end a validation early.
     """
 
     plan: Plan
@@ -151,34 +151,32 @@ class Validation:
 
 
 def validate_and_export(accelerator: Accelerator, validation: Validation, with_metrics: bool) -> bool:
-    """Held-out loss, metrics and preview grid of each average; then exports the best one as the pipeline folder.
-
-    To be called by all processes.
+    """Validates each average, and exports the best one as the pipeline folder. Must be called by all processes.
 
     Args:
-        accelerator: shares the work among the processes.
-        validation: what it needs.
-        with_metrics: whether to compute the metrics of --eval_metrics.
+        accelerator: distributes the work over the processes.
+        validation: see `Validation`.
+        with_metrics: whether to compute --eval_metrics, in addition to the held-out loss and the preview grid.
 
     Returns:
-        False if it was given up because a stop was requested.
+        False if it was interrupted by a stop request, otherwise True.
     """
     state = validation.state
     model = state.model.eval()
-    results = {}  # losses and metrics, and the preview, of each average
+    results = {}  # average -> (losses and metrics, preview grid)
     averages = state.ema_models or {"": None}
     for name, ema_model in averages.items():
         with ema_weights(ema_model, model):
             result = validate_weights(accelerator, validation, with_metrics)
         if result is None:
-            logger.info(f"gave up the validation of step {state.global_step}, because a stop was requested")
+            logger.info(f"interrupted the validation of step {state.global_step}: a stop was requested")
             break
         results[name] = result
     finished = len(results) == len(averages)
     if finished and accelerator.is_main_process:
         log_results(accelerator, results, state.global_step, validation.run_dir)
         metric = validation.metrics.eval_metrics[0]
-        best = min(results, key=lambda name: selection_score(metric, results[name][0]))  # the first of equal ones
+        best = min(results, key=lambda name: selection_score(metric, results[name][0]))  # ties: the first one
         with ema_weights(averages[best], model):
             export(validation, best, *results[best])
     model.train()
@@ -189,7 +187,7 @@ def validate_and_export(accelerator: Accelerator, validation: Validation, with_m
 def validate_weights(
     accelerator: Accelerator, validation: Validation, with_metrics: bool
 ) -> tuple[dict[str, float], PIL.Image.Image] | None:
-    """Held-out loss, metrics and preview grid of the network as it is; None if a stop was requested meanwhile."""
+    """Held-out loss, metrics and preview grid of the network's current weights; None if a stop was requested."""
     values = {}
     if validation.held_out is not None:
         values = validation_loss(accelerator, validation)
@@ -210,13 +208,13 @@ def validate_weights(
 
 @torch.no_grad()
 def validation_loss(accelerator: Accelerator, validation: Validation) -> dict[str, float] | None:
-    """Loss on held-out images at fixed noise and evenly spread levels: overall, and by quartile of the noise levels.
+    """Loss on the held-out images, overall and per quartile of the noise level; None if a stop was requested.
 
-    It is weighted like the training loss, so that the two curves are the same quantity. None if a stop was requested
-    meanwhile.
+    The noise is fixed and the noise levels are evenly spaced. Images are weighted as in the training loss, so that the
+    two curves show the same quantity.
     """
     plan, table, model = validation.plan, validation.held_out, validation.state.model
-    if validation.vae is None:  # each image as the network takes it
+    if validation.vae is None:  # convert every image to the network's channels
         plan = dataclasses.replace(plan, num_channels=model.config.in_channels)
     data = dataclasses.replace(validation.data, center_crop=True, random_flip=False, augmentation_probability=0.0)
     stream = PositionStream(len(table), seed=0)
@@ -243,13 +241,13 @@ def validation_loss(accelerator: Accelerator, validation: Validation) -> dict[st
 
 @torch.no_grad()
 def sample_shard(accelerator: Accelerator, validation: Validation, num_images: int) -> torch.Tensor | None:
-    """This process's shard of the samples of the seeds 0, 1, 2, ..., whose classes take turns.
+    """Samples this process's shard of the seeds 0, 1, 2, ..., cycling through the classes.
 
-    To be called by all processes.
+    Must be called by all processes.
 
     Returns:
-        uint8, shape (B, C, H, W), with the same B in all processes: gathered, the first `num_images` are those asked
-        for. None if a stop was requested meanwhile.
+        uint8, shape (B, C, H, W), with the same B in all processes; after gathering, the first `num_images` are the
+        requested samples. None if a stop was requested.
     """
     model, guidance_model = validation.state.model, validation.guidance_model
     pipeline = build_pipeline(model, validation.vae, validation.plan.formulation.preview_scheduler())
@@ -275,7 +273,7 @@ def sample_shard(accelerator: Accelerator, validation: Validation, num_images: i
 def evaluate(
     accelerator: Accelerator, asked: MetricsConfig, evaluator: Evaluator, pixels: torch.Tensor
 ) -> dict[str, float]:
-    """Metrics of the samples of all processes (see `sample_shard`); empty except in the main process."""
+    """Metrics of all processes' samples (see `sample_shard`) in the main process; an empty dict in the others."""
     features = torch.cat([evaluator.extractor(batch) for batch in pixels.split(64)])  # (B, F)
     features = accelerator.gather(features)[: asked.eval_num_images].cpu()
     if not accelerator.is_main_process:
@@ -290,13 +288,13 @@ def log_results(
     global_step: int,
     run_dir: OutputFolder,
 ) -> None:
-    """Sends the numbers and previews of each average to the trackers, and writes the previews into `previews/`."""
+    """Sends each average's losses, metrics and preview to the trackers, and writes the previews into `previews/`."""
     for name, (values, grid) in results.items():
         suffix = f"_{name}" if len(results) > 1 else ""
         accelerator.log({f"{key}{suffix}": value for key, value in values.items()}, step=global_step)
         preview = f"previews/step_{global_step:08d}{suffix}.png"
         if not run_dir.write(preview, grid.save):
-            logger.warning(f"{preview} in {run_dir.folder} is not from this run: left as it is")
+            logger.warning(f"{preview} in {run_dir.folder} was not written by this run: not overwritten")
         stacked = np.asarray(grid.convert("RGB"))[None]
         for tracker in accelerator.trackers:
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -304,13 +302,13 @@ def log_results(
 
 
 def export(validation: Validation, average: str, values: dict[str, float], grid: PIL.Image.Image) -> None:
-    """Writes the pipeline folder with the weights as they are now, and `best/` if its metrics are the best so far.
+    """Writes the pipeline folder with the network's current weights, and `best/` if their metrics are the best so far.
 
     Args:
-        validation: of the run.
-        average: name of the average whose weights the network holds now, or "".
-        values: its losses and metrics.
-        grid: its preview.
+        validation: see `Validation`.
+        average: name of the average whose weights the network currently holds, or "" without EMA.
+        values: losses and metrics of these weights.
+        grid: preview grid of these weights.
     """
     save = functools.partial(
         save_pipeline, validation.facts, validation.run_dir, validation.state, validation.vae, average, values, grid
@@ -328,7 +326,7 @@ def export(validation: Validation, average: str, values: dict[str, float], grid:
 
 
 def selection_score(metric: str, values: dict[str, float]) -> float:
-    """Model-selection score, lower is better: the metric if it was computed, otherwise the held-out loss."""
+    """The model-selection score (lower is better): the metric if it was computed, otherwise the held-out loss."""
     sign = -1 if metric in ("precision", "recall") else 1
     return sign * values[f"eval/{metric}"] if f"eval/{metric}" in values else values.get("validation/loss", 0.0)
 
@@ -336,7 +334,7 @@ def selection_score(metric: str, values: dict[str, float]) -> float:
 def best_record(
     asked: MetricsConfig, evaluator: Evaluator, global_step: int, values: dict[str, float]
 ) -> dict[str, Any]:
-    """The record written to `best.json`: the metrics, and the settings needed to compare them with later ones."""
+    """The contents of `best.json`: the metrics, and the settings needed to compare them with later ones."""
     measured_with = {
         **evaluator.extractor.settings,
         "extractor": evaluator.extractor.name,
@@ -350,7 +348,7 @@ def best_record(
 def is_best_so_far(metric: str, file: Path, record: dict[str, Any]) -> bool:
     """Whether `record` beats the stored one.
 
-    A stored record from different settings, or from a later step (after going back), does not count.
+    A stored record with other settings, or from a later step (after resuming from an earlier checkpoint), is ignored.
     """
     if not file.is_file():
         return True

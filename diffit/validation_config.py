@@ -1,5 +1,5 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Flags for what is measured while a training runs. Nothing slow is imported here."""
+"""The flags of validation and metrics during training. Nothing slow is imported here."""
 
 from dataclasses import dataclass
 

@@ -36,7 +36,7 @@ def pytest_sessionfinish() -> None:
 
 @pytest.fixture(autouse=True)
 def fresh_process_state():
-    """accelerate and diffusers keep process-wide state; a test must not see that of another."""
+    """Resets the process-wide state of accelerate and diffusers, so that no test sees that of another."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
@@ -58,7 +58,7 @@ def tiny_model_config(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory) -> Path:
-    """24 colour images of 8 x 8 pixels in the classes `blue`, `green` and `red`."""
+    """24 color images of 8 x 8 pixels in the classes `blue`, `green` and `red`."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for channel, name in enumerate(("red", "green", "blue")):
@@ -72,7 +72,7 @@ def image_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def base_args(tiny_model_config, image_folder) -> list[str]:
-    """Flags of a training that takes a second, but for --output_dir; later flags win."""
+    """Flags of a training that takes a second, without --output_dir; later flags override them."""
     return [
         f"--model_config={tiny_model_config}",
         f"--train_data_dir={image_folder}",

@@ -1,4 +1,4 @@
-"""What several test files share: scripts run as a user would, tiny networks, image files, and comparisons.
+"""Helpers shared by several test files: running scripts as a user would, tiny networks, image files, comparisons.
 
 Fixtures are in `conftest.py`, which sets the environment before this file imports HuggingFace's libraries.
 """
@@ -75,7 +75,7 @@ def sample(folder: Path, output_dir: Path, *flags: str) -> dict[str, np.ndarray]
 
 
 def evaluate_folder(arguments: list[str], tmp_path: Path) -> dict:
-    """What `eval_diffit.py` says of the models of `--model_path`."""
+    """The metrics that `eval_diffit.py` writes for the models of `--model_path`."""
     flags = ["--feature_extractor=helpers:mean_colours", "--num_images=24", "--num_inference_steps=2"]
     flags += [f"--work_dir={tmp_path / 'work'}", f"--output={tmp_path / 'metrics.json'}"]
     eval_diffit.main(eval_diffit.parse_args([*arguments, *flags, "--metrics", "frechet_distance"]))
@@ -88,7 +88,7 @@ def mean_colours(images: torch.Tensor) -> torch.Tensor:
 
 
 def refusal(arguments: list[str], capsys) -> str:
-    """What the parser says about wrong arguments."""
+    """The parser's error message for invalid arguments."""
     with pytest.raises(SystemExit) as error:
         parse_args(arguments)
     assert error.value.code == 2
@@ -347,9 +347,9 @@ def encode_npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def constant(mode: str, colour: int | tuple[int, ...], file_format: str = "PNG", **options) -> bytes:
+def constant(mode: str, color: int | tuple[int, ...], file_format: str = "PNG", **options) -> bytes:
     """An image file of 4 x 4 equal pixels."""
-    return encode(PIL.Image.new(mode, (4, 4), colour), file_format, **options)
+    return encode(PIL.Image.new(mode, (4, 4), color), file_format, **options)
 
 
 def noise_image(seed: int, *shape: int) -> np.ndarray:

@@ -53,7 +53,7 @@ def keys_weight(distance: float) -> float:
 
 
 def plain_warp(image: np.ndarray, matrix: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """One channel (H, W) under `p -> matrix p + shift` (x, y in pixels from the centre), point by point."""
+    """One channel (H, W) under `p -> matrix p + shift` (x, y in pixels from the center), point by point."""
     height, width = image.shape
     inverse = np.linalg.inv(matrix)
 
@@ -69,20 +69,20 @@ def plain_warp(image: np.ndarray, matrix: np.ndarray, shift: np.ndarray) -> np.n
         )
 
     result = np.zeros_like(image)
-    centre = np.array([width, height]) / 2
+    center = np.array([width, height]) / 2
     for row in range(height):
         for column in range(width):
             for offset in ((0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75)):
-                source = inverse @ (np.array([column, row]) + offset - centre - shift) + centre - 0.5
+                source = inverse @ (np.array([column, row]) + offset - center - shift) + center - 0.5
                 result[row, column] += read(*source) / 4
     return result.clip(-1, 1)
 
 
-def blob(size: tuple[int, int], centre: tuple[float, float], covariance: np.ndarray) -> torch.Tensor:
-    """A Gaussian of height 1 around (x, y) from the centre, on black; shape (1, 1, H, W)."""
+def blob(size: tuple[int, int], center: tuple[float, float], covariance: np.ndarray) -> torch.Tensor:
+    """A Gaussian of height 1 around (x, y) from the center, on black; shape (1, 1, H, W)."""
     height, width = size
     y, x = np.mgrid[:height, :width] + 0.5
-    points = np.stack([x - width / 2, y - height / 2], -1) - centre
+    points = np.stack([x - width / 2, y - height / 2], -1) - center
     exponent = -0.5 * np.einsum("hwi,ij,hwj->hw", points, np.linalg.inv(covariance), points)
     return torch.from_numpy(2 * np.exp(exponent) - 1).float()[None, None]
 
@@ -106,9 +106,9 @@ SINGLE = [
 @pytest.mark.parametrize(("row", "matrix", "shift"), SINGLE)
 def test_transform_moves_and_shapes_a_blob(row, matrix, shift):
     """A Gaussian stays one, of another mean and covariance; reading 4 points a pixel blurs it a little."""
-    centre, covariance = np.array([4.0, -3.0]), np.array([[9.0, 3.0], [3.0, 6.0]])
-    result, _ = augment(blob((40, 48), centre, covariance), row, 0.5)
-    expected = blob((40, 48), matrix @ centre + shift, matrix @ covariance @ matrix.T)
+    center, covariance = np.array([4.0, -3.0]), np.array([[9.0, 3.0], [3.0, 6.0]])
+    result, _ = augment(blob((40, 48), center, covariance), row, 0.5)
+    expected = blob((40, 48), matrix @ center + shift, matrix @ covariance @ matrix.T)
     torch.testing.assert_close(result, expected, rtol=0, atol=0.03)
 
 
@@ -153,7 +153,7 @@ def test_result_stays_in_range_where_interpolation_overshoots():
         (numbers("move"), [0, 0, 0, 0, 0, 0, 0, 0.9, -0.6]),
     ],
 )
-def test_labels_tell_what_was_done(row, expected):
+def test_augment_labels_describe_the_transforms(row, expected):
     _, labels = augment(noise(1, 3, 8, 8), row, 0.5)
     torch.testing.assert_close(labels, torch.tensor([expected], dtype=torch.float32), rtol=0, atol=1e-6)
 
@@ -198,7 +198,7 @@ def test_probability_of_zero_changes_nothing():
 # --- a pure function of images and numbers
 
 
-def test_numbers_are_as_many_whatever_they_are():
+def test_number_of_random_numbers_is_constant():
     rng = np.random.default_rng(0)
     first, second = sample_augmentation(rng), sample_augmentation(rng)
     assert first.shape == second.shape == (NUM_AUGMENT_NUMBERS,) and first.dtype == np.float32
@@ -235,7 +235,7 @@ def test_arguments_out_of_range_are_refused(count, probability, words):
 # --- in a training
 
 
-def test_augmentation_leaves_all_other_numbers_of_a_position_as_they_are(image_folder):
+def test_augmentation_does_not_change_other_random_numbers(image_folder):
     table = load_image_table(SourceConfig(train_data_dir=str(image_folder)))
     stream = PositionStream(len(table), seed=0)
     plain, augmented = (

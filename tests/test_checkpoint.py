@@ -1,4 +1,4 @@
-"""Checkpoints: what a resume asks for, damaged files, and disks that fail."""
+"""Checkpoints: requirements for resuming, damaged files, and failing disks."""
 
 import errno
 import json
@@ -22,7 +22,7 @@ from warm_start import WarmProcess
 
 @pytest.fixture(scope="module")
 def finished_run(base_args, tmp_path_factory) -> Path:
-    """A run of 4 steps with two checkpoints. Not to be changed."""
+    """A run of 4 steps with two checkpoints. Tests must not modify it."""
     run_dir = tmp_path_factory.mktemp("finished")
     train([*base_args, f"--output_dir={run_dir}", "--checkpointing_steps=2"])
     return run_dir
@@ -30,7 +30,7 @@ def finished_run(base_args, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def two_checkpoints(finished_run, train_args, tmp_path) -> tuple[list[str], Path]:
-    """Flags that resume that run, and a copy of it."""
+    """Flags that resume a copy of that run."""
     shutil.copytree(finished_run, tmp_path / "run")
     return [*train_args, "--checkpointing_steps=2", "--resume_from_checkpoint=latest"], tmp_path / "run"
 
@@ -43,17 +43,17 @@ def test_used_output_dir_is_refused_without_a_flag(finished_run, train_args):
         train([*train_args, f"--output_dir={finished_run}"])
 
 
-def test_latest_on_an_empty_folder_starts_afresh(train_args, tmp_path):
+def test_latest_in_an_empty_folder_starts_from_scratch(train_args, tmp_path):
     train([*train_args, "--resume_from_checkpoint=latest", "--max_train_steps=1"])
     assert (tmp_path / "run/checkpoint-1").is_dir()
 
 
-def test_path_that_is_no_checkpoint_is_refused(train_args, tmp_path):
+def test_path_that_is_not_a_checkpoint_is_refused(train_args, tmp_path):
     with pytest.raises(ValueError, match=mentions("--resume_from_checkpoint", tmp_path)):
         train([*train_args, f"--resume_from_checkpoint={tmp_path}"])
 
 
-def test_other_seed_batch_or_data_at_resume_is_refused(train_args, image_folder):
+def test_resuming_with_another_seed_batch_or_data_is_refused(train_args, image_folder):
     train([*train_args, "--max_train_steps=1"])
     with pytest.raises(ValueError, match=mentions("--seed", 0, 1)):
         train([*train_args, "--resume_from_checkpoint=latest", "--seed=1"])
@@ -71,7 +71,7 @@ def test_other_seed_batch_or_data_at_resume_is_refused(train_args, image_folder)
         train([*train_args, "--resume_from_checkpoint=latest", "--validation_fraction=0.25"])
 
 
-def test_other_images_or_another_network_are_refused_at_a_resume(train_args, image_folder, tmp_path):
+def test_resuming_with_other_images_or_another_network_is_refused(train_args, image_folder, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(image_folder, folder)
     arguments = [*train_args, f"--train_data_dir={folder}"]
@@ -83,7 +83,7 @@ def test_other_images_or_another_network_are_refused_at_a_resume(train_args, ima
         train([*arguments, "--resume_from_checkpoint=latest"])
 
 
-def test_checkpoint_from_before_a_flag_resumes_with_what_was_meant_then(train_args, tmp_path):
+def test_checkpoint_without_a_newer_flag_resumes_with_its_default(train_args, tmp_path):
     train([*train_args, "--max_train_steps=1"])
     checkpoint = tmp_path / "run/checkpoint-1"
     file, manifest = checkpoint / "training_args.yaml", checkpoint / "manifest.json"
@@ -100,7 +100,7 @@ def test_checkpoint_from_before_a_flag_resumes_with_what_was_meant_then(train_ar
 
 
 @pytest.mark.parametrize(("accumulation", "optimizer"), [(1, "adamw"), (2, "adamw"), (2, "muon")])
-def test_killed_and_resumed_run_is_bitwise_the_uninterrupted_one(accumulation, optimizer, train_args, tmp_path):
+def test_killed_and_resumed_run_equals_the_uninterrupted_one_bitwise(accumulation, optimizer, train_args, tmp_path):
     """24 images and 4 x accumulation per step: the checkpoint lies in the second epoch. Dropout is on."""
     saved, steps = {1: (8, 16), 2: (4, 8)}[accumulation]
     arguments = [
@@ -156,7 +156,7 @@ def test_tensorboard_steps_after_the_checkpoint_are_purged(train_args, tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest"])
-def test_latest_passes_over_a_damaged_checkpoint_and_says_so(damage, two_checkpoints, caplog):
+def test_latest_skips_a_damaged_checkpoint_with_a_warning(damage, two_checkpoints, caplog):
     arguments, run_dir = two_checkpoints
     file = run_dir / "checkpoint-4" / ("manifest.json" if damage == "manifest" else "optimizer.pt")
     content = file.read_bytes()
@@ -174,13 +174,13 @@ def test_latest_passes_over_a_damaged_checkpoint_and_says_so(damage, two_checkpo
     assert verify_checkpoint(run_dir / "checkpoint-5") is None
 
 
-def test_manifest_that_names_too_little_is_damage(two_checkpoints):
+def test_incomplete_manifest_counts_as_damage(two_checkpoints):
     arguments, run_dir = two_checkpoints
     (run_dir / "checkpoint-4/manifest.json").write_text("{}")
     assert mentions("manifest.json", "optimizer.pt").search(verify_checkpoint(run_dir / "checkpoint-4"))
 
 
-def test_only_damaged_checkpoints_are_an_error_and_stay(two_checkpoints):
+def test_only_damaged_checkpoints_are_an_error_and_are_kept(two_checkpoints):
     arguments, run_dir = two_checkpoints
     for step in (2, 4):
         (run_dir / f"checkpoint-{step}" / "state.json").unlink()
@@ -189,7 +189,7 @@ def test_only_damaged_checkpoints_are_an_error_and_stay(two_checkpoints):
     assert (run_dir / "checkpoint-2/optimizer.pt").is_file()
 
 
-def test_pruning_never_prefers_a_damaged_checkpoint_to_the_new_one(two_checkpoints):
+def test_pruning_keeps_the_new_checkpoint_beside_a_damaged_one(two_checkpoints):
     arguments, run_dir = two_checkpoints
     (run_dir / "checkpoint-4/optimizer.pt").write_bytes(b"")
     train([*arguments, "--checkpoints_total_limit=1", "--max_train_steps=3"])
@@ -197,8 +197,8 @@ def test_pruning_never_prefers_a_damaged_checkpoint_to_the_new_one(two_checkpoin
     assert verify_checkpoint(run_dir / "checkpoint-3") is None
 
 
-def test_going_back_moves_later_checkpoints_aside(two_checkpoints, caplog):
-    """Or `latest` would mean the branch that was left, and pruning would delete the new one."""
+def test_resuming_from_an_earlier_checkpoint_renames_later_ones(two_checkpoints, caplog):
+    """Otherwise `latest` would select the abandoned branch, and pruning would delete the new one."""
     arguments, run_dir = two_checkpoints
     flags = ["--checkpoints_total_limit=1", "--max_train_steps=3"]
     train([*arguments, f"--resume_from_checkpoint={run_dir / 'checkpoint-2'}", *flags])
@@ -207,7 +207,7 @@ def test_going_back_moves_later_checkpoints_aside(two_checkpoints, caplog):
     assert mentions(run_dir / "checkpoint-4", aside.name).search(caplog.text)
 
 
-def test_finished_run_writes_a_pipeline_that_was_cut_off(two_checkpoints):
+def test_finished_run_repeats_an_interrupted_export(two_checkpoints):
     arguments, run_dir = two_checkpoints
     shutil.rmtree(run_dir / "unet")
     (run_dir / "model_index.json").unlink()
@@ -226,7 +226,7 @@ def test_unfinished_checkpoint_of_a_killed_run_is_ignored_and_removed(two_checkp
 # --- the disk
 
 
-def test_full_disk_keeps_the_checkpoint_before_and_says_so(train_args, tmp_path):
+def test_full_disk_keeps_the_previous_checkpoint_and_is_reported(train_args, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1800k", "tmpfs", str(disk)], check=False).returncode != 0:
@@ -242,7 +242,7 @@ def test_full_disk_keeps_the_checkpoint_before_and_says_so(train_args, tmp_path)
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_lost_permission_keeps_the_checkpoint_before_and_says_so(train_args, tmp_path, monkeypatch):
+def test_lost_permission_keeps_the_previous_checkpoint_and_is_reported(train_args, tmp_path, monkeypatch):
     """The disk becomes read-only after the first checkpoint."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -265,7 +265,7 @@ def test_lost_permission_keeps_the_checkpoint_before_and_says_so(train_args, tmp
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_checkpoint_that_cannot_be_pruned_is_no_reason_to_stop(train_args, tmp_path, caplog):
+def test_failed_pruning_does_not_stop_training(train_args, tmp_path, caplog):
     """A link to another disk is not deleted."""
     train([*train_args, "--max_train_steps=2"])
     (tmp_path / "run/checkpoint-2").rename(tmp_path / "elsewhere")
@@ -275,8 +275,8 @@ def test_checkpoint_that_cannot_be_pruned_is_no_reason_to_stop(train_args, tmp_p
     assert verify_checkpoint(tmp_path / "run/checkpoint-4") is None
 
 
-def test_folders_that_cannot_be_synchronised_are_no_reason_to_stop(train_args, tmp_path, monkeypatch):
-    """As on some network file systems."""
+def test_folders_that_cannot_be_synced_do_not_stop_training(train_args, tmp_path, monkeypatch):
+    """Some network file systems behave like this."""
     original = os.fsync
 
     def fsync(handle: int) -> None:

@@ -88,7 +88,7 @@ def reference(
 
 
 def inputs_of(tensors: dict[str, torch.Tensor], batch: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Latents, timesteps from one end to the other, and labels of which the first is the null class."""
+    """Latents, timesteps over the whole range, and labels, the first of which is the null class."""
     side = math.isqrt(tensors["pos_embed"].shape[1]) * tensors["x_embedder.proj.weight"].shape[-1]
     generator = torch.Generator().manual_seed(1)
     shape = (batch, tensors["x_embedder.proj.weight"].shape[1], side, side)
@@ -145,7 +145,7 @@ def test_28_blocks_have_the_346_keys_of_the_released_files():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_size_is_read_off_the_shapes(tmp_path, case):
+def test_every_size_is_inferred_from_the_shapes(tmp_path, case):
     c = NVIDIA_SIZES | CASES[case]
     config = json.loads((convert(nvidia_tensors(**CASES[case]), tmp_path) / "transformer/config.json").read_text())
     expected = {
@@ -190,7 +190,7 @@ def test_trained_network_converts_back_and_forth(tmp_path):
     ],
     ids=["unconditional", "not_square"],
 )
-def test_network_without_place_in_nvidias_layout_raises(tmp_path, overrides, words):
+def test_network_that_nvidias_layout_cannot_express_raises(tmp_path, overrides, words):
     config = {"num_layers": 1, "sample_size": 8, "num_embeds_ada_norm": 10} | overrides
     DiffiTTransformer2DModel(2, 8, **config).save_pretrained(tmp_path / "trained")
     with pytest.raises(ValueError, match=mentions(*words)):
@@ -238,7 +238,7 @@ def plain_ddim_images(
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0], ids=["unguided", "guided"])
 @torch.no_grad()
-def test_dit_pipeline_loads_the_folder_and_gives_the_images_of_the_formulas(tmp_path, guidance_scale):
+def test_dit_pipeline_samples_the_images_of_the_formulas(tmp_path, guidance_scale):
     tensors, vae = nvidia_tensors(), tiny_vae()
     tensors["final_layer.linear.weight"] *= 0.2  # noise of about unit variance, as a trained network has it
     vae.save_pretrained(tmp_path / "tiny_vae")
@@ -259,7 +259,7 @@ def test_dit_pipeline_loads_the_folder_and_gives_the_images_of_the_formulas(tmp_
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
 
 
-def test_folder_without_a_vae_loads_in_a_fresh_process_where_one_is_given(tmp_path):
+def test_folder_without_a_vae_loads_in_a_new_process_with_one(tmp_path):
     tiny_vae().save_pretrained(tmp_path / "tiny_vae")
     folder = convert(nvidia_tensors(), tmp_path)
     assert not (folder / "vae").exists()

@@ -84,7 +84,7 @@ def contents(table: ImageTable) -> list[tuple]:
 
 @pytest.fixture
 def class_folder(tmp_path: Path) -> Path:
-    """10 noise images of 6 x 9 pixels in colour, in the classes `a` and `b`."""
+    """10 noise images of 6 x 9 pixels in color, in the classes `a` and `b`."""
     files = {f"{'ab'[i % 2]}/{i}.png": encode(noise_image(i, 6, 9, 3)) for i in range(10)}
     return write_files(tmp_path / "images", files)
 
@@ -272,7 +272,7 @@ def test_digits_equal_those_of_scikit_learn():
     np.testing.assert_allclose(pixels, (digits.images * 255 / 16).round(), atol=ROUNDING)
 
 
-def test_emoji_are_1906_colour_images_in_9_classes():
+def test_emoji_are_1906_color_images_in_9_classes():
     table = load_image_table(SourceConfig(train_data_file=str(DATA / "noto_emoji_32.parquet")))
     assert len(table) == 1906 and len(table.class_names) == 9 and set(table.labels) == set(range(9))
     images = [PIL.Image.open(io.BytesIO(table.read(index)[1])) for index in range(1906)]
@@ -380,7 +380,7 @@ def palette_image(**options) -> bytes:
 
 
 GREY16 = np.full((4, 4), 32896, np.uint16)  # 128 / 255 of 65535
-COLOURS = {  # name: (file, colour of all its pixels when it is decoded to as many channels)
+COLORS = {  # name: (file, color of all its pixels when it is decoded to as many channels)
     "palette": (palette_image(), GREEN),
     "palette_other_transparent": (palette_image(transparency=0), GREEN),
     "palette_transparent": (palette_image(transparency=1), WHITE),
@@ -391,7 +391,7 @@ COLOURS = {  # name: (file, colour of all its pixels when it is decoded to as ma
     "grey_alpha_to_3": (constant("LA", (0, 51)), (204, 204, 204)),
     "grey_to_3": (constant("L", 90), (90, 90, 90)),
     "grey_to_4": (constant("L", 90), (90, 90, 90, 255)),
-    "colour_to_1": (constant("RGB", RED), (76,)),  # luma of ITU-R 601: 0.299 * 255
+    "color_to_1": (constant("RGB", RED), (76,)),  # luma of ITU-R 601: 0.299 * 255
     "bit_0": (constant("1", 0), (0,)),
     "bit_1": (constant("1", 1), (255,)),
     "grey16": (encode(GREY16), (128,)),
@@ -403,24 +403,22 @@ COLOURS = {  # name: (file, colour of all its pixels when it is decoded to as ma
 }
 
 
-@pytest.mark.parametrize("name", COLOURS)
+@pytest.mark.parametrize("name", COLORS)
 def test_mode_is_converted_as_expected(name):
-    data, colour = COLOURS[name]
-    np.testing.assert_allclose(
-        levels(decode(data, (4, 4), len(colour))), np.full((4, 4, len(colour)), colour), atol=0.5
-    )
+    data, color = COLORS[name]
+    np.testing.assert_allclose(levels(decode(data, (4, 4), len(color))), np.full((4, 4, len(color)), color), atol=0.5)
 
 
 @pytest.mark.parametrize(
-    ("ink", "colour"), [((0, 255, 255, 0), RED), ((0, 0, 0, 0), WHITE), ((0, 0, 0, 255), (0, 0, 0))]
+    ("ink", "color"), [((0, 255, 255, 0), RED), ((0, 0, 0, 0), WHITE), ((0, 0, 0, 255), (0, 0, 0))]
 )
-def test_cmyk_jpeg_has_expected_colours(ink, colour):
+def test_cmyk_jpeg_has_expected_colors(ink, color):
     pixels = levels(decode(constant("CMYK", ink, "JPEG", quality=95), (4, 4)))
-    np.testing.assert_allclose(pixels, np.full((4, 4, 3), colour), atol=8)
+    np.testing.assert_allclose(pixels, np.full((4, 4, 3), color), atol=8)
 
 
 def test_animation_gives_first_frame():
-    frames = [PIL.Image.new("RGB", (4, 4), colour) for colour in (RED, BLUE, GREEN)]
+    frames = [PIL.Image.new("RGB", (4, 4), color) for color in (RED, BLUE, GREEN)]
     data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
     np.testing.assert_allclose(levels(decode(data, (4, 4))), np.full((4, 4, 3), RED), atol=ROUNDING)
 
@@ -448,7 +446,7 @@ def test_crop_lies_at_crop_position(axis, crop_position, start):
 
 
 NOISE = noise_image(0, 12, 9, 3)
-IMAGES = {  # file, and what it holds as PIL images in colour with values in [0, 255]
+IMAGES = {  # file, and what it holds as PIL images in color with values in [0, 255]
     "RGB": (encode(NOISE), [PIL.Image.fromarray(NOISE)]),
     "JPEG": ((jpeg := encode(NOISE, "JPEG", quality=90)), [PIL.Image.open(io.BytesIO(jpeg)).convert("RGB")]),
     "grey": (encode(NOISE[..., 0]), [PIL.Image.fromarray(NOISE[..., 0]).convert("RGB")]),
@@ -464,7 +462,7 @@ IMAGES = {  # file, and what it holds as PIL images in colour with values in [0,
 @pytest.mark.parametrize("resolution", [(12, 9), (5, 5), (30, 20)])
 @pytest.mark.parametrize("name", IMAGES)
 def test_values_are_those_of_float_arithmetic_on_the_resized_image(name, resolution, flip):
-    """Bitwise, as when workers made the floats, so that a run goes on as it began."""
+    """Bitwise, as when workers converted to floats, so that old runs resume with the same numbers."""
     data, planes = IMAGES[name]
     height, width = resolution
     scale = min(12 / height, 9 / width)
@@ -548,20 +546,20 @@ def test_wrong_number_of_channels_is_named():
 
 
 @pytest.fixture
-def grey_folder_with_one_colour(tmp_path: Path) -> Path:
-    """130 images; 001.png is in colour, and not among the 64 evenly spread ones that channel detection looks at."""
+def grey_folder_with_one_color(tmp_path: Path) -> Path:
+    """130 images; 001.png is in color, and not among the 64 evenly spread ones that channel detection looks at."""
     return write_files(tmp_path / "f", {f"{i:03d}.png": i for i in range(130)} | {"001.png": constant("RGB", RED)})
 
 
-def test_colour_among_grayscale_is_an_error(grey_folder_with_one_colour):
-    dataset = make_dataset(grey_folder_with_one_colour)
+def test_color_image_among_grayscale_is_an_error(grey_folder_with_one_color):
+    dataset = make_dataset(grey_folder_with_one_color)
     assert dataset.num_channels == 1
     with pytest.raises(BadImageError, match=mentions("--num_channels 1", "001.png")):
         dataset[0, 1]
 
 
-def test_colour_is_converted_with_explicit_channels(grey_folder_with_one_colour):
-    dataset = make_dataset(grey_folder_with_one_colour, num_channels=1, resolution=(4, 4))
+def test_color_is_converted_with_explicit_channels(grey_folder_with_one_color):
+    dataset = make_dataset(grey_folder_with_one_color, num_channels=1, resolution=(4, 4))
     np.testing.assert_allclose(dataset[0, 1]["pixel_values"], np.full((1, 4, 4), 76), atol=0.5)
 
 

@@ -1,4 +1,4 @@
-"""Processes that work together: one run for one folder, and agreement at the start."""
+"""Several processes: one run per folder, and agreement at the start."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from warm_start import WarmProcess, run_ranks
 
 
 def write_owner(lock: OutputDirLock, **changes) -> None:
-    """Puts an owner into a folder: this process, with changes."""
+    """Writes an owner file into a folder: this process with some fields changed."""
     with OutputDirLock(lock.folder) as token:
         owner = json.loads(lock.file.read_text())
         assert owner["token"] == token
@@ -53,13 +53,13 @@ def test_folder_of_a_dead_run_is_taken_over_at_once(tmp_path):
     assert not (tmp_path / "run").exists()  # nothing was written there
 
 
-def test_number_of_a_dead_run_that_another_process_got_is_no_run(tmp_path):
+def test_reused_process_id_of_a_dead_run_is_not_an_owner(tmp_path):
     write_owner(OutputDirLock(tmp_path / "run"), started=1.0)
     with OutputDirLock(tmp_path / "run", heartbeat=0.1, patience=0.5) as token:
         assert json.loads((tmp_path / "run/.running").read_text())["token"] == token
 
 
-def test_living_owner_stays_owner_when_the_clock_is_set(tmp_path):
+def test_live_owner_keeps_the_folder_when_the_clock_changes(tmp_path):
     """The start of a process as the system tells it moves with the clock."""
     with OutputDirLock(tmp_path, heartbeat=0.05) as token:
         owner = json.loads((tmp_path / ".running").read_text())
@@ -95,21 +95,21 @@ def test_killed_process_that_nobody_waited_for_is_dead(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", '{"token": "ab', '{"pid": 1}'])
-def test_owner_that_cannot_be_told_is_watched_and_then_taken_over(content, tmp_path):
+def test_owner_of_unknown_state_is_watched_then_replaced(content, tmp_path):
     (tmp_path / ".running").write_text(content)
     with OutputDirLock(tmp_path, heartbeat=0.1, patience=0.5) as token:
         assert json.loads((tmp_path / ".running").read_text())["token"] == token
 
 
 @pytest.mark.parametrize("content", ["{}", "a file of the user"])
-def test_file_of_that_name_that_is_not_ours_is_refused_and_stays(content, tmp_path):
+def test_foreign_lock_file_is_refused_and_kept(content, tmp_path):
     (tmp_path / ".running").write_text(content)
     with pytest.raises(ValueError, match=mentions("--output_dir", tmp_path, ".running")), OutputDirLock(tmp_path):
         pass
     assert (tmp_path / ".running").read_text() == content
 
 
-def test_owner_on_another_machine_is_alive_while_it_touches_its_file(tmp_path):
+def test_remote_owner_is_alive_while_it_touches_its_file(tmp_path):
     lock = OutputDirLock(tmp_path, heartbeat=0.1, patience=2)
     write_owner(lock, machine="elsewhere", host="node7")
     ended = threading.Event()
@@ -135,7 +135,7 @@ def test_owner_touches_its_file(tmp_path):
         assert (tmp_path / ".running").stat().st_mtime_ns > before
 
 
-def test_only_one_of_many_takes_a_folder_that_a_dead_run_left(tmp_path):
+def test_only_one_of_many_runs_takes_over_a_dead_runs_folder(tmp_path):
     write_owner(OutputDirLock(tmp_path), pid=2**22 + 1)
     outcomes, ready = [], threading.Barrier(8)
 
@@ -160,7 +160,7 @@ def test_only_one_of_many_takes_a_folder_that_a_dead_run_left(tmp_path):
 
 
 def test_run_that_lost_its_folder_writes_no_checkpoint(train_args, tmp_path, monkeypatch):
-    """As after a long standstill, in which another run took over."""
+    """The situation after a long pause during which another run took over."""
     original = OutputDirLock.check_owned
 
     def steal_and_check(lock: OutputDirLock) -> None:
@@ -174,7 +174,7 @@ def test_run_that_lost_its_folder_writes_no_checkpoint(train_args, tmp_path, mon
     assert json.loads((tmp_path / "run/.running").read_text())["token"] == "thief"
 
 
-def test_second_run_on_one_folder_is_refused_and_the_first_goes_on(base_args, tmp_path):
+def test_second_run_in_a_folder_is_refused_and_the_first_continues(base_args, tmp_path):
     flags = [f"--output_dir={tmp_path / 'run'}", "--max_train_steps=100000", "--resume_from_checkpoint=latest"]
     first = WarmProcess(["train_diffit.py", *base_args, *flags, "--checkpointing_steps=10"])
     wait_for_file(tmp_path / "run/checkpoint-10", first)
@@ -224,7 +224,7 @@ def test_data_that_differ_between_processes_are_found(train_args, image_folder, 
     assert mentions("process 1", *digests).search(output)
 
 
-def test_data_missing_on_one_machine_is_told_in_all_processes(train_args, image_folder, tmp_path):
+def test_data_missing_on_one_machine_is_reported_in_all_processes(train_args, image_folder, tmp_path):
     shutil.copytree(image_folder, tmp_path / "data0")
     output = refused_launch(two_ranks(train_args, f"--train_data_dir={tmp_path}/dataRANK"), tmp_path)
     errors = [line for line in output.split("\n") if "error: " in line and f"{tmp_path}/data1" in line]
@@ -239,7 +239,7 @@ def test_same_data_in_different_places_trains(train_args, image_folder, tmp_path
     assert codes == [0, 0], output
 
 
-def test_output_dir_that_is_not_shared_is_told(tmp_path):
+def test_output_dir_that_is_not_shared_is_reported(tmp_path):
     with OutputDirLock(tmp_path / "node1") as token, OutputDirLock(tmp_path / "node2"):
         OutputDirLock(tmp_path / "node1").check_visible(token, patience=0)
         for folder in ("node2", "node3"):

@@ -1,4 +1,4 @@
-"""What the documents say is there."""
+"""References in the documents must exist."""
 
 import re
 
@@ -10,12 +10,12 @@ from helpers import ROOT
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`(test_\w+)`", (ROOT / "docs/reliability.md").read_text()))))
-def test_test_that_the_table_of_faults_names_exists(name):
+def test_tests_named_in_the_table_of_faults_exist(name):
     sources = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
     assert f"def {name}(" in sources
 
 
-def test_tables_of_the_scaling_document_are_what_its_script_writes():
+def test_scaling_document_matches_its_script():
     assert scaling.document() == scaling.DOCUMENT.read_text()
 
 

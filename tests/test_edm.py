@@ -95,7 +95,7 @@ def test_preconditioning_keeps_input_and_target_at_unit_variance():
     torch.testing.assert_close(((1 - c_skip) ** 2 * 0.25 + c_skip**2 * sigma**2) / c_out**2, ones, rtol=1e-9, atol=0)
 
 
-def test_time_is_even_over_the_steps_of_sampling():
+def test_heun_steps_are_evenly_spaced_in_time():
     times = [edm_time(sigma, 0.002, 80.0, 7.0) for sigma in karras_sigmas(5)]
     assert times == pytest.approx([1, 0.75, 0.5, 0.25, 0, 0], abs=1e-12)
     assert edm_time(90.0, 0.002, 80.0, 7.0) == 1  # churn goes beyond the highest
@@ -217,7 +217,7 @@ def test_churn_of_an_image_depends_on_its_own_generator():
 
 
 @pytest.mark.parametrize("heun", [True, False])
-def test_network_of_zeros_denoises_as_c_skip_says(heun):
+def test_network_of_zeros_denoises_by_c_skip(heun):
     """F = 0 leaves D = c_skip x, the denoiser of N(0, sigma_data^2): the flow shrinks noise to that."""
     unet = tiny_unet()
     torch.nn.init.zeros_(unet.conv_out.weight)

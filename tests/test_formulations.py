@@ -51,7 +51,7 @@ def test_timesteps_cover_the_range_evenly():
 # --- which one
 
 
-def test_flags_come_before_the_pretrained_scheduler_and_that_before_the_defaults():
+def test_flags_override_pretrained_scheduler_overrides_defaults():
     pretrained = {"_class_name": "DDIMScheduler", "prediction_type": "epsilon", "num_train_timesteps": 500}
     assert choose_formulation(DiffusionConfig(), {}, False) == DDPM(snr_gamma=5.0)
     asked = DiffusionConfig(beta_schedule="linear", num_train_timesteps=200)
@@ -62,7 +62,7 @@ def test_flags_come_before_the_pretrained_scheduler_and_that_before_the_defaults
     assert choose_formulation(DiffusionConfig(formulation="ddpm"), edm, False) == DDPM(snr_gamma=5.0)
 
 
-def test_min_snr_weights_are_off_where_they_are_not_wanted():
+def test_min_snr_weights_are_off_on_request_and_for_epsilon():
     assert choose_formulation(DiffusionConfig(snr_gamma=0.0), {}, False).snr_gamma == 0
     assert choose_formulation(DiffusionConfig(prediction_type="epsilon"), {}, False).snr_gamma is None
 
@@ -101,7 +101,7 @@ def test_edm_inputs_and_loss_equal_hand_computed_values():
     assert loss.item() == pytest.approx(0.5 / 0.0625 * (denoised - 0.4) ** 2, rel=1e-5)
 
 
-def test_network_of_zero_output_denoises_by_the_skip_and_has_a_loss_of_one():
+def test_network_with_zero_output_has_a_loss_of_one():
     """c_skip * x is the best linear guess for images of standard deviation 0.5: its weighted error is 1."""
     torch.manual_seed(0)
     model = DiffiTUNet2DModel(**TINY_CONFIG)

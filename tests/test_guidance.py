@@ -1,4 +1,4 @@
-"""Guidance: its weights, what it does to a prediction, and what it costs."""
+"""Guidance: its weights, its effect on a prediction, and its cost."""
 
 import math
 
@@ -17,7 +17,7 @@ TIMESTEPS = range(950, -1, -50)  # of 20 steps of DDIM
 
 
 class RecordingScheduler(DDIMScheduler):
-    """DDIM that remembers what it was given: (timestep, sample, prediction)."""
+    """DDIM that records its inputs: (timestep, sample, prediction)."""
 
     def step(self, model_output, timestep, sample, eta=0.0, use_clipped_model_output=False, generator=None):
         self.seen.append((timestep, sample, model_output))
@@ -33,7 +33,7 @@ def recording_pipeline(network: torch.nn.Module) -> DiffiTPipeline:
 
 
 def weak_unet(**kwargs) -> DiffiTUNet2DModel:
-    """Of the same interface as `tiny_unet`, with other weights."""
+    """A network with the interface of `tiny_unet` and other weights."""
     unet = tiny_unet(**kwargs)
     with torch.no_grad():
         for parameter in unet.parameters():
@@ -45,7 +45,7 @@ def weak_unet(**kwargs) -> DiffiTUNet2DModel:
 
 
 def test_power_cosine_weight_equals_the_formula_at_20_timesteps():
-    """PAPER.md, section 3: w(t) = 1 + (s - 1) * (1 - cos(pi * (1 - t/1000)^4)) / 2, s = 4.4."""
+    """The published guidance schedule: w(t) = 1 + (s - 1) * (1 - cos(pi * (1 - t/1000)^4)) / 2, s = 4.4."""
     for t in TIMESTEPS:
         expected = 1 + 3.4 * math.sin(math.pi / 2 * ((1000 - t) / 1000) ** 4) ** 2  # (1 - cos 2x) / 2 = sin^2 x
         assert guidance_weight(t, 1000, 4.4, "power_cosine") == pytest.approx(expected, rel=1e-12)
@@ -160,7 +160,7 @@ def test_variance_is_that_of_the_conditional_pass():
         ({"guidance_schedule": "power_cosine", "guidance_interval": (0, 0.5)}, lambda t: t <= 500),
     ],
 )
-def test_guided_timesteps_take_one_pass_of_the_double_batch_and_others_of_the_single(settings, guided):
+def test_guided_steps_double_the_batch_and_others_do_not(settings, guided):
     unet = tiny_unet(num_class_embeds=3)
     batches = count_batches(unet)
     recording_pipeline(unet)([0, 2], num_inference_steps=20, guidance_scale=3.0, **settings)
@@ -168,7 +168,7 @@ def test_guided_timesteps_take_one_pass_of_the_double_batch_and_others_of_the_si
 
 
 def test_power_cosine_takes_a_single_pass_where_its_weight_is_one():
-    """At the last training timesteps the cosine of so small a number is 1."""
+    """At the last training timesteps the cosine of a tiny number rounds to 1."""
     unet = tiny_unet(num_class_embeds=3)
     batches = count_batches(unet)
     pipeline = quiet(DiffiTPipeline(unet, DDIMScheduler(timestep_spacing="trailing")))
@@ -191,7 +191,7 @@ def test_autoguidance_takes_one_pass_of_each_model():
 
 @pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
 def test_every_scheduler_is_guided_within_the_interval(scheduler):
-    """Also those of fractional timesteps, and those that evaluate a timestep twice."""
+    """Including schedulers with fractional timesteps, and those that evaluate a timestep twice."""
     unet = tiny_unet(num_class_embeds=3)
     batches = count_batches(unet)
     pipeline = quiet(DiffiTPipeline(unet, SCHEDULERS[scheduler].from_config(DDPMScheduler().config)))

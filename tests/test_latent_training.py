@@ -39,7 +39,7 @@ PARTS = [f"{folder}/diffusion_pytorch_model.safetensors" for folder in ("transfo
 
 @pytest.fixture(scope="module")
 def vae_dir(tmp_path_factory) -> Path:
-    """From 8 x 8 colour images to 4 x 4 latents of two channels."""
+    """From 8 x 8 color images to 4 x 4 latents of two channels."""
     folder = tmp_path_factory.mktemp("vae")
     tiny_vae(latent_channels=2, scaling_factor=0.7).save_pretrained(folder)
     return folder
@@ -66,7 +66,7 @@ def latent_args(base_args, transformer_config, vae_dir, tmp_path) -> list[str]:
 
 @pytest.fixture
 def bound_inputs() -> dict[str, torch.Tensor]:
-    """Two images, of which one reaches both ends of the range, in float64."""
+    """Two images in float64, one of which reaches both ends of the range."""
     generator = torch.Generator().manual_seed(0)
     shape = (2, 3, 4, 4)
     clean = torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
@@ -111,8 +111,8 @@ def test_variance_bound_is_the_divergence_of_two_gaussians(t, bound_inputs):
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-7)
 
 
-def test_variance_bound_at_the_first_timestep_is_the_surprise_at_the_image(bound_inputs):
-    """Bins of 1/255 to both sides, open at -1 and 1."""
+def test_variance_bound_at_the_first_timestep_is_the_images_nll(bound_inputs):
+    """Bins extend 1/255 to both sides, and to infinity at -1 and 1."""
     inputs = {name: bound_inputs[name] for name in ("clean", "noise", "error", "variance")}
     inputs["error"] = 0.1 * inputs["error"]
     gaussian = network_gaussian(0, **inputs)
@@ -321,7 +321,7 @@ def test_dry_run_of_the_largest_network_needs_no_memory_for_weights(tmp_path):
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory) -> Path:
-    """A folder made by the converter from random weights in NVIDIA's layout, of 1,000 classes."""
+    """A folder that the converter wrote from random weights in NVIDIA's layout with 1,000 classes."""
     root = tmp_path_factory.mktemp("nvidia")
     save_file(nvidia_tensors(in_channels=2, out_channels=4, patch=1), root / "diffit.safetensors")
     arguments = ["--checkpoint", str(root / "diffit.safetensors"), "--output_dir", str(root / "converted")]
@@ -347,7 +347,7 @@ def finetuning_args(converted, vae_dir, tmp_path) -> list[str]:
 
 
 def test_finetuning_starts_from_the_loss_of_the_converted_model(finetuning_args, converted, vae_dir, tmp_path, caplog):
-    """All labels null: the re-initialized class embeddings play no part."""
+    """All labels are null, so the re-initialized class embeddings have no effect."""
     train([*finetuning_args, "--label_dropout=1", "--max_train_steps=1"])
     assert mentions("10 class embeddings").search(caplog.text)
 
@@ -373,7 +373,7 @@ def test_finetuning_from_converted_weights_lowers_the_loss(finetuning_args, tmp_
 
 
 def test_class_rows_start_anew_only_if_asked_for(finetuning_args, tmp_path, caplog):
-    """From a run of 10 classes to another of the same."""
+    """From a run with 10 classes to another one with the same classes."""
     train([*finetuning_args, "--max_train_steps=1"])
     again = [*finetuning_args, f"--pretrained_model_name_or_path={tmp_path / 'run'}", "--learning_rate=0"]
     kept = load_file(tmp_path / "run/transformer/diffusion_pytorch_model.safetensors")["class_embedding.weight"]

@@ -1,7 +1,7 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
 """Latents: `prepare_latents.py`, `diffit/latents.py`, and `train_vae.py`.
 
-The VAEs are tiny real ones: 24 colour images of 8 x 8 pixels become latents of 4 x 4 x 4. Where no tolerance stands,
+The VAEs are tiny real ones: 24 color images of 8 x 8 pixels become latents of 4 x 4 x 4. Where no tolerance stands,
 equality is exact.
 """
 
@@ -50,7 +50,7 @@ SHARDS = [f"train-0000{number}-of-00003.parquet" for number in range(3)]
 
 
 def shifted_vae(channels: int = 3, **config) -> AutoencoderKL:
-    """A VAE whose latents are scaled and shifted, for images of some channels."""
+    """A VAE with a scaling and a shift factor, for images with the given number of channels."""
     defaults = {"in_channels": channels, "out_channels": channels, "scaling_factor": 0.5, "shift_factor": 0.25}
     return tiny_vae(**(defaults | config))
 
@@ -64,7 +64,7 @@ def vae_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def base_flags(vae_dir, image_folder) -> list[str]:
-    """Flags that make three shards in a second, but for --output_dir; later flags win."""
+    """Flags that write three shards in a second, without --output_dir; later flags override them."""
     return [
         f"--vae_model_name_or_path={vae_dir}",
         f"--train_data_dir={image_folder}",
@@ -76,7 +76,7 @@ def base_flags(vae_dir, image_folder) -> list[str]:
 
 @pytest.fixture(scope="module")
 def prepared_dir(base_flags, tmp_path_factory) -> Path:
-    """Latents of all images of `image_folder` and of their mirror images. Not to be changed."""
+    """Latents of all images of `image_folder` and their mirror images. Tests must not modify them."""
     return prepare(base_flags, tmp_path_factory.mktemp("latents") / "prepared")
 
 
@@ -97,7 +97,7 @@ def shard_bytes(folder: Path) -> dict[str, bytes]:
 def datasets_of_both_kinds(
     image_folder: Path, latents_dir: Path, random_flip: bool, on_bad_image: str = "error"
 ) -> tuple[ImageDataset, LatentDataset]:
-    """What encodes on the fly and what reads prepared latents, for the same training."""
+    """Two data sets for the same training: one encodes on the fly, one reads prepared latents."""
     images = load_image_table(SourceConfig(train_data_dir=str(image_folder)))
     stream = PositionStream(len(images), seed=5)
     common = {"random_flip": random_flip, "on_bad_image": on_bad_image}
@@ -175,8 +175,8 @@ def test_description_of_a_vae_without_shift_has_the_shift_zero():
 # The stream
 
 
-def test_training_in_latents_leaves_the_numbers_of_training_in_pixels_alone(image_folder):
-    """Without `latent_shape` the draws are time, dropout, noise of the image's shape, and nothing else."""
+def test_latent_training_does_not_change_pixel_space_numbers(image_folder):
+    """Without `latent_shape` only time, dropout and noise of the image's shape are sampled."""
     table = load_image_table(SourceConfig(train_data_dir=str(image_folder)))
     stream = PositionStream(NUM_IMAGES, seed=5)
     item = ImageDataset(table, stream, (8, 8), 3)[(7, 0)]
@@ -191,7 +191,7 @@ def test_training_in_latents_leaves_the_numbers_of_training_in_pixels_alone(imag
         torch.testing.assert_close(in_latents[name], item[name], rtol=0, atol=0)
 
 
-def test_noise_and_posterior_noise_have_the_shape_of_latents_and_differ(image_folder):
+def test_noise_and_posterior_noise_are_independent_latents(image_folder):
     table = load_image_table(SourceConfig(train_data_dir=str(image_folder)))
     item = ImageDataset(table, PositionStream(NUM_IMAGES, seed=5), (8, 8), 3, latent_shape=(4, 2, 6))[(7, 0)]
     assert item["noise"].shape == item["posterior_noise"].shape == (4, 2, 6)
@@ -200,7 +200,7 @@ def test_noise_and_posterior_noise_have_the_shape_of_latents_and_differ(image_fo
 
 @pytest.mark.parametrize("random_flip", [False, True])
 def test_prepared_latents_train_like_those_encoded_on_the_fly(image_folder, prepared_dir, vae_dir, random_flip):
-    """Two epochs: all that is drawn is equal; latents to 1e-5, for another batch sums in another order."""
+    """Two epochs: equal random numbers; latents equal to 1e-5, since another batch size sums in another order."""
     on_the_fly, prepared = datasets_of_both_kinds(image_folder, prepared_dir, random_flip)
     vae = load_vae(str(vae_dir))
     expected, batch = (read_batch(dataset, range(2 * NUM_IMAGES)) for dataset in (on_the_fly, prepared))
@@ -218,7 +218,7 @@ def test_prepared_latents_train_like_those_encoded_on_the_fly(image_folder, prep
     )
 
 
-def test_random_flip_takes_the_mirrored_moments_where_images_are_flipped(image_folder, prepared_dir):
+def test_random_flip_uses_the_moments_of_the_mirrored_image(image_folder, prepared_dir):
     on_the_fly, prepared = datasets_of_both_kinds(image_folder, prepared_dir, random_flip=True)
     flips = []
     for position in range(NUM_IMAGES):
@@ -252,7 +252,7 @@ def test_held_out_images_are_the_same_with_and_without_prepared_latents(image_fo
 
 
 def test_rows_are_the_encoded_images_and_their_mirror_images_in_order(image_folder, prepared_dir, vae_dir):
-    """Also across shards. Tolerance 1e-5: another batch sums in another order."""
+    """Also across shards. Tolerance 1e-5, since another batch size sums in another order."""
     images, latents = load_image_table(SourceConfig(train_data_dir=str(image_folder))), open_latents(prepared_dir)
     pixels = torch.stack([decode_image(*images.read(index), (8, 8), 3) for index in range(NUM_IMAGES)])
     vae = load_vae(str(vae_dir))
@@ -310,7 +310,7 @@ def test_two_processes_prepare_the_same_bytes_as_one(base_flags, prepared_dir, t
 
 
 def test_killed_run_goes_on_where_it_was_killed(tmp_path):
-    """SIGKILL in the middle: what was complete is kept as it is, and the end is that of a run that was let alone."""
+    """After a SIGKILL complete shards are kept, and the result is that of an undisturbed run."""
     shifted_vae(channels=1).save_pretrained(tmp_path / "vae")
     flags = [f"--vae_model_name_or_path={tmp_path / 'vae'}", f"--train_data_file={ROOT / 'data/digits.parquet'}"]
     flags += ["--resolution=8", "--images_per_shard=20", "--no-mirror", f"--cache_dir={tmp_path / 'cache'}"]
@@ -458,7 +458,7 @@ def test_bad_image_is_an_error_that_names_it(base_flags, damaged_folder, tmp_pat
 
 
 def test_skipped_image_has_a_row_that_says_why(base_flags, damaged_folder, prepared_dir, tmp_path):
-    """The others are as they would be without it, though they share its batch."""
+    """A bad image does not change the other images in its batch."""
     flags = [*base_flags, f"--train_data_dir={damaged_folder}", "--on_bad_image=skip"]
     table = open_latents(prepare(flags, tmp_path / "latents"))
     row = table.rows.with_format("numpy")[3]
@@ -487,7 +487,7 @@ def test_skipped_image_is_replaced_as_in_training_on_the_fly(base_flags, damaged
 # A VAE of one's own
 
 
-def test_trained_vae_is_loaded_by_diffusers_and_its_latents_have_unit_variance(image_folder, tmp_path, capsys):
+def test_trained_vae_loads_in_diffusers_with_unit_variance_latents(image_folder, tmp_path, capsys):
     flags = [f"--train_data_dir={image_folder}", "--resolution=8", "--block_out_channels", "4", "8"]
     flags += ["--max_train_steps=2", "--train_batch_size=8", f"--output_dir={tmp_path}"]
     train_vae.main(train_vae.parse_args(flags))
@@ -537,7 +537,7 @@ def test_digits_are_still_read_after_encoding_and_decoding(tmp_path):
 
 
 def small_pixels(table) -> np.ndarray:
-    """Grey levels of the digits as they are, 8 x 8, in [0, 1]; shape (n, 64)."""
+    """Gray levels of the original 8 x 8 digits in [0, 1]; shape (n, 64)."""
     images = [decode_image(*table.read(index), (8, 8), 1) for index in range(len(table))]
     return (torch.stack(images).reshape(-1, 64).numpy() + 1) / 2
 

@@ -32,7 +32,7 @@ def test_accelerate_config_loads_with_its_own_loader(file):
 
 
 def test_one_process_under_accelerate_launch_equals_plain_python(train_args, tmp_path):
-    """The plain run is in this process, the other by `accelerate launch` with configs/accelerate/cpu.yaml."""
+    """A run in this process, and one under `accelerate launch` with configs/accelerate/cpu.yaml."""
     train([*train_args, f"--output_dir={tmp_path / 'plain'}"])
     config = str(ROOT / "configs/accelerate/cpu.yaml")
     run([*LAUNCH, "--config_file", config, "train_diffit.py", *train_args, f"--output_dir={tmp_path / 'launched'}"])
@@ -76,7 +76,7 @@ def test_two_processes_share_the_seeds(tmp_path):
         assert np.abs(one - two).max() <= 1
 
 
-def test_misspelt_flag_ends_the_script_before_data_or_models_are_touched(tmp_path):
+def test_misspelt_flag_is_refused_before_data_and_models_are_read(tmp_path):
     absent = [f"--{name}={tmp_path}/absent" for name in ("model_config", "train_data_dir")]
     flags = [*absent, "--max_train_steps=1", f"--output_dir={tmp_path}/run", "--learning_rat=1"]
     process = start(["train_diffit.py", *flags])

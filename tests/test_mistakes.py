@@ -1,4 +1,4 @@
-"""A person's mistake ends in one line and exit code 2, whichever script it is made with; a bug keeps its traceback."""
+"""A user's mistake ends every script with one line and exit code 2; a bug keeps its traceback."""
 
 import argparse
 import json
@@ -38,7 +38,7 @@ SCRIPTS = {
 
 
 def mistake(script: str, arguments: list[str], capsys) -> str:
-    """The one line that a script ends with, run in this process."""
+    """Runs a script in this process; returns the single line with which it ends."""
     module = SCRIPTS[script]
     with pytest.raises(SystemExit) as end:
         run_script(module.main, module.parse_args(arguments))
@@ -52,7 +52,7 @@ def mistake(script: str, arguments: list[str], capsys) -> str:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """What people have lying about: models, images good and bad, files of the wrong kind."""
+    """Models, good and bad images, and files of the wrong kind."""
     root = tmp_path_factory.mktemp("mistakes")
     DDPMPipeline(DiffiTUNet2DModel(**TINY_CONFIG), DDPMScheduler()).save_pretrained(root / "model")
     tiny_vae().save_pretrained(root / "vae")

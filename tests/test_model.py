@@ -107,7 +107,7 @@ def reference_bias(attention: TimeDependentSelfAttention) -> torch.Tensor:
 
 
 def reference_tmsa(attention: TimeDependentSelfAttention, x_s: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
-    """Eq. 3-6 with nothing left out; x_s (B * G, N, D), x_t (B, T), in the paper's letters."""
+    """Eq. 3-6 written out; x_s (B * G, N, D), x_t (B, T), in the paper's letters."""
     x_t = x_t.repeat_interleave(len(x_s) // len(x_t), dim=0)[:, None]  # (B * G, 1, T)
     projections = zip(
         attention.qkv.weight.chunk(3),
@@ -236,7 +236,7 @@ def test_cache_for_sampling_is_left_after_an_error():
 
 
 def test_threads_that_share_a_network_get_their_own_predictions():
-    """Each waits before its first attention until the other has projected its own time tokens."""
+    """Each thread waits before its first attention until the other has projected its own time tokens."""
     unet = build_unet()
     timesteps = (10, 900)
     expected = [predict(unet, timestep) for timestep in timesteps]

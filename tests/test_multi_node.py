@@ -1,4 +1,4 @@
-"""Several machines, played by launchers on this one, and processes that die. Under a real SLURM: test_slurm.py."""
+"""Several machines, simulated by launchers on this one, and processes that die. For a real SLURM see test_slurm.py."""
 
 import os
 import signal
@@ -73,13 +73,13 @@ def test_variables_of_a_launcher_are_kept(slurm_task):
 
 
 def test_step_of_one_task_stays_alone(slurm_task):
-    """So it is with an interactive shell; SLURM_PROCID is set there."""
+    """An interactive shell is the same; SLURM_PROCID is set there."""
     slurm_task.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert set(launch_variables().values()) == {None}
 
 
 def test_batch_script_stays_alone(slurm_task):
-    """It has SLURM_PROCID and SLURM_NTASKS, but is no task of a step."""
+    """It has SLURM_PROCID and SLURM_NTASKS, but is not a task of a step."""
     slurm_task.delenv("SLURM_STEP_NUM_TASKS")
     slurm_task.setenv("SLURM_NTASKS", "4")
     assert set(launch_variables().values()) == {None}
@@ -91,13 +91,13 @@ def test_world_size_that_disagrees_with_srun_is_refused(slurm_task):
         join_slurm_step()
 
 
-def test_missing_scontrol_is_told_with_what_helps(slurm_task):
+def test_missing_scontrol_is_reported_with_a_remedy(slurm_task):
     slurm_task.setenv("PATH", "")
     with pytest.raises(ValueError, match=mentions("gpu[07-08]", "MASTER_ADDR")):
         join_slurm_step()
 
 
-def test_failing_scontrol_is_told_with_what_helps(slurm_task):
+def test_failing_scontrol_is_reported_with_a_remedy(slurm_task):
     slurm_task.setenv("SLURM_STEP_NODELIST", "gpu[07-")
     with pytest.raises(ValueError, match=mentions("gpu[07-", "MASTER_ADDR")):
         join_slurm_step()
@@ -119,7 +119,7 @@ def test_accelerate_launch_that_starts_one_process_of_two_is_refused(train_args)
 
 @pytest.fixture(scope="module")
 def long_args(base_args) -> list[str]:
-    """A training of some seconds, in the middle of which a process can die; dropout is on."""
+    """A training of several seconds with dropout, long enough for a process to die in the middle."""
     periods = [f"--max_train_steps={STEPS}", "--checkpointing_steps=50", f"--validation_steps={STEPS}"]
     resume = ["--logging_steps=50", "--resume_from_checkpoint=latest"]
     return [*base_args, *periods, *resume, "--model_kwargs", "dropout=0.1"]
@@ -131,7 +131,7 @@ def new_store(monkeypatch) -> None:
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
 
 
-def test_restarts_that_may_fail_are_warned_of(train_args, monkeypatch, caplog):
+def test_restarts_that_may_fail_log_a_warning(train_args, monkeypatch, caplog):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     config = parse_args(train_args)
@@ -155,7 +155,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-def test_killed_worker_is_restarted_and_the_run_goes_on_bitwise(long_args, whole_run, new_store, tmp_path):
+def test_killed_worker_is_restarted_and_the_run_resumes_bitwise(long_args, whole_run, new_store, tmp_path):
     """One node: torchrun starts both workers again, and they resume by themselves."""
     launcher = [*torchrun(), "--max_restarts=1"]
     process = start([*launcher, "train_diffit.py", *long_args, f"--output_dir={tmp_path}"])
@@ -168,7 +168,7 @@ def test_killed_worker_is_restarted_and_the_run_goes_on_bitwise(long_args, whole
 
 
 @pytest.mark.slow
-def test_killed_node_comes_back_and_the_run_goes_on_bitwise(long_args, whole_run, new_store, tmp_path, free_port):
+def test_killed_node_rejoins_and_the_run_resumes_bitwise(long_args, whole_run, new_store, tmp_path, free_port):
     """Two launchers meet on loopback; the second is killed with its worker and started again."""
 
     def launch(node: int) -> subprocess.Popen:

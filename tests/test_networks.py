@@ -1,4 +1,4 @@
-"""Networks from configs: what is read and refused, and where they can run."""
+"""Networks from configs: reading, refusals, and supported devices."""
 
 import json
 
@@ -33,7 +33,7 @@ def test_wrong_model_kwargs_are_refused(pair, words, tiny):
     assert all(word in str(error.value) for word in ("--model_kwargs", *words))
 
 
-def test_model_kwargs_override_the_file_and_numbers_are_numbers(tiny):
+def test_model_kwargs_override_the_file_and_parse_numbers(tiny):
     pairs = ("norm_eps=1e-6", "time_embedding_dim=24", "block_out_channels=[16, 32]")
     config = read_model_config(ModelConfig(model_config=tiny, model_kwargs=pairs))
     assert (config["norm_eps"], config["time_embedding_dim"]) == (1e-6, 24)
@@ -41,12 +41,12 @@ def test_model_kwargs_override_the_file_and_numbers_are_numbers(tiny):
 
 
 @pytest.mark.parametrize("path", ["nowhere.json", "no/where"])
-def test_model_config_that_does_not_exist_is_refused(path):
+def test_missing_model_config_is_refused(path):
     with pytest.raises(UserError, match=f"--model_config {path}"):
         read_model_config(ModelConfig(model_config=path))
 
 
-def test_flex_where_it_cannot_train_is_refused():
+def test_flex_is_refused_on_devices_without_a_backward_pass():
     asked = ModelConfig(model_config="a", attention_backend="flex")
     with pytest.raises(UserError, match="--attention_backend flex .* device cpu"):
         set_up_model(torch.nn.Linear(1, 1), asked, torch.device("cpu"))

@@ -112,7 +112,7 @@ def test_gradients_are_unscaled():
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
 
 
-def test_state_goes_on_exactly():
+def test_loaded_optimizer_state_continues_bitwise():
     tensors = parameters()
     optimizer = build(tensors[:3], tensors[3:])
     set_gradients(tensors, 1)
@@ -227,7 +227,7 @@ def test_average_is_put_into_the_network_and_back_without_a_copy():
     assert (model.weight == 2).all() and model.weight.requires_grad
 
 
-def test_average_counts_half_after_its_half_life():
+def test_weight_of_a_step_halves_after_the_half_life():
     """A weight that jumps from 0 to 1 after the ramp-up: half of it after half_life images, 3/4 after twice that."""
     parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
     ema = HalfLifeEMA([parameter], half_life=800, ramp_up=0.5, batch_size=8)
@@ -303,7 +303,7 @@ def test_fp16_overflow_moves_neither_schedule_nor_ema(kind):
     assert outcomes == [False, True]
 
 
-def test_optimizer_that_would_take_a_bad_step_is_refused():
+def test_optimizer_that_ignores_found_inf_is_refused():
     parameter = torch.nn.Parameter(torch.zeros(2))
     NonFiniteGuard(torch.optim.AdamW([parameter], fused=True))
     for optimizer in (torch.optim.AdamW([parameter], foreach=True), torch.optim.SGD([parameter])):

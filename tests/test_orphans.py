@@ -42,7 +42,7 @@ time.sleep(100)
 
 
 class Run:
-    """A command and all processes that come from it, whoever their parent is by now."""
+    """A command and all its descendants, even after they have been adopted by another process."""
 
     def __init__(self, command: list[str], log: Path, **environment: str):
         self.mark = uuid.uuid4().hex
@@ -70,7 +70,7 @@ class Run:
             time.sleep(0.002)
 
     def is_waiting(self) -> bool:
-        """Whether the main process is at the store of the launcher, where the processes meet."""
+        """Whether the main process has connected to the launcher's store, through which the processes meet."""
         for process in psutil.Process(self.process.pid).children():
             with contextlib.suppress(psutil.Error, KeyError):
                 environment = process.environ()
@@ -91,7 +91,7 @@ class Run:
         return time.monotonic() - killed
 
     def end(self) -> None:
-        """Whatever a failed test left."""
+        """Kills the processes that a failed test has left behind."""
         for process in self.alive():
             with contextlib.suppress(psutil.Error):
                 process.kill()
@@ -131,17 +131,17 @@ def held_back(arguments: list[str], tmp_path: Path) -> list[str]:
 # --- the launcher dies
 
 
-def test_launcher_killed_while_its_processes_wait_for_each_other_leaves_none(train_args, start, tmp_path):
+def test_launcher_killed_while_processes_meet_leaves_no_process(train_args, start, tmp_path):
     run = start(held_back(train_args, tmp_path))
     run.wait_for(run.is_waiting)
     assert len(run.alive()) == 3
     assert run.kill() < 30
     # By the signal, or because they see first that the launcher's store is gone.
-    assert re.search("stopped before the training began|where the processes meet, is gone", run.log.read_text())
+    assert re.search("stopped before the training began|lost the connection to the store at", run.log.read_text())
     assert not (tmp_path / "run").exists()
 
 
-def test_launcher_killed_while_training_leaves_a_checkpoint_and_a_free_folder(train_args, start, tmp_path):
+def test_launcher_killed_in_training_leaves_a_checkpoint_and_no_lock(train_args, start, tmp_path):
     flags = ["--checkpointing_steps=10", "--dataloader_num_workers=1"]
     run = start([sys.executable, *ACCELERATE, "train_diffit.py", *train_args, *flags, "--max_train_steps=100000"])
     run.wait_for((tmp_path / "run/checkpoint-10").exists)
@@ -152,14 +152,14 @@ def test_launcher_killed_while_training_leaves_a_checkpoint_and_a_free_folder(tr
     train([*train_args, f"--max_train_steps={last_step}", "--resume_from_checkpoint=latest"])
 
 
-def test_launcher_behind_a_shell_is_followed_too(start, follower):
+def test_launcher_behind_a_shell_is_followed(start, follower):
     command = [sys.executable, *torchrun(), "--no-python", "bash", "-c", f"{sys.executable} {follower}; true"]
     run = start(command)
     run.wait_for(lambda: run.log.read_text().count("running") == 2)
     assert run.kill() < 10
 
 
-def test_program_that_launches_by_torchs_api_is_followed_too(start, follower, tmp_path):
+def test_program_that_uses_torchs_launch_api_is_followed(start, follower, tmp_path):
     (tmp_path / "my_launcher.py").write_text(
         "import os, subprocess, sys, torch\nsubprocess.run([sys.executable, *sys.argv[1:]], start_new_session=True)\n"
     )
@@ -169,7 +169,7 @@ def test_program_that_launches_by_torchs_api_is_followed_too(start, follower, tm
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_script_whose_launcher_died_first_ends_before_its_slow_imports(script, start):
+def test_script_of_a_dead_launcher_exits_before_slow_imports(script, start):
     """`setsid` under a shell is where torchrun's processes find themselves once it is dead."""
     command = f"setsid {sys.executable} -X importtime {script}.py & wait $!"
     run = start(["bash", "-c", command], TORCHELASTIC_RUN_ID="test")
@@ -180,7 +180,7 @@ def test_script_whose_launcher_died_first_ends_before_its_slow_imports(script, s
     assert "psutil" in imported and not imported & {"torch", "numpy", "accelerate"}
 
 
-def test_orphan_of_accelerate_launch_ends_before_its_slow_imports(start, follower):
+def test_orphan_of_accelerate_launch_exits_before_slow_imports(start, follower):
     """The shell stands for an `accelerate launch` that leads its job's process group and dies at once."""
     variables = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "False"}
     run = start(["setsid", "bash", "-c", f"{sys.executable} {follower} &"], **variables)
@@ -192,7 +192,7 @@ def test_orphan_of_accelerate_launch_ends_before_its_slow_imports(start, followe
 # --- nothing else ends a run
 
 
-def test_end_of_the_shell_does_not_stop_a_training_without_a_launcher(train_args, start, tmp_path):
+def test_training_without_a_launcher_survives_the_end_of_its_shell(train_args, start, tmp_path):
     """As `nohup python train_diffit.py &`, also if accelerate's variable is exported."""
     flags = ["--checkpointing_steps=10", "--max_train_steps=100000"]
     command = f"{sys.executable} train_diffit.py {' '.join([*train_args, *flags])} & wait"
@@ -215,7 +215,7 @@ def test_end_of_the_shell_does_not_stop_a_training_without_a_launcher(train_args
     ("environment", "setsid"),
     [({}, "setsid"), ({"TORCHELASTIC_RUN_ID": "test"}, ""), ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "setsid")],
 )
-def test_process_that_no_launcher_started_is_no_orphan(environment, setsid, start, follower):
+def test_process_without_a_launcher_is_not_an_orphan(environment, setsid, start, follower):
     """Without a launcher's variables; below a process of a launcher; with a variable that people export."""
     run = start(["bash", "-c", f"{setsid} {sys.executable} {follower} & wait"], **environment)
     run.wait_for(lambda: "running" in run.log.read_text(), timeout=20)
@@ -240,7 +240,7 @@ def test_process_that_no_launcher_started_is_no_orphan(environment, setsid, star
         ("", False),
     ],
 )
-def test_launcher_is_told_by_its_command_line(command, expected):
+def test_launcher_is_recognized_by_its_command_line(command, expected):
     assert launcher.is_launcher(command.split()) == expected
 
 
@@ -302,11 +302,11 @@ def exit_status_after_sigterm(function: Callable[[Callable[[], None]], None]) ->
 
 
 def wait_in_torch() -> None:
-    """What a signal cannot interrupt."""
+    """Waits in a way that a signal cannot interrupt."""
     TCPStore("127.0.0.1", 1, 2, is_master=False, timeout=timedelta(seconds=60))
 
 
-def test_signal_before_the_training_ends_a_process_that_waits_in_torch(monkeypatch):
+def test_signal_before_training_ends_a_process_waiting_in_torch(monkeypatch):
     monkeypatch.setattr(StopRequest, "PATIENCE", 0.5)
 
     def wait(ready: Callable[[], None]) -> None:
@@ -317,7 +317,7 @@ def test_signal_before_the_training_ends_a_process_that_waits_in_torch(monkeypat
     assert exit_status_after_sigterm(wait) == EXIT_STOPPED
 
 
-def test_process_that_waits_in_torch_ends_by_itself_once_the_launcher_is_gone(monkeypatch):
+def test_process_waiting_in_torch_exits_after_its_launcher_died(monkeypatch):
     monkeypatch.setattr(StopRequest, "LAST_SECONDS", 1)
     monkeypatch.setattr("diffit.processes.launcher_is_gone", lambda: True)
 
@@ -329,7 +329,7 @@ def test_process_that_waits_in_torch_ends_by_itself_once_the_launcher_is_gone(mo
     assert exit_status_after_sigterm(wait) == -signal.SIGALRM
 
 
-def test_signal_to_a_forked_process_is_not_its_parents(monkeypatch):
+def test_signal_to_a_forked_process_does_not_reach_its_parent(monkeypatch):
     """As that by which a pool of processes ends its own."""
     monkeypatch.setattr(StopRequest, "PATIENCE", 0.2)
     stop = StopRequest()
@@ -346,7 +346,7 @@ def test_signal_to_a_forked_process_is_not_its_parents(monkeypatch):
         stop.close()
 
 
-def test_closed_stop_request_gives_everything_back():
+def test_closed_stop_request_restores_handlers():
     earlier, threads = signal.set_wakeup_fd(-1), psutil.Process().num_threads()
     handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
     stop = StopRequest()
@@ -390,7 +390,7 @@ def wait_for_moment(run: Run, moment: str, chance: random.Random, run_dir: Path,
 
 
 @pytest.mark.slow
-def test_launcher_killed_alone_at_any_moment_leaves_no_process_and_the_same_weights(base_args, start, tmp_path):
+def test_launcher_killed_at_any_moment_leaves_no_process_and_same_weights(base_args, start, tmp_path):
     chance = random.Random(int(os.environ.get("SEED", 0)))
     moments = [moment for moment, times in MOMENTS.items() for _ in range(times)]
     steps = 120 * KILLS

@@ -1,4 +1,4 @@
-"""The promise of the README: `make quickstart` draws digits that can be read."""
+"""The README's promise: `make quickstart` samples legible digits."""
 
 import shlex
 import subprocess
@@ -34,7 +34,7 @@ def make_commands(target: str, output_dir: str) -> list[list[str]]:
 
 
 def run_and_read(target: str, output_dir: Path) -> tuple[int, float, float]:
-    """Runs a recipe and has its digits read by a classifier of real ones.
+    """Runs a recipe and classifies its digits with a classifier trained on real ones.
 
     Returns:
         Digits of 100 that are read as the class asked for; the least spread of the pixels of a class, as a share of
@@ -66,12 +66,12 @@ def run_and_read(target: str, output_dir: Path) -> tuple[int, float, float]:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_recipe_of_the_makefile_is_complete(target):
+def test_quickstart_commands_of_the_makefile_are_complete(target):
     assert [command[0] for command in make_commands(target, "somewhere")] == TARGETS[target][1]
 
 
 @pytest.mark.slow
-def test_quickstart_digits_are_read_as_the_class_asked_for(tmp_path):
+def test_quickstart_digits_are_classified_as_requested(tmp_path):
     """Under 6 minutes on two cores; 90 of 100 digits right; at least half of the real spread of the pixels."""
     right, spread, seconds = run_and_read("quickstart", tmp_path / "quickstart")
     assert right >= 90
@@ -80,7 +80,7 @@ def test_quickstart_digits_are_read_as_the_class_asked_for(tmp_path):
 
 
 @pytest.mark.slow
-def test_latent_digits_are_read_as_the_class_asked_for(tmp_path):
+def test_latent_digits_are_classified_as_requested(tmp_path):
     """Under 20 minutes on two cores, the VAE included; 80 of 100 digits right."""
     right, spread, seconds = run_and_read("latent-quickstart", tmp_path / "latent")
     assert right >= 80

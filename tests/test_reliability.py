@@ -1,4 +1,4 @@
-"""Runs lose nothing: signals, time limits, bad numbers, and other numbers of processes."""
+"""Reliability: signals, time limits, non-finite steps, and changes of the number of processes."""
 
 import contextlib
 import json
@@ -39,7 +39,7 @@ STEPS = 150
 
 @pytest.fixture(scope="module")
 def long_args(base_args) -> list[str]:
-    """A training of some seconds, in the middle of which a signal can come; dropout is on."""
+    """A training of several seconds with dropout, long enough for a signal to arrive in the middle."""
     periods = [f"--max_train_steps={STEPS}", "--checkpointing_steps=10", f"--validation_steps={STEPS}"]
     return [*base_args, *periods, "--model_kwargs", "dropout=0.1"]
 
@@ -52,7 +52,7 @@ def whole_run(long_args, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_signal_saves_and_the_run_goes_on_bitwise(name, long_args, whole_run, tmp_path):
+def test_signal_saves_and_the_run_resumes_bitwise(name, long_args, whole_run, tmp_path):
     arguments = [*long_args, f"--output_dir={tmp_path / 'run'}", "--resume_from_checkpoint=latest"]
     process = WarmProcess(["train_diffit.py", *arguments, "--dataloader_num_workers=2"])
     wait_for_file(tmp_path / "run/checkpoint-10", process)
@@ -85,7 +85,7 @@ def test_time_limit_saves_and_exits_with_the_documented_code(long_args, tmp_path
     assert len(list_checkpoints(tmp_path / "run")) == 1
 
 
-def test_second_interrupt_leaves_at_once():
+def test_second_interrupt_exits_at_once():
     stop = StopRequest()
     stop.begin()
     try:
@@ -100,7 +100,7 @@ def test_second_interrupt_leaves_at_once():
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_signal_before_the_training_leaves_at_once_and_gives_the_folder_back(name, long_args, tmp_path):
+def test_signal_before_training_exits_at_once_and_releases_the_folder(name, long_args, tmp_path):
     """It comes when the folder has been taken; whether the training has begun by then makes no difference."""
     process = WarmProcess(["train_diffit.py", *long_args, f"--output_dir={tmp_path / 'run'}"])
     wait_for_file(tmp_path / "run/.running", process)
@@ -111,7 +111,7 @@ def test_signal_before_the_training_leaves_at_once_and_gives_the_folder_back(nam
 
 
 @pytest.mark.parametrize("written", ["", '{"token"'])
-def test_signal_while_the_folder_is_taken_gives_it_back(written, tmp_path, monkeypatch):
+def test_signal_while_taking_the_folder_releases_it(written, tmp_path, monkeypatch):
     """The signal handler raises SystemExit at whatever line is being run."""
 
     def write_and_stop(lock):
@@ -129,7 +129,7 @@ def test_signal_while_the_folder_is_taken_gives_it_back(written, tmp_path, monke
 
 @pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
 @pytest.mark.parametrize("flags", [["--overwrite_output_dir"], [], ["--resume_from_checkpoint={run}/checkpoint-2"]])
-def test_restarted_command_goes_on_whatever_it_says(variable, flags, train_args, tmp_path, monkeypatch):
+def test_restarted_command_resumes_regardless_of_its_flags(variable, flags, train_args, tmp_path, monkeypatch):
     train([*train_args, "--checkpointing_steps=2", "--max_train_steps=4"])
     monkeypatch.setenv(variable, "1")
     flags = [flag.format(run=tmp_path / "run") for flag in flags]
@@ -162,7 +162,7 @@ def test_signal_during_a_validation_is_obeyed_at_once(long_args, whole_run, tmp_
     assert_same_files(whole_run, tmp_path / "run" / f"checkpoint-{STEPS}", STATES)
 
 
-def test_last_validation_given_up_is_made_up_for(long_args, tmp_path):
+def test_interrupted_last_validation_is_repeated(long_args, tmp_path):
     arguments = [*long_args, f"--output_dir={tmp_path / 'run'}", "--max_train_steps=10"]
     slow = ["--num_validation_images=4000", "--validation_inference_steps=50"]
     process = WarmProcess(["train_diffit.py", *arguments, *slow])
@@ -192,7 +192,7 @@ def spoil_losses(monkeypatch, calls: set[int], value: float = math.nan) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_bad_steps_are_passed_by_and_nothing_moves_on(value, train_args, image_folder, tmp_path, monkeypatch, caplog):
+def test_bad_steps_are_skipped_and_change_nothing(value, train_args, image_folder, tmp_path, monkeypatch, caplog):
     """Steps on positions 4-7 and 8-11 are bad: weights, schedule and count are those of a loop that skips them."""
     spoil_losses(monkeypatch, {1, 2}, value)
     train([*train_args, "--max_train_steps=3", "--num_channels=3"])
@@ -232,7 +232,7 @@ def test_too_many_bad_steps_end_the_run_and_keep_the_checkpoint(train_args, tmp_
     train([*arguments, "--resume_from_checkpoint=latest"])
 
 
-def test_bad_loss_in_one_process_is_a_bad_step_in_all(long_args, tmp_path):
+def test_bad_loss_in_one_process_skips_the_step_in_all(long_args, tmp_path):
     """The second of two processes has a NaN at positions 12 to 15."""
     script = tmp_path / "spoilt.py"
     script.write_text(
@@ -261,7 +261,7 @@ def test_bad_loss_in_one_process_is_a_bad_step_in_all(long_args, tmp_path):
 # --- the same numbers on any topology
 
 
-def test_gradients_of_key_bias_and_time_keys_are_zero_in_truth(image_folder):
+def test_gradients_of_key_bias_and_time_keys_are_analytically_zero(image_folder):
     """They are left out of comparisons of weights; here it is shown that there is nothing to compare."""
     model, _ = plain_loop(image_folder, [0, 16], 16)
     model.double().zero_grad()  # so that zero is told from rounding

@@ -1,4 +1,4 @@
-"""Nothing of the user's is lost: what a folder's mark does not list is never overwritten, deleted, moved or read."""
+"""Files that are not listed in a folder's mark are the user's: never overwritten, deleted, moved or read as data."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def assert_kept(before: dict[str, bytes], folder: Path) -> None:
-    """Every file that was there is there, byte for byte."""
+    """Every earlier file still exists, byte for byte."""
     now = contents(folder)
     assert {name: now.get(name) for name in before} == before
 
@@ -42,13 +42,13 @@ ONE_STEP = ["--max_train_steps=1", "--num_validation_images=1", "--validation_in
 
 @pytest.fixture
 def short(train_args) -> list[str]:
-    """A training of one step; the last --output_dir wins."""
+    """Flags of a training of one step; the last --output_dir counts."""
     return [*train_args, *ONE_STEP]
 
 
 @pytest.fixture(scope="module")
 def finished_run(base_args, tmp_path_factory) -> Path:
-    """The folder of a finished run of one step. Not to be changed."""
+    """The folder of a finished run of one step. Tests must not modify it."""
     run_dir = tmp_path_factory.mktemp("finished")
     train([*base_args, *ONE_STEP, f"--output_dir={run_dir}"])
     return run_dir
@@ -100,7 +100,7 @@ def test_file_that_was_being_written_when_the_run_died_is_ours(tmp_path):
     assert list(contents(tmp_path)) == [MARK]
 
 
-def test_publishing_keeps_what_someone_changed_and_removes_only_old_parts(tmp_path):
+def test_publishing_keeps_edited_files_and_removes_only_old_parts(tmp_path):
     folder = OutputFolder(tmp_path, "script.py")
     for name in ("README.md", "unet/old.bin", "unet/config.json"):
         folder.write(name, lambda file: file.write_text("1"))
@@ -123,7 +123,7 @@ def test_publishing_keeps_what_someone_changed_and_removes_only_old_parts(tmp_pa
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"files_written_by": 3}', '{"other": {}}', "{"])
-def test_mark_that_is_not_ours_proves_nothing(text, tmp_path):
+def test_foreign_mark_proves_nothing(text, tmp_path):
     (tmp_path / MARK).write_text(text)
     assert our_files(tmp_path) == {}
 
@@ -147,7 +147,7 @@ def test_folder_with_foreign_files_of_our_names_is_refused(name, flag, short, tm
 
 @pytest.mark.parametrize("name", ["README.md", "previews", "logs", "unet"])
 @pytest.mark.parametrize("kind", ["link", "other"])
-def test_link_or_file_where_the_other_is_needed_is_refused(name, kind, short, tmp_path):
+def test_link_or_file_of_the_wrong_kind_is_refused(name, kind, short, tmp_path):
     (tmp_path / "run").mkdir()
     place = tmp_path / "run" / name
     if kind == "link":
@@ -161,7 +161,7 @@ def test_link_or_file_where_the_other_is_needed_is_refused(name, kind, short, tm
     assert place.is_symlink() if kind == "link" else place.exists()
 
 
-def test_foreign_checkpoint_is_neither_deleted_nor_taken_for_ours(short, tmp_path):
+def test_foreign_checkpoint_is_neither_deleted_nor_resumed(short, tmp_path):
     for flag in ("--overwrite_output_dir", "--resume_from_checkpoint=latest"):
         checkpoint = tmp_path / "run" / "checkpoint-1"
         checkpoint.mkdir(parents=True, exist_ok=True)
@@ -195,7 +195,7 @@ def test_overwriting_a_run_keeps_what_others_put_into_its_folders(short, run_fol
     assert (shared / "events.out.tfevents.999.other").read_text() == "another run"
 
 
-def test_foreign_logs_stay(short, tmp_path):
+def test_foreign_logs_are_kept(short, tmp_path):
     logs = tmp_path / "run" / "logs" / "train_diffit"
     logs.mkdir(parents=True)
     (logs / "events.out.tfevents.1.mine").write_text("mine")
@@ -213,7 +213,7 @@ def test_foreign_checkpoint_in_a_run_is_refused_and_stays(short, run_folder):
     assert sorted(contents(run_folder / "checkpoint-7")) == ["manifest.json", "w.bin"]
 
 
-def test_edited_model_card_is_refused_at_the_start_and_kept_while_training(short, run_folder, monkeypatch):
+def test_edited_model_card_is_refused_at_start_and_kept_in_training(short, run_folder, monkeypatch):
     card = run_folder / "README.md"
     original = card.read_text()
     card.write_text("my card")
@@ -268,7 +268,7 @@ def test_model_that_is_fine_tuned_is_not_overwritten(inside, short, tmp_path):
     assert contents(source) == before
 
 
-def test_trained_pipeline_without_checkpoints_is_not_replaced_unasked(short, run_folder):
+def test_trained_pipeline_without_checkpoints_needs_a_flag_to_replace(short, run_folder):
     shutil.rmtree(run_folder / "checkpoint-1")
     before = contents(run_folder)
     for flags in ([], ["--resume_from_checkpoint=latest"]):
@@ -317,15 +317,13 @@ def test_products_below_the_data_are_not_images(has_mark, short, tmp_path, caplo
     assert list(index["id2label"].values()) == ["cat", "dog"]
 
 
-def test_images_of_the_user_among_products_are_read_and_products_are_not_wherever_the_data_begins(
-    short, run_folder, tmp_path
-):
+def test_user_images_are_read_and_our_products_are_not(short, run_folder, tmp_path):
     draw_images(run_folder, ["checkpoint-1/photo.png", "previews/photo.png"])
     assert table_files(tmp_path / "run") == ["checkpoint-1/photo.png", "previews/photo.png"]
     assert table_files(run_folder / "previews") == ["photo.png"]
 
 
-def test_output_folder_that_is_the_data_folder_keeps_both_apart(short, tmp_path):
+def test_output_folder_may_be_the_data_folder(short, tmp_path):
     draw_images(tmp_path / "set", ["1.png", "2.png", "3.png", "4.png"])
     before = contents(tmp_path / "set")
     flags = [flag for flag in short if flag != "--class_conditional"]
@@ -399,14 +397,14 @@ def test_second_sampling_adds_to_the_first(model, tmp_path):
     assert table_files(tmp_path / "out") == names
 
 
-def test_samples_are_data_where_their_folder_is_named_and_nowhere_else(model, tmp_path):
+def test_samples_are_data_only_in_the_folder_that_is_named(model, tmp_path):
     draw_images(tmp_path / "set", ["1.png"])
     sample_two(model, tmp_path / "set" / "samples")
     assert table_files(tmp_path / "set") == ["1.png"]
     assert table_files(tmp_path / "set" / "samples") == ["seed_00000000.png", "seed_00000001.png"]
 
 
-def test_evaluation_overwrites_no_foreign_file_and_its_arrays_are_no_images(model, image_folder, tmp_path):
+def test_evaluation_keeps_foreign_files_and_its_arrays_are_not_read(model, image_folder, tmp_path):
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "neighbours.png").write_text("mine")
     (tmp_path / "notes.json").write_text('{"settings": {"editor": 1}}')

@@ -57,7 +57,7 @@ def unconditional(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
-def test_every_scheduler_draws_images(scheduler, conditional):
+def test_every_scheduler_samples_images(scheduler, conditional):
     pipeline = open_pipeline(conditional, scheduler=scheduler)
     images = pipeline(
         class_labels=[0, 1], num_inference_steps=6, guidance_scale=2.0, generator=generators([1, 2]), output_type="pt"
@@ -96,7 +96,7 @@ def test_guidance_of_one_takes_a_single_pass(conditional):
     assert batches == [2, 2, 4, 4]
 
 
-def test_labels_go_by_number_and_name(conditional):
+def test_labels_are_numbers_or_names(conditional):
     pipeline = open_pipeline(conditional)
     assert pipeline.label_ids(["red", 1, "1", "green"]) == [0, 1, 1, 1]
     assert pipeline.label_ids("7") == [2]  # a name that looks like a number is a name
@@ -224,7 +224,7 @@ def test_250_ancestral_steps_are_spaced_as_published(latent):
 
 
 @pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
-def test_every_scheduler_draws_latents_without_clipping(scheduler, tmp_path):
+def test_every_scheduler_samples_latents_without_clipping(scheduler, tmp_path):
     """From a folder whose scheduler clips and has learned variance; the DPM solvers then cut channels off."""
     saved = DDPMScheduler(variance_type="learned_range", timestep_spacing="linspace")
     DiffiTPipeline(None, saved, transformer=tiny_dit(), vae=tiny_vae()).save_pretrained(tmp_path)
@@ -247,7 +247,7 @@ def test_latents_are_scaled_and_shifted_before_they_are_decoded():
 
 
 def test_size_of_a_latent_model_is_in_pixels():
-    """DiT itself draws squares only."""
+    """DiT itself samples square images only."""
     pipeline = quiet(DiffiTPipeline(None, DDIMScheduler(), transformer=tiny_dit(sample_size=4), vae=tiny_vae()))
     assert pipeline([1], num_inference_steps=1).images[0].size == (8, 8)
     assert pipeline([1], num_inference_steps=1, height=12, width=12).images[0].size == (12, 12)
@@ -271,7 +271,7 @@ def test_low_precision_denoises_and_decodes_in_float32(latent):
     torch.testing.assert_close(images, expected, rtol=0, atol=0.05)
 
 
-def test_classes_go_by_each_of_their_names(latent):
+def test_every_name_of_a_class_is_accepted(latent):
     pipeline = load_latent(latent)
     assert pipeline.label_ids(["Tinca tinca", "tench, Tinca tinca", "tank suit", "999"]) == [0, 0, 639, 999]
     assert pipeline.label_ids("maillot") == [638]  # a whole name before a part of one
@@ -286,7 +286,7 @@ def test_pipeline_has_one_network():
 
 
 @pytest.mark.parametrize("folder", ["latent", "unconditional"])
-def test_pipeline_loads_over_folders_of_diffusers_own(folder, request):
+def test_pipeline_class_loads_folders_of_diffusers(folder, request):
     folder = request.getfixturevalue(folder)
     own_file = str(ROOT / "diffit_pipeline.py")
     pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=own_file, trust_remote_code=True)
@@ -338,7 +338,7 @@ def test_unconditional_folder_is_sampled(unconditional, tmp_path):
 
 @pytest.mark.parametrize("flags", [["--eta=1"], ["--scheduler=ddpm"], ["--scheduler=euler_ancestral"]])
 def test_image_of_a_seed_depends_on_the_seed_alone(flags, unconditional, tmp_path):
-    """Samplers that draw noise at each step. At one batch size bitwise, across batch sizes within 1/255."""
+    """Samplers with noise at each step: bitwise at one batch size, within 1/255 across batch sizes."""
     first = sample(unconditional, tmp_path / "a", "--seeds=0-4", "--batch_size=3", *flags)
     other_place = sample(unconditional, tmp_path / "b", "--seeds=9,4,2,0", "--batch_size=3", *flags)
     other_batch = sample(unconditional, tmp_path / "c", "--seeds=0-4", "--batch_size=5", *flags)
@@ -349,7 +349,7 @@ def test_image_of_a_seed_depends_on_the_seed_alone(flags, unconditional, tmp_pat
     assert not (first["seed_00000000.png"] == first["seed_00000001.png"]).all()
 
 
-def test_stopped_run_goes_on_and_keeps_what_is_there(unconditional, tmp_path):
+def test_interrupted_sampling_resumes_and_keeps_existing_images(unconditional, tmp_path):
     whole = sample(unconditional, tmp_path / "whole", "--seeds=0-4", "--batch_size=2")
     sample(unconditional, tmp_path / "part", "--seeds=0-4", "--batch_size=2")
     kept = tmp_path / "part/seed_00000003.png"
@@ -384,7 +384,7 @@ def test_guidance_flags_change_images_and_are_settings(plain, flags, setting, co
         sample(conditional, tmp_path / "plain", *plain, *flags)
 
 
-def test_folder_from_before_a_flag_was_there_goes_on(unconditional, tmp_path):
+def test_folder_from_before_a_flag_existed_resumes(unconditional, tmp_path):
     sample(unconditional, tmp_path, "--seeds=0")
     summary = json.loads((tmp_path / "samples.json").read_text())
     for name in ("guidance_schedule", "guidance_power", "guidance_interval", "vae_sha256"):
@@ -446,7 +446,7 @@ def test_vae_of_a_latent_folder_without_one(latent, conditional, tmp_path, monke
 
 
 def test_folder_with_images_of_other_weights_is_refused(unconditional, tmp_path):
-    """The same path may hold a model that was trained further."""
+    """A path may contain a model that has been trained further in the meantime."""
     sample(unconditional, tmp_path / "out", "--seeds=0")
     unet = tiny_unet()
     torch.nn.init.ones_(unet.conv_out.bias)
@@ -455,13 +455,13 @@ def test_folder_with_images_of_other_weights_is_refused(unconditional, tmp_path)
         sample(tmp_path / "trained_further", tmp_path / "out", "--seeds=1")
 
 
-def test_settings_of_a_run_that_drew_nothing_do_not_bind(unconditional, tmp_path):
+def test_settings_of_a_run_without_images_do_not_bind(unconditional, tmp_path):
     sample(unconditional, tmp_path, "--seeds=0")
     (tmp_path / "seed_00000000.png").unlink()
     assert len(sample(unconditional, tmp_path, "--seeds=0", "--scheduler=ddpm")) == 1
 
 
-def test_more_images_than_open_files_are_drawn(unconditional, tmp_path):
+def test_more_images_than_open_files_are_sampled(unconditional, tmp_path):
     import resource
 
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -43,7 +43,7 @@ def cluster(tmp_path_factory):
 
 
 def slurm(*command: str, timeout: float = 120) -> str:
-    """What a command of SLURM prints; it must succeed."""
+    """The output of a SLURM command, which must succeed."""
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout + process.stderr
@@ -120,7 +120,7 @@ def test_accelerate_launch_runs_on_the_nodes_of_srun(cluster, base_args, tmp_pat
     assert mentions("4 x 2 processes x 1").search((tmp_path / "log").read_text())
 
 
-def test_job_near_its_time_limit_saves_queues_again_and_ends_with_the_same_weights(cluster, base_args, tmp_path):
+def test_job_near_its_time_limit_is_requeued_and_resumes_bitwise(cluster, base_args, tmp_path):
     """The length is set while the job waits, so that the speed of the machine does not matter: five to ten minutes."""
     config, log, arguments = tmp_path / "run.yaml", tmp_path / "log", [*base_args, f"--config={tmp_path / 'run.yaml'}"]
     arguments = [flag for flag in arguments if not flag.startswith("--max_train_steps")]

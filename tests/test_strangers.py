@@ -1,4 +1,4 @@
-"""Input from strangers: refused by name, nothing run, nothing read or written outside. Secrets: shown nowhere."""
+"""Untrusted input: refused with its name, never executed, never read or written outside. Secrets are never shown."""
 
 import base64
 import http.server
@@ -310,13 +310,13 @@ def test_postscript_is_never_opened():
 
 
 @pytest.mark.parametrize("label", [10**12, 10**30])
-def test_label_that_would_mean_countless_classes_is_refused(label, tmp_path):
+def test_label_that_implies_countless_classes_is_refused(label, tmp_path):
     root = write_files(tmp_path / "f", {"a.png": 0, "dataset.json": json.dumps({"labels": [["a.png", label]]})})
     with pytest.raises(ValueError, match=mentions(root, 99999, label)):
         load_table(root)
 
 
-def test_json_of_countless_levels_is_refused(tmp_path):
+def test_deeply_nested_json_is_refused(tmp_path):
     root = write_files(tmp_path / "f", {"a.png": 0, "dataset.json": "[" * 100_000})
     with pytest.raises(ValueError, match=mentions(f"dataset.json in {root}", "JSON")):
         load_table(root)
@@ -344,7 +344,7 @@ def marker(tmp_path) -> Path:
     assert not marker.exists()
 
 
-def test_payload_would_run_if_it_were_trusted(tmp_path):
+def test_payload_runs_if_it_is_trusted(tmp_path):
     torch.save(Payload(tmp_path / "executed"), tmp_path / "a.pt")
     torch.load(tmp_path / "a.pt", weights_only=False)
     assert (tmp_path / "executed").exists()
@@ -401,7 +401,7 @@ def test_pickled_code_in_a_checkpoint_is_refused(checkpoint, train_args, marker)
         ("optimizer.pt", "nothing that PyTorch wrote"),
     ],
 )
-def test_file_of_a_checkpoint_that_is_no_data_is_refused(name, text, checkpoint, train_args, marker):
+def test_checkpoint_file_that_is_not_data_is_refused(name, text, checkpoint, train_args, marker):
     (checkpoint / name).write_text(text.format(marker=marker))
     renew_manifest(checkpoint)
     assert str(checkpoint / name) in refused_resume(checkpoint, train_args)
@@ -452,7 +452,7 @@ def test_pickled_weights_are_refused(with_code, pipeline_folder, train_args, tmp
         train([*arguments, f"--pretrained_model_name_or_path={pipeline_folder}"])
 
 
-def test_code_beside_weights_is_not_run(pipeline_folder, train_args, tmp_path, marker):
+def test_code_next_to_weights_is_not_run(pipeline_folder, train_args, tmp_path, marker):
     """Neither the class that `model_index.json` names nor that of `auto_map`."""
     code = f"open({str(marker)!r}, 'w')\nclass Evil: pass\n"
     for folder, file in ((pipeline_folder, "model_index.json"), (pipeline_folder / "unet", "config.json")):
@@ -521,7 +521,7 @@ class HubStub(http.server.ThreadingHTTPServer):
         return [body for line, _, body in list(self.requests) if line.endswith(path)]
 
     def uploaded(self) -> dict[str, bytes]:
-        """Contents of the files of all commits, by name."""
+        """The contents of the files in all commits, by file name."""
         lines = [json.loads(line) for body in self.asked("/commit/main") for line in body.splitlines()]
         files = [line["value"] for line in lines if line["key"] == "file"]
         return {file["path"]: base64.b64decode(file["content"]) for file in files}
@@ -604,7 +604,7 @@ def test_card_of_a_run_that_validates_is_titled_by_the_model(pushed):
     assert re.findall(r"from_pretrained\(\"(.*?)\"", card) == ["me/digits"]
 
 
-def test_private_repository_is_asked_for(hub, pushed):
+def test_private_repository_is_requested(hub, pushed):
     assert [json.loads(body)["visibility"] for body in hub.asked("/api/repos/create")][0] == "private"
 
 

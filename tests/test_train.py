@@ -1,4 +1,4 @@
-"""The training script: flags, a run against a plain loop, what it writes, and fine-tuning."""
+"""The training script: flags, a run against a plain loop, its output, and fine-tuning."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ from helpers import TINY_CONFIG, logged, losses, plain_loop, relative_difference
 
 
 def test_validation_classes_are_matched_by_name(train_args, image_folder, tmp_path):
-    """A split that lacks a class must not number its classes anew."""
+    """A split that lacks a class must not renumber its classes."""
     from datasets import Dataset
 
     table = load_image_table(SourceConfig(train_data_dir=str(image_folder)))
@@ -98,7 +98,7 @@ def test_training_equals_a_plain_loop(train_args, image_folder, tmp_path):
 
 
 class ReadCounter(TorchDispatchMode):
-    """Counts what makes the host wait for a device: tensors read as numbers, and sizes that depend on values."""
+    """Counts host-device synchronizations: tensors read as numbers, and sizes that depend on values."""
 
     waits = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
     count = 0
@@ -108,7 +108,7 @@ class ReadCounter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_loop_waits_for_no_device_between_logs(train_args):
+def test_loop_never_waits_for_the_device_between_logs(train_args):
     """Each step reads two numbers that lie on the host: its position, and whether the step before was taken."""
     counts = []
     for num_steps in (2, 6):  # one log each, at the end
@@ -121,7 +121,7 @@ def test_loop_waits_for_no_device_between_logs(train_args):
 
 @pytest.fixture(scope="module")
 def finished_run(base_args, tmp_path_factory) -> Path:
-    """A class-conditional run with everything on, and what it left."""
+    """The folder of a class-conditional run with all features on."""
     run_dir = tmp_path_factory.mktemp("finished")
     train(
         [
@@ -186,7 +186,7 @@ def test_token_is_written_nowhere(finished_run):
     assert not [path for path in files if b"hf_secret" in path.read_bytes()]
 
 
-def test_model_card_says_what_and_how(finished_run):
+def test_model_card_describes_data_training_and_usage(finished_run):
     card = (finished_run / "README.md").read_text()
     header = yaml.safe_load(card.split("---")[1])
     assert header["library_name"] == "diffusers" and "diffit" in header["tags"]
@@ -207,7 +207,7 @@ def test_saved_arguments_are_a_config_of_the_same_run(train_args, tmp_path):
     assert losses(tmp_path / "run") == losses(tmp_path / "again")
 
 
-def test_class_conditional_folder_loads_as_our_pipeline_without_this_repository(finished_run, tmp_path):
+def test_class_conditional_folder_loads_without_this_repository(finished_run, tmp_path):
     script = (
         "import sys\n"
         "from diffusers import AutoModel, DiffusionPipeline\n"
@@ -239,7 +239,7 @@ def test_unconditional_folder_loads_as_a_plain_ddpm_pipeline(train_args, tmp_pat
     assert type(DDPMPipeline.from_pretrained(tmp_path / "run", trust_remote_code=True)) is DDPMPipeline
 
 
-def test_peer_trains_under_the_same_recipe(train_args, tmp_path):
+def test_unet2d_model_trains_with_the_same_flags(train_args, tmp_path):
     config = {
         "_class_name": "UNet2DModel",
         "sample_size": 8,
@@ -257,7 +257,7 @@ def test_peer_trains_under_the_same_recipe(train_args, tmp_path):
     assert pipe.unet.config.num_class_embeds == 4  # three classes and the null class
 
 
-def test_bad_image_stops_training_by_name_or_is_skipped(train_args, image_folder, tmp_path, caplog):
+def test_bad_image_is_named_or_skipped(train_args, image_folder, tmp_path, caplog):
     folder = tmp_path / "data"
     shutil.copytree(image_folder, folder)
     (folder / "red" / "broken.png").write_bytes(b"no image")
@@ -269,7 +269,7 @@ def test_bad_image_stops_training_by_name_or_is_skipped(train_args, image_folder
     assert logged(tmp_path / "run").Scalars("train/bad_images")[-1].value == 1
 
 
-def test_out_of_memory_names_the_flags_that_help():
+def test_out_of_memory_names_flags_that_reduce_memory():
     message = train_diffit.explain_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert "--train_batch_size" in message and "--gradient_checkpointing" in message
     assert train_diffit.explain_out_of_memory(ValueError("something else")) is None
@@ -310,7 +310,7 @@ def test_overwriting_deletes_only_what_a_run_wrote(train_args, tmp_path):
 # --- fine-tuning
 
 
-def test_finetuning_keeps_weights_and_renews_class_rows_only(finished_run, train_args, image_folder, tmp_path, caplog):
+def test_finetuning_reinitializes_only_class_embeddings(finished_run, train_args, image_folder, tmp_path, caplog):
     folder = tmp_path / "two_classes"
     for name in ("red", "green"):
         shutil.copytree(image_folder / name, folder / name)

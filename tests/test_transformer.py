@@ -510,7 +510,7 @@ def build_unet(num_classes: int | None, **kwargs) -> DiffiTUNet2DModel:
         (None, None, True, None),
     ],
 )
-def test_null_class_predicts_the_same_whatever_the_classes(build, old, new, reset, change):
+def test_null_class_prediction_does_not_depend_on_the_classes(build, old, new, reset, change):
     source, target = build(old), build(new)
     before = copy.deepcopy(source.state_dict())
     weights, changes = adapt_weights(source, target, reset_class_embeddings=reset)
@@ -526,7 +526,7 @@ def test_null_class_predicts_the_same_whatever_the_classes(build, old, new, rese
 @pytest.mark.parametrize(
     "old, new, change", [(9, None, "dropped"), (None, 9, "added with weights of zero"), (9, 9, None)], ids=str
 )
-def test_labels_of_augmentation_come_and_go_without_changing_predictions(old, new, change):
+def test_adding_or_dropping_augment_labels_keeps_predictions(old, new, change):
     source, target = (build_unet(3, num_augment_labels=number) for number in (old, new))
     weights, changes = adapt_weights(source, target)
     assert changes == ([f"augmentation labels {change}"] if change else [])
@@ -534,7 +534,7 @@ def test_labels_of_augmentation_come_and_go_without_changing_predictions(old, ne
     torch.testing.assert_close(predict(target), predict(source), **EXACT)
 
 
-def test_new_class_rows_are_as_initialised():
+def test_new_class_rows_are_initialized():
     source, target = build_transformer(), build_transformer(seed=1, num_embeds_ada_norm=2000)
     rows = adapt_weights(source, target)[0]["class_embedding.weight"]
     assert rows[:-1].std().item() == pytest.approx(0.02, rel=0.05)

@@ -1,4 +1,4 @@
-"""Validation while training: the held-out loss, and metrics of generated images."""
+"""Validation during training: the held-out loss, and metrics of generated images."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from helpers import ROOT, logged, mean_colours, mentions, run, torchrun, train
 # --- held-out loss
 
 
-def test_validation_loss_is_the_same_each_time(train_args, tmp_path):
+def test_validation_loss_is_deterministic(train_args, tmp_path):
     """Fixed images, timesteps and noise: with a learning rate of 0 nothing moves."""
     train([*train_args, "--learning_rate=0", "--validation_steps=2", "--validation_fraction=0.25"])
     values = [event.value for event in logged(tmp_path / "run").Scalars("validation/loss")]
@@ -94,14 +94,14 @@ def test_best_of_another_metric_does_not_count(train_args, tmp_path):
     assert best["global_step"] == 4 and "| optimizer steps | 4 of 4" in (tmp_path / "run/best/README.md").read_text()
 
 
-def test_too_few_images_to_compare_with_are_refused_before_anything_is_deleted(train_args, tmp_path):
+def test_too_few_reference_images_are_refused_before_any_deletion(train_args, tmp_path):
     train([*train_args, "--max_train_steps=1"])
     with pytest.raises(ValueError, match=mentions("--eval_steps", "2 images")):
         train([*train_args, *EVAL, "--validation_fraction=0.08", "--overwrite_output_dir"])
     assert (tmp_path / "run/checkpoint-1").is_dir()
 
 
-def test_metric_equals_that_of_the_same_images_drawn_by_hand(train_args, tmp_path):
+def test_metric_equals_that_of_separately_sampled_images(train_args, tmp_path):
     from diffit.features import TableImages
     from diffit.metrics import FeatureSet, frechet_distance
 
@@ -125,7 +125,7 @@ def test_metric_equals_that_of_the_same_images_drawn_by_hand(train_args, tmp_pat
 
 
 @pytest.mark.slow
-def test_two_processes_measure_what_one_does(train_args, tmp_path):
+def test_two_processes_measure_the_same_as_one(train_args, tmp_path):
     arguments = [*train_args, *EVAL, "--global_batch_size=8", "--max_train_steps=2"]
     train([*arguments, f"--output_dir={tmp_path / 'one'}"])
     command = [*torchrun(), "train_diffit.py", *arguments, f"--output_dir={tmp_path / 'two'}"]
