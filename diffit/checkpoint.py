@@ -393,7 +393,8 @@ def open_run_dir(run: RunConfig, models: dict[str, str | None], dataset_name: st
             "another folder, or give the images as --train_data_dir, which ignores previews"
         )
     checkpoints = list_checkpoints(run.output_dir)
-    foreign = [path.name for path in checkpoints if not is_ours(path, run_dir)]
+    # A run that was killed at the end of deleting a checkpoint leaves empty folders, which are nobody's.
+    foreign = [path.name for path in checkpoints if not is_ours(path, run_dir) and any(files_below(path))]
     if foreign:
         raise UserError(
             f"{folder} contains {foreign[0]}, which this script did not write: move it, or choose another folder"
@@ -430,6 +431,9 @@ def prepare_output_dir(accelerator: Accelerator, run: RunConfig, run_dir: Output
                 remove_whole_folder(features)
             for name in ("eval", run.logging_dir):
                 remove_empty_folders(output_dir / name)
+        for empty in list_checkpoints(output_dir):
+            if not any(files_below(empty)):
+                remove_empty_folders(empty)
         for later in list_checkpoints(output_dir):
             if checkpoint_step(later) > global_step and verify_checkpoint(later) is None:
                 logger.warning(f"resuming from step {global_step}, before {later.name}")

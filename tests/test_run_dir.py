@@ -213,6 +213,13 @@ def test_foreign_checkpoint_in_a_run_is_refused_and_stays(short, run_folder):
     assert sorted(contents(run_folder / "checkpoint-7")) == ["manifest.json", "w.bin"]
 
 
+def test_empty_folders_of_a_checkpoint_are_removed(short, run_folder):
+    """A run that was killed at the end of deleting a checkpoint leaves them, and its mark need not list them."""
+    (run_folder / "checkpoint-7/unet").mkdir(parents=True)
+    train([*short, "--max_train_steps=2", "--resume_from_checkpoint=latest"])
+    assert not (run_folder / "checkpoint-7").exists()
+
+
 def test_edited_model_card_is_refused_at_start_and_kept_in_training(short, run_folder, monkeypatch):
     card = run_folder / "README.md"
     original = card.read_text()
