@@ -139,7 +139,9 @@ class DataConfig:
 
     source: SourceConfig = nested(SourceConfig)
     latents_dir: str | None = flag(
-        None, "folder of latents written by prepare_latents.py; needs --vae_model_name_or_path", type=path_type
+        None,
+        "folder of latents written by prepare_latents.py; needs --vae_model_name_or_path (default: none)",
+        type=path_type,
     )
     class_conditional: bool = flag(
         False, "condition the network on the class labels; --label_column implies it", fixed=True
@@ -248,9 +250,15 @@ class BatchConfig:
         type=at_least_one,
         fixed=True,
     )
-    max_train_steps: int | None = flag(None, "length of the training in optimizer steps", type=at_least_one)
-    num_train_epochs: float | None = flag(None, "length of the training in epochs", type=positive_float)
-    max_train_kimg: float | None = flag(None, "length of the training in thousands of images", type=positive_float)
+    max_train_steps: int | None = flag(
+        None, "length of the training in optimizer steps (default: not used)", type=at_least_one
+    )
+    num_train_epochs: float | None = flag(
+        None, "length of the training in epochs (default: not used)", type=positive_float
+    )
+    max_train_kimg: float | None = flag(
+        None, "length of the training in thousands of images (default: not used)", type=positive_float
+    )
     max_train_time: float | None = flag(
         None,
         "time limit in minutes, after which a checkpoint is saved and the script exits with code "
@@ -329,13 +337,14 @@ class ScheduleConfig:
     )
     lr_decay_steps: int | None = flag(
         None,
-        "warmup_stable_decay only, and required there: length of the final decay in optimizer steps",
+        "warmup_stable_decay only, and required there: length of the final decay in optimizer steps (default: none)",
         type=at_least_zero,
         fixed=True,
     )
     lr_decay_kimg: float | None = flag(
         None,
-        "warmup_stable_decay only: length of the final decay in thousands of images, instead of --lr_decay_steps",
+        "warmup_stable_decay only: length of the final decay in thousands of images, instead of --lr_decay_steps "
+        "(default: not used)",
         type=non_negative_float,
         fixed=True,
     )
@@ -346,7 +355,8 @@ class ScheduleConfig:
     lr_step_rules: str | None = flag(
         None,
         "piecewise_constant only, and required there: multiples of --learning_rate, each with the optimizer step "
-        "until which it applies; 1:1000,0.1:2000,0.01 means 1 until step 1000, 0.1 until step 2000, then 0.01",
+        "until which it applies; 1:1000,0.1:2000,0.01 means 1 until step 1000, 0.1 until step 2000, then 0.01 "
+        "(default: none)",
         type=step_rules_type,
         fixed=True,
     )
