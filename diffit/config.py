@@ -139,7 +139,7 @@ class DataConfig:
 
     source: SourceConfig = nested(SourceConfig)
     latents_dir: str | None = flag(
-        None, "folder of latents written by prepare_latents.py; needs --vae_model_name_or_path", type=path_type
+        None, "latents from prepare_latents.py; needs --vae_model_name_or_path (default: none)", type=path_type
     )
     class_conditional: bool = flag(
         False, "condition the network on the class labels; --label_column implies it", fixed=True
@@ -248,9 +248,9 @@ class BatchConfig:
         type=at_least_one,
         fixed=True,
     )
-    max_train_steps: int | None = flag(None, "length of the training in optimizer steps", type=at_least_one)
-    num_train_epochs: float | None = flag(None, "length of the training in epochs", type=positive_float)
-    max_train_kimg: float | None = flag(None, "length of the training in thousands of images", type=positive_float)
+    max_train_steps: int | None = flag(None, "training length in optimizer steps (default: none)", type=at_least_one)
+    num_train_epochs: float | None = flag(None, "training length in epochs (default: none)", type=positive_float)
+    max_train_kimg: float | None = flag(None, "training length in 1000 images (default: none)", type=positive_float)
     max_train_time: float | None = flag(
         None,
         "time limit in minutes, after which a checkpoint is saved and the script exits with code "
@@ -289,18 +289,14 @@ class OptimizerConfig:
         fixed_if=("optimizer", "muon"),
     )
     adam_beta1: float = flag(0.9, "AdamW's beta1, the decay rate of the first-moment estimate", type=beta, fixed=True)
-    adam_beta2: float = flag(
-        0.999, "AdamW's beta2, the decay rate of the second-moment estimate", type=beta, fixed=True
-    )
+    adam_beta2: float = flag(0.999, "AdamW's beta2, that of the second-moment estimate", type=beta, fixed=True)
     adam_weight_decay: float = flag(
         0.0, "decoupled weight decay of all parameters, Muon's included", type=non_negative_float, fixed=True
     )
     adam_epsilon: float = flag(
         1e-8, "constant added to AdamW's denominator for numerical stability", type=positive_float, fixed=True
     )
-    max_grad_norm: float = flag(
-        1.0, "maximum global norm to which gradients are clipped", type=positive_float, fixed=True
-    )
+    max_grad_norm: float = flag(1.0, "global norm to which gradients are clipped", type=positive_float, fixed=True)
     max_bad_steps: int = flag(
         20,
         "number of consecutive steps skipped because of a non-finite loss or gradient after which training ends",
@@ -329,13 +325,14 @@ class ScheduleConfig:
     )
     lr_decay_steps: int | None = flag(
         None,
-        "warmup_stable_decay only, and required there: length of the final decay in optimizer steps",
+        "warmup_stable_decay only, and required there: length of the final decay in optimizer steps (default: none)",
         type=at_least_zero,
         fixed=True,
     )
     lr_decay_kimg: float | None = flag(
         None,
-        "warmup_stable_decay only: length of the final decay in thousands of images, instead of --lr_decay_steps",
+        "warmup_stable_decay only: length of the final decay in thousands of images, instead of --lr_decay_steps "
+        "(default: not used)",
         type=non_negative_float,
         fixed=True,
     )
@@ -346,7 +343,8 @@ class ScheduleConfig:
     lr_step_rules: str | None = flag(
         None,
         "piecewise_constant only, and required there: multiples of --learning_rate, each with the optimizer step "
-        "until which it applies; 1:1000,0.1:2000,0.01 means 1 until step 1000, 0.1 until step 2000, then 0.01",
+        "until which it applies; 1:1000,0.1:2000,0.01 means 1 until step 1000, 0.1 until step 2000, then 0.01 "
+        "(default: none)",
         type=step_rules_type,
         fixed=True,
     )
@@ -434,9 +432,7 @@ class RunConfig:
     )
     checkpointing_steps: int = flag(500, "optimizer steps between checkpoints", type=at_least_one)
     checkpoints_total_limit: int | None = flag(
-        None,
-        "maximum number of checkpoints to keep; older ones are deleted (default: keep all)",
-        type=at_least_one,
+        None, "number of checkpoints to keep; older ones are deleted (default: keep all)", type=at_least_one
     )
     resume_from_checkpoint: str | None = flag(
         None,

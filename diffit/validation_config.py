@@ -59,7 +59,9 @@ class MetricsConfig:
     )
     feature_extractor: str = flag("inception", "feature extractor for --eval_metrics (see eval_diffit.py)")
     feature_model: str | None = flag(
-        None, "folder or hub name of the weights for --feature_extractor dinov2 or clip", type=path_type
+        None,
+        "folder or hub name of the weights for --feature_extractor dinov2 or clip (default: none)",
+        type=path_type,
     )
     inception_path: str | None = flag(
         None, "TorchScript file for --feature_extractor inception (default: downloaded)", type=path_type

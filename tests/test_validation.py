@@ -96,7 +96,7 @@ def test_best_of_another_metric_does_not_count(train_args, tmp_path):
 
 def test_too_few_reference_images_are_refused_before_any_deletion(train_args, tmp_path):
     train([*train_args, "--max_train_steps=1"])
-    with pytest.raises(ValueError, match=mentions("--eval_steps", "2 images")):
+    with pytest.raises(ValueError, match=mentions("--eval_steps", 4, 2)):
         train([*train_args, *EVAL, "--validation_fraction=0.08", "--overwrite_output_dir"])
     assert (tmp_path / "run/checkpoint-1").is_dir()
 
