@@ -339,7 +339,8 @@ def finish(run: Run, state: TrainingState, validated: bool) -> None:
     run.stop.close()
     accelerator.free_memory()  # DDP must go before the process group: gloo may hang otherwise (torch 2.13)
     if state.global_step < run.plan.max_train_steps or not validated:
-        logger.info(f"stopped at step {state.global_step}; resume with --resume_from_checkpoint latest")
+        resume = "resume with --resume_from_checkpoint latest"
+        logger.info(f"stopped at step {state.global_step}; {resume} (reason: {run.stop.reason()})")
         accelerator.end_training()
         sys.exit(EXIT_STOPPED)
     if accelerator.is_main_process:

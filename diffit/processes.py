@@ -313,6 +313,7 @@ class StopRequest:
         self.has_begun = False
         self.is_leaving = False
         self.signalled = False
+        self.signal_name: str | None = None
         self.first_signal = math.inf
         self.deadline = math.inf if max_train_time is None else time.monotonic() + 60 * max_train_time
         self.group = None
@@ -340,7 +341,7 @@ class StopRequest:
             self.is_leaving = True
             logger.warning("stopped before the training began")
             sys.exit(EXIT_STOPPED)
-        now = time.monotonic()
+        now, self.signal_name = time.monotonic(), signal.Signals(number).name
         self.first_signal = min(self.first_signal, now)
         # The terminal sends Ctrl-C to all processes, and the launcher forwards it: within a second it is the same one.
         if number == signal.SIGINT and now - self.first_signal > 1:
@@ -363,6 +364,12 @@ class StopRequest:
                 os.write(2, b"stopped before the training began, while waiting for other processes\n")
                 os._exit(EXIT_STOPPED)
         self.numbers.close()
+
+    def reason(self) -> str:
+        """Why this process stops, in words, for the log."""
+        if self.signal_name is not None:
+            return f"{self.signal_name}, as the launcher is gone" if launcher_is_gone() else self.signal_name
+        return "--max_train_time" if time.monotonic() > self.deadline else "a stop of another process"
 
     def is_wanted(self) -> bool:
         """Whether this process was asked to stop. The other processes may not know yet."""

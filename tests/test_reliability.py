@@ -59,7 +59,7 @@ def test_signal_saves_and_the_run_resumes_bitwise(name, long_args, whole_run, tm
     process.send_signal(getattr(signal, name))
     output, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_STOPPED, output
-    assert mentions("step", "--resume_from_checkpoint latest").search(output)
+    assert mentions("step", "--resume_from_checkpoint latest", name).search(output)
     last = list_checkpoints(tmp_path / "run")[-1]
     assert last.name != f"checkpoint-{STEPS}" and verify_checkpoint(last) is None
     train(arguments)
@@ -77,11 +77,12 @@ def test_two_processes_stop_at_the_same_step_under_torchrun(long_args, tmp_path)
     assert verify_checkpoint(last) is None
 
 
-def test_time_limit_saves_and_exits_with_the_documented_code(long_args, tmp_path):
+def test_time_limit_saves_and_exits_with_the_documented_code(long_args, tmp_path, caplog):
     with pytest.raises(SystemExit) as stopped:
         arguments = [*long_args, f"--output_dir={tmp_path / 'run'}", "--checkpointing_steps=100000"]
         train([*arguments, "--max_train_steps=100000", "--max_train_time=0.02"])
     assert stopped.value.code == EXIT_STOPPED
+    assert mentions("stopped", "--max_train_time").search(caplog.text)
     assert len(list_checkpoints(tmp_path / "run")) == 1
 
 
