@@ -102,6 +102,34 @@ def component_name(network: torch.nn.Module) -> str:
     return "transformer" if "num_embeds_ada_norm" in network.config else "unet"
 
 
+class NonFiniteImagesError(ValueError):
+    """Sampled images have NaN or infinite values; the message names their seeds."""
+
+
+def check_finite(images: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None) -> None:
+    """Refuses images with NaN or infinite values, which would otherwise be saved as black or white pixels.
+
+    Args:
+        images: sampled images or latents before they are clipped; shape (B, C, H, W).
+        generator: generators of the noise, for their seeds: one per image, or one for all; or None.
+
+    Raises:
+        NonFiniteImagesError: names the seeds, or the positions in the batch where there is not a seed for each image.
+    """
+    finite = images.isfinite().flatten(1).all(dim=1)  # (B)
+    if finite.all():
+        return
+    positions = (~finite).nonzero().flatten().tolist()
+    by_seed = isinstance(generator, list)
+    numbers = [generator[i].initial_seed() if by_seed else i for i in positions]
+    numbers = list(dict.fromkeys(numbers))  # a padded batch repeats its last seed
+    shown = ", ".join(map(str, numbers[:10])) + (f" and {len(numbers) - 10} more" if len(numbers) > 10 else "")
+    raise NonFiniteImagesError(
+        f"the images of {'seeds' if by_seed else 'batch positions'} {shown} have NaN or infinite values: either the "
+        "weights are not finite, or values overflow (try float32, or less guidance)"
+    )
+
+
 def null_label(network: torch.nn.Module) -> int | None:
     """Index of the null class for classifier-free guidance, which is the number of classes; None if unconditional.
 
@@ -481,6 +509,7 @@ class DiffiTPipeline(DiffusionPipeline):
         Raises:
             ValueError: for an unknown class, guidance without classes or a guidance model, churn without Heun's
                 method, or counts and sizes that do not match.
+            NonFiniteImagesError: if images have NaN or infinite values; a `ValueError` that names their seeds.
         """
         network, device = self.network, self._execution_device
         if class_labels is None and guidance_model is None and guidance_scale != 1:
@@ -534,6 +563,8 @@ class DiffiTPipeline(DiffusionPipeline):
 
         # 4. images
         images = sample if output_type == "latent" else self._decode(sample)  # (B, C, H, W)
+        check_finite(images, generator)
+        images = images if output_type == "latent" else images.clamp(0, 1)
         self.maybe_free_model_hooks()
         if output_type in ("np", "pil"):
             images = images.cpu().permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
@@ -648,11 +679,11 @@ class DiffiTPipeline(DiffusionPipeline):
         return torch.cat([guided, prediction[:, channels:]], dim=1)
 
     def _decode(self, sample: torch.Tensor) -> torch.Tensor:
-        """Converts a denoised sample to images in [0, 1], shape (B, C, H, W); a VAE decodes latents."""
+        """Converts a denoised sample to images, in [0, 1] once clipped; shape (B, C, H, W). A VAE decodes latents."""
         if self.vae is not None:
             latents = sample / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
             sample = self.vae.decode(latents.to(self.vae.dtype)).sample.float()
-        return (sample / 2 + 0.5).clamp(0, 1)
+        return sample / 2 + 0.5
 
     def save_config(self, save_directory: str | Path, **kwargs) -> None:
         """Extends diffusers' method: adds this file and this class's name, so that the folder loads anywhere."""

@@ -12,13 +12,14 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, UNet2DModel
 
 from diffit.cpu_kernels import kernelize
-from diffit.errors import UserError, load_model, user_errors
+from diffit.errors import RunError, UserError, load_model, user_errors
 from diffit.formulations import formulation_of
 from diffit.networks import choose_attention_backend, model_class, set_attention_backend
 from diffit.sampling_config import SamplingConfig
 from diffit_pipeline import (
     FORWARD_PROCESS,
     DiffiTPipeline,
+    NonFiniteImagesError,
     choose_scheduler,
     load_network,
     null_label,
@@ -238,6 +239,9 @@ def sample_seeds(
 
     Yields:
         uint8, shape (B, H, W, C), where B is `batch_size` but for the last batch.
+
+    Raises:
+        RunError: names the seeds whose images have NaN or infinite values.
     """
     guidance = sampling.guidance
     for start in range(0, len(seeds), batch_size):
@@ -245,22 +249,27 @@ def sample_seeds(
         num_images = len(indices)
         if pad:
             indices += indices[-1:] * (batch_size - num_images)
-        images = pipeline(
-            class_labels=None if labels is None else [labels[i] for i in indices],
-            batch_size=len(indices),
-            num_inference_steps=sampling.num_inference_steps,
-            guidance_scale=guidance.scale,
-            guidance_schedule=guidance.schedule,
-            guidance_power=guidance.power,
-            guidance_interval=guidance.interval,
-            guidance_channels=guidance.channels,
-            guidance_model=guidance_model,
-            eta=sampling.eta,
-            s_churn=sampling.s_churn,
-            s_tmin=sampling.s_tmin,
-            s_tmax=math.inf if sampling.s_tmax is None else sampling.s_tmax,
-            s_noise=sampling.s_noise,
-            generator=[torch.Generator().manual_seed(seeds[i]) for i in indices],
-            output_type="np",
-        ).images  # (B, H, W, C) in [0, 1]
+        try:
+            images = pipeline(
+                class_labels=None if labels is None else [labels[i] for i in indices],
+                batch_size=len(indices),
+                num_inference_steps=sampling.num_inference_steps,
+                guidance_scale=guidance.scale,
+                guidance_schedule=guidance.schedule,
+                guidance_power=guidance.power,
+                guidance_interval=guidance.interval,
+                guidance_channels=guidance.channels,
+                guidance_model=guidance_model,
+                eta=sampling.eta,
+                s_churn=sampling.s_churn,
+                s_tmin=sampling.s_tmin,
+                s_tmax=math.inf if sampling.s_tmax is None else sampling.s_tmax,
+                s_noise=sampling.s_noise,
+                generator=[torch.Generator().manual_seed(seeds[i]) for i in indices],
+                output_type="np",
+            ).images  # (B, H, W, C) in [0, 1]
+        except NonFiniteImagesError as error:
+            failure = RunError(str(error))
+            failure.raised_in = "process"  # the others sample other seeds
+            raise failure from error
         yield (images[:num_images] * 255).round().astype(np.uint8)

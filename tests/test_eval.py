@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -15,6 +16,7 @@ import scipy.linalg
 import torch
 from accelerate import PartialState
 from diffusers import DDPMScheduler, EDMEulerScheduler
+from safetensors.torch import load_file, save_file
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import poly_mmd
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
@@ -22,6 +24,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2
 import eval_diffit
 import sample_diffit
 from diffit.decode import image_size
+from diffit.errors import RunError
 from diffit.evaluation import list_classes
 from diffit.features import (
     CLIP_MEAN,
@@ -50,7 +53,7 @@ from diffit.source_config import SourceConfig
 from diffit.sources import load_image_table
 from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import DiffiTPipeline
-from helpers import LAUNCH, ROOT, TINY_CONFIG, readme_commands, run
+from helpers import LAUNCH, ROOT, TINY_CONFIG, mentions, readme_commands, run
 
 CPU = torch.device("cpu")
 
@@ -675,6 +678,18 @@ def test_samples_are_those_of_the_pipeline_by_seed_and_class(model_flags, traine
     drawn = samples(tmp_path)
     assert drawn.shape == (21, 3, 8, 8) and drawn.dtype == np.uint8
     np.testing.assert_array_equal(drawn[:8].transpose(0, 2, 3, 1), (images * 255).round())
+
+
+def test_samples_that_are_not_finite_are_not_evaluated(model_flags, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "model")
+    (file,) = (tmp_path / "model").glob("unet/*.safetensors")
+    weights = load_file(file)
+    weights["conv_out.bias"][0] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    model_flags[0] = f"--model_path={tmp_path / 'model'}"
+    with pytest.raises(RunError, match=mentions("seeds 0, 1, 2, 3, 4, 5, 6, 7 have")):
+        evaluate(tmp_path, *model_flags)
+    assert not list((tmp_path / "work").glob("samples-*/*.npy")) and not (tmp_path / "metrics.json").exists()
 
 
 def test_second_run_samples_nothing(model_flags, tmp_path, monkeypatch):
