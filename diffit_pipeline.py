@@ -244,6 +244,55 @@ def guidance_weight(
     return 1 + (scale - 1) * (1 - math.cos(math.pi * (1 - time) ** power)) / 2
 
 
+def is_edm(scheduler) -> bool:
+    """Whether a scheduler is for EDM models, which are conditioned on noise levels rather than timesteps."""
+    return isinstance(scheduler, tuple(EDM_SCHEDULERS.values()))
+
+
+def is_flow_matching(config: dict) -> bool:
+    """Whether a scheduler's config is for flow-matching models, which no network of this project is."""
+    by_name = str(config.get("_class_name")).startswith(("FlowMatch", "FlowMap"))
+    return by_name or bool(config.get("use_flow_sigmas")) or config.get("prediction_type") == "flow_prediction"
+
+
+def check_scheduler(scheduler, trained_with) -> None:
+    """Refuses a scheduler that is not for the model: it would sample noise, or images of poor quality.
+
+    Args:
+        scheduler: the scheduler to sample with.
+        trained_with: a scheduler with the model's formulation, noise schedule and prediction type.
+
+    Raises:
+        ValueError: names the setting that differs.
+    """
+    name, config, expected = type(scheduler).__name__, scheduler.config, trained_with.config
+    if is_flow_matching({**config, "_class_name": name}):
+        raise ValueError(f"scheduler {name} is for flow matching, and the model was not trained with that")
+    # `from_config` keeps settings of the other formulation, so a saved scheduler may reveal one from the wrong folder.
+    edm, trained_edm = is_edm(scheduler), is_edm(trained_with)
+    if edm != trained_edm or ("beta_schedule" if edm else "sigma_data") in config:
+        names = [scheduler_class.__name__ for scheduler_class in (SCHEDULERS if edm else EDM_SCHEDULERS).values()]
+        raise ValueError(
+            f"scheduler {name} does not suit a model trained with {'DDPM' if edm else 'EDM'}: choose one of "
+            f"{', '.join(dict.fromkeys(names))}"
+        )
+    helps = f"make it with {name}.from_pretrained(<folder of the model>, subfolder='scheduler')"
+    for key in ("prediction_type", "sigma_data"):
+        if config.get(key) != expected.get(key):
+            values = f"{key} {config.get(key)}, the model was trained with {expected.get(key)}"
+            raise ValueError(f"scheduler {name} has {values}: {helps}")
+    if scheduler is trained_with or not all(hasattr(one, "alphas_cumprod") for one in (scheduler, trained_with)):
+        return
+    ours, theirs = scheduler.alphas_cumprod.cpu(), trained_with.alphas_cumprod.cpu()
+    # The tolerance admits `rescale_betas_zero_snr`, which moves alphas by up to 0.04.
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=0, atol=0.05):
+        ours, theirs = (
+            "{beta_schedule} betas from {beta_start} to {beta_end} in {num_train_timesteps} timesteps".format(**values)
+            for values in (config, expected)
+        )
+        raise ValueError(f"scheduler {name} has {ours}, the model was trained with {theirs}: {helps}")
+
+
 def choose_scheduler(model_path: str, scheduler: str | None = None) -> str:
     """Checks the name of a scheduler against the model in a folder, or chooses the default.
 
@@ -259,6 +308,10 @@ def choose_scheduler(model_path: str, scheduler: str | None = None) -> str:
         ValueError: if the scheduler is unknown or does not suit the model.
     """
     config = DDPMScheduler.load_config(model_path, subfolder="scheduler")
+    if is_flow_matching(config):
+        raise ValueError(
+            f"{model_path} is a flow-matching model ({config.get('_class_name')}), which is not supported"
+        )
     edm = config.get("_class_name") in {scheduler_class.__name__ for scheduler_class in EDM_SCHEDULERS.values()}
     names = sorted(EDM_SCHEDULERS if edm else SCHEDULERS)
     scheduler = scheduler or ("edm_heun" if edm else "ddim")
@@ -295,7 +348,8 @@ class DiffiTPipeline(DiffusionPipeline):
     Args:
         unet: pixel-space network with the interface of `UNet2DModel`, which predicts noise, image or velocity; None
             for a latent-space model.
-        scheduler: any diffusers scheduler.
+        scheduler: diffusers scheduler of the model's formulation, noise schedule and prediction type. One that
+            replaces it later (`pipeline.scheduler = ...`) must have the same.
         id2label: maps a class index, as a string, to the names of the class, separated by commas; None if the classes
             have no names.
         transformer: latent-space network with the interface of `DiTTransformer2DModel`; None for a pixel-space model.
@@ -330,6 +384,7 @@ class DiffiTPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, transformer=transformer, vae=vae, scheduler=scheduler)
         self.register_to_config(id2label=id2label)
         self.heun = heun
+        self._trained_with = scheduler
 
     @classmethod
     def from_folder(
@@ -508,7 +563,7 @@ class DiffiTPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: for an unknown class, guidance without classes or a guidance model, churn without Heun's
-                method, or counts and sizes that do not match.
+                method, a scheduler for other models, or counts and sizes that do not match.
             NonFiniteImagesError: if images have NaN or infinite values; a `ValueError` that names their seeds.
         """
         network, device = self.network, self._execution_device
@@ -519,6 +574,7 @@ class DiffiTPipeline(DiffusionPipeline):
         if output_type == "pil" and self.image_channels not in (1, 3, 4):
             raise ValueError(f"PIL has no images with {self.image_channels} channels: give output_type='np' or 'pt'")
         self.check_guidance(guidance_channels, guidance_model)
+        check_scheduler(self.scheduler, self._trained_with)
         uses_heun = self.heun and isinstance(self.scheduler, EDMEulerScheduler)
         if s_churn != 0 and not uses_heun:
             raise ValueError(f"s_churn {s_churn} needs Heun's method: an EDMEulerScheduler, and heun=True")
@@ -616,7 +672,7 @@ class DiffiTPipeline(DiffusionPipeline):
     def _times(self) -> list[float]:
         """Time in [0, 1] of each timestep of the scheduler: t / T, or `edm_time`."""
         config = self.scheduler.config
-        if not isinstance(self.scheduler, tuple(EDM_SCHEDULERS.values())):
+        if not is_edm(self.scheduler):
             # One transfer from the device for all steps.
             return [timestep / config.num_train_timesteps for timestep in self.scheduler.timesteps.tolist()]
         sigmas = self.scheduler.sigmas[:-1].tolist()
