@@ -12,6 +12,7 @@ import contextlib
 import inspect
 import json
 import math
+import numbers
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,7 @@ EDM_SCHEDULERS = {
     "edm_heun": EDMEulerScheduler,  # the same noise levels as edm_euler; the pipeline corrects each step
 }
 GUIDANCE_SCHEDULES = ("constant", "power_cosine")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 def to_displayable(pixels: np.ndarray) -> PIL.Image.Image:
@@ -291,6 +293,35 @@ def check_scheduler(scheduler, trained_with) -> None:
             for values in (config, expected)
         )
         raise ValueError(f"scheduler {name} has {ours}, the model was trained with {theirs}: {helps}")
+
+
+def check_call(call: dict) -> None:
+    """Checks those arguments of a call of the pipeline that need no model, by the rules of `sample_diffit.py`.
+
+    Args:
+        call: arguments of `DiffiTPipeline.__call__` by their names.
+
+    Raises:
+        ValueError: names the argument and its value.
+    """
+    for name in ("num_inference_steps", "batch_size", "height", "width"):
+        value = call[name]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1):
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    low, high = call["guidance_interval"]
+    for name, is_valid, expected in (
+        ("output_type", lambda value: value in OUTPUT_TYPES, f"one of {', '.join(OUTPUT_TYPES)}"),
+        ("guidance_schedule", lambda value: value in GUIDANCE_SCHEDULES, f"one of {', '.join(GUIDANCE_SCHEDULES)}"),
+        ("guidance_scale", lambda value: 0 <= value < math.inf, "a finite number of at least 0"),
+        ("guidance_power", lambda value: 0 < value < math.inf, "a finite number above 0"),
+        ("guidance_interval", lambda _: 0 <= low < high <= 1, "0 <= low < high <= 1"),
+        ("eta", lambda value: 0 <= value <= 1, "in [0, 1]"),
+        ("s_churn", lambda value: 0 <= value < math.inf, "a finite number of at least 0"),
+        ("s_tmin", lambda value: 0 <= value < call["s_tmax"], f"at least 0 and below s_tmax, {call['s_tmax']}"),
+        ("s_noise", lambda value: 0 < value < math.inf, "a finite number above 0"),
+    ):
+        if not is_valid(call[name]):
+            raise ValueError(f"{name} must be {expected}, got {call[name]!r}")
 
 
 def choose_scheduler(model_path: str, scheduler: str | None = None) -> str:
@@ -535,7 +566,7 @@ class DiffiTPipeline(DiffusionPipeline):
                 one takes one.
             guidance_scale: scale of classifier-free guidance, `uncond + scale * (cond - uncond)`. Where it is 1,
                 guidance is off, and the batch of a forward pass is not doubled.
-            eta: noise of DDIM, from 0 (deterministic) to 1 (as much as DDPM); other schedulers ignore it.
+            eta: noise of DDIM, from 0 (deterministic) to 1 (as much as DDPM); other schedulers have 0 only.
             generator: one generator for all images, or one per image. Noise is sampled in float32 on the generator's
                 device. With one CPU generator per image, the noise of an image depends on its own generator only.
             height: height in pixels, or in latents without a VAE. Default: the network's `sample_size`.
@@ -562,10 +593,12 @@ class DiffiTPipeline(DiffusionPipeline):
             The images, as an `ImagePipelineOutput` or a tuple of one element.
 
         Raises:
-            ValueError: for an unknown class, guidance without classes or a guidance model, churn without Heun's
-                method, a scheduler for other models, or counts and sizes that do not match.
+            ValueError: for an argument that is out of range or that the scheduler does not have, an unknown class,
+                guidance without classes or a guidance model, a scheduler for other models, or counts and sizes that
+                do not match.
             NonFiniteImagesError: if images have NaN or infinite values; a `ValueError` that names their seeds.
         """
+        check_call(locals())
         network, device = self.network, self._execution_device
         if class_labels is None and guidance_model is None and guidance_scale != 1:
             raise ValueError(f"guidance_scale {guidance_scale} needs class_labels or a guidance_model")
@@ -574,7 +607,7 @@ class DiffiTPipeline(DiffusionPipeline):
         if output_type == "pil" and self.image_channels not in (1, 3, 4):
             raise ValueError(f"PIL has no images with {self.image_channels} channels: give output_type='np' or 'pt'")
         self.check_guidance(guidance_channels, guidance_model)
-        check_scheduler(self.scheduler, self._trained_with)
+        self._check_steps(num_inference_steps, eta)
         uses_heun = self.heun and isinstance(self.scheduler, EDMEulerScheduler)
         if s_churn != 0 and not uses_heun:
             raise ValueError(f"s_churn {s_churn} needs Heun's method: an EDMEulerScheduler, and heun=True")
@@ -628,6 +661,16 @@ class DiffiTPipeline(DiffusionPipeline):
                 images = self.numpy_to_pil(images)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    def _check_steps(self, num_inference_steps: int, eta: float) -> None:
+        """Refuses a scheduler that is not for the model, or that cannot take these steps."""
+        scheduler = self.scheduler
+        check_scheduler(scheduler, self._trained_with)
+        if eta != 0 and "eta" not in inspect.signature(scheduler.step).parameters:
+            raise ValueError(f"eta {eta} needs a DDIMScheduler, {type(scheduler).__name__} has none")
+        most = scheduler.config.num_train_timesteps
+        if num_inference_steps > most and not is_edm(scheduler):
+            raise ValueError(f"num_inference_steps {num_inference_steps} exceeds the {most} timesteps of the model")
+
     def _labels(
         self, class_labels: int | str | list[int | str] | torch.Tensor | None, batch_size: int | None
     ) -> tuple[torch.Tensor | None, int]:
@@ -635,6 +678,8 @@ class DiffiTPipeline(DiffusionPipeline):
         null = null_label(self.network)
         if class_labels is not None:
             ids = self.label_ids(class_labels)
+            if not ids:
+                raise ValueError("class_labels is empty: give a class, or None for no class")
             batch_size = batch_size or len(ids)
             ids = ids * batch_size if len(ids) == 1 else ids
             if len(ids) != batch_size:
