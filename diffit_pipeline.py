@@ -476,6 +476,20 @@ class DiffiTPipeline(DiffusionPipeline):
         """Channels of the images, or of the latents if there is no VAE to decode them."""
         return self.network.config.in_channels if self.vae is None else self.vae.config.out_channels
 
+    @property
+    def pixels_per_latent(self) -> int:
+        """Height and width in pixels of what the VAE decodes from one latent; 1 without a VAE."""
+        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width of the images in pixels, unless a call says otherwise; None if each call must say so."""
+        size = self.network.config.sample_size
+        if size is None:
+            return None
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.pixels_per_latent, width * self.pixels_per_latent
+
     def label_ids(self, class_labels: int | str | list[int | str] | torch.Tensor) -> list[int]:
         """Converts class labels, given as indices or names, to indices.
 
@@ -695,12 +709,12 @@ class DiffiTPipeline(DiffusionPipeline):
         if size is None and (height is None or width is None):
             raise ValueError("the network has no `sample_size`: give height and width")
         sides = [size, size] if isinstance(size, int) or size is None else list(size)
-        pixels_per_latent = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        scale = self.pixels_per_latent
         for i, pixels in enumerate((height, width)):
             if pixels is not None:
-                if pixels % pixels_per_latent:
-                    raise ValueError(f"height and width must be multiples of {pixels_per_latent}, got {pixels}")
-                sides[i] = pixels // pixels_per_latent
+                if pixels % scale:
+                    raise ValueError(f"height and width must be multiples of {scale}, got {pixels}")
+                sides[i] = pixels // scale
         return batch_size, self.network.config.in_channels, *sides
 
     def _step_kwargs(self, eta: float, generator: torch.Generator | list[torch.Generator] | None) -> dict:

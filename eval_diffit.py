@@ -32,15 +32,14 @@ from accelerate import PartialState
 from diffit.command_line import run_script, to_flags
 from diffit.errors import UserError, user_errors
 from diffit.evaluation import Evaluation, measure_by_steps, measure_models
-from diffit.features import FeatureExtractor, load_extractor
+from diffit.features import FeatureExtractor, TableImages, load_extractor
 from diffit.formulations import NoisyBatch, denoising_losses, formulation_of
 from diffit.image_sets import (
     EvaluatedSet,
-    ImageSet,
     ImageSource,
     image_set,
     load_statistics,
-    natural_shape,
+    natural_size,
     open_source,
     save_statistics,
 )
@@ -59,14 +58,14 @@ NUM_LOSS_IMAGES = 256  # images of each
 
 @torch.no_grad()
 def loss_by_level(
-    pipeline: DiffiTPipeline, source: ImageSource, images: ImageSet, batch_size: int
+    pipeline: DiffiTPipeline, source: ImageSource, size: tuple[int, int], batch_size: int
 ) -> tuple[list[float], list[float]]:
     """Loss of a pixel-space model by noise level, from the least noise to the most.
 
     Args:
         pipeline: on the device.
-        source: where the images come from; has their classes.
-        images: all images of the source; the first `NUM_LOSS_IMAGES` are taken, with the same noise at each level.
+        source: the first `NUM_LOSS_IMAGES` are taken, with the same noise at each level.
+        size: height and width, to which files are resized.
         batch_size: images per forward pass.
 
     Returns:
@@ -75,12 +74,16 @@ def loss_by_level(
     network, device = pipeline.network, pipeline.device
     formulation = formulation_of(pipeline.scheduler)
     levels = formulation.level_grid(NUM_LOSS_LEVELS)
-    num_images = min(NUM_LOSS_IMAGES, len(images.images))
+    if source.table is not None:  # with the channels of the model, not those of the feature extractors
+        images = TableImages(source.table, size, network.config.in_channels)
+    else:
+        images = torch.from_numpy(source.array[:NUM_LOSS_IMAGES].copy())
+    num_images = min(NUM_LOSS_IMAGES, len(images))
     null = null_label(network)
     labels = None if null is None else torch.full((num_images,), null)
     if labels is not None and source.table is not None and source.table.class_names is not None:
         labels = torch.tensor([source.table.label(index) for index in range(num_images)])
-    clean = torch.stack([images.images[i] for i in range(num_images)]) / 127.5 - 1  # (N, C, H, W)
+    clean = torch.stack([images[i] for i in range(num_images)]) / 127.5 - 1  # (N, C, H, W)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     losses = []
     for level in levels:
@@ -99,14 +102,14 @@ def loss_by_level(
 
 
 def loss_curves(
-    pipelines: Iterable[tuple[str, DiffiTPipeline]], source: ImageSource, images: ImageSet, batch_size: int
+    pipelines: Iterable[tuple[str, DiffiTPipeline]], source: ImageSource, size: tuple[int, int], batch_size: int
 ) -> tuple[list[tuple[str, list[float], list[float]]], dict[str, str]]:
     """Loss by noise level of the pixel-space models that have the formulation of the first one.
 
     Args:
         pipelines: models with their paths, on the device.
         source: see `loss_by_level`.
-        images: see `loss_by_level`.
+        size: see `loss_by_level`.
         batch_size: images per forward pass.
 
     Returns:
@@ -119,7 +122,11 @@ def loss_curves(
         if pipeline.transformer is not None or type(formulation) is not type(first):
             print(f"no loss by timestep of {path}: it is in latent space, or of another formulation than the first")
             continue
-        curves.append((Path(path).name, *loss_by_level(pipeline, source, images, batch_size)))
+        channels = pipeline.network.config.in_channels
+        if source.array is not None and source.array.shape[1] != channels:
+            print(f"no loss by timestep of {path}: it has {channels} channels, {source.name} {source.array.shape[1]}")
+            continue
+        curves.append((Path(path).name, *loss_by_level(pipeline, source, size, batch_size)))
     return curves, first.axes()
 
 
@@ -174,13 +181,13 @@ def write_results(
         raise UserError(f"--output {output} was changed by another program meanwhile, and is left as it is")
 
 
-def describe(extractor: FeatureExtractor, shape: tuple[int, int, int], arguments: dict) -> dict:
-    """All that the metrics depend on besides the images."""
+def describe(extractor: FeatureExtractor, size: tuple[int, int], arguments: dict) -> dict:
+    """All that the metrics depend on besides the images, such as their size, which is the same on both sides."""
     packages = ("diffusers", "transformers", "numpy", "pillow")
     return {
         "feature_extractor": extractor.name,
         **extractor.settings,
-        "channels_height_width": list(shape),
+        "channels_height_width": [3, *size],  # also of grayscale images
         "reference": arguments["reference"],
         "arguments": arguments,
         # torch.__version__ names the build, such as +cu130; the version of the package may not.
@@ -293,25 +300,25 @@ def main(config: EvalConfig) -> None:
     training_source = open_images(processes, config.reference, "--training_images", plots.training_images)
     check_reference(source, metrics.metrics, needs_images=plots.plots is not None and training_source is None)
     extractors = load_extractors(processes, metrics)
-    evaluation = Evaluation(processes, output.work_dir, extractors, output.batch_size, output.dataloader_num_workers)
+    sizes = (output.batch_size, output.dataloader_num_workers, config.reference.resolution)
+    evaluation = Evaluation(processes, output.work_dir, extractors, *sizes)
 
     # 2. samples and features, by all processes
     step_sets = []
     if evaluated.images is not None:
         given = open_images(processes, config.reference, "--images", evaluated.images)
-        shape = on_all_processes(processes, natural_shape, given, config.reference.resolution)
-        sets = [evaluation.measure(image_set(given, shape, evaluated.num_images), name=evaluated.images)]
+        size = config.reference.resolution or on_all_processes(processes, natural_size, given)
+        sets = [evaluation.measure(image_set(given, size, evaluated.num_images), name=evaluated.images)]
     else:
         sets = measure_models(evaluation, evaluated, config.sampling, source.table)
         step_sets = measure_by_steps(evaluation, sets[-1], evaluated, config.sampling, plots, source.table)
-    channels, *size = sets[0].images.images[0].shape
-    shape = (channels, *(config.reference.resolution or size))
+        size = sets[0].images.images[0].shape[1:]
     reference = training = None
     if source.statistics is None:
-        reference = training = evaluation.measure(image_set(source, shape), name=source.name)
+        reference = training = evaluation.measure(image_set(source, size), name=source.name)
     if training_source is not None:
         features_only = dataclasses.replace(evaluation, extractors=extractors[:1])
-        training = features_only.measure(image_set(training_source, shape), name=training_source.name)
+        training = features_only.measure(image_set(training_source, size), name=training_source.name)
     processes.wait_for_everyone()
     processes.destroy_process_group()
     if not processes.is_main_process:
@@ -323,7 +330,7 @@ def main(config: EvalConfig) -> None:
     print_results(results)
     if output.output is not None:
         arguments = to_flags(config)
-        write_results(output.output, results, step_results, describe(extractors[0], shape, arguments))
+        write_results(output.output, results, step_results, describe(extractors[0], size, arguments))
 
     # 4. plots
     if plots.plots is not None:
@@ -336,7 +343,7 @@ def main(config: EvalConfig) -> None:
             plain = dataclasses.replace(config.sampling, scheduler=None, guidance=GuidanceConfig())
             load = functools.partial(load_sampler, sampling=plain, device=processes.device, weights=evaluated.weights)
             pipelines = ((images.name, load(images.name)[0]) for images in sets)  # one after the other
-            curves = loss_curves(pipelines, training_source or source, training.images, output.batch_size)
+            curves = loss_curves(pipelines, training_source or source, size, output.batch_size)
             plot_losses(folder.folder / "loss_by_timestep.png", *curves)
         folder.record(PLOTS)
 

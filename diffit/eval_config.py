@@ -78,8 +78,8 @@ class ReferenceConfig:
     image_column: str | None = flag(None, "column of parquet files and datasets (default: the only one of images)")
     resolution: tuple[int, int] | None = flag(
         None,
-        "side in pixels, or HxW, to which images are cropped and resized as in training (default: the size "
-        "of the evaluated images, which must then be the same for all)",
+        "side in pixels, or HxW, to which image files are cropped and resized as in training; arrays and samples of "
+        "a model must have it (default: the size of the evaluated images, which must then be the same for all)",
         type=resolution_type,
     )
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from diffit.errors import UserError, user_errors
 from diffit.eval_config import DEFAULT_NUM_IMAGES, EvaluatedConfig, PlotsConfig
 from diffit.features import FeatureExtractor, extract_features, fill_array, settings_folder, weights_digest
-from diffit.image_sets import ArrayImages, EvaluatedSet, ImageSet
+from diffit.image_sets import ArrayImages, EvaluatedSet, ImageSet, check_resolution
 from diffit.processes import on_all_processes
 from diffit.run_dir import list_checkpoints
 from diffit.sampling import load_sampler, parse_class_labels, resolve_scheduler, sample_seeds
@@ -35,6 +35,7 @@ class Evaluation:
         extractors: the feature extractor and, for the Inception score, one that gives class probabilities.
         batch_size: images per forward pass and process.
         num_workers: processes that decode images, per process.
+        resolution: height and width of all images; None: those of the evaluated images.
     """
 
     processes: PartialState
@@ -42,6 +43,7 @@ class Evaluation:
     extractors: list[FeatureExtractor]
     batch_size: int
     num_workers: int
+    resolution: tuple[int, int] | None = None
 
     def measure(self, images: ImageSet, **description) -> EvaluatedSet:
         """Extracts features, and class probabilities for the Inception score.
@@ -80,6 +82,7 @@ class Evaluation:
         pipeline, guidance_model = on_all_processes(
             self.processes, load_sampler, model_path, sampling, self.processes.device, evaluated.weights
         )
+        check_resolution(f"--model_path {model_path}", pipeline.image_size, self.resolution)
         num_images = evaluated.num_images or DEFAULT_NUM_IMAGES
         classes = list_classes(pipeline, evaluated.class_labels, num_images, table)
         images = self._sample(pipeline, guidance_model, sampling, num_images, classes)

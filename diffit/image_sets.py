@@ -18,7 +18,7 @@ from diffit.errors import UserError
 from diffit.features import FeatureExtractor, TableImages
 from diffit.metrics import FeatureSet
 from diffit.source_config import SourceConfig
-from diffit.sources import ImageTable, detect_num_channels, listed_samples, load_image_table
+from diffit.sources import ImageTable, listed_samples, load_image_table
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class EvaluatedSet:
 
 
 class ArrayImages(Dataset):
-    """A dataset of the images of a uint8 array of shape (N, C, H, W)."""
+    """A dataset of the images of a uint8 array of shape (N, C, H, W); grayscale is repeated to three channels."""
 
     def __init__(self, array: np.ndarray):
         self.array = array
@@ -93,7 +93,8 @@ class ArrayImages(Dataset):
         return len(self.array)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.from_numpy(np.array(self.array[index]))
+        image = torch.from_numpy(np.array(self.array[index]))
+        return image.expand(3, -1, -1) if len(image) == 1 else image
 
 
 def open_source(flag: str, name: str, dataset_split: str = "train", image_column: str | None = None) -> ImageSource:
@@ -152,17 +153,15 @@ def _open_npz(flag: str, path: Path) -> ImageSource:
     return ImageSource(flag, str(path), array=pixels.transpose(0, 3, 1, 2), digest=digest)
 
 
-def natural_shape(source: ImageSource, resolution: tuple[int, int] | None) -> tuple[int, int, int]:
-    """Channels, height and width of images; without a `resolution` they must all have the same size.
+def natural_size(source: ImageSource) -> tuple[int, int]:
+    """Height and width of images, which must be the same for all.
 
     Raises:
         UserError: names two images whose sizes differ.
     """
     if source.array is not None:
-        return source.array.shape[1:]
+        return source.array.shape[2:]
     table = source.table
-    if resolution is not None:
-        return detect_num_channels(table), *resolution
     first = image_size(*table.read(0))
     for index in range(1, len(table)):
         name, data = table.read(index)
@@ -172,35 +171,53 @@ def natural_shape(source: ImageSource, resolution: tuple[int, int] | None) -> tu
                 f"{source.flag} {source.name}: images of different sizes ({first[0]} x {first[1]} and, in {name}, "
                 f"{size[0]} x {size[1]}): --resolution must say to which size they are resized"
             )
-    return detect_num_channels(table), *first
+    return first
 
 
-def image_set(source: ImageSource, shape: tuple[int, int, int], num_images: int | None = None) -> ImageSet:
-    """The images of a source at a shape (C, H, W).
+def image_set(source: ImageSource, size: tuple[int, int], num_images: int | None = None) -> ImageSet:
+    """The images of a source at a height and width, with three channels.
+
+    Both sides of a comparison have three: with fewer, colors would be dropped on one side, or missed on the other.
 
     Args:
         source: images, not statistics.
-        shape: files are decoded, cropped and resized to it as in training.
+        size: files are decoded, cropped and resized to it as in training.
         num_images: a random subset of that size, always the same one; default: all.
 
     Raises:
         UserError: if an array has another size: only files are resized.
     """
-    settings = {"digest": source.digest, "shape": list(shape)}
     if source.array is not None:
-        if source.array.shape[2:] != shape[1:]:
-            raise UserError(
-                f"{source.flag} {source.name}: its images are {source.array.shape[2]} x {source.array.shape[3]} "
-                f"pixels, not {shape[1]} x {shape[2]}: arrays are not resized, give the files instead"
-            )
+        shape = source.array.shape[1:]
+        check_resolution(f"{source.flag} {source.name}", shape[1:], size)
         images = ArrayImages(source.array)
     else:
-        images = TableImages(source.table, shape[1:], shape[0])
+        shape = (3, *size)
+        images = TableImages(source.table, size, 3)
+    settings = {"digest": source.digest, "shape": list(shape)}
     if num_images is not None and num_images < len(images):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         images = Subset(images, order[:num_images].tolist())
         settings |= {"num_images": num_images}
     return ImageSet(images, settings)
+
+
+def check_resolution(what: str, size: tuple[int, int], expected: tuple[int, int] | None) -> None:
+    """Refuses arrays and samples of another size than the images that they are compared with.
+
+    Args:
+        what: names them in the message.
+        size: their height and width in pixels.
+        expected: height and width of the comparison; None: theirs.
+
+    Raises:
+        UserError: states both sizes.
+    """
+    if expected is not None and tuple(size) != tuple(expected):
+        raise UserError(
+            f"{what}: its images are {size[0]} x {size[1]} pixels, not {expected[0]} x {expected[1]}, and only files "
+            f"are resized: give --resolution {size[0]}x{size[1]}, or files"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

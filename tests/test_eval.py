@@ -534,8 +534,54 @@ def test_images_are_compared_at_their_own_resolution(folders, own_module, tmp_pa
     """The reference, of 8 pixels, is brought to the 4 of the images, unless --resolution says otherwise."""
     images = f"--images={save_images(tmp_path / 'small', random_images(24, 4, channels=1))}"
     flags = (images, folders[1], f"--feature_extractor={own_module}")
-    assert evaluate(tmp_path, *flags)["settings"]["channels_height_width"] == [1, 4, 4]
-    assert evaluate(tmp_path, *flags, "--resolution=6x8")["settings"]["channels_height_width"] == [1, 6, 8]
+    assert evaluate(tmp_path, *flags)["settings"]["channels_height_width"] == [3, 4, 4]
+    assert evaluate(tmp_path, *flags, "--resolution=6x8")["settings"]["channels_height_width"] == [3, 6, 8]
+
+
+def test_colors_count_whichever_side_has_them(own_module, tmp_path):
+    """Also those of the 64 images that are not looked at to detect colors; grayscale counts as three channels."""
+    color = random_images(100)
+    grey = color.float().mean(dim=1, keepdim=True).round().to(torch.uint8)
+    mixed = torch.where(torch.arange(100)[:, None, None, None] == 1, color, grey)
+    images = {"color": color, "grey": grey, "mixed": mixed}
+    folders = {name: save_images(tmp_path / name, pixels) for name, pixels in images.items() if name != "mixed"}
+    folders["mixed"] = save_images(tmp_path / "mixed", grey)
+    PIL.Image.fromarray(color[1].permute(1, 2, 0).numpy()).save(tmp_path / "mixed/001.png")
+    extractor = load_extractor(own_module, CPU)
+    features = {name: FeatureSet(extractor(pixels)) for name, pixels in images.items()}
+    flags = (f"--feature_extractor={own_module}", "--metrics=frechet_distance")
+    for one, other in (("grey", "color"), ("color", "grey"), ("mixed", "grey"), ("grey", "mixed")):
+        result = evaluate(tmp_path, f"--images={folders[one]}", f"--reference={folders[other]}", *flags)
+        expected = frechet_distance(features[one], features[other])
+        assert result["frechet_distance"]["value"] == pytest.approx(expected, rel=1e-5) and expected > 1e-4
+    np.savez(tmp_path / "grey.npz", grey.permute(0, 2, 3, 1).numpy())
+    result = evaluate(tmp_path, f"--images={tmp_path / 'grey.npz'}", f"--reference={folders['color']}", *flags)
+    expected = frechet_distance(features["grey"], features["color"])
+    assert result["frechet_distance"]["value"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_resolution_is_that_of_both_sides_or_refused(folders, model_flags, own_module, tmp_path, monkeypatch):
+    np.savez(tmp_path / "array.npz", random_images(24).permute(0, 2, 3, 1).numpy())
+    array, extractor = f"--images={tmp_path / 'array.npz'}", f"--feature_extractor={own_module}"
+    with pytest.raises(ValueError, match=mentions("--images", "array.npz", "8 x 8", "16 x 16", "--resolution 8x8")):
+        evaluate(tmp_path, array, folders[1], extractor, "--resolution=16")
+    monkeypatch.delattr(DiffiTPipeline, "__call__")  # nothing is sampled in vain
+    with pytest.raises(ValueError, match=mentions("--model_path", "8 x 8", "16 x 16", "--resolution 8x8")):
+        evaluate(tmp_path, *model_flags, "--resolution=16")
+    expected = evaluate(tmp_path, *folders, extractor)
+    assert (
+        evaluate(tmp_path, array, folders[1], extractor, "--resolution=8")["frechet_distance"]
+        == (expected["frechet_distance"])
+    )
+
+
+def test_plots_of_a_grayscale_model_with_a_color_reference_are_drawn(model_flags, tmp_path):
+    config = TINY_CONFIG | {"in_channels": 1, "out_channels": 1}
+    DiffiTPipeline(DiffiTUNet2DModel(**config), DDPMScheduler()).save_pretrained(tmp_path / "grey")
+    model_flags[0] = f"--model_path={tmp_path / 'grey'}"
+    evaluate(tmp_path, *model_flags, f"--plots={tmp_path / 'plots'}")
+    assert samples(tmp_path).shape == (21, 1, 8, 8)
+    assert {"loss_by_timestep.png", "neighbours.png"} <= {path.name for path in (tmp_path / "plots").iterdir()}
 
 
 def test_saved_statistics_serve_as_reference(folders, own_module, tmp_path):
@@ -816,14 +862,14 @@ def test_loss_by_level_is_that_of_the_prediction(trained, image_folder):
     """A network that predicts 0: by DDPM the mean square of the noise, by EDM that of its target (EDM, Eq. 7-8)."""
     unet = DiffiTUNet2DModel(**TINY_CONFIG, num_class_embeds=3)  # its output starts at zero
     source = open_source("--reference", str(image_folder))
-    images = image_set(source, (3, 8, 8))
+    images = image_set(source, (8, 8))
     noise = torch.randn((24, 3, 8, 8), generator=torch.Generator().manual_seed(0))
-    timesteps, losses = eval_diffit.loss_by_level(DiffiTPipeline(unet, DDPMScheduler()), source, images, 10)
+    timesteps, losses = eval_diffit.loss_by_level(DiffiTPipeline(unet, DDPMScheduler()), source, (8, 8), 10)
     assert timesteps[0] == 0 and timesteps[-1] == 999
     assert losses == pytest.approx([noise.square().mean().item()] * len(timesteps), rel=1e-5)
 
     clean = torch.stack([images.images[i] for i in range(24)]) / 127.5 - 1
-    sigmas, losses = eval_diffit.loss_by_level(DiffiTPipeline(unet, EDMEulerScheduler()), source, images, 10)
+    sigmas, losses = eval_diffit.loss_by_level(DiffiTPipeline(unet, EDMEulerScheduler()), source, (8, 8), 10)
     assert (sigmas[0], sigmas[-1]) == pytest.approx((0.002, 80))
     for sigma, loss in zip(sigmas, losses, strict=True):
         c_skip, c_out = 0.25 / (sigma**2 + 0.25), 0.5 * sigma / (sigma**2 + 0.25) ** 0.5
