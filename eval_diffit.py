@@ -247,7 +247,7 @@ def check_reference(source: ImageSource, metrics: tuple[str, ...], needs_images:
     Raises:
         UserError: names the flags that need images.
     """
-    if source.statistics is not None and (metrics != ("frechet_distance",) or needs_images):
+    if not source.has_images and (metrics != ("frechet_distance",) or needs_images):
         raise UserError(
             f"--reference {source.name} holds statistics, not images: they give only --metrics frechet_distance, and "
             "--plots needs --training_images in addition"
@@ -266,11 +266,23 @@ def load_extractors(processes: PartialState, config: EvalMetricsConfig) -> list[
 def real_features(
     source: ImageSource, reference: EvaluatedSet | None, evaluation: Evaluation, num_features: int
 ) -> FeatureSet:
-    """The features of the reference, whose statistics are saved next to them; or the statistics that it holds."""
+    """The features of the reference, with the statistics that it holds for the Frechet distance if they fit.
+
+    The statistics of a reference without any are saved next to its features.
+    """
     extractor = evaluation.extractors[0]
     if reference is None:
         return load_statistics(source, extractor, num_features)
     features = reference.feature_set(evaluation.processes.device)
+    if source.statistics is not None:
+        try:
+            statistics = load_statistics(source, extractor, num_features)
+        except UserError as error:
+            print(f"Warning: {error}: all metrics are computed with its {len(features)} images")
+            return features
+        print(f"Frechet distances are to the statistics in {source.name}, other metrics to its {len(features)} images")
+        mean, covariance = (values.to(features.features.device) for values in (statistics.mean, statistics.covariance))
+        return FeatureSet(features.features, mean, covariance)
     file = Path(reference.features.filename).with_name("statistics.npz")
     save_statistics(file, features, extractor)
     print(f"statistics of the reference, which --reference takes too: {file}")
@@ -314,7 +326,7 @@ def main(config: EvalConfig) -> None:
         step_sets = measure_by_steps(evaluation, sets[-1], evaluated, config.sampling, plots, source.table)
         size = sets[0].images.images[0].shape[1:]
     reference = training = None
-    if source.statistics is None:
+    if source.has_images:
         reference = training = evaluation.measure(image_set(source, size), name=source.name)
     if training_source is not None:
         features_only = dataclasses.replace(evaluation, extractors=extractors[:1])

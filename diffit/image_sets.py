@@ -6,6 +6,7 @@ Shapes: N images, C channels, H/W height/width, F features.
 
 import hashlib
 import json
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from diffit.sources import ImageTable, listed_samples, load_image_table
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Existing images, in a table or an array, or the statistics of some.
+    """Existing images, in a table or an array, or the statistics of some; npz files of ADM have both.
 
     Attributes:
         flag: that names them, for messages.
@@ -41,6 +42,11 @@ class ImageSource:
     array: np.ndarray | None = None
     statistics: dict | None = None
     digest: str = ""
+
+    @property
+    def has_images(self) -> bool:
+        """Whether there are images, not only statistics."""
+        return self.table is not None or self.array is not None
 
 
 @dataclass(frozen=True)
@@ -131,26 +137,32 @@ def open_source(flag: str, name: str, dataset_split: str = "train", image_column
 
 
 def _open_npz(flag: str, path: Path) -> ImageSource:
-    """Images (`arr_0`, as in the ADM evaluation suite) or statistics (`mu` and `sigma`, as written by EDM)."""
+    """Images (`arr_0`, as in the ADM evaluation suite), statistics (`mu` and `sigma`, as written by EDM), or both."""
+    pixels = statistics = None
     try:
         with np.load(path, allow_pickle=False) as file:
+            names = file.files
             if "mu" in file and "sigma" in file:
                 extractor = json.loads(str(file["extractor"])) if "extractor" in file else None
                 statistics = {"mu": file["mu"], "sigma": file["sigma"], "extractor": extractor}
-                return ImageSource(flag, str(path), statistics=statistics)
-            if "arr_0" not in file:
-                raise UserError(
-                    f"{flag} {path}: expected images (arr_0) or statistics (mu, sigma), but it has {file.files}"
-                )
-            pixels = file["arr_0"]
-    except UserError:
-        raise
+            if "arr_0" in file:
+                pixels = file["arr_0"]
     except Exception as error:  # of numpy, zip or JSON; numpy's own message may advise to trust the file
         raise UserError(f"{flag} {path}: damaged, or not an npz of plain arrays ({type(error).__name__})") from error
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.size == 0:
-        raise UserError(f"{flag} {path}: arr_0 must be uint8 of shape (N, H, W, C), got {pixels.dtype} {pixels.shape}")
+    if pixels is None:
+        if statistics is None:
+            raise UserError(f"{flag} {path}: expected images (arr_0) or statistics (mu, sigma), but it has {names}")
+        if flag != "--reference":
+            raise UserError(f"{flag} {path} holds statistics, not images: only --reference takes them")
+        return ImageSource(flag, str(path), statistics=statistics)
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.size == 0 or pixels.shape[-1] not in (1, 3):
+        order = "; its channels come first, transpose them" if pixels.ndim == 4 and pixels.shape[1] in (1, 3) else ""
+        raise UserError(
+            f"{flag} {path}: arr_0 must be uint8 of shape (N, H, W, C) with 1 or 3 channels, got {pixels.dtype} "
+            f"{pixels.shape}{order}"
+        )
     digest = hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()[:16]
-    return ImageSource(flag, str(path), array=pixels.transpose(0, 3, 1, 2), digest=digest)
+    return ImageSource(flag, str(path), array=pixels.transpose(0, 3, 1, 2), statistics=statistics, digest=digest)
 
 
 def natural_size(source: ImageSource) -> tuple[int, int]:
@@ -228,11 +240,13 @@ def save_statistics(file: Path, features: FeatureSet, extractor: FeatureExtracto
     """Writes mean and covariance as EDM does (`mu`, `sigma`), and the extractor's settings; nothing is pickled."""
     description = json.dumps({"name": extractor.name} | extractor.settings)
     mu, sigma = (statistic.cpu().numpy() for statistic in (features.mean, features.covariance))
-    np.savez(file, mu=mu, sigma=sigma, extractor=np.array(description))
+    temporary = file.with_name(f".{uuid.uuid4().hex}.npz")
+    np.savez(temporary, mu=mu, sigma=sigma, extractor=np.array(description))
+    temporary.replace(file)  # another evaluation may be reading it
 
 
 def load_statistics(source: ImageSource, extractor: FeatureExtractor, num_features: int) -> FeatureSet:
-    """The mean and covariance that a source has instead of images.
+    """The mean and covariance that a source has, instead of images or besides them.
 
     Raises:
         UserError: if they were made with another feature extractor.

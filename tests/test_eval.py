@@ -603,6 +603,54 @@ def test_statistics_of_edm_serve_as_reference(folders, own_module, tmp_path):
     assert value == pytest.approx(frechet_distance(images, reference), rel=1e-6)
 
 
+def test_images_and_statistics_of_one_npz_serve_as_reference(folders, own_module, tmp_path, capsys):
+    """As ADM publishes them: statistics of all images for the Frechet distance, some images for everything else."""
+    pixels = 255 - random_images(30, seed=1) // 2
+    mean, covariance = np.full(12, 0.5), 0.01 * np.eye(12)
+    np.savez(tmp_path / "adm.npz", arr_0=pixels.permute(0, 2, 3, 1).numpy(), mu=mean, sigma=covariance)
+    metrics = ("--metrics", "frechet_distance", "kernel_distance", "recall")
+    flags = (folders[0], f"--reference={tmp_path / 'adm.npz'}", f"--feature_extractor={own_module}", *metrics)
+    result = evaluate(tmp_path, *flags)
+    extractor = load_extractor(own_module, CPU)
+    images, reference = FeatureSet(extractor(random_images(24))), FeatureSet(extractor(pixels))
+    statistics = FeatureSet(mean=torch.from_numpy(mean), covariance=torch.from_numpy(covariance))
+    assert result["frechet_distance"]["value"] == pytest.approx(frechet_distance(images, statistics), rel=1e-6)
+    assert result["kernel_distance"]["value"] == pytest.approx(kernel_distance(images, reference), rel=1e-6)
+    counts = [result[name]["counts"]["reference"] for name in ("frechet_distance", "kernel_distance")]
+    assert counts == [None, 30] and result["recall"]["value"] == precision_recall(images, reference)[1]
+    assert mentions("Frechet", "adm.npz", 30).search(capsys.readouterr().out)
+
+
+def test_statistics_of_one_npz_that_do_not_fit_leave_its_images(folders, own_module, tmp_path, capsys):
+    """Of Inception, where another extractor is asked for."""
+    pixels = 255 - random_images(30, seed=1) // 2
+    npz = tmp_path / "adm.npz"
+    np.savez(npz, arr_0=pixels.permute(0, 2, 3, 1).numpy(), mu=np.zeros(2048), sigma=np.eye(2048))
+    flags = (f"--feature_extractor={own_module}", "--metrics", "frechet_distance", "precision")
+    expected = evaluate(tmp_path, *folders, *flags)
+    result = evaluate(tmp_path, folders[0], f"--reference={npz}", *flags)
+    assert result["frechet_distance"] == expected["frechet_distance"]
+    assert result["precision"] == expected["precision"]
+    assert mentions("Warning", npz, "2048 features", "12 features", "30 images").search(capsys.readouterr().out)
+    assert evaluate(tmp_path, f"--images={npz}", folders[1], *flags)["frechet_distance"]["counts"]["images"] == 30
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"mu": np.zeros(12), "sigma": np.eye(12)}, ["statistics", "--reference"]),
+        ({"arr_0": np.zeros((0, 8, 8, 3), np.uint8)}, ["(0, 8, 8, 3)"]),
+        ({"arr_0": np.zeros((30, 3, 8, 8), np.uint8)}, ["(30, 3, 8, 8)", "transpose"]),
+        ({"arr_0": np.zeros((30, 8, 8, 3), np.float32)}, ["float32"]),
+        ({"labels": np.zeros(30)}, ["arr_0", "labels"]),
+    ],
+)
+def test_npz_without_usable_images_is_refused(arrays, words, folders, own_module, tmp_path):
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(ValueError, match=mentions("--images", "bad.npz", *words)):
+        evaluate(tmp_path, f"--images={tmp_path / 'bad.npz'}", folders[1], f"--feature_extractor={own_module}")
+
+
 def test_statistics_of_another_extractor_are_refused(folders, own_module, tmp_path):
     flags = (folders[0], f"--feature_extractor={own_module}", "--metrics=frechet_distance")
     evaluate(tmp_path, *flags, folders[1])
