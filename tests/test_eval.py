@@ -430,6 +430,39 @@ def test_interrupted_work_resumes(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".diffit.json", "data.npy", "settings.json"]
 
 
+@pytest.mark.parametrize("overtaken", ["while it computes", "while it joins the batches"])
+def test_two_evaluations_fill_one_array(overtaken, tmp_path, monkeypatch):
+    """The other one finishes first and deletes the batches of both."""
+    state = PartialState(cpu=True)
+
+    def compute(ranges):
+        for rows in ranges:
+            yield np.array([[row, 2 * row] for row in rows], np.float32)
+
+    def other():
+        monkeypatch.undo()
+        fill_array(state, tmp_path, {}, 10, 4, compute)
+
+    def overtaken_compute(ranges):
+        assert [rows.start for rows in ranges] == [0, 4, 8]
+        for values in compute(ranges):
+            if values[0, 0] == 8 and overtaken == "while it computes":
+                other()
+            yield values
+
+    def overtaken_memmap(*arguments):
+        array = open_memmap(*arguments)
+        other()
+        return array
+
+    open_memmap = np.lib.format.open_memmap
+    if overtaken != "while it computes":
+        monkeypatch.setattr(np.lib.format, "open_memmap", overtaken_memmap)
+    array = fill_array(state, tmp_path, {}, 10, 4, overtaken_compute)
+    np.testing.assert_array_equal(array, [[row, 2 * row] for row in range(10)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".diffit.json", "data.npy", "settings.json"]
+
+
 def test_features_are_computed_once_per_extractor_and_data(tmp_path, image_folder):
     calls = []
 
