@@ -229,11 +229,30 @@ def check_outputs(output: str | None, plots: str | None, work_dir: str) -> None:
 # Main
 
 
-def open_images(processes: PartialState, config: ReferenceConfig, flag: str, name: str | None) -> ImageSource | None:
-    """The images, or statistics, that a flag names; None if it is not given."""
-    if name is None:
-        return None
-    return on_all_processes(processes, open_source, flag, name, config.dataset_split, config.image_column)
+def open_sources(processes: PartialState, config: EvalConfig) -> tuple[ImageSource | None, ...]:
+    """The images, or statistics, of --reference, --training_images and --images; None for a flag that is not given.
+
+    Raises:
+        UserError: names the flag that cannot be read, or has no effect on what is read.
+    """
+    names = (
+        ("--reference", config.reference.reference),
+        ("--training_images", config.plots.training_images),
+        ("--images", config.evaluated.images),
+    )
+    asked, sources = config.reference, []
+    for flag, name in names:
+        arguments = (flag, name, asked.dataset_split, asked.image_column)
+        sources.append(None if name is None else on_all_processes(processes, open_source, *arguments))
+    for flag in ("image_column", "dataset_split"):
+        value, read = getattr(asked, flag), [source for source in sources if source is not None]
+        if value != getattr(ReferenceConfig, flag) and not any(flag in source.reader for source in read):
+            given = ", ".join(f"{source.flag} {source.name}" for source in read)
+            of = "columns" if flag == "image_column" else "splits"
+            raise UserError(f"--{flag} {value} has no effect: there are no {of} in {given}")
+    needs_images = config.plots.plots is not None and config.plots.training_images is None
+    check_reference(sources[0], config.metrics.metrics, needs_images)
+    return tuple(sources)
 
 
 def check_reference(source: ImageSource, metrics: tuple[str, ...], needs_images: bool) -> None:
@@ -308,9 +327,7 @@ def main(config: EvalConfig) -> None:
     run_on_main_and_broadcast(processes, check_outputs, output.output, plots.plots, output.work_dir)
 
     # 1. inputs
-    source = open_images(processes, config.reference, "--reference", config.reference.reference)
-    training_source = open_images(processes, config.reference, "--training_images", plots.training_images)
-    check_reference(source, metrics.metrics, needs_images=plots.plots is not None and training_source is None)
+    source, training_source, given = open_sources(processes, config)
     extractors = load_extractors(processes, metrics)
     sizes = (output.batch_size, output.dataloader_num_workers, config.reference.resolution)
     evaluation = Evaluation(processes, output.work_dir, extractors, *sizes)
@@ -318,9 +335,11 @@ def main(config: EvalConfig) -> None:
     # 2. samples and features, by all processes
     step_sets = []
     if evaluated.images is not None:
-        given = open_images(processes, config.reference, "--images", evaluated.images)
         size = config.reference.resolution or on_all_processes(processes, natural_size, given)
         sets = [evaluation.measure(image_set(given, size, evaluated.num_images), name=evaluated.images)]
+        asked, found = evaluated.num_images, len(sets[0].features)
+        if asked is not None and found < asked and processes.is_main_process:
+            print(f"Warning: --num_images {asked}, but --images {evaluated.images} has {found} images only")
     else:
         sets = measure_models(evaluation, evaluated, config.sampling, source.table)
         step_sets = measure_by_steps(evaluation, sets[-1], evaluated, config.sampling, plots, source.table)

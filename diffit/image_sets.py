@@ -34,6 +34,7 @@ class ImageSource:
         statistics: `mu` (F) and `sigma` (F, F) of features, and the `extractor` that they are of, None if the file
             does not say; or None.
         digest: identifies the images.
+        reader: flags that chose what was read: `"image_column"` for a table with columns, and `"dataset_split"`.
     """
 
     flag: str
@@ -42,6 +43,7 @@ class ImageSource:
     array: np.ndarray | None = None
     statistics: dict | None = None
     digest: str = ""
+    reader: tuple[str, ...] = ()
 
     @property
     def has_images(self) -> bool:
@@ -110,7 +112,8 @@ def open_source(flag: str, name: str, dataset_split: str = "train", image_column
         flag: for messages.
         name: its value: folder, zip, parquet file, npz, or hub dataset.
         dataset_split: split of a hub dataset.
-        image_column: column of a parquet file or dataset; default: the only one of images.
+        image_column: column of a parquet file or dataset; default: the only one of images. A folder or zip of files
+            has no columns.
 
     Raises:
         UserError: names the flag and its value.
@@ -118,13 +121,15 @@ def open_source(flag: str, name: str, dataset_split: str = "train", image_column
     path = Path(name)
     if path.suffix == ".npz":
         return _open_npz(flag, path)
+    reader = ()
     try:
         if path.suffix == ".parquet":
-            source = SourceConfig(train_data_file=name, image_column=image_column)
-        elif path.is_file() or (path.is_dir() and image_column is None):
+            source, reader = SourceConfig(train_data_file=name, image_column=image_column), ("image_column",)
+        elif path.is_file() or (path.is_dir() and (image_column is None or not any(path.rglob("*.parquet")))):
             source = SourceConfig(train_data_dir=name)
         else:
             source = SourceConfig(dataset_name=name, dataset_split=dataset_split, image_column=image_column)
+            reader = ("image_column", "dataset_split")
         table = load_image_table(source)
     except (UserError, OSError) as error:
         raise UserError(f"{flag} {name}: {error}") from error
@@ -133,7 +138,7 @@ def open_source(flag: str, name: str, dataset_split: str = "train", image_column
         table = table.select([index for index, file in enumerate(files) if file in listed])
         if len(table) < len(listed):
             raise UserError(f"{flag} {name}: {len(listed) - len(table)} images of its samples.json are missing")
-    return ImageSource(flag, name, table=table, digest=table.digest(len(table)))
+    return ImageSource(flag, name, table=table, digest=table.digest(len(table)), reader=reader)
 
 
 def _open_npz(flag: str, path: Path) -> ImageSource:

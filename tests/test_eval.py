@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import PIL.ImageFilter
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import scipy.linalg
 import torch
@@ -730,6 +732,20 @@ def test_inception_metrics_of_the_script(folders, inception_file, tmp_path):
         (["--reference=r", "--model_path=m", "--guidance_model=w"], "--guidance_model.* --guidance_scale"),
         (["--reference=r", "--model_path=m", "--guidance_scale=2", "--guidance_power=3"], "--guidance_power 3"),
         (["--reference=r", "--images=i", "--guidance_scale=2"], "--guidance_scale 2.0 .*--model_path"),
+        (["--reference=r", "--images=i", "--num_inference_steps=9"], "--num_inference_steps 9 .*--model_path"),
+        (["--reference=r", "--images=i", "--scheduler=ddim"], "--scheduler ddim .*--model_path"),
+        (["--reference=r", "--images=i", "--eta=0.5"], "--eta 0.5 .*--model_path"),
+        (["--reference=r", "--images=i", "--vae=v"], "--vae v .*--model_path"),
+        (["--reference=r", "--images=i", "--dtype=bf16"], "--dtype bf16 .*--model_path"),
+        (["--reference=r", "--images=i", "--weights=unet"], "--weights unet .*--model_path"),
+        (["--reference=r", "--images=i", "--class_labels=1"], "--class_labels 1 .*--model_path"),
+        (["--reference=r", "--images=i", "--all_checkpoints"], "--all_checkpoints .*--model_path"),
+        (["--reference=r", "--model_path=m", "--eta=5"], "--eta .*5.0"),
+        (["--reference=r", "--model_path=m", "--guidance_scale=nan"], "--guidance_scale .*nan"),
+        (
+            ["--reference=r", "--model_path=m", "--plots=p", "--plot_schedulers", "ddim"],
+            "--plot_schedulers ddim .*steps",
+        ),
         (["--reference=r", "--images=i", "--dataloader_num_workers=-1"], "--dataloader_num_workers.* -1"),
         (["--reference=r", "--model_path=m", "--plot_steps=5"], "--plot_steps needs --plots"),
     ],
@@ -738,6 +754,46 @@ def test_invalid_flags_are_refused_before_anything_is_loaded(flags, words, capsy
     with pytest.raises(SystemExit):
         eval_diffit.parse_args(flags)
     assert re.search(words, capsys.readouterr().err)
+
+
+def test_image_column_is_that_of_parquet_and_not_of_folders(folders, own_module, tmp_path):
+    """A column of plain bytes, which must be named, compared with a folder."""
+    files = sorted((tmp_path / "reference").iterdir())
+    table = pa.table({"pic": [file.read_bytes() for file in files]})
+    pq.write_table(table, tmp_path / "reference.parquet")
+    extractor = f"--feature_extractor={own_module}"
+    expected = evaluate(tmp_path, *folders, extractor)
+    flags = (folders[0], f"--reference={tmp_path / 'reference.parquet'}", extractor)
+    assert evaluate(tmp_path, *flags, "--image_column=pic")["frechet_distance"] == expected["frechet_distance"]
+    with pytest.raises(ValueError, match=mentions("--image_column", "reference.parquet")):
+        evaluate(tmp_path, *flags)
+
+
+@pytest.mark.parametrize("flag", ["--image_column pic", "--dataset_split test"])
+def test_reading_flags_without_effect_are_refused(flag, folders, own_module, tmp_path):
+    with pytest.raises(ValueError, match=mentions(flag, f"--reference {tmp_path / 'reference'}")):
+        evaluate(tmp_path, *folders, f"--feature_extractor={own_module}", *flag.split())
+
+
+def test_fewer_images_than_asked_for_are_said(folders, own_module, tmp_path, capsys):
+    evaluate(tmp_path, *folders, f"--feature_extractor={own_module}", "--num_images=50000")
+    assert mentions("Warning", "--num_images 50000", tmp_path / "images", "24 images").search(capsys.readouterr().out)
+    evaluate(tmp_path, *folders, f"--feature_extractor={own_module}", "--num_images=24")
+    assert "--num_images" not in capsys.readouterr().out
+
+
+def test_damaged_image_is_named(folders, own_module, tmp_path):
+    file = tmp_path / "images" / "013.png"
+    file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(ValueError, match=mentions("013.png")):
+        evaluate(tmp_path, *folders, f"--feature_extractor={own_module}", "--resolution=8")
+
+
+@pytest.mark.parametrize("contents", ['{"samples": []}', "[]", "{", '{"images": 3}'])
+def test_samples_json_of_another_tool_is_no_list_of_images(contents, folders, own_module, tmp_path):
+    (tmp_path / "images/samples.json").write_text(contents)
+    result = evaluate(tmp_path, *folders, f"--feature_extractor={own_module}")
+    assert result["frechet_distance"]["counts"]["images"] == 24
 
 
 def test_missing_reference_is_named(folders, own_module, tmp_path):
