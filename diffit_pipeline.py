@@ -143,6 +143,7 @@ def null_label(network: torch.nn.Module) -> int | None:
     num_class_embeds = network.config.num_class_embeds
     if num_class_embeds is None:
         return None
+    network = getattr(network, "_orig_mod", network)  # of a compiled network
     return num_class_embeds - 1 if type(network).__name__ == "UNet2DModel" else num_class_embeds
 
 
@@ -413,8 +414,7 @@ class DiffiTPipeline(DiffusionPipeline):
                 f"{transformer.config.in_channels}"
             )
         self.register_modules(unet=unet, transformer=transformer, vae=vae, scheduler=scheduler)
-        self.register_to_config(id2label=id2label)
-        self.heun = heun
+        self.register_to_config(id2label=id2label, heun=heun)
         self._trained_with = scheduler
 
     @classmethod
@@ -465,6 +465,15 @@ class DiffiTPipeline(DiffusionPipeline):
         settings = {key: value for key, value in settings.items() if key in accepted}
         scheduler = scheduler_class.from_pretrained(model_path, subfolder="scheduler", **settings)
         return cls(None, scheduler, index.get("id2label"), network, vae, heun)
+
+    @property
+    def heun(self) -> bool:
+        """Whether Euler steps of an `EDMEulerScheduler` are corrected by Heun's method; it is saved."""
+        return self.config.heun
+
+    @heun.setter
+    def heun(self, heun: bool) -> None:
+        self.register_to_config(heun=heun)
 
     @property
     def network(self) -> torch.nn.Module:
@@ -807,6 +816,8 @@ class DiffiTPipeline(DiffusionPipeline):
         index = json.loads(index_file.read_text())
         index["_class_name"] = ["diffit_pipeline", "DiffiTPipeline"]
         index = {key: value for key, value in index.items() if value != [None, None]}  # drops missing components
+        if self.heun or not isinstance(self.scheduler, EDMEulerScheduler):
+            index.pop("heun", None)  # it is the default, or has no effect
         index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         target = Path(save_directory, "diffit_pipeline.py")
         if target.resolve() != Path(__file__).resolve():

@@ -292,6 +292,23 @@ def test_saved_folder_is_sampled_without_a_flag(edm_folder):
     torch.testing.assert_close(images, expected, rtol=0, atol=0)
 
 
+def test_euler_without_the_correction_is_saved(edm_folder, tmp_path):
+    """However it was set; the folder samples as the pipeline did."""
+    settings = {"num_inference_steps": 3, "output_type": "pt"}
+    built = quiet(DiffiTPipeline(tiny_unet(num_class_embeds=3), EDMEulerScheduler(), heun=False))
+    changed = open_pipeline(edm_folder)
+    changed.heun = False
+    for name, pipeline in (("built", built), ("changed", changed)):
+        expected = pipeline([2], generator=generators([0]), **settings).images
+        pipeline.save_pretrained(tmp_path / name)
+        loaded = quiet(DiffusionPipeline.from_pretrained(tmp_path / name, trust_remote_code=True))
+        images = loaded([2], generator=generators([0]), **settings).images
+        torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+        loaded.heun = True
+        assert (loaded([2], generator=generators([0]), **settings).images - images).abs().max() > 1e-3
+    assert "heun" not in (edm_folder / "model_index.json").read_text() and open_pipeline(edm_folder).heun is True
+
+
 def test_scheduler_of_the_other_formulation_is_refused(edm_folder, ddpm_folder):
     with pytest.raises(ValueError, match=mentions("edm_dpmsolver++", "edm_euler, edm_heun", edm_folder, "'ddim'")):
         open_pipeline(edm_folder, scheduler="ddim")
