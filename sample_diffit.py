@@ -34,6 +34,7 @@ from diffit.sampling import load_sampler, parse_class_labels, resolve_scheduler,
 from diffit_pipeline import DiffiTPipeline, image_grid, to_displayable
 
 MAX_GRID_IMAGES = 1024  # in grid.png, unless --grid says more
+MAX_GRID_PIXELS = 2**28  # 16,384 x 16,384, which take 0.8 GB of memory in color
 
 
 def list_images(
@@ -66,6 +67,28 @@ def list_images(
         if str(label) in names:
             rows[-1]["class_name"] = names[str(label)]
     return rows
+
+
+def grid_layout(config: SampleConfig, image_size: tuple[int, int]) -> tuple[int | None, int | None]:
+    """Columns and rows of grid.png; None for as many as the images need (see `image_grid`).
+
+    Args:
+        config: the request.
+        image_size: height and width of an image in pixels.
+
+    Raises:
+        UserError: if the grid of --grid would be too large for memory.
+    """
+    if config.grid is None:
+        columns = config.num_images_per_class
+        return (None if columns is None or columns > MAX_GRID_IMAGES else columns), None
+    columns, rows = config.grid
+    if columns * rows * max(32, image_size[0]) * max(32, image_size[1]) > MAX_GRID_PIXELS:
+        raise UserError(
+            f"--grid {columns}x{rows} of images of {image_size[0]} x {image_size[1]} pixels is larger than "
+            f"{MAX_GRID_PIXELS:,} pixels: give fewer columns and rows"
+        )
+    return columns, rows
 
 
 def prepare_output_dir(
@@ -175,6 +198,7 @@ def main(config: SampleConfig) -> None:
     }
 
     # 2. files
+    columns, grid_rows = grid_layout(config, pipeline.image_size or (0, 0))
     rows = list_images(pipeline, config.class_labels, config.seeds, config.num_images_per_class)
     files = [row["file"] for row in rows]
     names = [*files, "grid.png", "samples.json"] + (["samples.npz"] if config.save_npz else [])
@@ -198,7 +222,6 @@ def main(config: SampleConfig) -> None:
             write_npz(
                 output_dir / "samples.npz", [output_dir / file for file in files], [row["class"] for row in rows]
             )
-        columns, grid_rows = config.grid or (config.num_images_per_class, None)
         shown = files[: columns * grid_rows if config.grid else MAX_GRID_IMAGES]
         grid = image_grid([to_displayable(read_pixels(output_dir / file)) for file in shown], columns, grid_rows)
         grid.save(output_dir / "grid.png")

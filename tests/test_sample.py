@@ -20,6 +20,7 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     ModelMixin,
+    UNet2DModel,
 )
 from safetensors.torch import load_file, save_file
 
@@ -32,7 +33,7 @@ from diffit.run_dir import MARK
 from diffit.sampling import load_guidance_model, load_pipeline, load_sampler, sample_seeds
 from diffit.sampling_config import GuidanceConfig, SamplingConfig
 from diffit_model import DiffiTUNet2DModel
-from diffit_pipeline import EDM_SCHEDULERS, SCHEDULERS, DiffiTPipeline, NonFiniteImagesError, image_grid
+from diffit_pipeline import EDM_SCHEDULERS, SCHEDULERS, DiffiTPipeline, NonFiniteImagesError, image_grid, null_label
 from helpers import (
     ROOT,
     TINY_CONFIG,
@@ -535,6 +536,29 @@ def test_images_of_other_channels_are_arrays(tmp_path):
     assert np.load(tmp_path / "out/seed_00000001.npy").shape == (8, 8, 5)
     with pytest.raises(ValueError, match="5 channels"):
         open_pipeline(tmp_path / "model")(num_inference_steps=1)
+
+
+def test_null_class_of_a_compiled_network_is_that_of_the_network():
+    """`UNet2DModel` has its null class among its embeddings, ours one more."""
+    shape = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4}
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    theirs = UNet2DModel(sample_size=8, num_class_embeds=4, **shape, **blocks)
+    for network in (theirs, tiny_unet(num_class_embeds=3)):
+        assert null_label(network) == null_label(torch.compile(network)) == 3
+
+
+@pytest.mark.parametrize("grid", ["100000x100000", "1x100000000"])
+def test_grid_that_no_memory_holds_is_refused_before_sampling(grid, unconditional, tmp_path):
+    with pytest.raises(ValueError, match=mentions("--grid", grid)):
+        sample(unconditional, tmp_path / "out", "--seeds=0", f"--grid={grid}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_default_grid_of_many_images_per_class_has_the_images_that_there_are(conditional, tmp_path, monkeypatch):
+    """A row for a class, unless it is longer than the whole grid may be."""
+    monkeypatch.setattr(sample_diffit, "MAX_GRID_IMAGES", 4)
+    sample(conditional, tmp_path, "--class_labels=0", "--num_images_per_class=9", "--num_inference_steps=1")
+    assert PIL.Image.open(tmp_path / "grid.png").size == (2 * 34, 2 * 34)
 
 
 def test_pipeline_saves_variants_and_shards(conditional, tmp_path):
