@@ -8,7 +8,7 @@ The noise of a seed depends on the seed alone. Existing images are kept, so an i
 """
 
 from diffit.launcher import follow_launcher
-from diffit.sampling_config import SampleConfig, SamplingConfig, parse_args
+from diffit.sampling_config import MAX_IMAGES, SampleConfig, SamplingConfig, parse_args
 
 if __name__ == "__main__":
     # Before the slow imports: the launcher may die meanwhile, and a refused flag is answered at once.
@@ -51,6 +51,11 @@ def list_images(
     labels = None if class_labels is None else parse_class_labels(pipeline, class_labels)
     if num_images_per_class is not None:
         num_images = num_images_per_class * len(labels)
+        if num_images > MAX_IMAGES:
+            raise UserError(
+                f"--num_images_per_class {num_images_per_class} of {len(labels)} classes are more than "
+                f"{MAX_IMAGES:,} images: sample them in several runs"
+            )
         seeds = seeds or range(num_images)
         if len(seeds) < num_images:
             raise UserError(f"--seeds gives {len(seeds)} seeds, {len(labels)} classes need {num_images}")

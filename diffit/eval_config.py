@@ -21,7 +21,7 @@ from diffit.command_line import (
     to_flags,
 )
 from diffit.errors import UserError
-from diffit.sampling_config import SCHEDULERS, SamplingConfig
+from diffit.sampling_config import MAX_IMAGES, SCHEDULERS, SamplingConfig
 
 METRICS = ("frechet_distance", "kernel_distance", "inception_score", "precision", "recall")
 EXTRACTORS = ("inception", "dinov2", "clip", "efficientnet_lite0")
@@ -57,7 +57,9 @@ class EvaluatedConfig:
         "reference = as frequent as in the reference",
     )
     num_images: int | None = flag(
-        None, f"number of images (default: all of --images, {DEFAULT_NUM_IMAGES} of a model)", type=positive_int
+        None,
+        f"number of images (default: all of --images, {DEFAULT_NUM_IMAGES} of a model)",
+        type=number_type(int, 1, MAX_IMAGES),
     )
 
     def __post_init__(self):

@@ -724,6 +724,7 @@ def test_inception_metrics_of_the_script(folders, inception_file, tmp_path):
         ),
         (["--reference=r", "--images=i", "--feature_model=x"], "--feature_model needs .*dinov2.*inception"),
         (["--reference=r", "--images=i", "--inception_path=x", "--feature_extractor=clip"], "--inception_path"),
+        (["--reference=r", "--model_path=m", "--num_images=1000000000000"], "--num_images.* 1000000000000"),
         (["--reference=r", "--images=i", "--num_subsets=1"], "--num_subsets"),
         (["--reference=r", "--images=i", "--plots=p", "--plot_steps=5"], "--plot_steps"),
         (["--reference=r", "--images=i", "--training_images=t"], "--training_images"),

@@ -554,6 +554,11 @@ def test_grid_that_no_memory_holds_is_refused_before_sampling(grid, unconditiona
     assert not (tmp_path / "out").exists()
 
 
+def test_more_images_than_memory_holds_are_refused(conditional, tmp_path):
+    with pytest.raises(ValueError, match=mentions("--num_images_per_class", 4_000_000, "3 classes", "10,000,000")):
+        sample(conditional, tmp_path, "--class_labels=all", "--num_images_per_class=4000000")
+
+
 def test_default_grid_of_many_images_per_class_has_the_images_that_there_are(conditional, tmp_path, monkeypatch):
     """A row for a class, unless it is longer than the whole grid may be."""
     monkeypatch.setattr(sample_diffit, "MAX_GRID_IMAGES", 4)
@@ -593,6 +598,7 @@ def test_too_few_seeds_are_refused(conditional, tmp_path):
     [
         (["--seeds=5-3"], "'5-3'"),
         (["--seeds=a"], "'a'"),
+        (["--seeds=1,0-9999999999"], "more than 10,000,000 seeds in '1,0-9999999999'"),
         (["--grid=8"], "--grid"),
         (["--eta=2"], "--eta"),
         (["--seeds=18446744073709551616"], "'18446744073709551616'"),
