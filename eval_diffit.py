@@ -341,7 +341,7 @@ def main(config: EvalConfig) -> None:
         if asked is not None and found < asked and processes.is_main_process:
             print(f"Warning: --num_images {asked}, but --images {evaluated.images} has {found} images only")
     else:
-        sets = measure_models(evaluation, evaluated, config.sampling, source.table)
+        sets = measure_models(evaluation, evaluated, config.sampling, plots, source.table)
         step_sets = measure_by_steps(evaluation, sets[-1], evaluated, config.sampling, plots, source.table)
         size = sets[0].images.images[0].shape[1:]
     reference = training = None

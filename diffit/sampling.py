@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, UNet2DModel
 
 from diffit.cpu_kernels import kernelize
 from diffit.errors import RunError, UserError, load_model, user_errors
-from diffit.formulations import formulation_of
+from diffit.formulations import Formulation, formulation_of
 from diffit.networks import choose_attention_backend, model_class, set_attention_backend
 from diffit.sampling_config import SamplingConfig
 from diffit_pipeline import (
@@ -111,12 +111,7 @@ def check_sampling(pipeline: DiffiTPipeline, sampling: SamplingConfig, model_pat
         raise UserError(f"--vae is for latent-space models, --model_path {model_path} is a pixel-space model")
     if sampling.vae is None and pipeline.transformer is not None and pipeline.vae is None:
         raise UserError(f"--model_path {model_path} is a latent-space model without vae/: --vae must name one")
-    max_steps = formulation_of(pipeline.scheduler).max_sampling_steps
-    if max_steps is not None and sampling.num_inference_steps > max_steps:
-        raise UserError(
-            f"--num_inference_steps {sampling.num_inference_steps} exceeds the {max_steps} timesteps of "
-            f"--model_path {model_path}"
-        )
+    check_steps(sampling.num_inference_steps, formulation_of(pipeline.scheduler), model_path)
     guidance = sampling.guidance
     with user_errors("--guidance_channels", ValueError):
         pipeline.check_guidance(guidance.channels, None)
@@ -124,6 +119,25 @@ def check_sampling(pipeline: DiffiTPipeline, sampling: SamplingConfig, model_pat
         raise UserError(
             f"--guidance_scale {guidance.scale} needs --guidance_model, as --model_path {model_path} is unconditional"
         )
+
+
+def check_steps(
+    num_inference_steps: int, formulation: Formulation, model_path: str, flag: str = "--num_inference_steps"
+) -> None:
+    """Refuses more sampling steps than the model has timesteps.
+
+    Args:
+        num_inference_steps: sampling steps.
+        formulation: of the model.
+        model_path: path of the model, for messages.
+        flag: that gives the steps, likewise.
+
+    Raises:
+        UserError: names the flag.
+    """
+    max_steps = formulation.max_sampling_steps
+    if max_steps is not None and num_inference_steps > max_steps:
+        raise UserError(f"{flag} {num_inference_steps} exceeds the {max_steps} timesteps of --model_path {model_path}")
 
 
 def load_guidance_model(

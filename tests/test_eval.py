@@ -971,6 +971,19 @@ def test_plots_are_drawn(model_flags, tmp_path):
         assert min(picture.shape) > 300 and picture.std() > 10, path
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--plot_steps", "2", "2000"], ["--plot_steps 2000", "1000 timesteps"]),
+        (["--plot_steps", "2", "--plot_schedulers", "ddim", "edm_heun"], ["--plot_schedulers", "'edm_heun'"]),
+    ],
+)
+def test_plots_that_cannot_be_sampled_are_refused_before_sampling(flags, words, model_flags, tmp_path, monkeypatch):
+    monkeypatch.delattr(DiffiTPipeline, "__call__")
+    with pytest.raises(ValueError, match=mentions(*words)):
+        evaluate(tmp_path, *model_flags, f"--plots={tmp_path / 'plots'}", *flags)
+
+
 def test_plots_of_an_edm_model_are_drawn(model_flags, tmp_path):
     model, folder = tmp_path / "edm", tmp_path / "plots"
     DiffiTPipeline(DiffiTUNet2DModel(**TINY_CONFIG), EDMEulerScheduler()).save_pretrained(model)
