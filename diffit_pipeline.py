@@ -12,6 +12,7 @@ import contextlib
 import inspect
 import json
 import math
+import numbers
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,7 @@ EDM_SCHEDULERS = {
     "edm_heun": EDMEulerScheduler,  # the same noise levels as edm_euler; the pipeline corrects each step
 }
 GUIDANCE_SCHEDULES = ("constant", "power_cosine")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 def to_displayable(pixels: np.ndarray) -> PIL.Image.Image:
@@ -102,6 +104,34 @@ def component_name(network: torch.nn.Module) -> str:
     return "transformer" if "num_embeds_ada_norm" in network.config else "unet"
 
 
+class NonFiniteImagesError(ValueError):
+    """Sampled images have NaN or infinite values; the message names their seeds."""
+
+
+def check_finite(images: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None) -> None:
+    """Refuses images with NaN or infinite values, which would otherwise be saved as black or white pixels.
+
+    Args:
+        images: sampled images or latents before they are clipped; shape (B, C, H, W).
+        generator: generators of the noise, for their seeds: one per image, or one for all; or None.
+
+    Raises:
+        NonFiniteImagesError: names the seeds, or the positions in the batch where there is not a seed for each image.
+    """
+    finite = images.isfinite().flatten(1).all(dim=1)  # (B)
+    if finite.all():
+        return
+    positions = (~finite).nonzero().flatten().tolist()
+    by_seed = isinstance(generator, list)
+    numbers = [generator[i].initial_seed() if by_seed else i for i in positions]
+    numbers = list(dict.fromkeys(numbers))  # a padded batch repeats its last seed
+    shown = ", ".join(map(str, numbers[:10])) + (f" and {len(numbers) - 10} more" if len(numbers) > 10 else "")
+    raise NonFiniteImagesError(
+        f"the images of {'seeds' if by_seed else 'batch positions'} {shown} have NaN or infinite values: either the "
+        "weights are not finite, or values overflow (try float32, or less guidance)"
+    )
+
+
 def null_label(network: torch.nn.Module) -> int | None:
     """Index of the null class for classifier-free guidance, which is the number of classes; None if unconditional.
 
@@ -113,6 +143,7 @@ def null_label(network: torch.nn.Module) -> int | None:
     num_class_embeds = network.config.num_class_embeds
     if num_class_embeds is None:
         return None
+    network = getattr(network, "_orig_mod", network)  # of a compiled network
     return num_class_embeds - 1 if type(network).__name__ == "UNet2DModel" else num_class_embeds
 
 
@@ -216,6 +247,84 @@ def guidance_weight(
     return 1 + (scale - 1) * (1 - math.cos(math.pi * (1 - time) ** power)) / 2
 
 
+def is_edm(scheduler) -> bool:
+    """Whether a scheduler is for EDM models, which are conditioned on noise levels rather than timesteps."""
+    return isinstance(scheduler, tuple(EDM_SCHEDULERS.values()))
+
+
+def is_flow_matching(config: dict) -> bool:
+    """Whether a scheduler's config is for flow-matching models, which no network of this project is."""
+    by_name = str(config.get("_class_name")).startswith(("FlowMatch", "FlowMap"))
+    return by_name or bool(config.get("use_flow_sigmas")) or config.get("prediction_type") == "flow_prediction"
+
+
+def check_scheduler(scheduler, trained_with) -> None:
+    """Refuses a scheduler that is not for the model: it would sample noise, or images of poor quality.
+
+    Args:
+        scheduler: the scheduler to sample with.
+        trained_with: a scheduler with the model's formulation, noise schedule and prediction type.
+
+    Raises:
+        ValueError: names the setting that differs.
+    """
+    name, config, expected = type(scheduler).__name__, scheduler.config, trained_with.config
+    if is_flow_matching({**config, "_class_name": name}):
+        raise ValueError(f"scheduler {name} is for flow matching, and the model was not trained with that")
+    # `from_config` keeps settings of the other formulation, so a saved scheduler may reveal one from the wrong folder.
+    edm, trained_edm = is_edm(scheduler), is_edm(trained_with)
+    if edm != trained_edm or ("beta_schedule" if edm else "sigma_data") in config:
+        names = [scheduler_class.__name__ for scheduler_class in (SCHEDULERS if edm else EDM_SCHEDULERS).values()]
+        raise ValueError(
+            f"scheduler {name} does not suit a model trained with {'DDPM' if edm else 'EDM'}: choose one of "
+            f"{', '.join(dict.fromkeys(names))}"
+        )
+    helps = f"make it with {name}.from_pretrained(<folder of the model>, subfolder='scheduler')"
+    for key in ("prediction_type", "sigma_data"):
+        if config.get(key) != expected.get(key):
+            values = f"{key} {config.get(key)}, the model was trained with {expected.get(key)}"
+            raise ValueError(f"scheduler {name} has {values}: {helps}")
+    if scheduler is trained_with or not all(hasattr(one, "alphas_cumprod") for one in (scheduler, trained_with)):
+        return
+    ours, theirs = scheduler.alphas_cumprod.cpu(), trained_with.alphas_cumprod.cpu()
+    # The tolerance admits `rescale_betas_zero_snr`, which moves alphas by up to 0.04.
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=0, atol=0.05):
+        ours, theirs = (
+            "{beta_schedule} betas from {beta_start} to {beta_end} in {num_train_timesteps} timesteps".format(**values)
+            for values in (config, expected)
+        )
+        raise ValueError(f"scheduler {name} has {ours}, the model was trained with {theirs}: {helps}")
+
+
+def check_call(call: dict) -> None:
+    """Checks those arguments of a call of the pipeline that need no model, by the rules of `sample_diffit.py`.
+
+    Args:
+        call: arguments of `DiffiTPipeline.__call__` by their names.
+
+    Raises:
+        ValueError: names the argument and its value.
+    """
+    for name in ("num_inference_steps", "batch_size", "height", "width"):
+        value = call[name]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1):
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    low, high = call["guidance_interval"]
+    for name, is_valid, expected in (
+        ("output_type", lambda value: value in OUTPUT_TYPES, f"one of {', '.join(OUTPUT_TYPES)}"),
+        ("guidance_schedule", lambda value: value in GUIDANCE_SCHEDULES, f"one of {', '.join(GUIDANCE_SCHEDULES)}"),
+        ("guidance_scale", lambda value: 0 <= value < math.inf, "a finite number of at least 0"),
+        ("guidance_power", lambda value: 0 < value < math.inf, "a finite number above 0"),
+        ("guidance_interval", lambda _: 0 <= low < high <= 1, "0 <= low < high <= 1"),
+        ("eta", lambda value: 0 <= value <= 1, "in [0, 1]"),
+        ("s_churn", lambda value: 0 <= value < math.inf, "a finite number of at least 0"),
+        ("s_tmin", lambda value: 0 <= value < call["s_tmax"], f"at least 0 and below s_tmax, {call['s_tmax']}"),
+        ("s_noise", lambda value: 0 < value < math.inf, "a finite number above 0"),
+    ):
+        if not is_valid(call[name]):
+            raise ValueError(f"{name} must be {expected}, got {call[name]!r}")
+
+
 def choose_scheduler(model_path: str, scheduler: str | None = None) -> str:
     """Checks the name of a scheduler against the model in a folder, or chooses the default.
 
@@ -231,6 +340,10 @@ def choose_scheduler(model_path: str, scheduler: str | None = None) -> str:
         ValueError: if the scheduler is unknown or does not suit the model.
     """
     config = DDPMScheduler.load_config(model_path, subfolder="scheduler")
+    if is_flow_matching(config):
+        raise ValueError(
+            f"{model_path} is a flow-matching model ({config.get('_class_name')}), which is not supported"
+        )
     edm = config.get("_class_name") in {scheduler_class.__name__ for scheduler_class in EDM_SCHEDULERS.values()}
     names = sorted(EDM_SCHEDULERS if edm else SCHEDULERS)
     scheduler = scheduler or ("edm_heun" if edm else "ddim")
@@ -267,7 +380,8 @@ class DiffiTPipeline(DiffusionPipeline):
     Args:
         unet: pixel-space network with the interface of `UNet2DModel`, which predicts noise, image or velocity; None
             for a latent-space model.
-        scheduler: any diffusers scheduler.
+        scheduler: diffusers scheduler of the model's formulation, noise schedule and prediction type. One that
+            replaces it later (`pipeline.scheduler = ...`) must have the same.
         id2label: maps a class index, as a string, to the names of the class, separated by commas; None if the classes
             have no names.
         transformer: latent-space network with the interface of `DiTTransformer2DModel`; None for a pixel-space model.
@@ -300,8 +414,8 @@ class DiffiTPipeline(DiffusionPipeline):
                 f"{transformer.config.in_channels}"
             )
         self.register_modules(unet=unet, transformer=transformer, vae=vae, scheduler=scheduler)
-        self.register_to_config(id2label=id2label)
-        self.heun = heun
+        self.register_to_config(id2label=id2label, heun=heun)
+        self._trained_with = scheduler
 
     @classmethod
     def from_folder(
@@ -353,6 +467,15 @@ class DiffiTPipeline(DiffusionPipeline):
         return cls(None, scheduler, index.get("id2label"), network, vae, heun)
 
     @property
+    def heun(self) -> bool:
+        """Whether Euler steps of an `EDMEulerScheduler` are corrected by Heun's method; it is saved."""
+        return self.config.heun
+
+    @heun.setter
+    def heun(self, heun: bool) -> None:
+        self.register_to_config(heun=heun)
+
+    @property
     def network(self) -> torch.nn.Module:
         """The denoising network: `unet` or `transformer`."""
         return self.transformer if self.unet is None else self.unet
@@ -361,6 +484,20 @@ class DiffiTPipeline(DiffusionPipeline):
     def image_channels(self) -> int:
         """Channels of the images, or of the latents if there is no VAE to decode them."""
         return self.network.config.in_channels if self.vae is None else self.vae.config.out_channels
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Height and width in pixels of what the VAE decodes from one latent; 1 without a VAE."""
+        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width of the images in pixels, unless a call says otherwise; None if each call must say so."""
+        size = self.network.config.sample_size
+        if size is None:
+            return None
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.pixels_per_latent, width * self.pixels_per_latent
 
     def label_ids(self, class_labels: int | str | list[int | str] | torch.Tensor) -> list[int]:
         """Converts class labels, given as indices or names, to indices.
@@ -452,7 +589,7 @@ class DiffiTPipeline(DiffusionPipeline):
                 one takes one.
             guidance_scale: scale of classifier-free guidance, `uncond + scale * (cond - uncond)`. Where it is 1,
                 guidance is off, and the batch of a forward pass is not doubled.
-            eta: noise of DDIM, from 0 (deterministic) to 1 (as much as DDPM); other schedulers ignore it.
+            eta: noise of DDIM, from 0 (deterministic) to 1 (as much as DDPM); other schedulers have 0 only.
             generator: one generator for all images, or one per image. Noise is sampled in float32 on the generator's
                 device. With one CPU generator per image, the noise of an image depends on its own generator only.
             height: height in pixels, or in latents without a VAE. Default: the network's `sample_size`.
@@ -479,9 +616,12 @@ class DiffiTPipeline(DiffusionPipeline):
             The images, as an `ImagePipelineOutput` or a tuple of one element.
 
         Raises:
-            ValueError: for an unknown class, guidance without classes or a guidance model, churn without Heun's
-                method, or counts and sizes that do not match.
+            ValueError: for an argument that is out of range or that the scheduler does not have, an unknown class,
+                guidance without classes or a guidance model, a scheduler for other models, or counts and sizes that
+                do not match.
+            NonFiniteImagesError: if images have NaN or infinite values; a `ValueError` that names their seeds.
         """
+        check_call(locals())
         network, device = self.network, self._execution_device
         if class_labels is None and guidance_model is None and guidance_scale != 1:
             raise ValueError(f"guidance_scale {guidance_scale} needs class_labels or a guidance_model")
@@ -490,6 +630,7 @@ class DiffiTPipeline(DiffusionPipeline):
         if output_type == "pil" and self.image_channels not in (1, 3, 4):
             raise ValueError(f"PIL has no images with {self.image_channels} channels: give output_type='np' or 'pt'")
         self.check_guidance(guidance_channels, guidance_model)
+        self._check_steps(num_inference_steps, eta)
         uses_heun = self.heun and isinstance(self.scheduler, EDMEulerScheduler)
         if s_churn != 0 and not uses_heun:
             raise ValueError(f"s_churn {s_churn} needs Heun's method: an EDMEulerScheduler, and heun=True")
@@ -534,12 +675,24 @@ class DiffiTPipeline(DiffusionPipeline):
 
         # 4. images
         images = sample if output_type == "latent" else self._decode(sample)  # (B, C, H, W)
+        check_finite(images, generator)
+        images = images if output_type == "latent" else images.clamp(0, 1)
         self.maybe_free_model_hooks()
         if output_type in ("np", "pil"):
             images = images.cpu().permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
             if output_type == "pil":
                 images = self.numpy_to_pil(images)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check_steps(self, num_inference_steps: int, eta: float) -> None:
+        """Refuses a scheduler that is not for the model, or that cannot take these steps."""
+        scheduler = self.scheduler
+        check_scheduler(scheduler, self._trained_with)
+        if eta != 0 and "eta" not in inspect.signature(scheduler.step).parameters:
+            raise ValueError(f"eta {eta} needs a DDIMScheduler, {type(scheduler).__name__} has none")
+        most = scheduler.config.num_train_timesteps
+        if num_inference_steps > most and not is_edm(scheduler):
+            raise ValueError(f"num_inference_steps {num_inference_steps} exceeds the {most} timesteps of the model")
 
     def _labels(
         self, class_labels: int | str | list[int | str] | torch.Tensor | None, batch_size: int | None
@@ -548,6 +701,8 @@ class DiffiTPipeline(DiffusionPipeline):
         null = null_label(self.network)
         if class_labels is not None:
             ids = self.label_ids(class_labels)
+            if not ids:
+                raise ValueError("class_labels is empty: give a class, or None for no class")
             batch_size = batch_size or len(ids)
             ids = ids * batch_size if len(ids) == 1 else ids
             if len(ids) != batch_size:
@@ -563,12 +718,12 @@ class DiffiTPipeline(DiffusionPipeline):
         if size is None and (height is None or width is None):
             raise ValueError("the network has no `sample_size`: give height and width")
         sides = [size, size] if isinstance(size, int) or size is None else list(size)
-        pixels_per_latent = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        scale = self.pixels_per_latent
         for i, pixels in enumerate((height, width)):
             if pixels is not None:
-                if pixels % pixels_per_latent:
-                    raise ValueError(f"height and width must be multiples of {pixels_per_latent}, got {pixels}")
-                sides[i] = pixels // pixels_per_latent
+                if pixels % scale:
+                    raise ValueError(f"height and width must be multiples of {scale}, got {pixels}")
+                sides[i] = pixels // scale
         return batch_size, self.network.config.in_channels, *sides
 
     def _step_kwargs(self, eta: float, generator: torch.Generator | list[torch.Generator] | None) -> dict:
@@ -585,7 +740,7 @@ class DiffiTPipeline(DiffusionPipeline):
     def _times(self) -> list[float]:
         """Time in [0, 1] of each timestep of the scheduler: t / T, or `edm_time`."""
         config = self.scheduler.config
-        if not isinstance(self.scheduler, tuple(EDM_SCHEDULERS.values())):
+        if not is_edm(self.scheduler):
             # One transfer from the device for all steps.
             return [timestep / config.num_train_timesteps for timestep in self.scheduler.timesteps.tolist()]
         sigmas = self.scheduler.sigmas[:-1].tolist()
@@ -648,11 +803,11 @@ class DiffiTPipeline(DiffusionPipeline):
         return torch.cat([guided, prediction[:, channels:]], dim=1)
 
     def _decode(self, sample: torch.Tensor) -> torch.Tensor:
-        """Converts a denoised sample to images in [0, 1], shape (B, C, H, W); a VAE decodes latents."""
+        """Converts a denoised sample to images, in [0, 1] once clipped; shape (B, C, H, W). A VAE decodes latents."""
         if self.vae is not None:
             latents = sample / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
             sample = self.vae.decode(latents.to(self.vae.dtype)).sample.float()
-        return (sample / 2 + 0.5).clamp(0, 1)
+        return sample / 2 + 0.5
 
     def save_config(self, save_directory: str | Path, **kwargs) -> None:
         """Extends diffusers' method: adds this file and this class's name, so that the folder loads anywhere."""
@@ -661,6 +816,8 @@ class DiffiTPipeline(DiffusionPipeline):
         index = json.loads(index_file.read_text())
         index["_class_name"] = ["diffit_pipeline", "DiffiTPipeline"]
         index = {key: value for key, value in index.items() if value != [None, None]}  # drops missing components
+        if self.heun or not isinstance(self.scheduler, EDMEulerScheduler):
+            index.pop("heun", None)  # it is the default, or has no effect
         index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         target = Path(save_directory, "diffit_pipeline.py")
         if target.resolve() != Path(__file__).resolve():

@@ -32,15 +32,14 @@ from accelerate import PartialState
 from diffit.command_line import run_script, to_flags
 from diffit.errors import UserError, user_errors
 from diffit.evaluation import Evaluation, measure_by_steps, measure_models
-from diffit.features import FeatureExtractor, load_extractor
+from diffit.features import FeatureExtractor, TableImages, load_extractor
 from diffit.formulations import NoisyBatch, denoising_losses, formulation_of
 from diffit.image_sets import (
     EvaluatedSet,
-    ImageSet,
     ImageSource,
     image_set,
     load_statistics,
-    natural_shape,
+    natural_size,
     open_source,
     save_statistics,
 )
@@ -59,14 +58,14 @@ NUM_LOSS_IMAGES = 256  # images of each
 
 @torch.no_grad()
 def loss_by_level(
-    pipeline: DiffiTPipeline, source: ImageSource, images: ImageSet, batch_size: int
+    pipeline: DiffiTPipeline, source: ImageSource, size: tuple[int, int], batch_size: int
 ) -> tuple[list[float], list[float]]:
     """Loss of a pixel-space model by noise level, from the least noise to the most.
 
     Args:
         pipeline: on the device.
-        source: where the images come from; has their classes.
-        images: all images of the source; the first `NUM_LOSS_IMAGES` are taken, with the same noise at each level.
+        source: the first `NUM_LOSS_IMAGES` are taken, with the same noise at each level.
+        size: height and width, to which files are resized.
         batch_size: images per forward pass.
 
     Returns:
@@ -75,12 +74,16 @@ def loss_by_level(
     network, device = pipeline.network, pipeline.device
     formulation = formulation_of(pipeline.scheduler)
     levels = formulation.level_grid(NUM_LOSS_LEVELS)
-    num_images = min(NUM_LOSS_IMAGES, len(images.images))
+    if source.table is not None:  # with the channels of the model, not those of the feature extractors
+        images = TableImages(source.table, size, network.config.in_channels)
+    else:
+        images = torch.from_numpy(source.array[:NUM_LOSS_IMAGES].copy())
+    num_images = min(NUM_LOSS_IMAGES, len(images))
     null = null_label(network)
     labels = None if null is None else torch.full((num_images,), null)
     if labels is not None and source.table is not None and source.table.class_names is not None:
         labels = torch.tensor([source.table.label(index) for index in range(num_images)])
-    clean = torch.stack([images.images[i] for i in range(num_images)]) / 127.5 - 1  # (N, C, H, W)
+    clean = torch.stack([images[i] for i in range(num_images)]) / 127.5 - 1  # (N, C, H, W)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     losses = []
     for level in levels:
@@ -99,14 +102,14 @@ def loss_by_level(
 
 
 def loss_curves(
-    pipelines: Iterable[tuple[str, DiffiTPipeline]], source: ImageSource, images: ImageSet, batch_size: int
+    pipelines: Iterable[tuple[str, DiffiTPipeline]], source: ImageSource, size: tuple[int, int], batch_size: int
 ) -> tuple[list[tuple[str, list[float], list[float]]], dict[str, str]]:
     """Loss by noise level of the pixel-space models that have the formulation of the first one.
 
     Args:
         pipelines: models with their paths, on the device.
         source: see `loss_by_level`.
-        images: see `loss_by_level`.
+        size: see `loss_by_level`.
         batch_size: images per forward pass.
 
     Returns:
@@ -119,7 +122,11 @@ def loss_curves(
         if pipeline.transformer is not None or type(formulation) is not type(first):
             print(f"no loss by timestep of {path}: it is in latent space, or of another formulation than the first")
             continue
-        curves.append((Path(path).name, *loss_by_level(pipeline, source, images, batch_size)))
+        channels = pipeline.network.config.in_channels
+        if source.array is not None and source.array.shape[1] != channels:
+            print(f"no loss by timestep of {path}: it has {channels} channels, {source.name} {source.array.shape[1]}")
+            continue
+        curves.append((Path(path).name, *loss_by_level(pipeline, source, size, batch_size)))
     return curves, first.axes()
 
 
@@ -174,13 +181,13 @@ def write_results(
         raise UserError(f"--output {output} was changed by another program meanwhile, and is left as it is")
 
 
-def describe(extractor: FeatureExtractor, shape: tuple[int, int, int], arguments: dict) -> dict:
-    """All that the metrics depend on besides the images."""
+def describe(extractor: FeatureExtractor, size: tuple[int, int], arguments: dict) -> dict:
+    """All that the metrics depend on besides the images, such as their size, which is the same on both sides."""
     packages = ("diffusers", "transformers", "numpy", "pillow")
     return {
         "feature_extractor": extractor.name,
         **extractor.settings,
-        "channels_height_width": list(shape),
+        "channels_height_width": [3, *size],  # also of grayscale images
         "reference": arguments["reference"],
         "arguments": arguments,
         # torch.__version__ names the build, such as +cu130; the version of the package may not.
@@ -222,11 +229,30 @@ def check_outputs(output: str | None, plots: str | None, work_dir: str) -> None:
 # Main
 
 
-def open_images(processes: PartialState, config: ReferenceConfig, flag: str, name: str | None) -> ImageSource | None:
-    """The images, or statistics, that a flag names; None if it is not given."""
-    if name is None:
-        return None
-    return on_all_processes(processes, open_source, flag, name, config.dataset_split, config.image_column)
+def open_sources(processes: PartialState, config: EvalConfig) -> tuple[ImageSource | None, ...]:
+    """The images, or statistics, of --reference, --training_images and --images; None for a flag that is not given.
+
+    Raises:
+        UserError: names the flag that cannot be read, or has no effect on what is read.
+    """
+    names = (
+        ("--reference", config.reference.reference),
+        ("--training_images", config.plots.training_images),
+        ("--images", config.evaluated.images),
+    )
+    asked, sources = config.reference, []
+    for flag, name in names:
+        arguments = (flag, name, asked.dataset_split, asked.image_column)
+        sources.append(None if name is None else on_all_processes(processes, open_source, *arguments))
+    for flag in ("image_column", "dataset_split"):
+        value, read = getattr(asked, flag), [source for source in sources if source is not None]
+        if value != getattr(ReferenceConfig, flag) and not any(flag in source.reader for source in read):
+            given = ", ".join(f"{source.flag} {source.name}" for source in read)
+            of = "columns" if flag == "image_column" else "splits"
+            raise UserError(f"--{flag} {value} has no effect: there are no {of} in {given}")
+    needs_images = config.plots.plots is not None and config.plots.training_images is None
+    check_reference(sources[0], config.metrics.metrics, needs_images)
+    return tuple(sources)
 
 
 def check_reference(source: ImageSource, metrics: tuple[str, ...], needs_images: bool) -> None:
@@ -240,7 +266,7 @@ def check_reference(source: ImageSource, metrics: tuple[str, ...], needs_images:
     Raises:
         UserError: names the flags that need images.
     """
-    if source.statistics is not None and (metrics != ("frechet_distance",) or needs_images):
+    if not source.has_images and (metrics != ("frechet_distance",) or needs_images):
         raise UserError(
             f"--reference {source.name} holds statistics, not images: they give only --metrics frechet_distance, and "
             "--plots needs --training_images in addition"
@@ -259,11 +285,23 @@ def load_extractors(processes: PartialState, config: EvalMetricsConfig) -> list[
 def real_features(
     source: ImageSource, reference: EvaluatedSet | None, evaluation: Evaluation, num_features: int
 ) -> FeatureSet:
-    """The features of the reference, whose statistics are saved next to them; or the statistics that it holds."""
+    """The features of the reference, with the statistics that it holds for the Frechet distance if they fit.
+
+    The statistics of a reference without any are saved next to its features.
+    """
     extractor = evaluation.extractors[0]
     if reference is None:
         return load_statistics(source, extractor, num_features)
     features = reference.feature_set(evaluation.processes.device)
+    if source.statistics is not None:
+        try:
+            statistics = load_statistics(source, extractor, num_features)
+        except UserError as error:
+            print(f"Warning: {error}: all metrics are computed with its {len(features)} images")
+            return features
+        print(f"Frechet distances are to the statistics in {source.name}, other metrics to its {len(features)} images")
+        mean, covariance = (values.to(features.features.device) for values in (statistics.mean, statistics.covariance))
+        return FeatureSet(features.features, mean, covariance)
     file = Path(reference.features.filename).with_name("statistics.npz")
     save_statistics(file, features, extractor)
     print(f"statistics of the reference, which --reference takes too: {file}")
@@ -289,29 +327,29 @@ def main(config: EvalConfig) -> None:
     run_on_main_and_broadcast(processes, check_outputs, output.output, plots.plots, output.work_dir)
 
     # 1. inputs
-    source = open_images(processes, config.reference, "--reference", config.reference.reference)
-    training_source = open_images(processes, config.reference, "--training_images", plots.training_images)
-    check_reference(source, metrics.metrics, needs_images=plots.plots is not None and training_source is None)
+    source, training_source, given = open_sources(processes, config)
     extractors = load_extractors(processes, metrics)
-    evaluation = Evaluation(processes, output.work_dir, extractors, output.batch_size, output.dataloader_num_workers)
+    sizes = (output.batch_size, output.dataloader_num_workers, config.reference.resolution)
+    evaluation = Evaluation(processes, output.work_dir, extractors, *sizes)
 
     # 2. samples and features, by all processes
     step_sets = []
     if evaluated.images is not None:
-        given = open_images(processes, config.reference, "--images", evaluated.images)
-        shape = on_all_processes(processes, natural_shape, given, config.reference.resolution)
-        sets = [evaluation.measure(image_set(given, shape, evaluated.num_images), name=evaluated.images)]
+        size = config.reference.resolution or on_all_processes(processes, natural_size, given)
+        sets = [evaluation.measure(image_set(given, size, evaluated.num_images), name=evaluated.images)]
+        asked, found = evaluated.num_images, len(sets[0].features)
+        if asked is not None and found < asked and processes.is_main_process:
+            print(f"Warning: --num_images {asked}, but --images {evaluated.images} has {found} images only")
     else:
-        sets = measure_models(evaluation, evaluated, config.sampling, source.table)
+        sets = measure_models(evaluation, evaluated, config.sampling, plots, source.table)
         step_sets = measure_by_steps(evaluation, sets[-1], evaluated, config.sampling, plots, source.table)
-    channels, *size = sets[0].images.images[0].shape
-    shape = (channels, *(config.reference.resolution or size))
+        size = sets[0].images.images[0].shape[1:]
     reference = training = None
-    if source.statistics is None:
-        reference = training = evaluation.measure(image_set(source, shape), name=source.name)
+    if source.has_images:
+        reference = training = evaluation.measure(image_set(source, size), name=source.name)
     if training_source is not None:
         features_only = dataclasses.replace(evaluation, extractors=extractors[:1])
-        training = features_only.measure(image_set(training_source, shape), name=training_source.name)
+        training = features_only.measure(image_set(training_source, size), name=training_source.name)
     processes.wait_for_everyone()
     processes.destroy_process_group()
     if not processes.is_main_process:
@@ -323,7 +361,7 @@ def main(config: EvalConfig) -> None:
     print_results(results)
     if output.output is not None:
         arguments = to_flags(config)
-        write_results(output.output, results, step_results, describe(extractors[0], shape, arguments))
+        write_results(output.output, results, step_results, describe(extractors[0], size, arguments))
 
     # 4. plots
     if plots.plots is not None:
@@ -336,7 +374,7 @@ def main(config: EvalConfig) -> None:
             plain = dataclasses.replace(config.sampling, scheduler=None, guidance=GuidanceConfig())
             load = functools.partial(load_sampler, sampling=plain, device=processes.device, weights=evaluated.weights)
             pipelines = ((images.name, load(images.name)[0]) for images in sets)  # one after the other
-            curves = loss_curves(pipelines, training_source or source, training.images, output.batch_size)
+            curves = loss_curves(pipelines, training_source or source, size, output.batch_size)
             plot_losses(folder.folder / "loss_by_timestep.png", *curves)
         folder.record(PLOTS)
 

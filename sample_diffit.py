@@ -8,7 +8,7 @@ The noise of a seed depends on the seed alone. Existing images are kept, so an i
 """
 
 from diffit.launcher import follow_launcher
-from diffit.sampling_config import SampleConfig, SamplingConfig, parse_args
+from diffit.sampling_config import MAX_IMAGES, SampleConfig, SamplingConfig, parse_args
 
 if __name__ == "__main__":
     # Before the slow imports: the launcher may die meanwhile, and a refused flag is answered at once.
@@ -34,6 +34,7 @@ from diffit.sampling import load_sampler, parse_class_labels, resolve_scheduler,
 from diffit_pipeline import DiffiTPipeline, image_grid, to_displayable
 
 MAX_GRID_IMAGES = 1024  # in grid.png, unless --grid says more
+MAX_GRID_PIXELS = 2**28  # 16,384 x 16,384, which take 0.8 GB of memory in color
 
 
 def list_images(
@@ -50,6 +51,11 @@ def list_images(
     labels = None if class_labels is None else parse_class_labels(pipeline, class_labels)
     if num_images_per_class is not None:
         num_images = num_images_per_class * len(labels)
+        if num_images > MAX_IMAGES:
+            raise UserError(
+                f"--num_images_per_class {num_images_per_class} of {len(labels)} classes are more than "
+                f"{MAX_IMAGES:,} images: sample them in several runs"
+            )
         seeds = seeds or range(num_images)
         if len(seeds) < num_images:
             raise UserError(f"--seeds gives {len(seeds)} seeds, {len(labels)} classes need {num_images}")
@@ -66,6 +72,28 @@ def list_images(
         if str(label) in names:
             rows[-1]["class_name"] = names[str(label)]
     return rows
+
+
+def grid_layout(config: SampleConfig, image_size: tuple[int, int]) -> tuple[int | None, int | None]:
+    """Columns and rows of grid.png; None for as many as the images need (see `image_grid`).
+
+    Args:
+        config: the request.
+        image_size: height and width of an image in pixels.
+
+    Raises:
+        UserError: if the grid of --grid would be too large for memory.
+    """
+    if config.grid is None:
+        columns = config.num_images_per_class
+        return (None if columns is None or columns > MAX_GRID_IMAGES else columns), None
+    columns, rows = config.grid
+    if columns * rows * max(32, image_size[0]) * max(32, image_size[1]) > MAX_GRID_PIXELS:
+        raise UserError(
+            f"--grid {columns}x{rows} of images of {image_size[0]} x {image_size[1]} pixels is larger than "
+            f"{MAX_GRID_PIXELS:,} pixels: give fewer columns and rows"
+        )
+    return columns, rows
 
 
 def prepare_output_dir(
@@ -175,6 +203,7 @@ def main(config: SampleConfig) -> None:
     }
 
     # 2. files
+    columns, grid_rows = grid_layout(config, pipeline.image_size or (0, 0))
     rows = list_images(pipeline, config.class_labels, config.seeds, config.num_images_per_class)
     files = [row["file"] for row in rows]
     names = [*files, "grid.png", "samples.json"] + (["samples.npz"] if config.save_npz else [])
@@ -198,7 +227,6 @@ def main(config: SampleConfig) -> None:
             write_npz(
                 output_dir / "samples.npz", [output_dir / file for file in files], [row["class"] for row in rows]
             )
-        columns, grid_rows = config.grid or (config.num_images_per_class, None)
         shown = files[: columns * grid_rows if config.grid else MAX_GRID_IMAGES]
         grid = image_grid([to_displayable(read_pixels(output_dir / file)) for file in shown], columns, grid_rows)
         grid.save(output_dir / "grid.png")

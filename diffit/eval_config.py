@@ -18,9 +18,10 @@ from diffit.command_line import (
     path_type,
     positive_int,
     resolution_type,
+    to_flags,
 )
 from diffit.errors import UserError
-from diffit.sampling_config import SCHEDULERS, SamplingConfig
+from diffit.sampling_config import MAX_IMAGES, SCHEDULERS, SamplingConfig
 
 METRICS = ("frechet_distance", "kernel_distance", "inception_score", "precision", "recall")
 EXTRACTORS = ("inception", "dinov2", "clip", "efficientnet_lite0")
@@ -56,7 +57,9 @@ class EvaluatedConfig:
         "reference = as frequent as in the reference",
     )
     num_images: int | None = flag(
-        None, f"number of images (default: all of --images, {DEFAULT_NUM_IMAGES} of a model)", type=positive_int
+        None,
+        f"number of images (default: all of --images, {DEFAULT_NUM_IMAGES} of a model)",
+        type=number_type(int, 1, MAX_IMAGES),
     )
 
     def __post_init__(self):
@@ -78,8 +81,8 @@ class ReferenceConfig:
     image_column: str | None = flag(None, "column of parquet files and datasets (default: the only one of images)")
     resolution: tuple[int, int] | None = flag(
         None,
-        "side in pixels, or HxW, to which images are cropped and resized as in training (default: the size "
-        "of the evaluated images, which must then be the same for all)",
+        "side in pixels, or HxW, to which image files are cropped and resized as in training; arrays and samples of "
+        "a model must have it (default: the size of the evaluated images, which must then be the same for all)",
         type=resolution_type,
     )
 
@@ -157,6 +160,8 @@ class PlotsConfig:
             for name in ("plot_steps", "training_images"):
                 if getattr(self, name) is not None:
                     raise UserError(f"--{name} needs --plots")
+        if self.plot_schedulers is not None and self.plot_steps is None:
+            raise UserError(f"--plot_schedulers {' '.join(self.plot_schedulers)} needs --plot_steps")
 
 
 @dataclass(frozen=True)
@@ -189,10 +194,15 @@ class EvalConfig:
 
     def __post_init__(self):
         if self.evaluated.model_path is None:
-            if self.sampling.guidance.scale != 1:
-                raise UserError(f"--guidance_scale {self.sampling.guidance.scale} needs --model_path")
-            if self.plots.plot_steps is not None:
-                raise UserError("--plot_steps needs --model_path")
+            of_models = {
+                name: getattr(self.evaluated, name) for name in ("all_checkpoints", "weights", "class_labels")
+            }
+            of_models |= to_flags(self.sampling) | {"plot_steps": self.plots.plot_steps}
+            defaults = to_flags(EvaluatedConfig(images="")) | to_flags(SamplingConfig())
+            for name, value in of_models.items():
+                if value != defaults.get(name):
+                    shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+                    raise UserError(f"--{name} {shown} needs --model_path: --images are not sampled")
 
 
 # Headings of the groups of `--help`, by the fields of `EvalConfig`.

@@ -9,20 +9,21 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
-from diffusers import ModelMixin
+from diffusers import DDPMScheduler, ModelMixin
 from tqdm.auto import tqdm
 
 from diffit.errors import UserError, user_errors
 from diffit.eval_config import DEFAULT_NUM_IMAGES, EvaluatedConfig, PlotsConfig
 from diffit.features import FeatureExtractor, extract_features, fill_array, settings_folder, weights_digest
-from diffit.image_sets import ArrayImages, EvaluatedSet, ImageSet
+from diffit.formulations import FORMULATIONS, formulation_name
+from diffit.image_sets import ArrayImages, EvaluatedSet, ImageSet, check_resolution
 from diffit.processes import on_all_processes
 from diffit.run_dir import list_checkpoints
-from diffit.sampling import load_sampler, parse_class_labels, resolve_scheduler, sample_seeds
+from diffit.sampling import check_steps, load_sampler, parse_class_labels, resolve_scheduler, sample_seeds
 from diffit.sampling_config import SamplingConfig
 from diffit.sources import ImageTable
 from diffit.stream import PositionStream
-from diffit_pipeline import EDM_SCHEDULERS, DiffiTPipeline, null_label
+from diffit_pipeline import EDM_SCHEDULERS, DiffiTPipeline, choose_scheduler, null_label
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Evaluation:
         extractors: the feature extractor and, for the Inception score, one that gives class probabilities.
         batch_size: images per forward pass and process.
         num_workers: processes that decode images, per process.
+        resolution: height and width of all images; None: those of the evaluated images.
     """
 
     processes: PartialState
@@ -42,6 +44,7 @@ class Evaluation:
     extractors: list[FeatureExtractor]
     batch_size: int
     num_workers: int
+    resolution: tuple[int, int] | None = None
 
     def measure(self, images: ImageSet, **description) -> EvaluatedSet:
         """Extracts features, and class probabilities for the Inception score.
@@ -80,6 +83,7 @@ class Evaluation:
         pipeline, guidance_model = on_all_processes(
             self.processes, load_sampler, model_path, sampling, self.processes.device, evaluated.weights
         )
+        check_resolution(f"--model_path {model_path}", pipeline.image_size, self.resolution)
         num_images = evaluated.num_images or DEFAULT_NUM_IMAGES
         classes = list_classes(pipeline, evaluated.class_labels, num_images, table)
         images = self._sample(pipeline, guidance_model, sampling, num_images, classes)
@@ -128,19 +132,48 @@ class Evaluation:
 
 
 def measure_models(
-    evaluation: Evaluation, evaluated: EvaluatedConfig, sampling: SamplingConfig, table: ImageTable | None
+    evaluation: Evaluation,
+    evaluated: EvaluatedConfig,
+    sampling: SamplingConfig,
+    plots: PlotsConfig,
+    table: ImageTable | None,
 ) -> list[EvaluatedSet]:
     """Samples and measures the models of --model_path.
 
     Raises:
-        UserError: if their images have different shapes.
+        UserError: if their images have different shapes, or the last one cannot be sampled for the plots as well.
     """
     paths = expand_checkpoints(evaluated.model_path, evaluated.all_checkpoints)
+    on_all_processes(evaluation.processes, check_plot_steps, paths[-1], sampling, plots)  # not when all is sampled
     sets = [evaluation.measure_model(path, sampling, evaluated, table) for path in paths]
     shapes = {tuple(one.images.images[0].shape) for one in sets}
     if len(shapes) > 1:
         raise UserError(f"the models of --model_path sample images of different shapes (C, H, W): {sorted(shapes)}")
     return sets
+
+
+def plotted_samplings(plots: PlotsConfig, sampling: SamplingConfig, scheduler: str) -> list[SamplingConfig]:
+    """The schedulers and steps of --plot_steps, for a model whose other samples are of `scheduler`."""
+    default = tuple(EDM_SCHEDULERS) if scheduler in EDM_SCHEDULERS else ("ddim", "dpmsolver++", "unipc")
+    schedulers = plots.plot_schedulers or default
+    return [sampling.with_scheduler(scheduler, steps) for scheduler in schedulers for steps in plots.plot_steps or ()]
+
+
+def check_plot_steps(model_path: str, sampling: SamplingConfig, plots: PlotsConfig) -> None:
+    """Refuses steps and schedulers of plots that the model does not have.
+
+    Raises:
+        UserError: names the flag.
+    """
+    if plots.plot_steps is None:
+        return
+    scheduler = resolve_scheduler(sampling, model_path).scheduler
+    config = DDPMScheduler.load_config(model_path, subfolder="scheduler")
+    for plotted in plotted_samplings(plots, sampling, scheduler):
+        with user_errors("--plot_schedulers", ValueError):
+            choose_scheduler(model_path, plotted.scheduler)
+        formulation = FORMULATIONS[formulation_name(config)].from_scheduler_config(config)
+        check_steps(plotted.num_inference_steps, formulation, model_path, "--plot_steps")
 
 
 def measure_by_steps(
@@ -152,11 +185,9 @@ def measure_by_steps(
     table: ImageTable | None,
 ) -> list[EvaluatedSet]:
     """Samples and measures a model, which was measured already, with the schedulers and steps of the plot."""
-    default = tuple(EDM_SCHEDULERS) if model.scheduler in EDM_SCHEDULERS else ("ddim", "dpmsolver++", "unipc")
     return [
-        evaluation.measure_model(model.name, sampling.with_scheduler(scheduler, steps), evaluated, table)
-        for scheduler in plots.plot_schedulers or default
-        for steps in plots.plot_steps or ()
+        evaluation.measure_model(model.name, plotted, evaluated, table)
+        for plotted in plotted_samplings(plots, sampling, model.scheduler)
     ]
 
 

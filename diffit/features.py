@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from tqdm.auto import tqdm
 from diffit.decode import decode_image
 from diffit.errors import UserError
 from diffit.eval_config import EXTRACTORS
+from diffit.processes import run_on_main_and_broadcast
 from diffit.run_dir import claim_whole_folder
 from diffit.sources import ImageTable
 
@@ -252,7 +254,8 @@ def fill_array(
     """Computes the rows of an array on disk in all processes together. To be called by all of them.
 
     Batches are written as they are computed, so an interrupted run can be resumed; a complete array is only opened.
-    Nothing is pickled.
+    Several evaluations may fill one array at the same time: each takes what the others have finished. Nothing is
+    pickled.
 
     Args:
         processes: may be an `Accelerator`.
@@ -266,32 +269,47 @@ def fill_array(
         The array, mapped from the file, not in memory.
     """
     target = folder / "data.npy"
-    if processes.is_main_process:
+    ranges = [range(start, min(start + batch_size, num_rows)) for start in range(0, num_rows, batch_size)]
+    files = [folder / f"{rows.start:08d}-{rows.stop:08d}.npy" for rows in ranges]
+
+    def find_missing() -> list[int] | None:
         claim_whole_folder(folder, "an evaluation")
         (folder / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
-    processes.wait_for_everyone()
-    ranges = [range(start, min(start + batch_size, num_rows)) for start in range(0, num_rows, batch_size)]
-    files = {rows: folder / f"{rows.start:08d}-{rows.stop:08d}.npy" for rows in ranges}
-    finished = target.is_file()
-    missing = [] if finished else [rows for rows in ranges if not files[rows].is_file()]
-    processes.wait_for_everyone()  # all must have looked before one writes
-    mine = missing[processes.process_index :: processes.num_processes]
-    temporary = folder / f".{processes.process_index}-{os.getpid()}.npy"
-    for rows, values in zip(mine, compute(mine), strict=True):
+        return None if target.is_file() else [i for i, file in enumerate(files) if not file.is_file()]
+
+    # One process looks for all: another evaluation may write while they look.
+    missing = run_on_main_and_broadcast(processes, find_missing)
+    mine = (missing or [])[processes.process_index :: processes.num_processes]
+    temporary = folder / f".{uuid.uuid4().hex}.npy"
+    for i, values in zip(mine, compute([ranges[i] for i in mine]), strict=True):
         np.save(temporary, values)
-        temporary.replace(files[rows])  # a batch is on disk whole or not at all
+        temporary.replace(files[i])  # a batch is on disk whole or not at all
     processes.wait_for_everyone()
-    if processes.is_main_process and not finished:
-        first = np.load(files[ranges[0]])
-        array = np.lib.format.open_memmap(temporary, "w+", first.dtype, (num_rows, *first.shape[1:]))
-        for rows in ranges:
-            array[rows.start : rows.stop] = np.load(files[rows])
-        array.flush()
-        temporary.replace(target)
-        for file in files.values():
-            file.unlink()
+    if processes.is_main_process and missing is not None:
+        _assemble(target, files, num_rows, temporary)
     processes.wait_for_everyone()
     return np.load(target, mmap_mode="r")
+
+
+def _assemble(target: Path, files: list[Path], num_rows: int, temporary: Path) -> None:
+    """Joins batches into one array and deletes them, unless another evaluation has done so or is faster."""
+    try:
+        if not target.is_file():
+            first = np.load(files[0])
+            array = np.lib.format.open_memmap(temporary, "w+", first.dtype, (num_rows, *first.shape[1:]))
+            row = 0
+            for file in files:
+                values = np.load(file)
+                array[row : row + len(values)] = values
+                row += len(values)
+            array.flush()
+            temporary.replace(target)
+    except FileNotFoundError:
+        if not target.is_file():  # the batches are deleted only once it is there
+            raise
+        temporary.unlink(missing_ok=True)
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def extract_features(

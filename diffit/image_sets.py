@@ -6,6 +6,7 @@ Shapes: N images, C channels, H/W height/width, F features.
 
 import hashlib
 import json
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,12 +19,12 @@ from diffit.errors import UserError
 from diffit.features import FeatureExtractor, TableImages
 from diffit.metrics import FeatureSet
 from diffit.source_config import SourceConfig
-from diffit.sources import ImageTable, detect_num_channels, listed_samples, load_image_table
+from diffit.sources import ImageTable, listed_samples, load_image_table
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Existing images, in a table or an array, or the statistics of some.
+    """Existing images, in a table or an array, or the statistics of some; npz files of ADM have both.
 
     Attributes:
         flag: that names them, for messages.
@@ -33,6 +34,7 @@ class ImageSource:
         statistics: `mu` (F) and `sigma` (F, F) of features, and the `extractor` that they are of, None if the file
             does not say; or None.
         digest: identifies the images.
+        reader: flags that chose what was read: `"image_column"` for a table with columns, and `"dataset_split"`.
     """
 
     flag: str
@@ -41,6 +43,12 @@ class ImageSource:
     array: np.ndarray | None = None
     statistics: dict | None = None
     digest: str = ""
+    reader: tuple[str, ...] = ()
+
+    @property
+    def has_images(self) -> bool:
+        """Whether there are images, not only statistics."""
+        return self.table is not None or self.array is not None
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ class EvaluatedSet:
 
 
 class ArrayImages(Dataset):
-    """A dataset of the images of a uint8 array of shape (N, C, H, W)."""
+    """A dataset of the images of a uint8 array of shape (N, C, H, W); grayscale is repeated to three channels."""
 
     def __init__(self, array: np.ndarray):
         self.array = array
@@ -93,7 +101,8 @@ class ArrayImages(Dataset):
         return len(self.array)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.from_numpy(np.array(self.array[index]))
+        image = torch.from_numpy(np.array(self.array[index]))
+        return image.expand(3, -1, -1) if len(image) == 1 else image
 
 
 def open_source(flag: str, name: str, dataset_split: str = "train", image_column: str | None = None) -> ImageSource:
@@ -103,7 +112,8 @@ def open_source(flag: str, name: str, dataset_split: str = "train", image_column
         flag: for messages.
         name: its value: folder, zip, parquet file, npz, or hub dataset.
         dataset_split: split of a hub dataset.
-        image_column: column of a parquet file or dataset; default: the only one of images.
+        image_column: column of a parquet file or dataset; default: the only one of images. A folder or zip of files
+            has no columns.
 
     Raises:
         UserError: names the flag and its value.
@@ -111,13 +121,15 @@ def open_source(flag: str, name: str, dataset_split: str = "train", image_column
     path = Path(name)
     if path.suffix == ".npz":
         return _open_npz(flag, path)
+    reader = ()
     try:
         if path.suffix == ".parquet":
-            source = SourceConfig(train_data_file=name, image_column=image_column)
-        elif path.is_file() or (path.is_dir() and image_column is None):
+            source, reader = SourceConfig(train_data_file=name, image_column=image_column), ("image_column",)
+        elif path.is_file() or (path.is_dir() and (image_column is None or not any(path.rglob("*.parquet")))):
             source = SourceConfig(train_data_dir=name)
         else:
             source = SourceConfig(dataset_name=name, dataset_split=dataset_split, image_column=image_column)
+            reader = ("image_column", "dataset_split")
         table = load_image_table(source)
     except (UserError, OSError) as error:
         raise UserError(f"{flag} {name}: {error}") from error
@@ -126,43 +138,47 @@ def open_source(flag: str, name: str, dataset_split: str = "train", image_column
         table = table.select([index for index, file in enumerate(files) if file in listed])
         if len(table) < len(listed):
             raise UserError(f"{flag} {name}: {len(listed) - len(table)} images of its samples.json are missing")
-    return ImageSource(flag, name, table=table, digest=table.digest(len(table)))
+    return ImageSource(flag, name, table=table, digest=table.digest(len(table)), reader=reader)
 
 
 def _open_npz(flag: str, path: Path) -> ImageSource:
-    """Images (`arr_0`, as in the ADM evaluation suite) or statistics (`mu` and `sigma`, as written by EDM)."""
+    """Images (`arr_0`, as in the ADM evaluation suite), statistics (`mu` and `sigma`, as written by EDM), or both."""
+    pixels = statistics = None
     try:
         with np.load(path, allow_pickle=False) as file:
+            names = file.files
             if "mu" in file and "sigma" in file:
                 extractor = json.loads(str(file["extractor"])) if "extractor" in file else None
                 statistics = {"mu": file["mu"], "sigma": file["sigma"], "extractor": extractor}
-                return ImageSource(flag, str(path), statistics=statistics)
-            if "arr_0" not in file:
-                raise UserError(
-                    f"{flag} {path}: expected images (arr_0) or statistics (mu, sigma), but it has {file.files}"
-                )
-            pixels = file["arr_0"]
-    except UserError:
-        raise
+            if "arr_0" in file:
+                pixels = file["arr_0"]
     except Exception as error:  # of numpy, zip or JSON; numpy's own message may advise to trust the file
         raise UserError(f"{flag} {path}: damaged, or not an npz of plain arrays ({type(error).__name__})") from error
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.size == 0:
-        raise UserError(f"{flag} {path}: arr_0 must be uint8 of shape (N, H, W, C), got {pixels.dtype} {pixels.shape}")
+    if pixels is None:
+        if statistics is None:
+            raise UserError(f"{flag} {path}: expected images (arr_0) or statistics (mu, sigma), but it has {names}")
+        if flag != "--reference":
+            raise UserError(f"{flag} {path} holds statistics, not images: only --reference takes them")
+        return ImageSource(flag, str(path), statistics=statistics)
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.size == 0 or pixels.shape[-1] not in (1, 3):
+        order = "; its channels come first, transpose them" if pixels.ndim == 4 and pixels.shape[1] in (1, 3) else ""
+        raise UserError(
+            f"{flag} {path}: arr_0 must be uint8 of shape (N, H, W, C) with 1 or 3 channels, got {pixels.dtype} "
+            f"{pixels.shape}{order}"
+        )
     digest = hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()[:16]
-    return ImageSource(flag, str(path), array=pixels.transpose(0, 3, 1, 2), digest=digest)
+    return ImageSource(flag, str(path), array=pixels.transpose(0, 3, 1, 2), statistics=statistics, digest=digest)
 
 
-def natural_shape(source: ImageSource, resolution: tuple[int, int] | None) -> tuple[int, int, int]:
-    """Channels, height and width of images; without a `resolution` they must all have the same size.
+def natural_size(source: ImageSource) -> tuple[int, int]:
+    """Height and width of images, which must be the same for all.
 
     Raises:
         UserError: names two images whose sizes differ.
     """
     if source.array is not None:
-        return source.array.shape[1:]
+        return source.array.shape[2:]
     table = source.table
-    if resolution is not None:
-        return detect_num_channels(table), *resolution
     first = image_size(*table.read(0))
     for index in range(1, len(table)):
         name, data = table.read(index)
@@ -172,35 +188,53 @@ def natural_shape(source: ImageSource, resolution: tuple[int, int] | None) -> tu
                 f"{source.flag} {source.name}: images of different sizes ({first[0]} x {first[1]} and, in {name}, "
                 f"{size[0]} x {size[1]}): --resolution must say to which size they are resized"
             )
-    return detect_num_channels(table), *first
+    return first
 
 
-def image_set(source: ImageSource, shape: tuple[int, int, int], num_images: int | None = None) -> ImageSet:
-    """The images of a source at a shape (C, H, W).
+def image_set(source: ImageSource, size: tuple[int, int], num_images: int | None = None) -> ImageSet:
+    """The images of a source at a height and width, with three channels.
+
+    Both sides of a comparison have three: with fewer, colors would be dropped on one side, or missed on the other.
 
     Args:
         source: images, not statistics.
-        shape: files are decoded, cropped and resized to it as in training.
+        size: files are decoded, cropped and resized to it as in training.
         num_images: a random subset of that size, always the same one; default: all.
 
     Raises:
         UserError: if an array has another size: only files are resized.
     """
-    settings = {"digest": source.digest, "shape": list(shape)}
     if source.array is not None:
-        if source.array.shape[2:] != shape[1:]:
-            raise UserError(
-                f"{source.flag} {source.name}: its images are {source.array.shape[2]} x {source.array.shape[3]} "
-                f"pixels, not {shape[1]} x {shape[2]}: arrays are not resized, give the files instead"
-            )
+        shape = source.array.shape[1:]
+        check_resolution(f"{source.flag} {source.name}", shape[1:], size)
         images = ArrayImages(source.array)
     else:
-        images = TableImages(source.table, shape[1:], shape[0])
+        shape = (3, *size)
+        images = TableImages(source.table, size, 3)
+    settings = {"digest": source.digest, "shape": list(shape)}
     if num_images is not None and num_images < len(images):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         images = Subset(images, order[:num_images].tolist())
         settings |= {"num_images": num_images}
     return ImageSet(images, settings)
+
+
+def check_resolution(what: str, size: tuple[int, int], expected: tuple[int, int] | None) -> None:
+    """Refuses arrays and samples of another size than the images that they are compared with.
+
+    Args:
+        what: names them in the message.
+        size: their height and width in pixels.
+        expected: height and width of the comparison; None: theirs.
+
+    Raises:
+        UserError: states both sizes.
+    """
+    if expected is not None and tuple(size) != tuple(expected):
+        raise UserError(
+            f"{what}: its images are {size[0]} x {size[1]} pixels, not {expected[0]} x {expected[1]}, and only files "
+            f"are resized: give --resolution {size[0]}x{size[1]}, or files"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,11 +245,13 @@ def save_statistics(file: Path, features: FeatureSet, extractor: FeatureExtracto
     """Writes mean and covariance as EDM does (`mu`, `sigma`), and the extractor's settings; nothing is pickled."""
     description = json.dumps({"name": extractor.name} | extractor.settings)
     mu, sigma = (statistic.cpu().numpy() for statistic in (features.mean, features.covariance))
-    np.savez(file, mu=mu, sigma=sigma, extractor=np.array(description))
+    temporary = file.with_name(f".{uuid.uuid4().hex}.npz")
+    np.savez(temporary, mu=mu, sigma=sigma, extractor=np.array(description))
+    temporary.replace(file)  # another evaluation may be reading it
 
 
 def load_statistics(source: ImageSource, extractor: FeatureExtractor, num_features: int) -> FeatureSet:
-    """The mean and covariance that a source has instead of images.
+    """The mean and covariance that a source has, instead of images or besides them.
 
     Raises:
         UserError: if they were made with another feature extractor.

@@ -32,12 +32,12 @@ METRIC_SETTINGS = {
 
 
 class FeatureSet:
-    """Features of images, or only their mean and covariance. Quantities that metrics share are computed once.
+    """Features of images, or a mean and covariance, or both. Quantities that metrics share are computed once.
 
     Args:
         features: shape (N, F); converted to float64, on the device where they are.
-        mean: shape (F), instead of features.
-        covariance: shape (F, F), instead of features.
+        mean: shape (F), instead of that of the features.
+        covariance: shape (F, F), instead of that of the features.
     """
 
     def __init__(
@@ -47,7 +47,8 @@ class FeatureSet:
         covariance: torch.Tensor | None = None,
     ):
         self.features = None if features is None else features.double()
-        if features is None:
+        self.has_own_statistics = mean is not None  # of other images than those of the features, usually of more
+        if self.has_own_statistics:
             self.mean, self.covariance = mean.double(), covariance.double()
 
     def __len__(self) -> int:
@@ -71,7 +72,7 @@ class FeatureSet:
     @functools.cached_property
     def covariance_factor(self) -> torch.Tensor:
         """A with A^T A = covariance and the fewest rows; shape (R, F), R <= min(N, F)."""
-        if 0 < len(self) <= self.features.shape[1]:
+        if not self.has_own_statistics and len(self) <= self.features.shape[1]:
             return (self.features - self.mean) / (len(self) - 1) ** 0.5
         values, vectors = torch.linalg.eigh(self.covariance)
         return values.clamp(min=0).sqrt()[:, None] * vectors.T
@@ -208,7 +209,9 @@ def compare(
     metrics = [name for name in METRICS if name in metrics]
     needed = num_subsets * (NUM_NEIGHBORS + 1)
     for name, number in (("images", len(images)), ("reference images", len(reference))):
-        only_statistics = name == "reference images" and metrics == ["frechet_distance"] and number == 0
+        only_statistics = (
+            name == "reference images" and metrics == ["frechet_distance"] and reference.has_own_statistics
+        )
         if number < needed and not only_statistics:
             verb = "needs" if len(metrics) == 1 else "need"
             raise UserError(f"{number} {name}, but {' and '.join(metrics)} {verb} at least {needed}")
@@ -222,13 +225,17 @@ def compare(
         "images_per_subset": len(images) // num_subsets,
     }
     real_vs_real = dict.fromkeys(metrics)
-    if len(reference):
+    if len(reference) >= needed:
         half, other_half = shuffled_parts(len(reference), 2)
         half = half[: len(images)]
         real_vs_real = metric_values(metrics, reference.subset(half), reference.subset(other_half))
         counts |= {"floor_images": len(half), "floor_reference": len(other_half)}
+    # Of how many images the statistics are, nobody knows.
+    unknown = {"frechet_distance": {"reference": None}} if reference.has_own_statistics else {}
     return {
-        name: summarize(values[name], [subset[name] for subset in by_subset], real_vs_real[name], counts)
+        name: summarize(
+            values[name], [subset[name] for subset in by_subset], real_vs_real[name], counts | unknown.get(name, {})
+        )
         for name in metrics
     }
 

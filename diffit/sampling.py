@@ -12,13 +12,14 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, UNet2DModel
 
 from diffit.cpu_kernels import kernelize
-from diffit.errors import UserError, load_model, user_errors
-from diffit.formulations import formulation_of
+from diffit.errors import RunError, UserError, load_model, user_errors
+from diffit.formulations import Formulation, formulation_of
 from diffit.networks import choose_attention_backend, model_class, set_attention_backend
 from diffit.sampling_config import SamplingConfig
 from diffit_pipeline import (
     FORWARD_PROCESS,
     DiffiTPipeline,
+    NonFiniteImagesError,
     choose_scheduler,
     load_network,
     null_label,
@@ -110,12 +111,7 @@ def check_sampling(pipeline: DiffiTPipeline, sampling: SamplingConfig, model_pat
         raise UserError(f"--vae is for latent-space models, --model_path {model_path} is a pixel-space model")
     if sampling.vae is None and pipeline.transformer is not None and pipeline.vae is None:
         raise UserError(f"--model_path {model_path} is a latent-space model without vae/: --vae must name one")
-    max_steps = formulation_of(pipeline.scheduler).max_sampling_steps
-    if max_steps is not None and sampling.num_inference_steps > max_steps:
-        raise UserError(
-            f"--num_inference_steps {sampling.num_inference_steps} exceeds the {max_steps} timesteps of "
-            f"--model_path {model_path}"
-        )
+    check_steps(sampling.num_inference_steps, formulation_of(pipeline.scheduler), model_path)
     guidance = sampling.guidance
     with user_errors("--guidance_channels", ValueError):
         pipeline.check_guidance(guidance.channels, None)
@@ -123,6 +119,25 @@ def check_sampling(pipeline: DiffiTPipeline, sampling: SamplingConfig, model_pat
         raise UserError(
             f"--guidance_scale {guidance.scale} needs --guidance_model, as --model_path {model_path} is unconditional"
         )
+
+
+def check_steps(
+    num_inference_steps: int, formulation: Formulation, model_path: str, flag: str = "--num_inference_steps"
+) -> None:
+    """Refuses more sampling steps than the model has timesteps.
+
+    Args:
+        num_inference_steps: sampling steps.
+        formulation: of the model.
+        model_path: path of the model, for messages.
+        flag: that gives the steps, likewise.
+
+    Raises:
+        UserError: names the flag.
+    """
+    max_steps = formulation.max_sampling_steps
+    if max_steps is not None and num_inference_steps > max_steps:
+        raise UserError(f"{flag} {num_inference_steps} exceeds the {max_steps} timesteps of --model_path {model_path}")
 
 
 def load_guidance_model(
@@ -238,6 +253,9 @@ def sample_seeds(
 
     Yields:
         uint8, shape (B, H, W, C), where B is `batch_size` but for the last batch.
+
+    Raises:
+        RunError: names the seeds whose images have NaN or infinite values.
     """
     guidance = sampling.guidance
     for start in range(0, len(seeds), batch_size):
@@ -245,22 +263,27 @@ def sample_seeds(
         num_images = len(indices)
         if pad:
             indices += indices[-1:] * (batch_size - num_images)
-        images = pipeline(
-            class_labels=None if labels is None else [labels[i] for i in indices],
-            batch_size=len(indices),
-            num_inference_steps=sampling.num_inference_steps,
-            guidance_scale=guidance.scale,
-            guidance_schedule=guidance.schedule,
-            guidance_power=guidance.power,
-            guidance_interval=guidance.interval,
-            guidance_channels=guidance.channels,
-            guidance_model=guidance_model,
-            eta=sampling.eta,
-            s_churn=sampling.s_churn,
-            s_tmin=sampling.s_tmin,
-            s_tmax=math.inf if sampling.s_tmax is None else sampling.s_tmax,
-            s_noise=sampling.s_noise,
-            generator=[torch.Generator().manual_seed(seeds[i]) for i in indices],
-            output_type="np",
-        ).images  # (B, H, W, C) in [0, 1]
+        try:
+            images = pipeline(
+                class_labels=None if labels is None else [labels[i] for i in indices],
+                batch_size=len(indices),
+                num_inference_steps=sampling.num_inference_steps,
+                guidance_scale=guidance.scale,
+                guidance_schedule=guidance.schedule,
+                guidance_power=guidance.power,
+                guidance_interval=guidance.interval,
+                guidance_channels=guidance.channels,
+                guidance_model=guidance_model,
+                eta=sampling.eta,
+                s_churn=sampling.s_churn,
+                s_tmin=sampling.s_tmin,
+                s_tmax=math.inf if sampling.s_tmax is None else sampling.s_tmax,
+                s_noise=sampling.s_noise,
+                generator=[torch.Generator().manual_seed(seeds[i]) for i in indices],
+                output_type="np",
+            ).images  # (B, H, W, C) in [0, 1]
+        except NonFiniteImagesError as error:
+            failure = RunError(str(error))
+            failure.raised_in = "process"  # the others sample other seeds
+            raise failure from error
         yield (images[:num_images] * 255).round().astype(np.uint8)

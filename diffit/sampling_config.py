@@ -31,6 +31,7 @@ SCHEDULERS = (
 DTYPES = ("bf16", "fp16", "fp32")
 ATTENTION_BACKENDS = ("auto", "native", "_native_math", "xformers", "flex")
 GUIDANCE_SCHEDULES = ("constant", "power_cosine")
+MAX_IMAGES = 10_000_000  # of one request: lists of more take gigabytes of memory before anything is sampled
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,10 @@ def seed_list(text: str) -> list[int]:
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if last < first or last >= 2**64:
             raise argparse.ArgumentTypeError(f"expected numbers and ranges such as 0-63,100, got {part!r}")
+        if len(seeds) + last - first >= MAX_IMAGES:
+            raise argparse.ArgumentTypeError(
+                f"more than {MAX_IMAGES:,} seeds in {text!r}: sample them in several runs"
+            )
         seeds += range(first, last + 1)
     return list(dict.fromkeys(seeds))
 

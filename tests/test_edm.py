@@ -1,14 +1,24 @@
 """EDM models: preconditioning, Heun's method on a problem with a known solution, and sampling of saved folders."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
 import sample_diffit
-from diffit_pipeline import EDM_SCHEDULERS, DiffiTPipeline, choose_scheduler, edm_heun, edm_time
+from diffit.errors import UserError
+from diffit_pipeline import EDM_SCHEDULERS, SCHEDULERS, DiffiTPipeline, choose_scheduler, edm_heun, edm_time
 from helpers import count_batches, generators, mentions, open_pipeline, quiet, sample, tiny_unet
 
 MEAN = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64)
@@ -282,12 +292,98 @@ def test_saved_folder_is_sampled_without_a_flag(edm_folder):
     torch.testing.assert_close(images, expected, rtol=0, atol=0)
 
 
+def test_euler_without_the_correction_is_saved(edm_folder, tmp_path):
+    """However it was set; the folder samples as the pipeline did."""
+    settings = {"num_inference_steps": 3, "output_type": "pt"}
+    built = quiet(DiffiTPipeline(tiny_unet(num_class_embeds=3), EDMEulerScheduler(), heun=False))
+    changed = open_pipeline(edm_folder)
+    changed.heun = False
+    for name, pipeline in (("built", built), ("changed", changed)):
+        expected = pipeline([2], generator=generators([0]), **settings).images
+        pipeline.save_pretrained(tmp_path / name)
+        loaded = quiet(DiffusionPipeline.from_pretrained(tmp_path / name, trust_remote_code=True))
+        images = loaded([2], generator=generators([0]), **settings).images
+        torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+        loaded.heun = True
+        assert (loaded([2], generator=generators([0]), **settings).images - images).abs().max() > 1e-3
+    assert "heun" not in (edm_folder / "model_index.json").read_text() and open_pipeline(edm_folder).heun is True
+
+
 def test_scheduler_of_the_other_formulation_is_refused(edm_folder, ddpm_folder):
     with pytest.raises(ValueError, match=mentions("edm_dpmsolver++", "edm_euler, edm_heun", edm_folder, "'ddim'")):
         open_pipeline(edm_folder, scheduler="ddim")
     with pytest.raises(ValueError, match=mentions("ddim", "ddpm", ddpm_folder, "'edm_heun'")):
         open_pipeline(ddpm_folder, scheduler="edm_heun")
     assert [choose_scheduler(str(folder)) for folder in (edm_folder, ddpm_folder)] == ["edm_heun", "ddim"]
+
+
+@pytest.mark.parametrize("from_folder", [True, False])  # a scheduler built in Python keeps fewer settings
+@pytest.mark.parametrize(("model", "name", "helps"), [("edm", "ddim", "EDMEuler"), ("ddpm", "edm_heun", "DDIM")])
+def test_call_refuses_the_scheduler_of_the_other_formulation(model, name, helps, from_folder, request):
+    pipeline = open_pipeline(request.getfixturevalue(f"{model}_folder"))
+    scheduler_class = (SCHEDULERS | EDM_SCHEDULERS)[name]
+    config = pipeline.scheduler.config if from_folder else {}
+    pipeline.scheduler = scheduler_class.from_config(config)
+    words = mentions(scheduler_class.__name__, model.upper(), f"{helps}Scheduler")
+    with pytest.raises(ValueError, match=words):
+        pipeline([0], num_inference_steps=2)
+
+
+def test_folder_loaded_with_the_scheduler_of_the_other_formulation_is_refused(ddpm_folder, tmp_path):
+    DDPMScheduler(beta_schedule="squaredcos_cap_v2").save_pretrained(tmp_path)
+    scheduler = EDMEulerScheduler.from_pretrained(tmp_path)
+    pipeline = DiffusionPipeline.from_pretrained(ddpm_folder, scheduler=scheduler, trust_remote_code=True)
+    with pytest.raises(ValueError, match=mentions("EDMEulerScheduler", "DDPM")):
+        pipeline([0], num_inference_steps=2)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(),
+        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    ],
+)
+def test_flow_matching_schedulers_are_refused(scheduler, edm_folder, ddpm_folder):
+    for folder in (edm_folder, ddpm_folder):
+        pipeline = open_pipeline(folder)
+        pipeline.scheduler = scheduler
+        with pytest.raises(ValueError, match=mentions(type(scheduler).__name__, "flow matching")):
+            pipeline([0], num_inference_steps=2)
+
+
+def test_script_refuses_a_flow_matching_folder(ddpm_folder, tmp_path):
+    shutil.copytree(ddpm_folder, tmp_path / "flow")
+    FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "flow/scheduler")
+    with pytest.raises(UserError, match=mentions(tmp_path / "flow", "FlowMatchEulerDiscreteScheduler")):
+        sample(tmp_path / "flow", tmp_path / "out", "--seeds=0")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"prediction_type": "v_prediction"}, ["prediction_type", "v_prediction", "epsilon"]),
+        ({"beta_schedule": "squaredcos_cap_v2"}, ["squaredcos_cap_v2", "linear"]),
+        ({"beta_end": 0.012}, ["linear", 0.012, 0.02]),
+        ({"num_train_timesteps": 500}, [500, 1000]),
+    ],
+)
+def test_scheduler_of_another_noise_schedule_is_refused(settings, words, ddpm_folder):
+    pipeline = open_pipeline(ddpm_folder)
+    pipeline.scheduler = DDIMScheduler(**settings)
+    with pytest.raises(ValueError, match=mentions(*words, "from_pretrained")):
+        pipeline([0], num_inference_steps=2)
+
+
+def test_schedulers_of_the_model_s_own_settings_are_taken(ddpm_folder):
+    """Also one with zero terminal SNR, whose noise schedule hardly differs."""
+    settings = {"num_inference_steps": 4, "output_type": "pt"}
+    expected = open_pipeline(ddpm_folder, scheduler="heun")([0], generator=generators([0]), **settings).images
+    pipeline = open_pipeline(ddpm_folder)
+    pipeline.scheduler = SCHEDULERS["heun"].from_config(pipeline.scheduler.config)
+    torch.testing.assert_close(pipeline([0], generator=generators([0]), **settings).images, expected, rtol=0, atol=0)
+    pipeline.scheduler = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="leading")
+    assert pipeline([0], generator=generators([0]), **settings).images.shape == (1, 3, 8, 8)
 
 
 @pytest.mark.parametrize("scheduler", sorted(EDM_SCHEDULERS))

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -10,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import PIL.ImageFilter
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import scipy.linalg
 import torch
 from accelerate import PartialState
 from diffusers import DDPMScheduler, EDMEulerScheduler
+from safetensors.torch import load_file, save_file
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import poly_mmd
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
@@ -22,6 +26,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2
 import eval_diffit
 import sample_diffit
 from diffit.decode import image_size
+from diffit.errors import RunError
 from diffit.evaluation import list_classes
 from diffit.features import (
     CLIP_MEAN,
@@ -50,7 +55,7 @@ from diffit.source_config import SourceConfig
 from diffit.sources import load_image_table
 from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import DiffiTPipeline
-from helpers import LAUNCH, ROOT, TINY_CONFIG, readme_commands, run
+from helpers import LAUNCH, ROOT, TINY_CONFIG, mentions, readme_commands, run
 
 CPU = torch.device("cpu")
 
@@ -427,6 +432,39 @@ def test_interrupted_work_resumes(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".diffit.json", "data.npy", "settings.json"]
 
 
+@pytest.mark.parametrize("overtaken", ["while it computes", "while it joins the batches"])
+def test_two_evaluations_fill_one_array(overtaken, tmp_path, monkeypatch):
+    """The other one finishes first and deletes the batches of both."""
+    state = PartialState(cpu=True)
+
+    def compute(ranges):
+        for rows in ranges:
+            yield np.array([[row, 2 * row] for row in rows], np.float32)
+
+    def other():
+        monkeypatch.undo()
+        fill_array(state, tmp_path, {}, 10, 4, compute)
+
+    def overtaken_compute(ranges):
+        assert [rows.start for rows in ranges] == [0, 4, 8]
+        for values in compute(ranges):
+            if values[0, 0] == 8 and overtaken == "while it computes":
+                other()
+            yield values
+
+    def overtaken_memmap(*arguments):
+        array = open_memmap(*arguments)
+        other()
+        return array
+
+    open_memmap = np.lib.format.open_memmap
+    if overtaken != "while it computes":
+        monkeypatch.setattr(np.lib.format, "open_memmap", overtaken_memmap)
+    array = fill_array(state, tmp_path, {}, 10, 4, overtaken_compute)
+    np.testing.assert_array_equal(array, [[row, 2 * row] for row in range(10)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".diffit.json", "data.npy", "settings.json"]
+
+
 def test_features_are_computed_once_per_extractor_and_data(tmp_path, image_folder):
     calls = []
 
@@ -531,8 +569,54 @@ def test_images_are_compared_at_their_own_resolution(folders, own_module, tmp_pa
     """The reference, of 8 pixels, is brought to the 4 of the images, unless --resolution says otherwise."""
     images = f"--images={save_images(tmp_path / 'small', random_images(24, 4, channels=1))}"
     flags = (images, folders[1], f"--feature_extractor={own_module}")
-    assert evaluate(tmp_path, *flags)["settings"]["channels_height_width"] == [1, 4, 4]
-    assert evaluate(tmp_path, *flags, "--resolution=6x8")["settings"]["channels_height_width"] == [1, 6, 8]
+    assert evaluate(tmp_path, *flags)["settings"]["channels_height_width"] == [3, 4, 4]
+    assert evaluate(tmp_path, *flags, "--resolution=6x8")["settings"]["channels_height_width"] == [3, 6, 8]
+
+
+def test_colors_count_whichever_side_has_them(own_module, tmp_path):
+    """Also those of the 64 images that are not looked at to detect colors; grayscale counts as three channels."""
+    color = random_images(100)
+    grey = color.float().mean(dim=1, keepdim=True).round().to(torch.uint8)
+    mixed = torch.where(torch.arange(100)[:, None, None, None] == 1, color, grey)
+    images = {"color": color, "grey": grey, "mixed": mixed}
+    folders = {name: save_images(tmp_path / name, pixels) for name, pixels in images.items() if name != "mixed"}
+    folders["mixed"] = save_images(tmp_path / "mixed", grey)
+    PIL.Image.fromarray(color[1].permute(1, 2, 0).numpy()).save(tmp_path / "mixed/001.png")
+    extractor = load_extractor(own_module, CPU)
+    features = {name: FeatureSet(extractor(pixels)) for name, pixels in images.items()}
+    flags = (f"--feature_extractor={own_module}", "--metrics=frechet_distance")
+    for one, other in (("grey", "color"), ("color", "grey"), ("mixed", "grey"), ("grey", "mixed")):
+        result = evaluate(tmp_path, f"--images={folders[one]}", f"--reference={folders[other]}", *flags)
+        expected = frechet_distance(features[one], features[other])
+        assert result["frechet_distance"]["value"] == pytest.approx(expected, rel=1e-5) and expected > 1e-4
+    np.savez(tmp_path / "grey.npz", grey.permute(0, 2, 3, 1).numpy())
+    result = evaluate(tmp_path, f"--images={tmp_path / 'grey.npz'}", f"--reference={folders['color']}", *flags)
+    expected = frechet_distance(features["grey"], features["color"])
+    assert result["frechet_distance"]["value"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_resolution_is_that_of_both_sides_or_refused(folders, model_flags, own_module, tmp_path, monkeypatch):
+    np.savez(tmp_path / "array.npz", random_images(24).permute(0, 2, 3, 1).numpy())
+    array, extractor = f"--images={tmp_path / 'array.npz'}", f"--feature_extractor={own_module}"
+    with pytest.raises(ValueError, match=mentions("--images", "array.npz", "8 x 8", "16 x 16", "--resolution 8x8")):
+        evaluate(tmp_path, array, folders[1], extractor, "--resolution=16")
+    monkeypatch.delattr(DiffiTPipeline, "__call__")  # nothing is sampled in vain
+    with pytest.raises(ValueError, match=mentions("--model_path", "8 x 8", "16 x 16", "--resolution 8x8")):
+        evaluate(tmp_path, *model_flags, "--resolution=16")
+    expected = evaluate(tmp_path, *folders, extractor)
+    assert (
+        evaluate(tmp_path, array, folders[1], extractor, "--resolution=8")["frechet_distance"]
+        == (expected["frechet_distance"])
+    )
+
+
+def test_plots_of_a_grayscale_model_with_a_color_reference_are_drawn(model_flags, tmp_path):
+    config = TINY_CONFIG | {"in_channels": 1, "out_channels": 1}
+    DiffiTPipeline(DiffiTUNet2DModel(**config), DDPMScheduler()).save_pretrained(tmp_path / "grey")
+    model_flags[0] = f"--model_path={tmp_path / 'grey'}"
+    evaluate(tmp_path, *model_flags, f"--plots={tmp_path / 'plots'}")
+    assert samples(tmp_path).shape == (21, 1, 8, 8)
+    assert {"loss_by_timestep.png", "neighbours.png"} <= {path.name for path in (tmp_path / "plots").iterdir()}
 
 
 def test_saved_statistics_serve_as_reference(folders, own_module, tmp_path):
@@ -552,6 +636,54 @@ def test_statistics_of_edm_serve_as_reference(folders, own_module, tmp_path):
     images = FeatureSet(load_extractor(own_module, CPU)(random_images(24)))
     reference = FeatureSet(mean=torch.full((12,), 0.5), covariance=0.01 * torch.eye(12))
     assert value == pytest.approx(frechet_distance(images, reference), rel=1e-6)
+
+
+def test_images_and_statistics_of_one_npz_serve_as_reference(folders, own_module, tmp_path, capsys):
+    """As ADM publishes them: statistics of all images for the Frechet distance, some images for everything else."""
+    pixels = 255 - random_images(30, seed=1) // 2
+    mean, covariance = np.full(12, 0.5), 0.01 * np.eye(12)
+    np.savez(tmp_path / "adm.npz", arr_0=pixels.permute(0, 2, 3, 1).numpy(), mu=mean, sigma=covariance)
+    metrics = ("--metrics", "frechet_distance", "kernel_distance", "recall")
+    flags = (folders[0], f"--reference={tmp_path / 'adm.npz'}", f"--feature_extractor={own_module}", *metrics)
+    result = evaluate(tmp_path, *flags)
+    extractor = load_extractor(own_module, CPU)
+    images, reference = FeatureSet(extractor(random_images(24))), FeatureSet(extractor(pixels))
+    statistics = FeatureSet(mean=torch.from_numpy(mean), covariance=torch.from_numpy(covariance))
+    assert result["frechet_distance"]["value"] == pytest.approx(frechet_distance(images, statistics), rel=1e-6)
+    assert result["kernel_distance"]["value"] == pytest.approx(kernel_distance(images, reference), rel=1e-6)
+    counts = [result[name]["counts"]["reference"] for name in ("frechet_distance", "kernel_distance")]
+    assert counts == [None, 30] and result["recall"]["value"] == precision_recall(images, reference)[1]
+    assert mentions("Frechet", "adm.npz", 30).search(capsys.readouterr().out)
+
+
+def test_statistics_of_one_npz_that_do_not_fit_leave_its_images(folders, own_module, tmp_path, capsys):
+    """Of Inception, where another extractor is asked for."""
+    pixels = 255 - random_images(30, seed=1) // 2
+    npz = tmp_path / "adm.npz"
+    np.savez(npz, arr_0=pixels.permute(0, 2, 3, 1).numpy(), mu=np.zeros(2048), sigma=np.eye(2048))
+    flags = (f"--feature_extractor={own_module}", "--metrics", "frechet_distance", "precision")
+    expected = evaluate(tmp_path, *folders, *flags)
+    result = evaluate(tmp_path, folders[0], f"--reference={npz}", *flags)
+    assert result["frechet_distance"] == expected["frechet_distance"]
+    assert result["precision"] == expected["precision"]
+    assert mentions("Warning", npz, "2048 features", "12 features", "30 images").search(capsys.readouterr().out)
+    assert evaluate(tmp_path, f"--images={npz}", folders[1], *flags)["frechet_distance"]["counts"]["images"] == 30
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"mu": np.zeros(12), "sigma": np.eye(12)}, ["statistics", "--reference"]),
+        ({"arr_0": np.zeros((0, 8, 8, 3), np.uint8)}, ["(0, 8, 8, 3)"]),
+        ({"arr_0": np.zeros((30, 3, 8, 8), np.uint8)}, ["(30, 3, 8, 8)", "transpose"]),
+        ({"arr_0": np.zeros((30, 8, 8, 3), np.float32)}, ["float32"]),
+        ({"labels": np.zeros(30)}, ["arr_0", "labels"]),
+    ],
+)
+def test_npz_without_usable_images_is_refused(arrays, words, folders, own_module, tmp_path):
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(ValueError, match=mentions("--images", "bad.npz", *words)):
+        evaluate(tmp_path, f"--images={tmp_path / 'bad.npz'}", folders[1], f"--feature_extractor={own_module}")
 
 
 def test_statistics_of_another_extractor_are_refused(folders, own_module, tmp_path):
@@ -592,6 +724,7 @@ def test_inception_metrics_of_the_script(folders, inception_file, tmp_path):
         ),
         (["--reference=r", "--images=i", "--feature_model=x"], "--feature_model needs .*dinov2.*inception"),
         (["--reference=r", "--images=i", "--inception_path=x", "--feature_extractor=clip"], "--inception_path"),
+        (["--reference=r", "--model_path=m", "--num_images=1000000000000"], "--num_images.* 1000000000000"),
         (["--reference=r", "--images=i", "--num_subsets=1"], "--num_subsets"),
         (["--reference=r", "--images=i", "--plots=p", "--plot_steps=5"], "--plot_steps"),
         (["--reference=r", "--images=i", "--training_images=t"], "--training_images"),
@@ -600,6 +733,20 @@ def test_inception_metrics_of_the_script(folders, inception_file, tmp_path):
         (["--reference=r", "--model_path=m", "--guidance_model=w"], "--guidance_model.* --guidance_scale"),
         (["--reference=r", "--model_path=m", "--guidance_scale=2", "--guidance_power=3"], "--guidance_power 3"),
         (["--reference=r", "--images=i", "--guidance_scale=2"], "--guidance_scale 2.0 .*--model_path"),
+        (["--reference=r", "--images=i", "--num_inference_steps=9"], "--num_inference_steps 9 .*--model_path"),
+        (["--reference=r", "--images=i", "--scheduler=ddim"], "--scheduler ddim .*--model_path"),
+        (["--reference=r", "--images=i", "--eta=0.5"], "--eta 0.5 .*--model_path"),
+        (["--reference=r", "--images=i", "--vae=v"], "--vae v .*--model_path"),
+        (["--reference=r", "--images=i", "--dtype=bf16"], "--dtype bf16 .*--model_path"),
+        (["--reference=r", "--images=i", "--weights=unet"], "--weights unet .*--model_path"),
+        (["--reference=r", "--images=i", "--class_labels=1"], "--class_labels 1 .*--model_path"),
+        (["--reference=r", "--images=i", "--all_checkpoints"], "--all_checkpoints .*--model_path"),
+        (["--reference=r", "--model_path=m", "--eta=5"], "--eta .*5.0"),
+        (["--reference=r", "--model_path=m", "--guidance_scale=nan"], "--guidance_scale .*nan"),
+        (
+            ["--reference=r", "--model_path=m", "--plots=p", "--plot_schedulers", "ddim"],
+            "--plot_schedulers ddim .*steps",
+        ),
         (["--reference=r", "--images=i", "--dataloader_num_workers=-1"], "--dataloader_num_workers.* -1"),
         (["--reference=r", "--model_path=m", "--plot_steps=5"], "--plot_steps needs --plots"),
     ],
@@ -608,6 +755,46 @@ def test_invalid_flags_are_refused_before_anything_is_loaded(flags, words, capsy
     with pytest.raises(SystemExit):
         eval_diffit.parse_args(flags)
     assert re.search(words, capsys.readouterr().err)
+
+
+def test_image_column_is_that_of_parquet_and_not_of_folders(folders, own_module, tmp_path):
+    """A column of plain bytes, which must be named, compared with a folder."""
+    files = sorted((tmp_path / "reference").iterdir())
+    table = pa.table({"pic": [file.read_bytes() for file in files]})
+    pq.write_table(table, tmp_path / "reference.parquet")
+    extractor = f"--feature_extractor={own_module}"
+    expected = evaluate(tmp_path, *folders, extractor)
+    flags = (folders[0], f"--reference={tmp_path / 'reference.parquet'}", extractor)
+    assert evaluate(tmp_path, *flags, "--image_column=pic")["frechet_distance"] == expected["frechet_distance"]
+    with pytest.raises(ValueError, match=mentions("--image_column", "reference.parquet")):
+        evaluate(tmp_path, *flags)
+
+
+@pytest.mark.parametrize("flag", ["--image_column pic", "--dataset_split test"])
+def test_reading_flags_without_effect_are_refused(flag, folders, own_module, tmp_path):
+    with pytest.raises(ValueError, match=mentions(flag, f"--reference {tmp_path / 'reference'}")):
+        evaluate(tmp_path, *folders, f"--feature_extractor={own_module}", *flag.split())
+
+
+def test_fewer_images_than_asked_for_are_said(folders, own_module, tmp_path, capsys):
+    evaluate(tmp_path, *folders, f"--feature_extractor={own_module}", "--num_images=50000")
+    assert mentions("Warning", "--num_images 50000", tmp_path / "images", "24 images").search(capsys.readouterr().out)
+    evaluate(tmp_path, *folders, f"--feature_extractor={own_module}", "--num_images=24")
+    assert "--num_images" not in capsys.readouterr().out
+
+
+def test_damaged_image_is_named(folders, own_module, tmp_path):
+    file = tmp_path / "images" / "013.png"
+    file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(ValueError, match=mentions("013.png")):
+        evaluate(tmp_path, *folders, f"--feature_extractor={own_module}", "--resolution=8")
+
+
+@pytest.mark.parametrize("contents", ['{"samples": []}', "[]", "{", '{"images": 3}'])
+def test_samples_json_of_another_tool_is_no_list_of_images(contents, folders, own_module, tmp_path):
+    (tmp_path / "images/samples.json").write_text(contents)
+    result = evaluate(tmp_path, *folders, f"--feature_extractor={own_module}")
+    assert result["frechet_distance"]["counts"]["images"] == 24
 
 
 def test_missing_reference_is_named(folders, own_module, tmp_path):
@@ -675,6 +862,18 @@ def test_samples_are_those_of_the_pipeline_by_seed_and_class(model_flags, traine
     drawn = samples(tmp_path)
     assert drawn.shape == (21, 3, 8, 8) and drawn.dtype == np.uint8
     np.testing.assert_array_equal(drawn[:8].transpose(0, 2, 3, 1), (images * 255).round())
+
+
+def test_samples_that_are_not_finite_are_not_evaluated(model_flags, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "model")
+    (file,) = (tmp_path / "model").glob("unet/*.safetensors")
+    weights = load_file(file)
+    weights["conv_out.bias"][0] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    model_flags[0] = f"--model_path={tmp_path / 'model'}"
+    with pytest.raises(RunError, match=mentions("seeds 0, 1, 2, 3, 4, 5, 6, 7 have")):
+        evaluate(tmp_path, *model_flags)
+    assert not list((tmp_path / "work").glob("samples-*/*.npy")) and not (tmp_path / "metrics.json").exists()
 
 
 def test_second_run_samples_nothing(model_flags, tmp_path, monkeypatch):
@@ -772,6 +971,19 @@ def test_plots_are_drawn(model_flags, tmp_path):
         assert min(picture.shape) > 300 and picture.std() > 10, path
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--plot_steps", "2", "2000"], ["--plot_steps 2000", "1000 timesteps"]),
+        (["--plot_steps", "2", "--plot_schedulers", "ddim", "edm_heun"], ["--plot_schedulers", "'edm_heun'"]),
+    ],
+)
+def test_plots_that_cannot_be_sampled_are_refused_before_sampling(flags, words, model_flags, tmp_path, monkeypatch):
+    monkeypatch.delattr(DiffiTPipeline, "__call__")
+    with pytest.raises(ValueError, match=mentions(*words)):
+        evaluate(tmp_path, *model_flags, f"--plots={tmp_path / 'plots'}", *flags)
+
+
 def test_plots_of_an_edm_model_are_drawn(model_flags, tmp_path):
     model, folder = tmp_path / "edm", tmp_path / "plots"
     DiffiTPipeline(DiffiTUNet2DModel(**TINY_CONFIG), EDMEulerScheduler()).save_pretrained(model)
@@ -801,14 +1013,14 @@ def test_loss_by_level_is_that_of_the_prediction(trained, image_folder):
     """A network that predicts 0: by DDPM the mean square of the noise, by EDM that of its target (EDM, Eq. 7-8)."""
     unet = DiffiTUNet2DModel(**TINY_CONFIG, num_class_embeds=3)  # its output starts at zero
     source = open_source("--reference", str(image_folder))
-    images = image_set(source, (3, 8, 8))
+    images = image_set(source, (8, 8))
     noise = torch.randn((24, 3, 8, 8), generator=torch.Generator().manual_seed(0))
-    timesteps, losses = eval_diffit.loss_by_level(DiffiTPipeline(unet, DDPMScheduler()), source, images, 10)
+    timesteps, losses = eval_diffit.loss_by_level(DiffiTPipeline(unet, DDPMScheduler()), source, (8, 8), 10)
     assert timesteps[0] == 0 and timesteps[-1] == 999
     assert losses == pytest.approx([noise.square().mean().item()] * len(timesteps), rel=1e-5)
 
     clean = torch.stack([images.images[i] for i in range(24)]) / 127.5 - 1
-    sigmas, losses = eval_diffit.loss_by_level(DiffiTPipeline(unet, EDMEulerScheduler()), source, images, 10)
+    sigmas, losses = eval_diffit.loss_by_level(DiffiTPipeline(unet, EDMEulerScheduler()), source, (8, 8), 10)
     assert (sigmas[0], sigmas[-1]) == pytest.approx((0.002, 80))
     for sigma, loss in zip(sigmas, losses, strict=True):
         c_skip, c_out = 0.25 / (sigma**2 + 0.25), 0.5 * sigma / (sigma**2 + 0.25) ** 0.5

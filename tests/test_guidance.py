@@ -11,7 +11,7 @@ from diffit.command_line import from_flags, to_flags
 from diffit.sampling_config import GUIDANCE_SCHEDULES, GuidanceConfig
 from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import SCHEDULERS, DiffiTPipeline, guidance_weight
-from helpers import count_batches, generators, quiet, tiny_dit, tiny_unet
+from helpers import count_batches, generators, mentions, quiet, tiny_dit, tiny_unet
 
 TIMESTEPS = range(950, -1, -50)  # of 20 steps of DDIM
 
@@ -216,6 +216,49 @@ def test_every_scheduler_is_guided_within_the_interval(scheduler):
 def test_guidance_that_cannot_be_is_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         recording_pipeline(tiny_unet(num_class_embeds=3))(num_inference_steps=1, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_inference_steps": 0}, ["num_inference_steps", 0]),
+        ({"num_inference_steps": -1}, ["num_inference_steps", -1]),
+        ({"num_inference_steps": 2.0}, ["num_inference_steps", 2.0]),
+        ({"num_inference_steps": 1001}, ["num_inference_steps", 1001, 1000]),
+        ({"batch_size": 0}, ["batch_size", 0]),
+        ({"height": 0}, ["height", 0]),
+        ({"width": -8}, ["width", -8]),
+        ({"eta": 5.0}, ["eta", 5.0]),
+        ({"eta": math.nan}, ["eta", "nan"]),
+        ({"guidance_scale": math.nan}, ["guidance_scale", "nan"]),
+        ({"guidance_scale": math.inf}, ["guidance_scale", "inf"]),
+        ({"guidance_scale": -1.0}, ["guidance_scale", -1.0]),
+        ({"guidance_power": 0.0}, ["guidance_power", 0.0]),
+        ({"guidance_power": math.nan}, ["guidance_power", "nan"]),
+        ({"guidance_schedule": "linear"}, ["guidance_schedule", "'linear'", "power_cosine"]),
+        ({"guidance_interval": (0.8, 0.2)}, ["guidance_interval", "(0.8, 0.2)"]),
+        ({"guidance_interval": (0.2, math.nan)}, ["guidance_interval", "nan"]),
+        ({"s_churn": math.nan}, ["s_churn", "nan"]),
+        ({"s_churn": -1.0}, ["s_churn", -1.0]),
+        ({"s_churn": 1.0}, ["s_churn", 1.0, "EDMEulerScheduler"]),
+        ({"s_tmin": 3.0, "s_tmax": 2.0}, ["s_tmin", 3.0, "s_tmax", 2.0]),
+        ({"s_noise": 0.0}, ["s_noise", 0.0]),
+        ({"output_type": "PIL"}, ["output_type", "'PIL'", "pil, np, pt, latent"]),
+        ({"output_type": "numpy"}, ["output_type", "'numpy'"]),
+        ({"class_labels": []}, ["class_labels"]),
+    ],
+)
+def test_arguments_out_of_range_are_refused(settings, words):
+    pipeline = recording_pipeline(tiny_unet(num_class_embeds=3))
+    with pytest.raises(ValueError, match=mentions(*words)):
+        pipeline(**{"class_labels": [1], "num_inference_steps": 2} | settings)
+    assert not pipeline.scheduler.seen
+
+
+def test_eta_of_a_scheduler_that_has_none_is_refused():
+    pipeline = quiet(DiffiTPipeline(tiny_unet(), DDPMScheduler()))
+    with pytest.raises(ValueError, match=mentions("eta", 0.5, "DDPMScheduler", "DDIMScheduler")):
+        pipeline(num_inference_steps=2, eta=0.5)
 
 
 @pytest.mark.parametrize(

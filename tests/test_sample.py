@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,18 +20,32 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     ModelMixin,
+    UNet2DModel,
 )
+from safetensors.torch import load_file, save_file
 
 import diffit.sampling
 import sample_diffit
 from diffit import sampling_config
+from diffit.errors import RunError
 from diffit.networks import MODEL_CLASSES, model_class
 from diffit.run_dir import MARK
 from diffit.sampling import load_guidance_model, load_pipeline, load_sampler, sample_seeds
 from diffit.sampling_config import GuidanceConfig, SamplingConfig
 from diffit_model import DiffiTUNet2DModel
-from diffit_pipeline import EDM_SCHEDULERS, SCHEDULERS, DiffiTPipeline, image_grid
-from helpers import ROOT, TINY_CONFIG, generators, open_pipeline, quiet, sample, tiny_dit, tiny_unet, tiny_vae
+from diffit_pipeline import EDM_SCHEDULERS, SCHEDULERS, DiffiTPipeline, NonFiniteImagesError, image_grid, null_label
+from helpers import (
+    ROOT,
+    TINY_CONFIG,
+    generators,
+    mentions,
+    open_pipeline,
+    quiet,
+    sample,
+    tiny_dit,
+    tiny_unet,
+    tiny_vae,
+)
 
 NAMES = {"0": "red", "1": "green", "2": "7"}
 REQUIRED = {  # flags that each script must have
@@ -154,6 +169,49 @@ def test_image_grid_places_images_row_by_row():
     ]  # fmt: skip
     assert grid.getpixel((51, 99)) == grid.getpixel((0, 0)) == (128, 128, 128)
     assert image_grid([PIL.Image.new("L", (64, 64))] * 5, columns=2, rows=1).size == (132, 66)
+
+
+def spoil(folder: Path) -> None:
+    """Makes a weight of the network NaN, as a training that diverged leaves it."""
+    (file,) = folder.glob("unet/*.safetensors")
+    weights = load_file(file)
+    weights["conv_out.bias"][0] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def test_images_that_are_not_finite_are_refused_by_seed(conditional):
+    """Those alone: of three images the second, whose noise overflows the network."""
+    pipeline = open_pipeline(conditional)
+
+    def overflow(module, inputs, output):
+        output.sample[1] = float("nan")
+
+    pipeline.unet.register_forward_hook(overflow)
+    settings = {"num_inference_steps": 2, "class_labels": [0, 1, 2]}
+    for output_type in ("pil", "np", "pt", "latent"):
+        with pytest.raises(NonFiniteImagesError, match=mentions("seeds 71 have")):
+            pipeline(**settings, generator=generators([70, 71, 72]), output_type=output_type)
+    with pytest.raises(ValueError, match=mentions("batch positions 1 have")):
+        pipeline(**settings)
+
+
+def test_decoded_images_that_are_not_finite_are_refused():
+    """The VAE overflows, not the denoising; clipping to [0, 1] must not hide it."""
+    vae = tiny_vae()
+    torch.nn.init.constant_(vae.decoder.conv_out.bias, float("inf"))
+    pipeline = quiet(DiffiTPipeline(None, DDIMScheduler(clip_sample=False), transformer=tiny_dit(), vae=vae))
+    settings = {"class_labels": 1, "num_inference_steps": 2, "generator": generators([9])}
+    with pytest.raises(NonFiniteImagesError, match=mentions(9)):
+        pipeline(**settings, output_type="pt")
+    assert pipeline(**settings, output_type="latent").images.isfinite().all()
+
+
+def test_script_writes_no_image_that_is_not_finite(conditional, tmp_path):
+    shutil.copytree(conditional, tmp_path / "model")
+    spoil(tmp_path / "model")
+    with pytest.raises(RunError, match=mentions("seeds 3, 4, 5 have")):  # not the padding of the batch
+        sample(tmp_path / "model", tmp_path / "out", "--seeds=3-5", "--batch_size=4")
+    assert not list((tmp_path / "out").glob("*.png"))
 
 
 # --- latent models
@@ -480,6 +538,34 @@ def test_images_of_other_channels_are_arrays(tmp_path):
         open_pipeline(tmp_path / "model")(num_inference_steps=1)
 
 
+def test_null_class_of_a_compiled_network_is_that_of_the_network():
+    """`UNet2DModel` has its null class among its embeddings, ours one more."""
+    shape = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4}
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    theirs = UNet2DModel(sample_size=8, num_class_embeds=4, **shape, **blocks)
+    for network in (theirs, tiny_unet(num_class_embeds=3)):
+        assert null_label(network) == null_label(torch.compile(network)) == 3
+
+
+@pytest.mark.parametrize("grid", ["100000x100000", "1x100000000"])
+def test_grid_that_no_memory_holds_is_refused_before_sampling(grid, unconditional, tmp_path):
+    with pytest.raises(ValueError, match=mentions("--grid", grid)):
+        sample(unconditional, tmp_path / "out", "--seeds=0", f"--grid={grid}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_images_than_memory_holds_are_refused(conditional, tmp_path):
+    with pytest.raises(ValueError, match=mentions("--num_images_per_class", 4_000_000, "3 classes", "10,000,000")):
+        sample(conditional, tmp_path, "--class_labels=all", "--num_images_per_class=4000000")
+
+
+def test_default_grid_of_many_images_per_class_has_the_images_that_there_are(conditional, tmp_path, monkeypatch):
+    """A row for a class, unless it is longer than the whole grid may be."""
+    monkeypatch.setattr(sample_diffit, "MAX_GRID_IMAGES", 4)
+    sample(conditional, tmp_path, "--class_labels=0", "--num_images_per_class=9", "--num_inference_steps=1")
+    assert PIL.Image.open(tmp_path / "grid.png").size == (2 * 34, 2 * 34)
+
+
 def test_pipeline_saves_variants_and_shards(conditional, tmp_path):
     pipeline = open_pipeline(conditional)
     pipeline.save_pretrained(tmp_path, variant="fp16", max_shard_size="20KB")
@@ -512,6 +598,7 @@ def test_too_few_seeds_are_refused(conditional, tmp_path):
     [
         (["--seeds=5-3"], "'5-3'"),
         (["--seeds=a"], "'a'"),
+        (["--seeds=1,0-9999999999"], "more than 10,000,000 seeds in '1,0-9999999999'"),
         (["--grid=8"], "--grid"),
         (["--eta=2"], "--eta"),
         (["--seeds=18446744073709551616"], "'18446744073709551616'"),

@@ -10,6 +10,7 @@ from diffusers import DDPMScheduler
 from diffit.batches import open_tables
 from diffit.config import parse_args
 from diffit.decode import normalize_pixels
+from diffit.errors import RunError
 from diffit.networks import model_class
 from diffit.source_config import SourceConfig
 from diffit.sources import load_image_table
@@ -46,6 +47,13 @@ def test_validation_loss_has_the_weights_of_the_training_loss(gamma, train_args,
     velocities = scheduler.get_velocity(clean, noise, timesteps).square().mean(dim=(1, 2, 3))
     logged_loss = logged(tmp_path / "run").Scalars("validation/loss")[0].value
     assert logged_loss == pytest.approx((weights * velocities).mean().item(), rel=1e-5)
+
+
+def test_previews_that_are_not_finite_end_the_training(train_args, tmp_path):
+    """One step so large that the weights overflow in the forward pass."""
+    with pytest.raises(RunError, match=mentions("seeds 0, 1, 2 have")):
+        train([*train_args, "--max_train_steps=1", "--lr_warmup_steps=0", "--learning_rate=1e38"])
+    assert not list((tmp_path / "run").rglob("*.png")) and not (tmp_path / "run/unet").exists()
 
 
 def test_bad_validation_image_is_reported(train_args, image_folder, tmp_path, caplog):
