@@ -16,9 +16,10 @@ from torch.utils.data import Dataset, Subset
 from diffit.decode import image_size
 from diffit.errors import UserError
 from diffit.features import FeatureExtractor, TableImages
+from diffit.listing import listed_samples
 from diffit.metrics import FeatureSet
 from diffit.source_config import SourceConfig
-from diffit.sources import ImageTable, detect_num_channels, listed_samples, load_image_table
+from diffit.sources import ImageTable, detect_num_channels, load_image_table
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,10 @@ from diffit.checkpoint import file_digest
 from diffit.config import HubConfig, parse_args
 from diffit.errors import BadImageError
 from diffit.export import push_to_hub
+from diffit.listing import MAX_FILE_BYTES
 from diffit.run_dir import PIPELINE_FILES, OutputFolder
 from diffit.source_config import SourceConfig
-from diffit.sources import MAX_FILE_BYTES, load_image_table
+from diffit.sources import load_image_table
 from diffit_model import DiffiTUNet2DModel
 from helpers import (
     TINY_CONFIG,
@@ -265,7 +266,7 @@ def test_array_in_fortran_order_is_read():
 
 
 def test_zip_entry_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffit.sources.MAX_FILE_BYTES", 100_000)
+    monkeypatch.setattr("diffit.listing.MAX_FILE_BYTES", 100_000)
     with zipfile.ZipFile(tmp_path / "z.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb.png", bytes(100_001))
         archive.writestr("fine.png", bytes(100_000))
