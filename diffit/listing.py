@@ -16,6 +16,12 @@ logger = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 MAX_FILE_BYTES = 8 * MAX_IMAGE_PIXELS  # 512 MiB unpacked: four channels of 16 bits of the largest image
+SPLIT_WORDS = dict.fromkeys(("train", "training", "trainset", "traina", "trainb"), "training") | dict.fromkeys(
+    ("test", "testing", "testset", "testa", "testb", "val", "vals", "valid", "validation", "validate", "valset")
+    + ("dev", "eval", "evaluation", "holdout", "heldout"),
+    "held-out",
+)
+NEUTRAL_WORDS = {"data", "dataset", "image", "images", "img", "imgs", "set", "split"}  # as in `train_images`
 OUTSIDE_A_ZIP = re.compile(r"^/|(^|/)\.\.(/|$)|^[A-Za-z]:|\\")  # absolute, upwards, a drive, a Windows separator
 
 
@@ -82,6 +88,62 @@ def listed_samples(root: Path) -> set[str]:
         return {str(row["file"]) for row in summary["images"]}
     except (OSError, ValueError, TypeError, KeyError):
         return set()
+
+
+def split_of(path: PurePosixPath, is_file: bool = False) -> str | None:
+    """The split that a folder or a file is named after, in any case: "training", "held-out" or None.
+
+    `train2017` and `Test images` are splits; `test tube` is not, because a folder may be a class. A file's name needs
+    only one such word, since names are made like `digits-train-00000-of-00002-6f1c.parquet`.
+
+    Args:
+        path: relative to the root of the data.
+        is_file: whether it is a file.
+    """
+    words = [word for word in re.split(r"[\W\d_]+", (path.stem if is_file else path.name).lower()) if word]
+    kinds = {SPLIT_WORDS.get(word) for word in words if word not in NEUTRAL_WORDS}
+    if is_file:
+        kinds.discard(None)
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def check_splits(root: Path, names: list[str]) -> None:
+    """Refuses training and held-out images that lie next to each other, at any level below `root`.
+
+    Args:
+        root: folder or zip that the user named.
+        names: images or parquet files that would be trained on together.
+
+    Raises:
+        UserError: names both, and what to give instead.
+    """
+    files = {PurePosixPath(name) for name in names if name.lower().endswith(".parquet")}
+    folders = {PurePosixPath(folder) for folder in {name.rpartition("/")[0] for name in names}}
+    folders |= {parent for path in folders | files for parent in path.parents}
+    levels: dict[PurePosixPath, dict[str, PurePosixPath]] = {}
+    for path in sorted(folders | files):
+        if path.name and (kind := split_of(path, path in files)):
+            levels.setdefault(path.parent, {}).setdefault(kind, path)
+    for splits in levels.values():
+        if len(splits) == 2:
+            training, held_out = splits["training"], splits["held-out"]
+            if training in files or held_out in files:
+                advice = "give --train_data_file, or --dataset_name with --dataset_split"
+            elif root.is_file():
+                advice = "repack one of them, or unpack the zip and give the folder of one"
+            else:
+                advice = f"give one of them, such as --train_data_dir {root / training}"
+            raise UserError(
+                f"--train_data_dir {root} holds a training and a held-out split, {training} and {held_out}, which are "
+                f"not trained on together: {advice}; if they are no splits, rename them"
+            )
+    paths = {path for splits in levels.values() for path in splits.values()}
+    places = sorted({str(path.parent) for path in paths if not paths & set(path.parents)})  # not train/train-0.parquet
+    if files and len(places) > 1:
+        raise UserError(
+            f"--train_data_dir {root} holds several configurations of a data set, {' and '.join(places)}: give one of "
+            "these folders"
+        )
 
 
 def _is_hidden(name: str) -> bool:

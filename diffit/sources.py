@@ -31,11 +31,9 @@ from diffit.command_line import require_one
 from diffit.decode import _natural_channels, _open_image
 from diffit.errors import BadImageError, UserError, user_errors
 from diffit.labels import check_listed, encode_labels, parse_json
-from diffit.listing import IMAGE_EXTENSIONS, list_folder, list_zip, read_file, read_from_zip
+from diffit.listing import IMAGE_EXTENSIONS, check_splits, list_folder, list_zip, read_file, read_from_zip
 from diffit.run_dir import our_files
 from diffit.source_config import SOURCES, SourceConfig
-
-SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
 
 
 @dataclass(frozen=True)
@@ -216,15 +214,10 @@ def _load_folder_or_zip(source: SourceConfig) -> ImageTable:
         files = list_zip(root)
     else:
         raise UserError(f"--train_data_dir: neither a folder nor a zip: {root}")
-    parquet = [name for name in files if name.endswith(".parquet")]
+    parquet = [name for name in files if name.lower().endswith(".parquet")]
     if not parquet or root.is_file():
         return _table_from_files(root, files, source.label_column)
-    other_splits = [name for name in parquet if PurePosixPath(name).name.startswith(("test", "val"))]
-    if other_splits and len(other_splits) < len(parquet):
-        raise UserError(
-            f"--train_data_dir {root} holds several splits ({other_splits[0]}): use --dataset_name {root} with "
-            "--dataset_split, or --train_data_file"
-        )
+    check_splits(root, parquet)
     rows = read_parquet([str(root / name) for name in parquet], source.cache_dir)
     folders = (os.path.realpath(root),)
     return _table_from_columns(rows, str(root), source.image_column, source.label_column, folders)
@@ -322,10 +315,7 @@ def _table_from_files(root: Path, files: list[str], label_column: str | None) ->
             labels = listed
     elif all("/" in name for name in names) and len({name.split("/")[0] for name in names}) > 1:
         labels = {name: name.split("/")[0] for name in names}
-        if set(labels.values()) <= SPLIT_NAMES and all(name.count("/") > 1 for name in names):
-            raise UserError(
-                f"--train_data_dir {root} holds splits, not classes: give one of its folders {set(labels.values())}"
-            )
+    check_splits(root, names)
     if label_column is not None and "metadata.jsonl" not in files:
         raise UserError(f"--label_column {label_column}: only metadata.jsonl has columns, and {root} has none")
 

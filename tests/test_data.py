@@ -188,7 +188,7 @@ def test_random_numbers_depend_on_seed_and_position(class_folder):
 LAYOUTS = {  # name: (files, with a grey level for each image; what is expected)
     "flat": ({"a.PNG": 1, "b.png": 2, "notes.txt": "x"}, [(1,), (2,)]),
     "class_folders": ({"dog/x/2.png": 2, "cat/1.png": 1}, [(1, 0, "cat"), (2, 1, "dog")]),
-    "classes_named_like_splits": ({"train/1.png": 1, "test/2.png": 2}, [(1, 1, "train"), (2, 0, "test")]),
+    "classes_named_like_splits": ({"test tube/1.png": 1, "train/2.png": 2}, [(1, 0, "test tube"), (2, 1, "train")]),
     "root_and_folders": ({"0.png": 0, "a/1.png": 1, "b/2.png": 2}, [(0,), (1,), (2,)]),
     "dataset_json": (
         {f"{i // 2:05d}/img{i:08d}.png": i for i in range(3)}
@@ -766,11 +766,55 @@ def test_split_that_leaves_nothing_is_an_error(table_of_20, fraction):
         split_table(table_of_20, fraction)
 
 
-def test_folders_of_splits_are_not_taken_for_classes(tmp_path):
-    write_files(tmp_path, {"train/cat/0.png": 0, "train/dog/1.png": 1, "test/cat/2.png": 2})
-    with pytest.raises(ValueError, match=mentions("--train_data_dir", tmp_path, "train", "test")):
-        load_image_table(SourceConfig(train_data_dir=str(tmp_path)))
-    assert load_image_table(SourceConfig(train_data_dir=str(tmp_path / "train"))).class_names == ("cat", "dog")
+@pytest.mark.parametrize("container", ["folder", "archive.zip"])
+@pytest.mark.parametrize(
+    ("training", "held_out"),
+    [("train", "test"), ("Train", "Test"), ("images/train", "images/VAL"), ("train2017", "val2017")]
+    + [("trainA", "testA"), ("x/y/training", "x/y/eval"), ("train_images", "dev_images")],
+)
+def test_training_and_held_out_folders_are_never_trained_on_together(training, held_out, container, tmp_path):
+    files = {f"{training}/{name}": 1 for name in ("cat/0.png", "dog/1.png")} | {f"{held_out}/cat/2.png": 2}
+    root = write_files(tmp_path / container, files)
+    with pytest.raises(ValueError, match=mentions(f"--train_data_dir {root}", training, held_out)):
+        load_table(root)
+    if container == "folder":
+        assert contents(load_table(root / training)) == [(1, 0, "cat"), (1, 1, "dog")]
+        assert contents(load_table(root / held_out)) == [(2,)]
+
+
+def test_training_and_held_out_images_without_classes_are_never_trained_on_together(tmp_path):
+    root = write_files(tmp_path / "f", {"train/1.png": 1, "test/2.png": 2})
+    with pytest.raises(ValueError, match=mentions(f"--train_data_dir {root / 'train'}", "test")):
+        load_table(root)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["train/0000.parquet", "validation/0000.parquet"], ["train", "validation", "--train_data_dir {root}/train"]),
+        (["train-00000-of-00001.parquet", "dev-0.PARQUET"], ["train-00000-of-00001.parquet", "--dataset_split"]),
+        (["data/digits_train.parquet", "data/digits_test.parquet"], ["data/digits_test.parquet"]),
+        (["a/train/0.parquet", "b/train/0.parquet"], ["a", "b"]),
+    ],
+)
+def test_parquet_files_of_several_splits_or_configurations_are_refused(names, words, tmp_path):
+    root = tmp_path / "set"
+    for name in names:
+        write_parquet(root / name, image=(IMAGE, [1]))
+    words = [word.format(root=root) for word in words]
+    with pytest.raises(ValueError, match=mentions(f"--train_data_dir {root}", *words)):
+        load_table(root)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["valley.parquet", "train-0.parquet"], ["test-0.parquet", "test-1.PARQUET"]]
+    + [["train/train-0.parquet", "train/train-1.parquet"]],
+)
+def test_parquet_files_that_are_of_one_split_are_all_read(names, tmp_path):
+    for level, name in enumerate(names):
+        write_parquet(tmp_path / "set" / name, image=(IMAGE, [level]))
+    assert sorted(contents(load_table(tmp_path / "set"))) == [(0,), (1,)]
 
 
 def test_label_column_that_cannot_apply_is_refused(tmp_path):
