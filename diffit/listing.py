@@ -6,15 +6,33 @@ import logging
 import os
 import re
 import zipfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from diffit.decode import MAX_IMAGE_PIXELS
+from diffit.decode import MAX_IMAGE_PIXELS, PILLOW_FORMATS
 from diffit.errors import BadImageError, UserError, global_rank
 from diffit.run_dir import is_listed, our_files
 
 logger = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+IMAGE_EXTENSIONS = {".bmp", ".gif", ".npy", ".tif", ".tiff", ".webp"}
+IMAGE_EXTENSIONS |= {".jfif", ".jpe", ".jpeg", ".jpg", ".apng", ".png", ".pbm", ".pgm", ".pnm", ".ppm"}
+IMAGE_EXTENSIONS |= {".avif"} if "AVIF" in PILLOW_FORMATS else set()
+# Images that phones, cameras, browsers and other programs write, and that are not read here.
+OTHER_FORMATS = re.compile(
+    r"\.(avifs?|heic|heif|hif|jxl|jp2|j2k|jpf|jpx|jxr|wdp|tga|targa|psd|psb|xcf|kra|dds|exr|hdr|pcx|ico|icns|eps"
+    r"|dng|arw|cr2|cr3|crw|nef|nrw|orf|raf|rw2|pef|srw|x3f|dcm|fits?"
+    r"|(jpe?g|png|webp|gif|bmp)[^a-z].*)",  # x.jpg_large, x.jpg!d, x.png~
+    re.IGNORECASE,
+)
+# Of NAS devices, Windows and ext4.
+SYSTEM_FOLDERS = {"@eadir", "#recycle", "@recycle", "#snapshot", "$recycle.bin", "system volume information"}
+SYSTEM_FOLDERS |= {"lost+found", "__macosx"}
+READ_FILES = {"dataset.json", "metadata.jsonl"}
+SHOWN = 5  # examples in a log line
+MAX_LISTINGS = 16  # of one folder under several names, so that links cannot multiply it without end
 MAX_FILE_BYTES = 8 * MAX_IMAGE_PIXELS  # 512 MiB unpacked: four channels of 16 bits of the largest image
 SPLIT_WORDS = dict.fromkeys(("train", "training", "trainset", "traina", "trainb"), "training") | dict.fromkeys(
     ("test", "testing", "testset", "testa", "testb", "val", "vals", "valid", "validation", "validate", "valset")
@@ -25,31 +43,142 @@ NEUTRAL_WORDS = {"data", "dataset", "image", "images", "img", "imgs", "set", "sp
 OUTSIDE_A_ZIP = re.compile(r"^/|(^|/)\.\.(/|$)|^[A-Za-z]:|\\")  # absolute, upwards, a drive, a Windows separator
 
 
-def list_folder(root: Path) -> list[str]:
-    """Lists the files in a folder and its sub-folders, relative to it and sorted, without hidden ones.
+@dataclass
+class Files:
+    """The files in a folder or zip, without hidden ones, and a count of what is left out.
 
-    A link to a folder within `root` is not followed, because its files are listed where they are.
+    Attributes:
+        root: the folder or zip.
+        names: relative to it, sorted.
+        left_out: how often something was left out, by (reason, example or extension).
+    """
+
+    root: Path
+    names: list[str]
+    left_out: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def read(self, name: str) -> bytes:
+        """Bytes of a file.
+
+        Raises:
+            BadImageError: if it is too large, or compressed in an unknown way.
+        """
+        return read_from_zip(str(self.root), name) if self.root.is_file() else read_file(str(self.root / name))
+
+    def leave_out(self, reason: str, examples: Iterable[str]) -> None:
+        """Counts what is left out for one reason."""
+        self.left_out.update((reason, example) for example in examples)
+
+    def images(self, skip_other_formats: bool = False) -> list[str]:
+        """Names of the images; files with other extensions are counted as left out, except `READ_FILES`.
+
+        Args:
+            skip_other_formats: leave out images in other formats, rather than refuse them.
+
+        Raises:
+            UserError: names images in formats that are not read.
+        """
+        by_extension = Counter(PurePosixPath(name).suffix.lower() for name in self.names)
+        other = {
+            extension: number
+            for extension, number in by_extension.items()
+            if extension not in IMAGE_EXTENSIONS and OTHER_FORMATS.fullmatch(extension)
+        }
+        if other and not skip_other_formats:
+            example = next(name for name in self.names if PurePosixPath(name).suffix.lower() in other)
+            raise UserError(
+                f"--train_data_dir {self.root}: {sum(other.values())} image files are in formats that are not read "
+                f"({_counts(other)}), such as {example}: convert them (`magick mogrify -format png FILES`), rename "
+                "them if only the extension is wrong, or leave them out with --skip_other_formats"
+            )
+        for extension, number in by_extension.items():
+            if extension not in IMAGE_EXTENSIONS | {".parquet"}:
+                reason = "images in formats that are not read" if extension in other else "files that are not images"
+                self.left_out[reason, extension or "no extension"] += number
+        for name in READ_FILES & set(self.names):
+            self.left_out["files that are not images", PurePosixPath(name).suffix] -= 1
+        return [name for name in self.names if PurePosixPath(name).suffix.lower() in IMAGE_EXTENSIONS]
+
+    def report(self) -> None:
+        """Logs what was left out, on one line."""
+        if text := self.describe_left_out():
+            if global_rank() == 0:
+                logger.warning(f"{self.root}: left out {text}")
+
+    def describe_left_out(self) -> str:
+        """What was left out, such as `files that are not images: 3 (.txt 2, .md); hidden folders: 1 (.git)`."""
+        reasons: dict[str, dict[str, int]] = {}
+        for (reason, example), number in sorted(self.left_out.items()):
+            if number > 0:
+                reasons.setdefault(reason, {})[example] = number
+        return "; ".join(f"{reason}: {sum(counts.values())} ({_counts(counts)})" for reason, counts in reasons.items())
+
+
+def _counts(counts: dict[str, int]) -> str:
+    """The most frequent things with their numbers; names that are not UTF-8 are escaped."""
+    shown = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:SHOWN]
+    text = ", ".join(f"{name} {number}" if number > 1 else name for name, number in shown)
+    return text.encode("utf-8", "backslashreplace").decode() + (", ..." if len(counts) > SHOWN else "")
+
+
+def list_files(root: Path, follow_links: bool = False) -> Files:
+    """Lists the files in a folder, its sub-folders and folders linked there, or in a zip.
+
+    Args:
+        root: the folder or zip.
+        follow_links: also read what links to places outside of the folder.
 
     Raises:
-        UserError: names a link that leads out of `root` or nowhere, or a folder that cannot be read.
+        UserError: names a link that leads nowhere or out of `root`, a folder that cannot be read, or an entry of a
+            zip whose path leads out of it.
     """
-    names, folders = [], [""]
-    while folders:
-        folder = folders.pop()
+    if root.is_dir():
+        return _list_folder(root, follow_links)
+    if zipfile.is_zipfile(root):
+        return _list_zip(root)
+    if root.suffix.lower() == ".parquet" and root.is_file():
+        raise UserError(f"--train_data_dir {root} is a parquet file: give it as --train_data_file")
+    raise UserError(f"--train_data_dir: neither a folder nor a zip: {root}")
+
+
+def _list_folder(root: Path, follow_links: bool) -> Files:
+    files, listings = Files(root, []), Counter()
+    pending = [("", (os.path.realpath(root),))]  # each folder with the real paths of those above it and of itself
+    while pending:
+        folder, above = pending.pop()
         try:
             with os.scandir(root / folder) as entries:
                 for entry in entries:
-                    if _is_hidden(entry.name):
+                    name = folder + entry.name
+                    if reason := _reason_to_leave_out(entry.name, entry.is_dir()):
+                        files.leave_out(reason, [name])
                         continue
-                    if entry.is_symlink():
-                        _check_link(root, entry.path)
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(f"{folder}{entry.name}/")
+                    if is_link := entry.is_symlink():
+                        _check_link(root, entry.path, follow_links)
+                    if entry.is_dir():
+                        real = os.path.realpath(entry.path) if is_link else os.path.join(above[-1], entry.name)
+                        listings[real] += 1
+                        if real in above:
+                            files.leave_out("links to a folder that holds them", [name])
+                        elif listings[real] > MAX_LISTINGS:
+                            raise UserError(f"--train_data_dir {root}: more than {MAX_LISTINGS} links lead to {real}")
+                        else:
+                            pending.append((f"{name}/", (*above, real)))
                     elif entry.is_file():
-                        names.append(folder + entry.name)
+                        files.names.append(name)
         except OSError as error:
             raise UserError(f"--train_data_dir: cannot list {root / folder}: {error.strerror}") from error
-    return _without_products(root, sorted(names))
+    files.names = _without_products(root, sorted(files.names))
+    return files
+
+
+def _reason_to_leave_out(name: str, is_folder: bool) -> str | None:
+    """Why an entry of a folder is not read: it is hidden or the system's; None if it is read."""
+    if is_folder and name.lower() in SYSTEM_FOLDERS:
+        return "folders of the system"
+    if name.startswith("."):
+        return "hidden folders" if is_folder else "hidden files"
+    return None
 
 
 def _without_products(root: Path, names: list[str]) -> list[str]:
@@ -146,38 +275,35 @@ def check_splits(root: Path, names: list[str]) -> None:
         )
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith((".", "__MACOSX"))
-
-
-def _check_link(root: Path, link: str) -> None:
+def _check_link(root: Path, link: str, follow_links: bool) -> None:
     target = os.path.realpath(link)
-    if not Path(target).is_relative_to(os.path.realpath(root)):
-        raise UserError(
-            f"--train_data_dir {root}: {link} is a link to {target}, outside of the folder. Links that leave it are "
-            f"not followed: copy or hard-link the files (`cp -rL {root} COPY`, or `cp -rlL`, which takes no space), "
-            "or give the folder that holds the files themselves"
-        )
     if not os.path.exists(target):
         raise UserError(f"--train_data_dir {root}: {link} is a link to {target}, which does not exist")
+    if not follow_links and not Path(target).is_relative_to(os.path.realpath(root)):
+        raise UserError(
+            f"--train_data_dir {root}: {link} is a link to {target}, outside of the folder. Links that leave it are "
+            f"only followed with --follow_links; or copy or hard-link the files (`cp -rL {root} COPY`, or `cp -rlL`, "
+            "which takes no space)"
+        )
 
 
-def list_zip(root: Path) -> list[str]:
-    """Lists the files in a zip, sorted, without hidden ones.
-
-    Raises:
-        UserError: names an entry whose path leads out of the archive.
-    """
-    names = []
+def _list_zip(root: Path) -> Files:
+    files = Files(root, [])
     for entry in open_zip(str(root)).infolist():
         if OUTSIDE_A_ZIP.search(entry.filename):
             raise UserError(
                 f"--train_data_dir {root}: the entry {entry.filename!r} has a name that leads out of the archive; "
                 "names must be relative, with / between folders. Repack it, or unpack it with a tool you trust"
             )
-        if not entry.is_dir() and not any(_is_hidden(part) for part in entry.filename.split("/")):
-            names.append(entry.filename)
-    return sorted(names)
+        path = PurePosixPath(entry.filename)
+        parts = [*path.parents[-2::-1], path]  # from the root downwards
+        reasons = [(_reason_to_leave_out(part.name, part is not path), str(part)) for part in parts]
+        if first := next((reason for reason in reasons if reason[0]), None):
+            files.left_out[first] = 1  # a hidden folder counts once
+        elif not entry.is_dir():
+            files.names.append(entry.filename)
+    files.names.sort()
+    return files
 
 
 _open_zips: dict[str, tuple[int, zipfile.ZipFile]] = {}

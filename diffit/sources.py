@@ -31,7 +31,7 @@ from diffit.command_line import require_one
 from diffit.decode import _natural_channels, _open_image
 from diffit.errors import BadImageError, UserError, user_errors
 from diffit.labels import check_listed, encode_labels, parse_json
-from diffit.listing import IMAGE_EXTENSIONS, check_splits, list_folder, list_zip, read_file, read_from_zip
+from diffit.listing import IMAGE_EXTENSIONS, Files, check_splits, list_files, read_file, read_from_zip
 from diffit.run_dir import our_files
 from diffit.source_config import SOURCES, SourceConfig
 
@@ -208,15 +208,10 @@ def _load_parquet_file(source: SourceConfig) -> ImageTable:
 def _load_folder_or_zip(source: SourceConfig) -> ImageTable:
     """Opens --train_data_dir: the rows of its parquet files if there are any, otherwise its image files."""
     root = Path(source.train_data_dir)
-    if root.is_dir():
-        files = list_folder(root)
-    elif zipfile.is_zipfile(root):
-        files = list_zip(root)
-    else:
-        raise UserError(f"--train_data_dir: neither a folder nor a zip: {root}")
-    parquet = [name for name in files if name.lower().endswith(".parquet")]
+    files = list_files(root, source.follow_links)
+    parquet = [name for name in files.names if name.lower().endswith(".parquet")]
     if not parquet or root.is_file():
-        return _table_from_files(root, files, source.label_column)
+        return _table_from_files(files, source)
     check_splits(root, parquet)
     rows = read_parquet([str(root / name) for name in parquet], source.cache_dir)
     folders = (os.path.realpath(root),)
@@ -281,33 +276,37 @@ def _find_column(
     return candidates[0] if candidates else None
 
 
-def _table_from_files(root: Path, files: list[str], label_column: str | None) -> ImageTable:
+def _table_from_files(files: Files, source_config: SourceConfig) -> ImageTable:
     """Opens the image files of a folder or zip, with labels if there are any.
 
     Labels come from `dataset.json`, otherwise from `metadata.jsonl`, otherwise from the names of the first-level
     sub-folders, if every image lies in one and there are several.
     """
-
-    def read_bytes(name: str) -> bytes:
-        return read_file(str(root / name)) if root.is_dir() else read_from_zip(str(root), name)
-
-    names = [name for name in files if PurePosixPath(name).suffix.lower() in IMAGE_EXTENSIONS]
+    root, label_column = files.root, source_config.label_column
+    names = files.images(source_config.skip_other_formats)
+    if root.is_file():
+        files.leave_out("parquet files in a zip", (name for name in files.names if name.lower().endswith(".parquet")))
     if not names:
-        raise UserError(f"--train_data_dir: no images in {root} (extensions: {', '.join(sorted(IMAGE_EXTENSIONS))})")
+        there = files.describe_left_out()
+        raise UserError(
+            f"--train_data_dir: no images in {root} (extensions: {', '.join(sorted(IMAGE_EXTENSIONS))})"
+            + (f"; it holds {there}" if there else "")
+        )
     labels = None
-    if "dataset.json" in files:
+    if "dataset.json" in files.names:
         source = f"dataset.json in {root}"
-        listed = parse_json(read_bytes("dataset.json"), source).get("labels")
+        listed = parse_json(files.read("dataset.json"), source).get("labels")
         if listed is not None:
             labels = check_listed(listed, names, source)
-    elif "metadata.jsonl" in files:
+    elif "metadata.jsonl" in files.names:
         source = f"metadata.jsonl in {root}"
-        lines = [line for line in read_bytes("metadata.jsonl").split(b"\n") if line.strip()]
+        lines = [line for line in files.read("metadata.jsonl").split(b"\n") if line.strip()]
         records = [parse_json(line, source) for line in lines]
         column = label_column or "label"
         if label_column is not None and not any(column in record for record in records):
             raise UserError(f"--label_column {label_column}: {source} has no such key")
         listed = check_listed([[record.get("file_name"), record.get(column)] for record in records], names, source)
+        files.leave_out("images that metadata.jsonl does not list", (name for name in names if name not in listed))
         names = [name for name in names if name in listed]
         if not names:
             raise UserError(f"{source} names no image")
@@ -316,9 +315,10 @@ def _table_from_files(root: Path, files: list[str], label_column: str | None) ->
     elif all("/" in name for name in names) and len({name.split("/")[0] for name in names}) > 1:
         labels = {name: name.split("/")[0] for name in names}
     check_splits(root, names)
-    if label_column is not None and "metadata.jsonl" not in files:
+    if label_column is not None and "metadata.jsonl" not in files.names:
         raise UserError(f"--label_column {label_column}: only metadata.jsonl has columns, and {root} has none")
 
+    files.report()
     archive = str(root) if root.is_file() else None
     paths = names if archive else [str(root / name) for name in names]
     images = {"image": [{"bytes": None, "path": path} for path in paths]}

@@ -21,7 +21,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from torch.utils.data import DataLoader
 
-from diffit.decode import decode_image, decode_pixels, normalize_pixels
+from diffit.decode import PILLOW_FORMATS, decode_image, decode_pixels, normalize_pixels
 from diffit.errors import BadImageError
 from diffit.source_config import SourceConfig
 from diffit.sources import ImageTable, detect_num_channels, load_image_table
@@ -328,6 +328,45 @@ def test_folder_without_images_is_named(tmp_path, container):
     root = write_files(tmp_path / container, {"notes.txt": "x"})
     with pytest.raises(ValueError, match=mentions("--train_data_dir", root, ".png")):
         load_table(root)
+
+
+@pytest.mark.parametrize("extension", ["jfif", "jpe", "JPEG", "apng", "pbm", "pgm", "pnm", "avif"])
+def test_extensions_of_phones_and_browsers_are_read(extension, tmp_path):
+    kind = {"apng": "PNG", "avif": "AVIF"}.get(extension, "PPM" if extension.startswith("p") else "JPEG")
+    if kind == "AVIF" and kind not in PILLOW_FORMATS:
+        pytest.skip("this Pillow cannot read AVIF")
+    image = constant("1" if extension == "pbm" else "L", 255, kind)
+    root = write_files(tmp_path / "f", {f"cat/1.{extension}": image, "dog/2.png": 0})
+    assert sorted(contents(load_table(root))) == [(0, 1, "dog"), (255, 0, "cat")]
+
+
+@pytest.mark.parametrize("container", ["folder", "archive.zip"])
+@pytest.mark.parametrize("extension", [".heic", ".jp2", ".TGA", ".NEF", ".jpg_large", ".png~"])
+def test_images_in_other_formats_are_refused_or_counted(extension, container, tmp_path, caplog):
+    root = write_files(
+        tmp_path / container, {"a.png": 1, f"b{extension}": "x", f"c{extension}": "x", "notes.txt": "x"}
+    )
+    words = [f"--train_data_dir {root}", f"{extension.lower()} 2", f"b{extension}", "convert", "--skip_other_formats"]
+    with pytest.raises(ValueError, match=mentions(*words)):
+        load_table(root)
+    assert contents(load_table(root, skip_other_formats=True)) == [(1,)]
+    assert mentions(f"{root}: left out", f"not read: 2 ({extension.lower()} 2)", ".txt").search(caplog.text)
+
+
+@pytest.mark.parametrize("container", ["folder", "archive.zip"])
+def test_whatever_is_left_out_is_counted_by_reason(container, tmp_path, caplog):
+    names = ["a.txt", "b.txt", "c.md", "LICENSE", "@eaDir/1.png", "$RECYCLE.BIN/2.png", ".git/3.png", ".git/4.png"]
+    metadata = {"metadata.jsonl": '{"file_name": "1.png"}'}
+    root = write_files(tmp_path / container, {"1.png": 1, "2.png": 2} | dict.fromkeys(names, "x") | metadata)
+    assert contents(load_table(root)) == [(1,)]
+    reasons = ["not images: 4 (.txt 2, .md, no extension)", "hidden folders: 1 (.git)"]
+    reasons += ["folders of the system: 2 ($RECYCLE.BIN, @eaDir)", "metadata.jsonl does not list: 1 (2.png)"]
+    assert mentions(f"{root}: left out", *reasons).search(caplog.text)
+
+
+def test_nothing_left_out_is_not_reported(tmp_path, caplog):
+    load_table(write_files(tmp_path / "f", {"1.png": 1, "dataset.json": '{"labels": null}'}))
+    assert "left out" not in caplog.text
 
 
 @pytest.mark.parametrize(
