@@ -119,7 +119,7 @@ def open_source(flag: str, name: str, dataset_split: str = "train", image_column
             source = SourceConfig(train_data_dir=name)
         else:
             source = SourceConfig(dataset_name=name, dataset_split=dataset_split, image_column=image_column)
-        table = load_image_table(source)
+        table = load_image_table(source, need_labels=False)
     except (UserError, OSError) as error:
         raise UserError(f"{flag} {name}: {error}") from error
     if listed := listed_samples(path):  # sample_diffit.py puts a grid next to the samples

@@ -1,11 +1,14 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Class labels: from names or numbers, and from lists such as `dataset.json`."""
+"""Class labels: where they are found in a folder or zip of images, and how names become numbers."""
 
 import json
+from pathlib import PurePosixPath
 
 import numpy as np
+from datasets import ClassLabel, Features, Value
 
 from diffit.errors import UserError
+from diffit.listing import READ_FILES, Files
 
 MAX_CLASSES = 100_000  # one absurd label must not fill the memory with class names
 
@@ -19,20 +22,32 @@ def encode_labels(
         values: class names or integers.
         source: for messages.
         names: of the classes, if the data set has them.
+
+    Raises:
+        UserError: names labels that are neither all names nor all numbers of classes.
     """
+    most = len(names or range(MAX_CLASSES)) - 1
+    if unusable := [str(value) for value in values if type(value) not in (int, str)]:  # None, lists, structs
+        raise UserError(_wrong_labels(source, most, unusable))
     distinct = set(values)
     if distinct and all(isinstance(value, str) for value in distinct):
         numeric = all(value.isdecimal() for value in distinct)
         names = sorted(distinct, key=(lambda name: (int(name), name)) if numeric else None)  # "2" before "10"
         numbers = {name: number for number, name in enumerate(names)}
         values = [numbers[value] for value in values]
-    elif all(type(value) is int and 0 <= value < len(names or range(MAX_CLASSES)) for value in distinct):
+    elif all(type(value) is int and 0 <= value <= most for value in distinct):
         names = names or [str(number) for number in range(max(distinct) + 1)]
     else:
-        most = len(names or range(MAX_CLASSES)) - 1
-        wrong = sorted(str(value) for value in distinct if type(value) is not int or not 0 <= value <= most)
-        raise UserError(f"{source}: labels must all be class names, or all integers from 0 to {most}, got {wrong[:5]}")
+        wrong = [str(value) for value in distinct if type(value) is not int or not 0 <= value <= most]
+        raise UserError(_wrong_labels(source, most, wrong))
     return np.array(values, np.int64), tuple(names)
+
+
+def _wrong_labels(source: str, most: int, wrong: list[str]) -> str:
+    return (
+        f"{source}: labels must all be class names, or all integers from 0 to {most}, got {sorted(set(wrong))[:5]} "
+        f"for {len(wrong)} images or classes"
+    )
 
 
 def parse_json(text: bytes, name: str) -> dict:
@@ -64,3 +79,95 @@ def check_listed(listed: list, names: list[str], source: str) -> dict[str, int |
         if not isinstance(entry[1], int | str | None):
             raise UserError(f"{source}: the label of {entry[0]} must be a class name or a number, got {entry[1]!r}")
     return dict(listed)
+
+
+def find_labels(
+    files: Files, images: list[str], label_column: str | None, needed: bool
+) -> tuple[list[str], dict[str, int | str | None] | None, str]:
+    """Finds the labels of the images in a folder or zip.
+
+    They come from `dataset.json`, otherwise from `metadata.jsonl`, otherwise from the names of the first-level
+    sub-folders, if every image lies in one and there are several.
+
+    Args:
+        files: of the folder or zip; images that `metadata.jsonl` does not list are counted there as left out.
+        images: names of the images.
+        label_column: key in `metadata.jsonl`, or None for `label`.
+        needed: whether a damaged `dataset.json` is an error, or a reason to have no labels.
+
+    Returns:
+        Names of the images that are used; their labels by name, or None; and if None, why there are none.
+
+    Raises:
+        UserError: if a list is damaged or names an image that does not exist.
+    """
+    folders = {name.split("/")[0] for name in images}
+    if "dataset.json" in files.names:
+        source = f"dataset.json in {files.root}"
+        try:
+            listed = parse_json(files.read("dataset.json"), source).get("labels")
+            if listed is not None:
+                return images, check_listed(listed, images, source), ""
+        except UserError as error:
+            if needed:
+                raise
+            return images, None, str(error)
+        return images, None, f"{source} has no labels"
+    if "metadata.jsonl" in files.names:
+        return _labels_of_metadata(files, images, label_column)
+    if all("/" in name for name in images) and len(folders) > 1:
+        return images, {name: name.split("/")[0] for name in images}, ""
+    return images, None, _why_no_labels(files, images)
+
+
+def _labels_of_metadata(
+    files: Files, images: list[str], label_column: str | None
+) -> tuple[list[str], dict[str, int | str | None] | None, str]:
+    source = f"metadata.jsonl in {files.root}"
+    records = [parse_json(line, source) for line in files.read("metadata.jsonl").split(b"\n") if line.strip()]
+    column = label_column or "label"
+    if label_column is not None and not any(column in record for record in records):
+        raise UserError(f"--label_column {label_column}: {source} has no such key")
+    listed = check_listed([[record.get("file_name"), record.get(column)] for record in records], images, source)
+    files.leave_out("images that metadata.jsonl does not list", (name for name in images if name not in listed))
+    images = [name for name in images if name in listed]
+    if not images:
+        raise UserError(f"{source} names no image")
+    if any(label is not None for label in listed.values()):
+        return images, listed, ""
+    keys = sorted({key for record in records for key in record} - {"file_name"})
+    return images, None, f"{source} has no key label, but {', '.join(keys) or 'none'}: --label_column names the key"
+
+
+def _why_no_labels(files: Files, images: list[str]) -> str:
+    """What was looked at in a folder or zip without labels, and what would help."""
+    beside = [name for name in images if "/" not in name]
+    top = images[0].split("/")[0]
+    reasons = []
+    if beside and len(beside) < len(images):
+        reasons.append(f"{len(beside)} images lie next to the folders of classes, such as {beside[0]}")
+    elif not beside:
+        advice = (
+            "repack it without that folder"
+            if files.root.is_file()
+            else f"if it holds classes, give {files.root / top}"
+        )
+        reasons.append(f"all images lie in {top}/: {advice}")
+    for name in [name for name in files.names if name.lower().endswith((".csv", ".tsv", ".json", ".jsonl"))][:3]:
+        where = f"only in {files.root} itself" if PurePosixPath(name).name in READ_FILES else "only dataset.json and"
+        where += "" if where.endswith("itself") else " metadata.jsonl are"
+        reasons.append(f"{name} is not read, {where}")
+    return "; ".join(reasons) or "there is no dataset.json, no metadata.jsonl, and no folder for each class"
+
+
+def why_no_label_column(features: Features) -> str:
+    """Why none of some columns was taken for labels, and which could be."""
+    if several := [name for name, feature in features.items() if isinstance(feature, ClassLabel)]:
+        return f"--label_column must choose one of the columns {', '.join(several)}"
+    fitting = [
+        f"{name} ({feature.dtype})"
+        for name, feature in features.items()
+        if isinstance(feature, Value) and (feature.dtype == "string" or "int" in feature.dtype)
+    ]
+    advice = f"--label_column can name {', '.join(fitting)}" if fitting else f"its columns are {', '.join(features)}"
+    return f"no column is of type ClassLabel; {advice}"

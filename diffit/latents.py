@@ -192,7 +192,8 @@ def load_latent_table(latents_dir: str, cache_dir: str | None = None) -> LatentT
     labels = None if class_names is None else np.array(rows["label"], np.int64)
     columns = [name for name in rows.features if name != "label"]
     table = rows.select_columns(columns).with_format("arrow")
-    return LatentTable(table, str(root), np.arange(len(rows)), labels, class_names, metadata=metadata)
+    reason = "" if class_names else f"the images had none when they were prepared from {metadata.get('source')}"
+    return LatentTable(table, str(root), np.arange(len(rows)), labels, class_names, reason, metadata=metadata)
 
 
 class LatentDataset(StreamDataset):

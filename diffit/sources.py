@@ -12,6 +12,7 @@ import contextlib
 import glob
 import hashlib
 import json
+import logging
 import os
 import re
 import zipfile
@@ -29,11 +30,13 @@ from huggingface_hub import constants as hub_constants
 
 from diffit.command_line import require_one
 from diffit.decode import _natural_channels, _open_image
-from diffit.errors import BadImageError, UserError, user_errors
-from diffit.labels import check_listed, encode_labels, parse_json
+from diffit.errors import BadImageError, UserError, global_rank, user_errors
+from diffit.labels import encode_labels, find_labels, why_no_label_column
 from diffit.listing import IMAGE_EXTENSIONS, Files, check_splits, list_files, read_file, read_from_zip
 from diffit.run_dir import our_files
 from diffit.source_config import SOURCES, SourceConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Table(ABC):
         indices: row of each of the n images in `rows`.
         labels: class of each row, in [0, number of classes), or None if there are no labels.
         class_names: name of each class, or None.
+        no_labels: why there are no labels, with what was looked at.
     """
 
     rows: Dataset
@@ -53,6 +57,7 @@ class Table(ABC):
     indices: np.ndarray
     labels: np.ndarray | None = None
     class_names: tuple[str, ...] | None = None
+    no_labels: str = ""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -80,8 +85,10 @@ class Table(ABC):
         """
         names = self.class_names or ()
         unknown = sorted(set(names) - set(class_names))
-        if not names or unknown:
-            raise UserError(f"{self.source} has {f'the unknown classes {unknown[:5]}' if names else 'no labels'}")
+        if not names:
+            raise UserError(f"{self.source} has no labels: {self.no_labels}")
+        if unknown:
+            raise UserError(f"{self.source} has the unknown classes {unknown[:5]}")
         numbers = np.array([class_names.index(name) for name in names])
         return replace(self, labels=numbers[self.labels], class_names=class_names)
 
@@ -129,13 +136,7 @@ class ImageTable(Table):
         """
         row = int(self.indices[index])
         image = self.rows[row]["image"] or {"bytes": None, "path": None}
-        path = image["path"]
-        if self.archive is not None:
-            name = f"{path} in {self.archive}"
-        elif image["bytes"] is None and path is not None:
-            name = path
-        else:
-            name = f"row {row} of {self.source}" + (f" ({path})" if path else "")
+        path, name = image["path"], self._name(row, image)
         if image["bytes"] is not None:
             return name, image["bytes"]
         if path is None:
@@ -145,6 +146,19 @@ class ImageTable(Table):
             return name, read_file(file) if archive is None else read_from_zip(archive, file)
         except (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             raise BadImageError(f"cannot read image {name}: {error}") from error
+
+    def name(self, index: int) -> str:
+        """Name of an image for messages: its path, or its row in a parquet file."""
+        row = int(self.indices[index])
+        return self._name(row, self.rows[row]["image"] or {"bytes": None, "path": None})
+
+    def _name(self, row: int, image: dict) -> str:
+        path = image["path"]
+        if self.archive is not None:
+            return f"{path} in {self.archive}"
+        if image["bytes"] is None and path is not None:
+            return path
+        return f"row {row} of {self.source}" + (f" ({path})" if path else "")
 
     def _locate(self, row: int, path: str) -> tuple[str | None, str]:
         """Locates an image that a row names but does not hold: returns its zip (or None) and its path.
@@ -163,24 +177,27 @@ class ImageTable(Table):
         return (real_path, entry[1]) if entry else (None, real_path)
 
 
-def load_image_table(source: SourceConfig) -> ImageTable:
+def load_image_table(source: SourceConfig, need_labels: bool = True) -> ImageTable:
     """Opens the images and labels of a source. Nothing is decoded.
 
     Args:
         source: the flags.
+        need_labels: whether incomplete or wrong labels are an error. Otherwise they are left out, with a log line,
+            unless --label_column asks for them. Having no labels at all is an error in neither case.
 
     Raises:
         UserError: names the flag if there is not exactly one source, or a file or column is missing or ambiguous.
     """
     require_one(source, SOURCES)
+    need_labels = need_labels or source.label_column is not None
     if source.dataset_name is not None:
-        return _load_dataset(source)
+        return _load_dataset(source, need_labels)
     if source.train_data_file is not None:
-        return _load_parquet_file(source)
-    return _load_folder_or_zip(source)
+        return _load_parquet_file(source, need_labels)
+    return _load_folder_or_zip(source, need_labels)
 
 
-def _load_dataset(source: SourceConfig) -> ImageTable:
+def _load_dataset(source: SourceConfig, need_labels: bool) -> ImageTable:
     """Opens --dataset_name."""
     name, split = source.dataset_name, source.dataset_split
     _check_dataset_folder(Path(name))
@@ -192,30 +209,30 @@ def _load_dataset(source: SourceConfig) -> ImageTable:
     caches += [datasets_config.EXTRACTED_DATASETS_PATH, hub_constants.HF_HUB_CACHE, source.cache_dir]
     local = name if Path(name).is_dir() else None
     folders = tuple(os.path.realpath(folder) for folder in (local, *caches) if folder is not None)
-    return _table_from_columns(rows, f"{name} ({split})", source.image_column, source.label_column, folders)
+    return _table_from_columns(rows, f"{name} ({split})", source, folders, need_labels)
 
 
-def _load_parquet_file(source: SourceConfig) -> ImageTable:
+def _load_parquet_file(source: SourceConfig, need_labels: bool) -> ImageTable:
     """Opens --train_data_file."""
     file = source.train_data_file
     if not Path(file).is_file():
         raise UserError(f"--train_data_file: no such file: {file}")
     rows = read_parquet([file], source.cache_dir)
     folders = (os.path.realpath(Path(file).parent),)
-    return _table_from_columns(rows, file, source.image_column, source.label_column, folders)
+    return _table_from_columns(rows, file, source, folders, need_labels)
 
 
-def _load_folder_or_zip(source: SourceConfig) -> ImageTable:
+def _load_folder_or_zip(source: SourceConfig, need_labels: bool) -> ImageTable:
     """Opens --train_data_dir: the rows of its parquet files if there are any, otherwise its image files."""
     root = Path(source.train_data_dir)
     files = list_files(root, source.follow_links)
     parquet = [name for name in files.names if name.lower().endswith(".parquet")]
     if not parquet or root.is_file():
-        return _table_from_files(files, source)
+        return _table_from_files(files, source, need_labels)
     check_splits(root, parquet)
     rows = read_parquet([str(root / name) for name in parquet], source.cache_dir)
     folders = (os.path.realpath(root),)
-    return _table_from_columns(rows, str(root), source.image_column, source.label_column, folders)
+    return _table_from_columns(rows, str(root), source, folders, need_labels)
 
 
 def _check_dataset_folder(root: Path) -> None:
@@ -238,13 +255,13 @@ def read_parquet(paths: list[str], cache_dir: str | None) -> Dataset:
 
 
 def _table_from_columns(
-    rows: Dataset, source: str, image_column: str | None, label_column: str | None, folders: tuple[str, ...]
+    rows: Dataset, source: str, flags: SourceConfig, folders: tuple[str, ...], need_labels: bool
 ) -> ImageTable:
     if isinstance(rows, DatasetDict):
         raise UserError(f"{source}: --dataset_split must name one of {list(rows)}")
     features = rows.features
-    image_column = _find_column(source, "--image_column", image_column, features, Image, required=True)
-    label_column = _find_column(source, "--label_column", label_column, features, ClassLabel, required=False)
+    image_column = _find_column(source, "--image_column", flags.image_column, features, Image, required=True)
+    label_column = _find_column(source, "--label_column", flags.label_column, features, ClassLabel, need_labels)
     kind = features[image_column]
     plain = getattr(kind, "dtype", None) in ("binary", "large_binary", "string")
     if not isinstance(kind, Image) and not plain and not (isinstance(kind, dict) and "bytes" in kind):
@@ -253,37 +270,46 @@ def _table_from_columns(
     images = rows.select_columns([image_column]).rename_columns({image_column: "image"})
     images = images.cast_column("image", Image(decode=False))
     indices = np.arange(len(images))
+    table = ImageTable(images, source, indices, folders=folders)
     if label_column is None:
-        return ImageTable(images, source, indices, folders=folders)
+        return _without_labels(table, why_no_label_column(features), need_labels)
     kind = features[label_column]
     names = kind.names if isinstance(kind, ClassLabel) else None
-    labels, names = encode_labels(list(rows[label_column]), f"--label_column {label_column} of {source}", names)
-    return ImageTable(images, source, indices, labels, names, folders=folders)
+    values = list(rows[label_column])
+    return _with_labels(table, values, f"--label_column {label_column} of {source}", names, need_labels)
 
 
 def _find_column(
     source: str, flag: str, name: str | None, features: Features, kind: type, required: bool
 ) -> str | None:
+    """The column that a flag names, or the only one of a kind; None if there is none, or an optional one is ambiguous.
+
+    Args:
+        source: for messages.
+        flag: for messages.
+        name: its value, or None.
+        features: type of each column.
+        kind: of the column; only an `Image` must exist.
+        required: whether it must be unambiguous.
+    """
     if name is not None:
         if name not in features:
             raise UserError(f"{flag} {name}: {source} has the columns {', '.join(features)}")
         return name
     candidates = [column for column, feature in features.items() if isinstance(feature, kind)]
+    if len(candidates) > 1 and not required:
+        return None
     if len(candidates) > 1:
         raise UserError(f"{source} has several columns of type {kind.__name__}: choose one with {flag}: {candidates}")
-    if not candidates and required:
+    if not candidates and kind is Image:
         raise UserError(f"{source} has no column of type {kind.__name__}; {flag} must name one of {list(features)}")
     return candidates[0] if candidates else None
 
 
-def _table_from_files(files: Files, source_config: SourceConfig) -> ImageTable:
-    """Opens the image files of a folder or zip, with labels if there are any.
-
-    Labels come from `dataset.json`, otherwise from `metadata.jsonl`, otherwise from the names of the first-level
-    sub-folders, if every image lies in one and there are several.
-    """
-    root, label_column = files.root, source_config.label_column
-    names = files.images(source_config.skip_other_formats)
+def _table_from_files(files: Files, source: SourceConfig, need_labels: bool) -> ImageTable:
+    """Opens the image files of a folder or zip, with labels if there are any."""
+    root = files.root
+    names = files.images(source.skip_other_formats)
     if root.is_file():
         files.leave_out("parquet files in a zip", (name for name in files.names if name.lower().endswith(".parquet")))
     if not names:
@@ -292,31 +318,13 @@ def _table_from_files(files: Files, source_config: SourceConfig) -> ImageTable:
             f"--train_data_dir: no images in {root} (extensions: {', '.join(sorted(IMAGE_EXTENSIONS))})"
             + (f"; it holds {there}" if there else "")
         )
-    labels = None
-    if "dataset.json" in files.names:
-        source = f"dataset.json in {root}"
-        listed = parse_json(files.read("dataset.json"), source).get("labels")
-        if listed is not None:
-            labels = check_listed(listed, names, source)
-    elif "metadata.jsonl" in files.names:
-        source = f"metadata.jsonl in {root}"
-        lines = [line for line in files.read("metadata.jsonl").split(b"\n") if line.strip()]
-        records = [parse_json(line, source) for line in lines]
-        column = label_column or "label"
-        if label_column is not None and not any(column in record for record in records):
-            raise UserError(f"--label_column {label_column}: {source} has no such key")
-        listed = check_listed([[record.get("file_name"), record.get(column)] for record in records], names, source)
-        files.leave_out("images that metadata.jsonl does not list", (name for name in names if name not in listed))
-        names = [name for name in names if name in listed]
-        if not names:
-            raise UserError(f"{source} names no image")
-        if any(label is not None for label in listed.values()):
-            labels = listed
-    elif all("/" in name for name in names) and len({name.split("/")[0] for name in names}) > 1:
-        labels = {name: name.split("/")[0] for name in names}
+    names, labels, reason = find_labels(files, names, source.label_column, need_labels)
     check_splits(root, names)
-    if label_column is not None and "metadata.jsonl" not in files.names:
-        raise UserError(f"--label_column {label_column}: only metadata.jsonl has columns, and {root} has none")
+    if source.label_column is not None and "metadata.jsonl" not in files.names:
+        raise UserError(
+            f"--label_column {source.label_column}: only metadata.jsonl has columns, and {root} has none"
+            + (f" ({reason})" if reason else "")
+        )
 
     files.report()
     archive = str(root) if root.is_file() else None
@@ -329,12 +337,39 @@ def _table_from_files(files: Files, source_config: SourceConfig) -> ImageTable:
         archive=archive,
     )
     if labels is None:
-        return table
-    missing = [name for name in names if labels.get(name) is None]
-    if missing:
-        raise UserError(f"{root}: {len(missing)} images have no label, the first is {missing[0]}")
-    numbers, class_names = encode_labels([labels[name] for name in names], str(root))
-    return replace(table, labels=numbers, class_names=class_names)
+        return _without_labels(table, reason, need_labels)
+    return _with_labels(table, [labels.get(name) for name in names], str(root), None, need_labels)
+
+
+def _with_labels(
+    table: ImageTable, values: list[int | str | None], source: str, names: list[str] | None, needed: bool
+) -> ImageTable:
+    """The table with labels. Unless they are needed, labels that are incomplete or wrong are left out.
+
+    Args:
+        table: without labels.
+        values: label of each row.
+        source: of the labels, for messages.
+        names: of the classes, if the data set has them.
+        needed: raise an error instead of leaving labels out.
+    """
+    try:
+        missing = [row for row, value in enumerate(values) if value is None]
+        if missing:
+            first = table.name(missing[0])
+            raise UserError(f"{source}: {len(missing)} of {len(values)} images have no label, the first is {first}")
+        labels, class_names = encode_labels(values, source, names)
+    except UserError as error:
+        if needed:
+            raise UserError(f"{error}; without --class_conditional and --label_column no labels are needed") from error
+        return _without_labels(table, f"labels are incomplete or wrong: {error}", needed)
+    return replace(table, labels=labels, class_names=class_names)
+
+
+def _without_labels(table: ImageTable, reason: str, needed: bool) -> ImageTable:
+    if not needed and global_rank() == 0:
+        logger.info(f"{table.source}: labels are not used: {reason}")
+    return replace(table, no_labels=reason)
 
 
 def detect_num_channels(table: ImageTable, num_images: int = 64) -> int:

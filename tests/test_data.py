@@ -18,9 +18,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
 from torch.utils.data import DataLoader
 
+from diffit.batches import open_tables
+from diffit.config import DataConfig
 from diffit.decode import PILLOW_FORMATS, decode_image, decode_pixels, normalize_pixels
 from diffit.errors import BadImageError
 from diffit.source_config import SourceConfig
@@ -35,6 +37,7 @@ from diffit.stream import (
     position_generator,
     split_table,
 )
+from diffit.validation_config import ValidationConfig
 from helpers import (
     constant,
     decode,
@@ -389,6 +392,92 @@ def test_empty_label_in_parquet_is_named(tmp_path, feature, label):
     path = write_parquet(tmp_path / "a.parquet", image=(IMAGE, [0, 1]), label=(feature, [label, None]))
     with pytest.raises(ValueError, match=mentions("label", "a.parquet")):
         load_table(path, label_column="label")
+
+
+@pytest.mark.parametrize(
+    ("feature", "value"),
+    [(Sequence(TEXT), ["a"]), ({"x": NUMBER}, {"x": 1}), (Value("bool"), True), (Value("float32"), 0.5)],
+    ids=["list", "struct", "bool", "float"],
+)
+def test_label_column_of_another_kind_is_refused(feature, value, tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", image=(IMAGE, [0, 1]), tags=(feature, [value, value]))
+    with pytest.raises(ValueError, match=mentions("--label_column tags", path, str(value), 99999)):
+        load_table(path, label_column="tags")
+
+
+PARTLY_LABELLED = {  # files, a parquet file's labels included; what the reason names
+    "dataset_json": ({"b.png": 1, "dataset.json": '{"labels": [["a.png", 0]]}'}, ["1 of 2", "b.png"]),
+    "damaged_json": ({"b.png": 1, "dataset.json": '{"labels": [['}, ["dataset.json", "JSON"]),
+    "metadata": (
+        {"b.png": 1, "metadata.jsonl": '{"file_name": "a.png", "label": 0}\n{"file_name": "b.png"}'},
+        ["1 of 2", "b.png"],
+    ),
+    "none": ({"a.parquet": [0, None]}, ["1 of 2", "label"]),
+    "all_none": ({"a.parquet": [None, None]}, ["2 of 2", "label"]),
+    "minus_one": ({"a.parquet": [-1, -1]}, ["label", "'-1'"]),  # the test split of ImageNet and others on the hub
+}
+
+
+def write_table(folder: Path, files: dict) -> Path:
+    """A folder of two images, in files or in the rows of a parquet file with these labels."""
+    if "a.parquet" in files:
+        return write_parquet(folder / "a.parquet", image=(IMAGE, [0, 1]), label=(ANIMAL, files["a.parquet"]))
+    return write_files(folder, {"a.png": 0} | files)
+
+
+@pytest.mark.parametrize("layout", PARTLY_LABELLED)
+def test_labels_that_nobody_asked_for_are_left_out_with_a_log_line(layout, tmp_path, caplog):
+    files, words = PARTLY_LABELLED[layout]
+    source = write_table(tmp_path / "f", files)
+    flag = "train_data_file" if source.suffix else "train_data_dir"
+    source_config = SourceConfig(**{flag: str(source)}, cache_dir=str(tmp_path / "cache"))
+    with caplog.at_level("INFO"):
+        table = load_image_table(source_config, need_labels=False)
+    assert contents(table) == [(0,), (1,)]
+    assert mentions("labels", *words).search(caplog.text) and mentions(*words).search(table.no_labels)
+    with pytest.raises(ValueError, match=mentions(*words)):
+        load_image_table(source_config, need_labels=True)
+
+
+WITHOUT_LABELS = {  # name: (files, words of the reason)
+    "flat": ({"1.png": 1}, ["dataset.json", "metadata.jsonl"]),
+    "one_folder": ({"pets/cat/1.png": 1, "pets/dog/1.png": 1}, ["pets/"]),
+    "beside": ({"cat/1.png": 1, "dog/1.png": 1, "preview.png": 1}, ["1 images", "preview.png"]),
+    "csv": ({"1.png": 1, "metadata.csv": "file_name,label\n1.png,cat\n"}, ["metadata.csv", "metadata.jsonl"]),
+    "deeper": (
+        {"x/1.png": 1, "x/metadata.jsonl": '{"file_name": "1.png", "label": "cat"}'},
+        ["x/metadata.jsonl", "x/"],
+    ),
+    "null": ({"1.png": 1, "dataset.json": '{"labels": null}'}, ["dataset.json"]),
+    "other_key": ({"1.png": 1, "metadata.jsonl": '{"file_name": "1.png", "kind": 1}'}, ["--label_column", "kind"]),
+}
+
+
+@pytest.mark.parametrize("container", ["folder", "archive.zip"])
+@pytest.mark.parametrize("layout", WITHOUT_LABELS)
+def test_no_labels_says_what_was_looked_at(layout, container, tmp_path):
+    files, words = WITHOUT_LABELS[layout]
+    root = write_files(tmp_path / container, files)
+    data = DataConfig(SourceConfig(train_data_dir=str(root)), class_conditional=True)
+    with pytest.raises(ValueError, match=mentions("--class_conditional", root, "no labels", *words)):
+        open_tables(data, ValidationConfig())
+
+
+@pytest.mark.parametrize("source", ["train_data_file", "train_data_dir", "dataset_name"])
+def test_no_label_column_says_which_could_be(source, tmp_path):
+    file = write_parquet(
+        tmp_path / "hub/train.parquet", image=(IMAGE, [1]), digit=(NUMBER, [7]), size=(Value("float32"), [1.0])
+    )
+    path = file if source == "train_data_file" else file.parent
+    table = load_image_table(SourceConfig(**{source: str(path)}, cache_dir=str(tmp_path / "cache")))
+    assert table.class_names is None and mentions("--label_column", "digit (int64)").search(table.no_labels)
+    assert "size" not in table.no_labels
+
+
+def test_label_column_with_a_csv_says_that_it_is_not_read(tmp_path):
+    root = write_files(tmp_path / "f", {"1.png": 1, "metadata.csv": "file_name,label\n1.png,cat\n"})
+    with pytest.raises(ValueError, match=mentions("--label_column label", "metadata.csv", root)):
+        load_table(root, label_column="label")
 
 
 def test_damaged_parquet_is_named(tmp_path):
