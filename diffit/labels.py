@@ -2,13 +2,18 @@
 """Class labels: where they are found in a folder or zip of images, and how names become numbers."""
 
 import json
+import logging
+import unicodedata
+from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 import numpy as np
 from datasets import ClassLabel, Features, Value
 
-from diffit.errors import UserError
+from diffit.errors import UserError, global_rank
 from diffit.listing import READ_FILES, Files
+
+logger = logging.getLogger(__name__)
 
 MAX_CLASSES = 100_000  # one absurd label must not fill the memory with class names
 
@@ -31,6 +36,11 @@ def encode_labels(
         raise UserError(_wrong_labels(source, most, unusable))
     distinct = set(values)
     if distinct and all(isinstance(value, str) for value in distinct):
+        if alike := same_in_unicode(distinct):
+            raise UserError(
+                f"{source}: the classes {ascii(alike[0])} and {ascii(alike[1])} look alike, because they are one name in "
+                "two Unicode normal forms (NFC, NFD): rename one"
+            )
         numeric = all(value.isdecimal() for value in distinct)
         names = sorted(distinct, key=(lambda name: (int(name), name)) if numeric else None)  # "2" before "10"
         numbers = {name: number for number, name in enumerate(names)}
@@ -60,25 +70,56 @@ def parse_json(text: bytes, name: str) -> dict:
     return value
 
 
-def check_listed(listed: list, names: list[str], source: str) -> dict[str, int | str | None]:
+def same_in_unicode(names: Iterable[str]) -> tuple[str, str] | None:
+    """Two names that look alike, because they differ in their Unicode normal form only; None if there are none."""
+    first: dict[str, str] = {}
+    for name in sorted(names):
+        if name != first.setdefault(_canonical(name), name):
+            return first[_canonical(name)], name
+    return None
+
+
+def _canonical(name: str) -> str:
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def check_listed(
+    listed: list, images: list[str], source: str, others: Iterable[str] = ()
+) -> dict[str, int | str | None]:
     """Checks pairs of a file name and a label, and returns the labels by file name.
+
+    A listed name may begin with `./`, or be in another Unicode normal form than the file's name.
 
     Args:
         listed: the pairs.
-        names: the images that exist.
+        images: names of the images that exist.
         source: file of the pairs, for messages.
+        others: names of other files there, for messages.
+
+    Raises:
+        UserError: names an entry that is not such a pair, or an image that does not exist or has two labels.
     """
     if not isinstance(listed, list):
         raise UserError(f"{source}: expected a list of [file name, label], got {listed!r}")
-    known = set(names)
+    known, canonical = set(images), {_canonical(name): name for name in images}
+    labels: dict[str, int | str | None] = {}
+    other_forms = 0
     for entry in listed:
         if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
             raise UserError(f"{source}: expected [file name, label], got {entry!r}")
-        if entry[0] not in known:
-            raise UserError(f"{source} names an image that does not exist: {entry[0]!r}")
+        name = PurePosixPath(entry[0]).as_posix()  # without ./
+        if name not in known and _canonical(name) in canonical:
+            name, other_forms = canonical[_canonical(name)], other_forms + 1
+        if name not in known:
+            why = "is there, but is not read as an image" if name in others else "does not exist"
+            raise UserError(f"{source} names an image that {why}: {entry[0]!r}")
         if not isinstance(entry[1], int | str | None):
             raise UserError(f"{source}: the label of {entry[0]} must be a class name or a number, got {entry[1]!r}")
-    return dict(listed)
+        if labels.setdefault(name, entry[1]) != entry[1]:
+            raise UserError(f"{source} gives {entry[0]} two labels: {labels[name]!r} and {entry[1]!r}")
+    if other_forms and global_rank() == 0:
+        logger.warning(f"{source}: {other_forms} names match files in another Unicode normal form (NFC, NFD)")
+    return labels
 
 
 def find_labels(
@@ -107,7 +148,7 @@ def find_labels(
         try:
             listed = parse_json(files.read("dataset.json"), source).get("labels")
             if listed is not None:
-                return images, check_listed(listed, images, source), ""
+                return images, check_listed(listed, images, source, set(files.names)), ""
         except UserError as error:
             if needed:
                 raise
@@ -128,7 +169,8 @@ def _labels_of_metadata(
     column = label_column or "label"
     if label_column is not None and not any(column in record for record in records):
         raise UserError(f"--label_column {label_column}: {source} has no such key")
-    listed = check_listed([[record.get("file_name"), record.get(column)] for record in records], images, source)
+    pairs = [[record.get("file_name"), record.get(column)] for record in records]
+    listed = check_listed(pairs, images, source, set(files.names))
     files.leave_out("images that metadata.jsonl does not list", (name for name in images if name not in listed))
     images = [name for name in images if name in listed]
     if not images:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from diffit.decode import MAX_IMAGE_PIXELS, PILLOW_FORMATS
-from diffit.errors import BadImageError, UserError, global_rank
+from diffit.errors import BadImageError, UserError, global_rank, user_errors
 from diffit.run_dir import is_listed, our_files
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,19 @@ class Files:
         """Counts what is left out for one reason."""
         self.left_out.update((reason, example) for example in examples)
 
+    def check_utf8(self, names: list[str]) -> None:
+        """Refuses names that are not UTF-8, which neither Arrow nor a JSON file can hold.
+
+        Raises:
+            UserError: names one, and how to rename it.
+        """
+        wrong = [name for name in names if not name.isascii() and any("\ud800" <= sign <= "\udfff" for sign in name)]
+        if wrong:
+            raise UserError(
+                f"--train_data_dir {self.root}: {len(wrong)} names are not UTF-8, such as {os.fsencode(wrong[0])!r}: "
+                f"rename them (names in Latin-1 with `convmv -f latin1 -t utf8 -r --notest {self.root}`)"
+            )
+
     def images(self, skip_other_formats: bool = False) -> list[str]:
         """Names of the images; files with other extensions are counted as left out, except `READ_FILES`.
 
@@ -97,7 +110,9 @@ class Files:
                 self.left_out[reason, extension or "no extension"] += number
         for name in READ_FILES & set(self.names):
             self.left_out["files that are not images", PurePosixPath(name).suffix] -= 1
-        return [name for name in self.names if PurePosixPath(name).suffix.lower() in IMAGE_EXTENSIONS]
+        images = [name for name in self.names if PurePosixPath(name).suffix.lower() in IMAGE_EXTENSIONS]
+        self.check_utf8(images)
+        return images
 
     def report(self) -> None:
         """Logs what was left out, on one line."""
@@ -289,7 +304,11 @@ def _check_link(root: Path, link: str, follow_links: bool) -> None:
 
 def _list_zip(root: Path) -> Files:
     files = Files(root, [])
-    for entry in open_zip(str(root)).infolist():
+    with user_errors(
+        f"--train_data_dir {root}: damaged zip", ValueError, OSError, zipfile.BadZipFile, NotImplementedError
+    ):
+        entries = open_zip(str(root)).infolist()
+    for entry in entries:
         if OUTSIDE_A_ZIP.search(entry.filename):
             raise UserError(
                 f"--train_data_dir {root}: the entry {entry.filename!r} has a name that leads out of the archive; "

@@ -229,6 +229,7 @@ def _load_folder_or_zip(source: SourceConfig, need_labels: bool) -> ImageTable:
     parquet = [name for name in files.names if name.lower().endswith(".parquet")]
     if not parquet or root.is_file():
         return _table_from_files(files, source, need_labels)
+    files.check_utf8(parquet)
     check_splits(root, parquet)
     rows = read_parquet([str(root / name) for name in parquet], source.cache_dir)
     folders = (os.path.realpath(root),)

@@ -9,6 +9,7 @@ exact.
 import io
 import itertools
 import json
+import os
 import struct
 import zipfile
 import zlib
@@ -461,6 +462,62 @@ def test_no_labels_says_what_was_looked_at(layout, container, tmp_path):
     data = DataConfig(SourceConfig(train_data_dir=str(root)), class_conditional=True)
     with pytest.raises(ValueError, match=mentions("--class_conditional", root, "no labels", *words)):
         open_tables(data, ValidationConfig())
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.png", b"caf\xe9/1.png", b"caf\xe9.parquet"])
+def test_name_that_is_not_utf8_is_refused_with_its_bytes(name, tmp_path):
+    root = write_files(tmp_path / "f", {"a.png": 0})
+    file = Path(os.fsdecode(os.fsencode(root) + b"/" + name))
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(constant("L", 1))
+    with pytest.raises(ValueError, match=mentions(f"--train_data_dir {root}", name, "convmv")) as error:
+        load_table(root)
+    str(error.value).encode()
+
+
+def test_name_that_is_not_utf8_and_not_an_image_is_counted(tmp_path, caplog):
+    root = write_files(tmp_path / "f", {"a.png": 0})
+    (root / os.fsdecode(b".caf\xe9.png")).write_bytes(b"x")
+    assert contents(load_table(root)) == [(0,)]
+    assert mentions("left out hidden files: 1", "udce9").search(caplog.text.encode("utf-8").decode())
+
+
+NFC, NFD = "caf\xe9", "cafe\u0301"  # the same to the eye
+
+
+def test_classes_that_differ_in_unicode_normal_form_only_are_refused(tmp_path):
+    root = write_files(tmp_path / "f", {f"{NFC}/1.png": 1, f"{NFD}/2.png": 2})
+    with pytest.raises(ValueError, match=mentions(root, ascii(NFC), ascii(NFD))):
+        load_table(root)
+
+
+@pytest.mark.parametrize("container", ["folder", "archive.zip"])
+@pytest.mark.parametrize(("listed", "there"), [(NFC, NFD), (NFD, NFC), ("./x", "x"), ("y/./x", "y/x")])
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"dataset.json": '{{"labels": [["{}.png", 5], ["b.png", 0]]}}'},
+        {"metadata.jsonl": '{{"file_name": "{}.png", "label": 5}}\n{{"file_name": "b.png", "label": 0}}'},
+    ],
+)
+def test_listed_name_in_another_form_is_the_same_file(text, listed, there, container, tmp_path, caplog):
+    lists = {name: lines.format(listed) for name, lines in text.items()}
+    root = write_files(tmp_path / container, {f"{there}.png": 1, "b.png": 2} | lists)
+    assert sorted(contents(load_table(root))) == [(1, 5, "5"), (2, 0, "0")]
+    if not listed.isascii():
+        assert mentions(root, *lists, "1 names", "NFC").search(caplog.text)
+
+
+def test_listed_file_that_is_not_read_as_an_image_is_told_from_a_missing_one(tmp_path):
+    files = {"a.png": 1, "b.bin": "x", "dataset.json": '{"labels": [["a.png", 0], ["b.bin", 1]]}'}
+    with pytest.raises(ValueError, match=mentions("dataset.json", "is there", "'b.bin'")):
+        load_table(write_files(tmp_path / "f", files))
+
+
+def test_image_with_two_labels_is_refused(tmp_path):
+    files = {"a.png": 1, "dataset.json": '{"labels": [["a.png", 0], ["./a.png", 1]]}'}
+    with pytest.raises(ValueError, match=mentions("dataset.json", "a.png", 0, 1)):
+        load_table(write_files(tmp_path / "f", files))
 
 
 @pytest.mark.parametrize("source", ["train_data_file", "train_data_dir", "dataset_name"])
