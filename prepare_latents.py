@@ -165,7 +165,7 @@ def prepare(accelerator: Accelerator, config: LatentsConfig) -> None:
     """Encodes the missing shards, divided among the processes."""
     vae = on_all_processes(accelerator, load_vae, config.vae_model_name_or_path).to(accelerator.device)
     latent_shape = vae_latent_shape(vae, config.resolution)
-    table = on_all_processes(accelerator, load_image_table, config.source)
+    table = on_all_processes(accelerator, load_image_table, config.source, False)
     num_channels = vae.config.in_channels
     if (
         run_on_main_and_broadcast(accelerator, detect_num_channels, table) > num_channels

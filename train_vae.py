@@ -99,7 +99,7 @@ def main(config: VaeConfig) -> None:
     folder = OutputFolder(config.output_dir, Path(__file__).name)
     folder.check_free(("config.json", "*.safetensors"))
     folder.create()
-    table = load_image_table(config.source)
+    table = load_image_table(config.source, need_labels=False)
     num_channels = detect_num_channels(table)
     training_table, held_out_table = split_table(table, 0.05)
     batches = (images.to(device) for images in read_batches(training_table, config, num_channels))

@@ -40,11 +40,12 @@ def open_tables(data: DataConfig, validation: ValidationConfig) -> tuple[Table, 
     if data.latents_dir is not None:
         table = load_latent_table(data.latents_dir, data.source.cache_dir)
     else:
-        table = load_image_table(data.source)
+        table = load_image_table(data.source, need_labels=data.class_conditional)
     if data.class_conditional and table.class_names is None:
-        raise UserError(f"--class_conditional: {table.source} has no labels")
+        raise UserError(f"--class_conditional: {table.source} has no labels: {table.no_labels}")
     if validation.validation_split is not None:
-        held_out = load_image_table(replace(data.source, dataset_split=validation.validation_split))
+        held_out_source = replace(data.source, dataset_split=validation.validation_split)
+        held_out = load_image_table(held_out_source, need_labels=data.class_conditional)
         if data.class_conditional:
             held_out = held_out.with_class_names(table.class_names)
     elif validation.validation_fraction is not None:

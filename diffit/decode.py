@@ -9,6 +9,7 @@ import math
 import warnings
 
 import numpy as np
+import PIL.features
 import PIL.Image
 import PIL.ImageOps
 import torch
@@ -17,6 +18,7 @@ from diffit.errors import BadImageError
 
 # Pillow tries no other format, whatever the file is called: for an EPS it would start Ghostscript.
 PILLOW_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+PILLOW_FORMATS += ("AVIF",) if PIL.features.check("avif") else ()
 MAX_IMAGE_PIXELS = 8192 * 8192  # 67 megapixels: a 50-megapixel photo is read, a 100-megapixel one is refused
 
 

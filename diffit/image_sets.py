@@ -17,9 +17,10 @@ from torch.utils.data import Dataset, Subset
 from diffit.decode import image_size
 from diffit.errors import UserError
 from diffit.features import FeatureExtractor, TableImages
+from diffit.listing import listed_samples
 from diffit.metrics import FeatureSet
 from diffit.source_config import SourceConfig
-from diffit.sources import ImageTable, listed_samples, load_image_table
+from diffit.sources import ImageTable, load_image_table
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def open_source(flag: str, name: str, dataset_split: str = "train", image_column
         else:
             source = SourceConfig(dataset_name=name, dataset_split=dataset_split, image_column=image_column)
             reader = ("image_column", "dataset_split")
-        table = load_image_table(source)
+        table = load_image_table(source, need_labels=False)
     except (UserError, OSError) as error:
         raise UserError(f"{flag} {name}: {error}") from error
     if listed := listed_samples(path):  # sample_diffit.py puts a grid next to the samples

@@ -14,7 +14,8 @@ from datasets import Array3D, ClassLabel, Features, Value
 from diffusers import AutoencoderKL
 
 from diffit.errors import BadImageError, UserError, load_model
-from diffit.sources import Table, _parse_json, _read_parquet
+from diffit.labels import parse_json
+from diffit.sources import Table, read_parquet
 from diffit.stream import PositionStream, StreamDataset
 
 LATENTS_METADATA = "latents.json"  # metadata of a folder written by `prepare_latents.py`
@@ -169,7 +170,7 @@ def load_latent_table(latents_dir: str, cache_dir: str | None = None) -> LatentT
     root = Path(latents_dir)
     if not (root / LATENTS_METADATA).is_file():
         raise UserError(f"--latents_dir {root}: no {LATENTS_METADATA} there; prepare_latents.py writes one")
-    metadata = _parse_json((root / LATENTS_METADATA).read_bytes(), str(root / LATENTS_METADATA))
+    metadata = parse_json((root / LATENTS_METADATA).read_bytes(), str(root / LATENTS_METADATA))
     for name, kind in LATENTS_METADATA_TYPES.items():
         if not isinstance(metadata.get(name), kind):
             raise UserError(f"--latents_dir {root}: {LATENTS_METADATA} says {name} {metadata.get(name)!r}")
@@ -180,7 +181,7 @@ def load_latent_table(latents_dir: str, cache_dir: str | None = None) -> LatentT
             f"--latents_dir {root}: {len(missing)} of {len(names)} shards are missing, the first is {missing[0]}; "
             "run the same prepare_latents.py command again to resume it"
         )
-    rows = _read_parquet([str(root / name) for name in names], cache_dir)
+    rows = read_parquet([str(root / name) for name in names], cache_dir)
     class_names = tuple(rows.features["label"].names) if "label" in rows.features else None
     features = latent_features(metadata["latent_shape"], metadata["mirrored"], class_names)
     if rows.features != features or len(rows) != metadata["num_images"]:
@@ -191,7 +192,8 @@ def load_latent_table(latents_dir: str, cache_dir: str | None = None) -> LatentT
     labels = None if class_names is None else np.array(rows["label"], np.int64)
     columns = [name for name in rows.features if name != "label"]
     table = rows.select_columns(columns).with_format("arrow")
-    return LatentTable(table, str(root), np.arange(len(rows)), labels, class_names, metadata=metadata)
+    reason = "" if class_names else f"the images had none when they were prepared from {metadata.get('source')}"
+    return LatentTable(table, str(root), np.arange(len(rows)), labels, class_names, reason, metadata=metadata)
 
 
 class LatentDataset(StreamDataset):

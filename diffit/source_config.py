@@ -26,6 +26,10 @@ class SourceConfig:
         type=path_type,
     )
     train_data_file: str | None = flag(None, "parquet file of images (default: none)", type=path_type)
+    follow_links: bool = flag(False, "in --train_data_dir, also follow links that lead out of the folder")
+    skip_other_formats: bool = flag(
+        False, "in --train_data_dir, leave out images in formats that are not read (.heic, .jp2, camera raw, ...)"
+    )
     dataset_config_name: str | None = flag(None, "configuration of --dataset_name (default: its only one)")
     dataset_split: str = flag("train", "split of --dataset_name")
     image_column: str | None = flag(None, "column that holds the images (default: the only one of type Image)")

@@ -4,8 +4,8 @@
 An `ImageTable` is a HuggingFace data set whose images are not decoded yet. `diffit.decode` decodes them, so that the
 message about a bad image names its file.
 
-Data is not trusted: it cannot name files outside of itself, and nothing larger than `MAX_FILE_BYTES` is unpacked or
-than `MAX_IMAGE_PIXELS` decoded.
+Data is not trusted: it cannot name files outside of itself, and nothing larger than `listing.MAX_FILE_BYTES` is
+unpacked or than `decode.MAX_IMAGE_PIXELS` decoded.
 """
 
 import contextlib
@@ -29,18 +29,14 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub import constants as hub_constants
 
 from diffit.command_line import require_one
-from diffit.decode import MAX_IMAGE_PIXELS, _natural_channels, _open_image
+from diffit.decode import _natural_channels, _open_image
 from diffit.errors import BadImageError, UserError, global_rank, user_errors
-from diffit.run_dir import is_listed, our_files
+from diffit.labels import encode_labels, find_labels, why_no_label_column
+from diffit.listing import IMAGE_EXTENSIONS, Files, check_splits, list_files, read_file, read_from_zip
+from diffit.run_dir import our_files
 from diffit.source_config import SOURCES, SourceConfig
 
 logger = logging.getLogger(__name__)
-
-IMAGE_EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-MAX_FILE_BYTES = 8 * MAX_IMAGE_PIXELS  # 512 MiB unpacked: four channels of 16 bits of the largest image
-MAX_CLASSES = 100_000  # one absurd label must not fill the memory with class names
-OUTSIDE_A_ZIP = re.compile(r"^/|(^|/)\.\.(/|$)|^[A-Za-z]:|\\")  # absolute, upwards, a drive, a Windows separator
-SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +49,7 @@ class Table(ABC):
         indices: row of each of the n images in `rows`.
         labels: class of each row, in [0, number of classes), or None if there are no labels.
         class_names: name of each class, or None.
+        no_labels: why there are no labels, with what was looked at.
     """
 
     rows: Dataset
@@ -60,6 +57,7 @@ class Table(ABC):
     indices: np.ndarray
     labels: np.ndarray | None = None
     class_names: tuple[str, ...] | None = None
+    no_labels: str = ""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -87,8 +85,10 @@ class Table(ABC):
         """
         names = self.class_names or ()
         unknown = sorted(set(names) - set(class_names))
-        if not names or unknown:
-            raise UserError(f"{self.source} has {f'the unknown classes {unknown[:5]}' if names else 'no labels'}")
+        if not names:
+            raise UserError(f"{self.source} has no labels: {self.no_labels}")
+        if unknown:
+            raise UserError(f"{self.source} has the unknown classes {unknown[:5]}")
         numbers = np.array([class_names.index(name) for name in names])
         return replace(self, labels=numbers[self.labels], class_names=class_names)
 
@@ -136,22 +136,29 @@ class ImageTable(Table):
         """
         row = int(self.indices[index])
         image = self.rows[row]["image"] or {"bytes": None, "path": None}
-        path = image["path"]
-        if self.archive is not None:
-            name = f"{path} in {self.archive}"
-        elif image["bytes"] is None and path is not None:
-            name = path
-        else:
-            name = f"row {row} of {self.source}" + (f" ({path})" if path else "")
+        path, name = image["path"], self._name(row, image)
         if image["bytes"] is not None:
             return name, image["bytes"]
         if path is None:
             raise BadImageError(f"no image in {name}")
         archive, file = (self.archive, path) if self.folders is None else self._locate(row, path)
         try:
-            return name, _read_file(file) if archive is None else _read_from_zip(archive, file)
+            return name, read_file(file) if archive is None else read_from_zip(archive, file)
         except (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             raise BadImageError(f"cannot read image {name}: {error}") from error
+
+    def name(self, index: int) -> str:
+        """Name of an image for messages: its path, or its row in a parquet file."""
+        row = int(self.indices[index])
+        return self._name(row, self.rows[row]["image"] or {"bytes": None, "path": None})
+
+    def _name(self, row: int, image: dict) -> str:
+        path = image["path"]
+        if self.archive is not None:
+            return f"{path} in {self.archive}"
+        if image["bytes"] is None and path is not None:
+            return path
+        return f"row {row} of {self.source}" + (f" ({path})" if path else "")
 
     def _locate(self, row: int, path: str) -> tuple[str | None, str]:
         """Locates an image that a row names but does not hold: returns its zip (or None) and its path.
@@ -170,159 +177,27 @@ class ImageTable(Table):
         return (real_path, entry[1]) if entry else (None, real_path)
 
 
-_open_zips: dict[str, tuple[int, zipfile.ZipFile]] = {}
-
-
-def _open_zip(path: str) -> zipfile.ZipFile:
-    # One handle per process: a forked worker must not share its parent's file offset.
-    pid, handle = _open_zips.get(path, (None, None))
-    if pid != os.getpid():
-        handle = zipfile.ZipFile(path)
-        _open_zips[path] = (os.getpid(), handle)
-    return handle
-
-
-def _read_from_zip(archive: str, name: str) -> bytes:
-    handle = _open_zip(archive)
-    entry = handle.getinfo(name)
-    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others cannot be unpacked piecewise
-        raise BadImageError(
-            f"{name} in {archive} has compression method {entry.compress_type}: only stored and deflate are read"
-        )
-    _check_file_size(f"{name} in {archive}", entry.file_size)
-    with handle.open(entry) as file:
-        # `ZipFile.read` would unpack the whole entry, which may be far larger than it states.
-        return file.read(entry.file_size + 1)
-
-
-def _read_file(path: str) -> bytes:
-    with open(path, "rb") as file:
-        _check_file_size(path, os.fstat(file.fileno()).st_size)
-        return file.read()
-
-
-def _check_file_size(name: str, num_bytes: int) -> None:
-    if num_bytes > MAX_FILE_BYTES:
-        raise BadImageError(f"{name} has {num_bytes:,} bytes (unpacked), more than the limit of {MAX_FILE_BYTES:,}")
-
-
-def _list_folder(root: Path) -> list[str]:
-    """Lists the files in a folder and its sub-folders, relative to it and sorted, without hidden ones.
-
-    A link to a folder within `root` is not followed, because its files are listed where they are.
-
-    Raises:
-        UserError: names a link that leads out of `root` or nowhere, or a folder that cannot be read.
-    """
-    names, folders = [], [""]
-    while folders:
-        folder = folders.pop()
-        try:
-            with os.scandir(root / folder) as entries:
-                for entry in entries:
-                    if _is_hidden(entry.name):
-                        continue
-                    if entry.is_symlink():
-                        _check_link(root, entry.path)
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(f"{folder}{entry.name}/")
-                    elif entry.is_file():
-                        names.append(folder + entry.name)
-        except OSError as error:
-            raise UserError(f"--train_data_dir: cannot list {root / folder}: {error.strerror}") from error
-    return _without_products(root, sorted(names))
-
-
-def _without_products(root: Path, names: list[str]) -> list[str]:
-    """Drops the files that training, sampling and evaluation have written (see `diffit.run_dir`).
-
-    Logs how many images and parquet files were dropped. If `root` itself is a folder of samples, they are kept: they
-    are the data that the user asked for.
-    """
-    folders = {folder for name in names for folder in PurePosixPath(name).parents}
-    marks = {folder: files for folder in folders if (files := our_files(root / folder))}
-    above = {folder: files for folder in root.resolve().parents if (files := our_files(folder))}  # for RUN/previews
-    asked_for = listed_samples(root)
-    kept, left_out = [], {}
-    for name in names:
-        path, full_path = PurePosixPath(name), root.resolve() / name
-        owners = [
-            folder for folder in path.parents if is_listed(path.relative_to(folder).as_posix(), marks.get(folder, ()))
-        ]
-        owners += [
-            folder for folder, files in above.items() if is_listed(full_path.relative_to(folder).as_posix(), files)
-        ]
-        if not owners or name in asked_for:
-            kept.append(name)
-        elif path.suffix.lower() in IMAGE_EXTENSIONS | {".parquet"}:
-            left_out[owners[0]] = left_out.get(owners[0], 0) + 1
-    if left_out and global_rank() == 0:
-        places = ", ".join(sorted(str(root / folder) for folder in left_out))
-        logger.warning(f"{root}: skipped {sum(left_out.values())} files that DiffiT has written, in {places}")
-    return kept
-
-
-def listed_samples(root: Path) -> set[str]:
-    """Images listed in the `samples.json` that `sample_diffit.py` writes; none if there is no valid one."""
-    try:
-        summary = json.loads((root / "samples.json").read_text(encoding="utf-8"))
-        return {str(row["file"]) for row in summary["images"]}
-    except (OSError, ValueError, TypeError, KeyError):
-        return set()
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith((".", "__MACOSX"))
-
-
-def _check_link(root: Path, link: str) -> None:
-    target = os.path.realpath(link)
-    if not Path(target).is_relative_to(os.path.realpath(root)):
-        raise UserError(
-            f"--train_data_dir {root}: {link} is a link to {target}, outside of the folder. Links that leave it are "
-            f"not followed: copy or hard-link the files (`cp -rL {root} COPY`, or `cp -rlL`, which takes no space), "
-            "or give the folder that holds the files themselves"
-        )
-    if not os.path.exists(target):
-        raise UserError(f"--train_data_dir {root}: {link} is a link to {target}, which does not exist")
-
-
-def _list_zip(root: Path) -> list[str]:
-    """Lists the files in a zip, sorted, without hidden ones.
-
-    Raises:
-        UserError: names an entry whose path leads out of the archive.
-    """
-    names = []
-    for entry in _open_zip(str(root)).infolist():
-        if OUTSIDE_A_ZIP.search(entry.filename):
-            raise UserError(
-                f"--train_data_dir {root}: the entry {entry.filename!r} has a name that leads out of the archive; "
-                "names must be relative, with / between folders. Repack it, or unpack it with a tool you trust"
-            )
-        if not entry.is_dir() and not any(_is_hidden(part) for part in entry.filename.split("/")):
-            names.append(entry.filename)
-    return sorted(names)
-
-
-def load_image_table(source: SourceConfig) -> ImageTable:
+def load_image_table(source: SourceConfig, need_labels: bool = True) -> ImageTable:
     """Opens the images and labels of a source. Nothing is decoded.
 
     Args:
         source: the flags.
+        need_labels: whether incomplete or wrong labels are an error. Otherwise they are left out, with a log line,
+            unless --label_column asks for them. Having no labels at all is an error in neither case.
 
     Raises:
         UserError: names the flag if there is not exactly one source, or a file or column is missing or ambiguous.
     """
     require_one(source, SOURCES)
+    need_labels = need_labels or source.label_column is not None
     if source.dataset_name is not None:
-        return _load_dataset(source)
+        return _load_dataset(source, need_labels)
     if source.train_data_file is not None:
-        return _load_parquet_file(source)
-    return _load_folder_or_zip(source)
+        return _load_parquet_file(source, need_labels)
+    return _load_folder_or_zip(source, need_labels)
 
 
-def _load_dataset(source: SourceConfig) -> ImageTable:
+def _load_dataset(source: SourceConfig, need_labels: bool) -> ImageTable:
     """Opens --dataset_name."""
     name, split = source.dataset_name, source.dataset_split
     _check_dataset_folder(Path(name))
@@ -334,40 +209,31 @@ def _load_dataset(source: SourceConfig) -> ImageTable:
     caches += [datasets_config.EXTRACTED_DATASETS_PATH, hub_constants.HF_HUB_CACHE, source.cache_dir]
     local = name if Path(name).is_dir() else None
     folders = tuple(os.path.realpath(folder) for folder in (local, *caches) if folder is not None)
-    return _table_from_columns(rows, f"{name} ({split})", source.image_column, source.label_column, folders)
+    return _table_from_columns(rows, f"{name} ({split})", source, folders, need_labels)
 
 
-def _load_parquet_file(source: SourceConfig) -> ImageTable:
+def _load_parquet_file(source: SourceConfig, need_labels: bool) -> ImageTable:
     """Opens --train_data_file."""
     file = source.train_data_file
     if not Path(file).is_file():
         raise UserError(f"--train_data_file: no such file: {file}")
-    rows = _read_parquet([file], source.cache_dir)
+    rows = read_parquet([file], source.cache_dir)
     folders = (os.path.realpath(Path(file).parent),)
-    return _table_from_columns(rows, file, source.image_column, source.label_column, folders)
+    return _table_from_columns(rows, file, source, folders, need_labels)
 
 
-def _load_folder_or_zip(source: SourceConfig) -> ImageTable:
+def _load_folder_or_zip(source: SourceConfig, need_labels: bool) -> ImageTable:
     """Opens --train_data_dir: the rows of its parquet files if there are any, otherwise its image files."""
     root = Path(source.train_data_dir)
-    if root.is_dir():
-        files = _list_folder(root)
-    elif zipfile.is_zipfile(root):
-        files = _list_zip(root)
-    else:
-        raise UserError(f"--train_data_dir: neither a folder nor a zip: {root}")
-    parquet = [name for name in files if name.endswith(".parquet")]
+    files = list_files(root, source.follow_links)
+    parquet = [name for name in files.names if name.lower().endswith(".parquet")]
     if not parquet or root.is_file():
-        return _table_from_files(root, files, source.label_column)
-    other_splits = [name for name in parquet if PurePosixPath(name).name.startswith(("test", "val"))]
-    if other_splits and len(other_splits) < len(parquet):
-        raise UserError(
-            f"--train_data_dir {root} holds several splits ({other_splits[0]}): use --dataset_name {root} with "
-            "--dataset_split, or --train_data_file"
-        )
-    rows = _read_parquet([str(root / name) for name in parquet], source.cache_dir)
+        return _table_from_files(files, source, need_labels)
+    files.check_utf8(parquet)
+    check_splits(root, parquet)
+    rows = read_parquet([str(root / name) for name in parquet], source.cache_dir)
     folders = (os.path.realpath(root),)
-    return _table_from_columns(rows, str(root), source.image_column, source.label_column, folders)
+    return _table_from_columns(rows, str(root), source, folders, need_labels)
 
 
 def _check_dataset_folder(root: Path) -> None:
@@ -381,7 +247,7 @@ def _check_dataset_folder(root: Path) -> None:
             )
 
 
-def _read_parquet(paths: list[str], cache_dir: str | None) -> Dataset:
+def read_parquet(paths: list[str], cache_dir: str | None) -> Dataset:
     files = [glob.escape(os.path.abspath(path)) for path in paths]  # `datasets` reads them as patterns
     try:
         return load_dataset("parquet", data_files=files, split="train", cache_dir=cache_dir)
@@ -390,13 +256,13 @@ def _read_parquet(paths: list[str], cache_dir: str | None) -> Dataset:
 
 
 def _table_from_columns(
-    rows: Dataset, source: str, image_column: str | None, label_column: str | None, folders: tuple[str, ...]
+    rows: Dataset, source: str, flags: SourceConfig, folders: tuple[str, ...], need_labels: bool
 ) -> ImageTable:
     if isinstance(rows, DatasetDict):
         raise UserError(f"{source}: --dataset_split must name one of {list(rows)}")
     features = rows.features
-    image_column = _find_column(source, "--image_column", image_column, features, Image, required=True)
-    label_column = _find_column(source, "--label_column", label_column, features, ClassLabel, required=False)
+    image_column = _find_column(source, "--image_column", flags.image_column, features, Image, required=True)
+    label_column = _find_column(source, "--label_column", flags.label_column, features, ClassLabel, need_labels)
     kind = features[image_column]
     plain = getattr(kind, "dtype", None) in ("binary", "large_binary", "string")
     if not isinstance(kind, Image) and not plain and not (isinstance(kind, dict) and "bytes" in kind):
@@ -405,95 +271,63 @@ def _table_from_columns(
     images = rows.select_columns([image_column]).rename_columns({image_column: "image"})
     images = images.cast_column("image", Image(decode=False))
     indices = np.arange(len(images))
+    table = ImageTable(images, source, indices, folders=folders)
     if label_column is None:
-        return ImageTable(images, source, indices, folders=folders)
+        return _without_labels(table, why_no_label_column(features), need_labels)
     kind = features[label_column]
     names = kind.names if isinstance(kind, ClassLabel) else None
-    labels, names = _encode_labels(list(rows[label_column]), f"--label_column {label_column} of {source}", names)
-    return ImageTable(images, source, indices, labels, names, folders=folders)
+    values = list(rows[label_column])
+    return _with_labels(table, values, f"--label_column {label_column} of {source}", names, need_labels)
 
 
 def _find_column(
     source: str, flag: str, name: str | None, features: Features, kind: type, required: bool
 ) -> str | None:
+    """The column that a flag names, or the only one of a kind; None if there is none, or an optional one is ambiguous.
+
+    Args:
+        source: for messages.
+        flag: for messages.
+        name: its value, or None.
+        features: type of each column.
+        kind: of the column; only an `Image` must exist.
+        required: whether it must be unambiguous.
+    """
     if name is not None:
         if name not in features:
             raise UserError(f"{flag} {name}: {source} has the columns {', '.join(features)}")
         return name
     candidates = [column for column, feature in features.items() if isinstance(feature, kind)]
+    if len(candidates) > 1 and not required:
+        return None
     if len(candidates) > 1:
         raise UserError(f"{source} has several columns of type {kind.__name__}: choose one with {flag}: {candidates}")
-    if not candidates and required:
+    if not candidates and kind is Image:
         raise UserError(f"{source} has no column of type {kind.__name__}; {flag} must name one of {list(features)}")
     return candidates[0] if candidates else None
 
 
-def _encode_labels(
-    values: list[int | str], source: str, names: list[str] | None = None
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Returns the class of each image and the class names. Integer labels keep their values.
-
-    Args:
-        values: class names or integers.
-        source: for messages.
-        names: of the classes, if the data set has them.
-    """
-    distinct = set(values)
-    if distinct and all(isinstance(value, str) for value in distinct):
-        numeric = all(value.isdecimal() for value in distinct)
-        names = sorted(distinct, key=(lambda name: (int(name), name)) if numeric else None)  # "2" before "10"
-        numbers = {name: number for number, name in enumerate(names)}
-        values = [numbers[value] for value in values]
-    elif all(type(value) is int and 0 <= value < len(names or range(MAX_CLASSES)) for value in distinct):
-        names = names or [str(number) for number in range(max(distinct) + 1)]
-    else:
-        most = len(names or range(MAX_CLASSES)) - 1
-        wrong = sorted(str(value) for value in distinct if type(value) is not int or not 0 <= value <= most)
-        raise UserError(f"{source}: labels must all be class names, or all integers from 0 to {most}, got {wrong[:5]}")
-    return np.array(values, np.int64), tuple(names)
-
-
-def _table_from_files(root: Path, files: list[str], label_column: str | None) -> ImageTable:
-    """Opens the image files of a folder or zip, with labels if there are any.
-
-    Labels come from `dataset.json`, otherwise from `metadata.jsonl`, otherwise from the names of the first-level
-    sub-folders, if every image lies in one and there are several.
-    """
-
-    def read_bytes(name: str) -> bytes:
-        return _read_file(str(root / name)) if root.is_dir() else _read_from_zip(str(root), name)
-
-    names = [name for name in files if PurePosixPath(name).suffix.lower() in IMAGE_EXTENSIONS]
+def _table_from_files(files: Files, source: SourceConfig, need_labels: bool) -> ImageTable:
+    """Opens the image files of a folder or zip, with labels if there are any."""
+    root = files.root
+    names = files.images(source.skip_other_formats)
+    if root.is_file():
+        files.leave_out("parquet files in a zip", (name for name in files.names if name.lower().endswith(".parquet")))
     if not names:
-        raise UserError(f"--train_data_dir: no images in {root} (extensions: {', '.join(sorted(IMAGE_EXTENSIONS))})")
-    labels = None
-    if "dataset.json" in files:
-        source = f"dataset.json in {root}"
-        listed = _parse_json(read_bytes("dataset.json"), source).get("labels")
-        if listed is not None:
-            labels = _check_listed(listed, names, source)
-    elif "metadata.jsonl" in files:
-        source = f"metadata.jsonl in {root}"
-        lines = [line for line in read_bytes("metadata.jsonl").split(b"\n") if line.strip()]
-        records = [_parse_json(line, source) for line in lines]
-        column = label_column or "label"
-        if label_column is not None and not any(column in record for record in records):
-            raise UserError(f"--label_column {label_column}: {source} has no such key")
-        listed = _check_listed([[record.get("file_name"), record.get(column)] for record in records], names, source)
-        names = [name for name in names if name in listed]
-        if not names:
-            raise UserError(f"{source} names no image")
-        if any(label is not None for label in listed.values()):
-            labels = listed
-    elif all("/" in name for name in names) and len({name.split("/")[0] for name in names}) > 1:
-        labels = {name: name.split("/")[0] for name in names}
-        if set(labels.values()) <= SPLIT_NAMES and all(name.count("/") > 1 for name in names):
-            raise UserError(
-                f"--train_data_dir {root} holds splits, not classes: give one of its folders {set(labels.values())}"
-            )
-    if label_column is not None and "metadata.jsonl" not in files:
-        raise UserError(f"--label_column {label_column}: only metadata.jsonl has columns, and {root} has none")
+        there = files.describe_left_out()
+        raise UserError(
+            f"--train_data_dir: no images in {root} (extensions: {', '.join(sorted(IMAGE_EXTENSIONS))})"
+            + (f"; it holds {there}" if there else "")
+        )
+    names, labels, reason = find_labels(files, names, source.label_column, need_labels)
+    check_splits(root, names)
+    if source.label_column is not None and "metadata.jsonl" not in files.names:
+        raise UserError(
+            f"--label_column {source.label_column}: only metadata.jsonl has columns, and {root} has none"
+            + (f" ({reason})" if reason else "")
+        )
 
+    files.report()
     archive = str(root) if root.is_file() else None
     paths = names if archive else [str(root / name) for name in names]
     images = {"image": [{"bytes": None, "path": path} for path in paths]}
@@ -504,43 +338,39 @@ def _table_from_files(root: Path, files: list[str], label_column: str | None) ->
         archive=archive,
     )
     if labels is None:
-        return table
-    missing = [name for name in names if labels.get(name) is None]
-    if missing:
-        raise UserError(f"{root}: {len(missing)} images have no label, the first is {missing[0]}")
-    numbers, class_names = _encode_labels([labels[name] for name in names], str(root))
-    return replace(table, labels=numbers, class_names=class_names)
+        return _without_labels(table, reason, need_labels)
+    return _with_labels(table, [labels.get(name) for name in names], str(root), None, need_labels)
 
 
-def _parse_json(text: bytes, name: str) -> dict:
-    try:
-        value = json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # a wrong encoding is a ValueError, too
-        raise UserError(f"{name} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{name}: expected an object, got {type(value).__name__}")
-    return value
-
-
-def _check_listed(listed: list, names: list[str], source: str) -> dict[str, int | str | None]:
-    """Checks pairs of a file name and a label, and returns the labels by file name.
+def _with_labels(
+    table: ImageTable, values: list[int | str | None], source: str, names: list[str] | None, needed: bool
+) -> ImageTable:
+    """The table with labels. Unless they are needed, labels that are incomplete or wrong are left out.
 
     Args:
-        listed: the pairs.
-        names: the images that exist.
-        source: file of the pairs, for messages.
+        table: without labels.
+        values: label of each row.
+        source: of the labels, for messages.
+        names: of the classes, if the data set has them.
+        needed: raise an error instead of leaving labels out.
     """
-    if not isinstance(listed, list):
-        raise UserError(f"{source}: expected a list of [file name, label], got {listed!r}")
-    known = set(names)
-    for entry in listed:
-        if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
-            raise UserError(f"{source}: expected [file name, label], got {entry!r}")
-        if entry[0] not in known:
-            raise UserError(f"{source} names an image that does not exist: {entry[0]!r}")
-        if not isinstance(entry[1], int | str | None):
-            raise UserError(f"{source}: the label of {entry[0]} must be a class name or a number, got {entry[1]!r}")
-    return dict(listed)
+    try:
+        missing = [row for row, value in enumerate(values) if value is None]
+        if missing:
+            first = table.name(missing[0])
+            raise UserError(f"{source}: {len(missing)} of {len(values)} images have no label, the first is {first}")
+        labels, class_names = encode_labels(values, source, names)
+    except UserError as error:
+        if needed:
+            raise UserError(f"{error}; without --class_conditional and --label_column no labels are needed") from error
+        return _without_labels(table, f"labels are incomplete or wrong: {error}", needed)
+    return replace(table, labels=labels, class_names=class_names)
+
+
+def _without_labels(table: ImageTable, reason: str, needed: bool) -> ImageTable:
+    if not needed and global_rank() == 0:
+        logger.info(f"{table.source}: labels are not used: {reason}")
+    return replace(table, no_labels=reason)
 
 
 def detect_num_channels(table: ImageTable, num_images: int = 64) -> int:

@@ -9,6 +9,7 @@ exact.
 import io
 import itertools
 import json
+import os
 import struct
 import zipfile
 import zlib
@@ -18,10 +19,12 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
 from torch.utils.data import DataLoader
 
-from diffit.decode import decode_image, decode_pixels, normalize_pixels
+from diffit.batches import open_tables
+from diffit.config import DataConfig
+from diffit.decode import PILLOW_FORMATS, decode_image, decode_pixels, normalize_pixels
 from diffit.errors import BadImageError
 from diffit.source_config import SourceConfig
 from diffit.sources import ImageTable, detect_num_channels, load_image_table
@@ -35,6 +38,7 @@ from diffit.stream import (
     position_generator,
     split_table,
 )
+from diffit.validation_config import ValidationConfig
 from helpers import (
     constant,
     decode,
@@ -188,7 +192,7 @@ def test_random_numbers_depend_on_seed_and_position(class_folder):
 LAYOUTS = {  # name: (files, with a grey level for each image; what is expected)
     "flat": ({"a.PNG": 1, "b.png": 2, "notes.txt": "x"}, [(1,), (2,)]),
     "class_folders": ({"dog/x/2.png": 2, "cat/1.png": 1}, [(1, 0, "cat"), (2, 1, "dog")]),
-    "classes_named_like_splits": ({"train/1.png": 1, "test/2.png": 2}, [(1, 1, "train"), (2, 0, "test")]),
+    "classes_named_like_splits": ({"test tube/1.png": 1, "train/2.png": 2}, [(1, 0, "test tube"), (2, 1, "train")]),
     "root_and_folders": ({"0.png": 0, "a/1.png": 1, "b/2.png": 2}, [(0,), (1,), (2,)]),
     "dataset_json": (
         {f"{i // 2:05d}/img{i:08d}.png": i for i in range(3)}
@@ -330,6 +334,45 @@ def test_folder_without_images_is_named(tmp_path, container):
         load_table(root)
 
 
+@pytest.mark.parametrize("extension", ["jfif", "jpe", "JPEG", "apng", "pbm", "pgm", "pnm", "avif"])
+def test_extensions_of_phones_and_browsers_are_read(extension, tmp_path):
+    kind = {"apng": "PNG", "avif": "AVIF"}.get(extension, "PPM" if extension.startswith("p") else "JPEG")
+    if kind == "AVIF" and kind not in PILLOW_FORMATS:
+        pytest.skip("this Pillow cannot read AVIF")
+    image = constant("1" if extension == "pbm" else "L", 255, kind)
+    root = write_files(tmp_path / "f", {f"cat/1.{extension}": image, "dog/2.png": 0})
+    assert sorted(contents(load_table(root))) == [(0, 1, "dog"), (255, 0, "cat")]
+
+
+@pytest.mark.parametrize("container", ["folder", "archive.zip"])
+@pytest.mark.parametrize("extension", [".heic", ".jp2", ".TGA", ".NEF", ".jpg_large", ".png~"])
+def test_images_in_other_formats_are_refused_or_counted(extension, container, tmp_path, caplog):
+    root = write_files(
+        tmp_path / container, {"a.png": 1, f"b{extension}": "x", f"c{extension}": "x", "notes.txt": "x"}
+    )
+    words = [f"--train_data_dir {root}", f"{extension.lower()} 2", f"b{extension}", "convert", "--skip_other_formats"]
+    with pytest.raises(ValueError, match=mentions(*words)):
+        load_table(root)
+    assert contents(load_table(root, skip_other_formats=True)) == [(1,)]
+    assert mentions(f"{root}: left out", f"not read: 2 ({extension.lower()} 2)", ".txt").search(caplog.text)
+
+
+@pytest.mark.parametrize("container", ["folder", "archive.zip"])
+def test_whatever_is_left_out_is_counted_by_reason(container, tmp_path, caplog):
+    names = ["a.txt", "b.txt", "c.md", "LICENSE", "@eaDir/1.png", "$RECYCLE.BIN/2.png", ".git/3.png", ".git/4.png"]
+    metadata = {"metadata.jsonl": '{"file_name": "1.png"}'}
+    root = write_files(tmp_path / container, {"1.png": 1, "2.png": 2} | dict.fromkeys(names, "x") | metadata)
+    assert contents(load_table(root)) == [(1,)]
+    reasons = ["not images: 4 (.txt 2, .md, no extension)", "hidden folders: 1 (.git)"]
+    reasons += ["folders of the system: 2 ($RECYCLE.BIN, @eaDir)", "metadata.jsonl does not list: 1 (2.png)"]
+    assert mentions(f"{root}: left out", *reasons).search(caplog.text)
+
+
+def test_nothing_left_out_is_not_reported(tmp_path, caplog):
+    load_table(write_files(tmp_path / "f", {"1.png": 1, "dataset.json": '{"labels": null}'}))
+    assert "left out" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -350,6 +393,148 @@ def test_empty_label_in_parquet_is_named(tmp_path, feature, label):
     path = write_parquet(tmp_path / "a.parquet", image=(IMAGE, [0, 1]), label=(feature, [label, None]))
     with pytest.raises(ValueError, match=mentions("label", "a.parquet")):
         load_table(path, label_column="label")
+
+
+@pytest.mark.parametrize(
+    ("feature", "value"),
+    [(Sequence(TEXT), ["a"]), ({"x": NUMBER}, {"x": 1}), (Value("bool"), True), (Value("float32"), 0.5)],
+    ids=["list", "struct", "bool", "float"],
+)
+def test_label_column_of_another_kind_is_refused(feature, value, tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", image=(IMAGE, [0, 1]), tags=(feature, [value, value]))
+    with pytest.raises(ValueError, match=mentions("--label_column tags", path, str(value), 99999)):
+        load_table(path, label_column="tags")
+
+
+PARTLY_LABELLED = {  # files, a parquet file's labels included; what the reason names
+    "dataset_json": ({"b.png": 1, "dataset.json": '{"labels": [["a.png", 0]]}'}, ["1 of 2", "b.png"]),
+    "damaged_json": ({"b.png": 1, "dataset.json": '{"labels": [['}, ["dataset.json", "JSON"]),
+    "metadata": (
+        {"b.png": 1, "metadata.jsonl": '{"file_name": "a.png", "label": 0}\n{"file_name": "b.png"}'},
+        ["1 of 2", "b.png"],
+    ),
+    "none": ({"a.parquet": [0, None]}, ["1 of 2", "label"]),
+    "all_none": ({"a.parquet": [None, None]}, ["2 of 2", "label"]),
+    "minus_one": ({"a.parquet": [-1, -1]}, ["label", "'-1'"]),  # the test split of ImageNet and others on the hub
+}
+
+
+def write_table(folder: Path, files: dict) -> Path:
+    """A folder of two images, in files or in the rows of a parquet file with these labels."""
+    if "a.parquet" in files:
+        return write_parquet(folder / "a.parquet", image=(IMAGE, [0, 1]), label=(ANIMAL, files["a.parquet"]))
+    return write_files(folder, {"a.png": 0} | files)
+
+
+@pytest.mark.parametrize("layout", PARTLY_LABELLED)
+def test_labels_that_nobody_asked_for_are_left_out_with_a_log_line(layout, tmp_path, caplog):
+    files, words = PARTLY_LABELLED[layout]
+    source = write_table(tmp_path / "f", files)
+    flag = "train_data_file" if source.suffix else "train_data_dir"
+    source_config = SourceConfig(**{flag: str(source)}, cache_dir=str(tmp_path / "cache"))
+    with caplog.at_level("INFO"):
+        table = load_image_table(source_config, need_labels=False)
+    assert contents(table) == [(0,), (1,)]
+    assert mentions("labels", *words).search(caplog.text) and mentions(*words).search(table.no_labels)
+    with pytest.raises(ValueError, match=mentions(*words)):
+        load_image_table(source_config, need_labels=True)
+
+
+WITHOUT_LABELS = {  # name: (files, words of the reason)
+    "flat": ({"1.png": 1}, ["dataset.json", "metadata.jsonl"]),
+    "one_folder": ({"pets/cat/1.png": 1, "pets/dog/1.png": 1}, ["pets/"]),
+    "beside": ({"cat/1.png": 1, "dog/1.png": 1, "preview.png": 1}, ["1 images", "preview.png"]),
+    "csv": ({"1.png": 1, "metadata.csv": "file_name,label\n1.png,cat\n"}, ["metadata.csv", "metadata.jsonl"]),
+    "deeper": (
+        {"x/1.png": 1, "x/metadata.jsonl": '{"file_name": "1.png", "label": "cat"}'},
+        ["x/metadata.jsonl", "x/"],
+    ),
+    "null": ({"1.png": 1, "dataset.json": '{"labels": null}'}, ["dataset.json"]),
+    "other_key": ({"1.png": 1, "metadata.jsonl": '{"file_name": "1.png", "kind": 1}'}, ["--label_column", "kind"]),
+}
+
+
+@pytest.mark.parametrize("container", ["folder", "archive.zip"])
+@pytest.mark.parametrize("layout", WITHOUT_LABELS)
+def test_no_labels_says_what_was_looked_at(layout, container, tmp_path):
+    files, words = WITHOUT_LABELS[layout]
+    root = write_files(tmp_path / container, files)
+    data = DataConfig(SourceConfig(train_data_dir=str(root)), class_conditional=True)
+    with pytest.raises(ValueError, match=mentions("--class_conditional", root, "no labels", *words)):
+        open_tables(data, ValidationConfig())
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.png", b"caf\xe9/1.png", b"caf\xe9.parquet"])
+def test_name_that_is_not_utf8_is_refused_with_its_bytes(name, tmp_path):
+    root = write_files(tmp_path / "f", {"a.png": 0})
+    file = Path(os.fsdecode(os.fsencode(root) + b"/" + name))
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(constant("L", 1))
+    with pytest.raises(ValueError, match=mentions(f"--train_data_dir {root}", name, "convmv")) as error:
+        load_table(root)
+    str(error.value).encode()
+
+
+def test_name_that_is_not_utf8_and_not_an_image_is_counted(tmp_path, caplog):
+    root = write_files(tmp_path / "f", {"a.png": 0})
+    (root / os.fsdecode(b".caf\xe9.png")).write_bytes(b"x")
+    assert contents(load_table(root)) == [(0,)]
+    assert mentions("left out hidden files: 1", "udce9").search(caplog.text.encode("utf-8").decode())
+
+
+NFC, NFD = "caf\xe9", "cafe\u0301"  # the same to the eye
+
+
+def test_classes_that_differ_in_unicode_normal_form_only_are_refused(tmp_path):
+    root = write_files(tmp_path / "f", {f"{NFC}/1.png": 1, f"{NFD}/2.png": 2})
+    with pytest.raises(ValueError, match=mentions(root, ascii(NFC), ascii(NFD))):
+        load_table(root)
+
+
+@pytest.mark.parametrize("container", ["folder", "archive.zip"])
+@pytest.mark.parametrize(("listed", "there"), [(NFC, NFD), (NFD, NFC), ("./x", "x"), ("y/./x", "y/x")])
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"dataset.json": '{{"labels": [["{}.png", 5], ["b.png", 0]]}}'},
+        {"metadata.jsonl": '{{"file_name": "{}.png", "label": 5}}\n{{"file_name": "b.png", "label": 0}}'},
+    ],
+)
+def test_listed_name_in_another_form_is_the_same_file(text, listed, there, container, tmp_path, caplog):
+    lists = {name: lines.format(listed) for name, lines in text.items()}
+    root = write_files(tmp_path / container, {f"{there}.png": 1, "b.png": 2} | lists)
+    assert sorted(contents(load_table(root))) == [(1, 5, "5"), (2, 0, "0")]
+    if not listed.isascii():
+        assert mentions(root, *lists, "1 names", "NFC").search(caplog.text)
+
+
+def test_listed_file_that_is_not_read_as_an_image_is_told_from_a_missing_one(tmp_path):
+    files = {"a.png": 1, "b.bin": "x", "dataset.json": '{"labels": [["a.png", 0], ["b.bin", 1]]}'}
+    with pytest.raises(ValueError, match=mentions("dataset.json", "is there", "'b.bin'")):
+        load_table(write_files(tmp_path / "f", files))
+
+
+def test_image_with_two_labels_is_refused(tmp_path):
+    files = {"a.png": 1, "dataset.json": '{"labels": [["a.png", 0], ["./a.png", 1]]}'}
+    with pytest.raises(ValueError, match=mentions("dataset.json", "a.png", 0, 1)):
+        load_table(write_files(tmp_path / "f", files))
+
+
+@pytest.mark.parametrize("source", ["train_data_file", "train_data_dir", "dataset_name"])
+def test_no_label_column_says_which_could_be(source, tmp_path):
+    file = write_parquet(
+        tmp_path / "hub/train.parquet", image=(IMAGE, [1]), digit=(NUMBER, [7]), size=(Value("float32"), [1.0])
+    )
+    path = file if source == "train_data_file" else file.parent
+    table = load_image_table(SourceConfig(**{source: str(path)}, cache_dir=str(tmp_path / "cache")))
+    assert table.class_names is None and mentions("--label_column", "digit (int64)").search(table.no_labels)
+    assert "size" not in table.no_labels
+
+
+def test_label_column_with_a_csv_says_that_it_is_not_read(tmp_path):
+    root = write_files(tmp_path / "f", {"1.png": 1, "metadata.csv": "file_name,label\n1.png,cat\n"})
+    with pytest.raises(ValueError, match=mentions("--label_column label", "metadata.csv", root)):
+        load_table(root, label_column="label")
 
 
 def test_damaged_parquet_is_named(tmp_path):
@@ -764,11 +949,55 @@ def test_split_that_leaves_nothing_is_an_error(table_of_20, fraction):
         split_table(table_of_20, fraction)
 
 
-def test_folders_of_splits_are_not_taken_for_classes(tmp_path):
-    write_files(tmp_path, {"train/cat/0.png": 0, "train/dog/1.png": 1, "test/cat/2.png": 2})
-    with pytest.raises(ValueError, match=mentions("--train_data_dir", tmp_path, "train", "test")):
-        load_image_table(SourceConfig(train_data_dir=str(tmp_path)))
-    assert load_image_table(SourceConfig(train_data_dir=str(tmp_path / "train"))).class_names == ("cat", "dog")
+@pytest.mark.parametrize("container", ["folder", "archive.zip"])
+@pytest.mark.parametrize(
+    ("training", "held_out"),
+    [("train", "test"), ("Train", "Test"), ("images/train", "images/VAL"), ("train2017", "val2017")]
+    + [("trainA", "testA"), ("x/y/training", "x/y/eval"), ("train_images", "dev_images")],
+)
+def test_training_and_held_out_folders_are_never_trained_on_together(training, held_out, container, tmp_path):
+    files = {f"{training}/{name}": 1 for name in ("cat/0.png", "dog/1.png")} | {f"{held_out}/cat/2.png": 2}
+    root = write_files(tmp_path / container, files)
+    with pytest.raises(ValueError, match=mentions(f"--train_data_dir {root}", training, held_out)):
+        load_table(root)
+    if container == "folder":
+        assert contents(load_table(root / training)) == [(1, 0, "cat"), (1, 1, "dog")]
+        assert contents(load_table(root / held_out)) == [(2,)]
+
+
+def test_training_and_held_out_images_without_classes_are_never_trained_on_together(tmp_path):
+    root = write_files(tmp_path / "f", {"train/1.png": 1, "test/2.png": 2})
+    with pytest.raises(ValueError, match=mentions(f"--train_data_dir {root / 'train'}", "test")):
+        load_table(root)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["train/0000.parquet", "validation/0000.parquet"], ["train", "validation", "--train_data_dir {root}/train"]),
+        (["train-00000-of-00001.parquet", "dev-0.PARQUET"], ["train-00000-of-00001.parquet", "--dataset_split"]),
+        (["data/digits_train.parquet", "data/digits_test.parquet"], ["data/digits_test.parquet"]),
+        (["a/train/0.parquet", "b/train/0.parquet"], ["a", "b"]),
+    ],
+)
+def test_parquet_files_of_several_splits_or_configurations_are_refused(names, words, tmp_path):
+    root = tmp_path / "set"
+    for name in names:
+        write_parquet(root / name, image=(IMAGE, [1]))
+    words = [word.format(root=root) for word in words]
+    with pytest.raises(ValueError, match=mentions(f"--train_data_dir {root}", *words)):
+        load_table(root)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["valley.parquet", "train-0.parquet"], ["test-0.parquet", "test-1.PARQUET"]]
+    + [["train/train-0.parquet", "train/train-1.parquet"]],
+)
+def test_parquet_files_that_are_of_one_split_are_all_read(names, tmp_path):
+    for level, name in enumerate(names):
+        write_parquet(tmp_path / "set" / name, image=(IMAGE, [level]))
+    assert sorted(contents(load_table(tmp_path / "set"))) == [(0,), (1,)]
 
 
 def test_label_column_that_cannot_apply_is_refused(tmp_path):

@@ -30,9 +30,10 @@ from diffit.checkpoint import file_digest
 from diffit.config import HubConfig, parse_args
 from diffit.errors import BadImageError
 from diffit.export import push_to_hub
+from diffit.listing import MAX_FILE_BYTES
 from diffit.run_dir import PIPELINE_FILES, OutputFolder
 from diffit.source_config import SourceConfig
-from diffit.sources import MAX_FILE_BYTES, load_image_table
+from diffit.sources import ImageTable, load_image_table
 from diffit_model import DiffiTUNet2DModel
 from helpers import (
     TINY_CONFIG,
@@ -140,7 +141,9 @@ def test_link_out_of_the_folder_is_refused(name, tmp_path):
     root = write_files(tmp_path / "data", {"a/1.png": 1, "b/2.png": 2})
     target = write_files(tmp_path, {"elsewhere/3.png": 3}) / ("elsewhere" if name == "link" else "elsewhere/3.png")
     (root / name).symlink_to(target)
-    with pytest.raises(ValueError, match=mentions("--train_data_dir", root / name, target, "cp -rL")):
+    with pytest.raises(
+        ValueError, match=mentions("--train_data_dir", root / name, target, "--follow_links", "cp -rL")
+    ):
         load_table(root)
 
 
@@ -151,15 +154,49 @@ def test_link_to_nowhere_is_refused(tmp_path):
         load_table(root)
 
 
-def test_links_that_stay_in_the_folder_are_fine(tmp_path):
-    """A file's link is the file once more; a folder's is not followed, not even in a circle."""
-    root = write_files(tmp_path / "data", {"a/1.png": 1, "b/2.png": 2})
+def names_below(root: Path, table: ImageTable) -> list[str]:
+    return [Path(table.read(i)[0]).relative_to(root).as_posix() for i in range(len(table))]
+
+
+def test_links_that_stay_in_the_folder_are_read_under_their_own_name(tmp_path, caplog):
+    root = write_files(tmp_path / "data", {"a/1.png": 1, ".store/3.png": 3})
+    (root / "b").mkdir()
     (root / "b/link.png").symlink_to("../a/1.png")
-    (root / "a/circle").symlink_to("..")
+    (root / "c").symlink_to(".store")  # its files are hidden where they are
+    (root / "d").symlink_to("a")
     (tmp_path / "root").symlink_to(root)
     table = load_table(tmp_path / "root")
-    names = [Path(table.read(i)[0]).relative_to(tmp_path / "root").as_posix() for i in range(len(table))]
-    assert names == ["a/1.png", "b/2.png", "b/link.png"] and table.class_names == ("a", "b")
+    assert names_below(tmp_path / "root", table) == ["a/1.png", "b/link.png", "c/3.png", "d/1.png"]
+    assert table.class_names == ("a", "b", "c", "d")
+    assert mentions("left out", "hidden folders: 1 (.store)").search(caplog.text)
+
+
+def test_links_in_circles_end_and_are_counted(tmp_path, caplog):
+    root = write_files(tmp_path / "data", {"a/1.png": 1, "b/2.png": 2})
+    (root / "a/circle").symlink_to("..")
+    (root / "a/b").symlink_to("../b")
+    (root / "b/a").symlink_to("../a")
+    assert names_below(root, load_table(root)) == ["a/1.png", "a/b/2.png", "b/2.png", "b/a/1.png"]
+    assert mentions("left out links to a folder that holds them: 4", "a/circle").search(caplog.text)
+
+
+def test_links_cannot_multiply_a_folder_without_end(tmp_path):
+    root = write_files(tmp_path / "data", {f"{name}/x.png": 1 for name in "abcdefgh"})
+    for folder in "abcdefgh":
+        for target in set("abcdefgh") - {folder}:
+            (root / folder / f"to_{target}").symlink_to(f"../{target}")
+    with pytest.raises(ValueError, match=mentions(f"--train_data_dir {root}", 16)):
+        load_table(root)
+
+
+def test_links_out_of_the_folder_are_followed_if_asked(tmp_path):
+    root = write_files(tmp_path / "farm", {"a/1.png": 1})
+    write_files(tmp_path, {"store/2.png": 2, "store/b/3.png": 3})
+    (root / "a/two.png").symlink_to(tmp_path / "store/2.png")
+    (root / "b").symlink_to(tmp_path / "store/b")
+    table = load_table(root, follow_links=True)
+    assert names_below(root, table) == ["a/1.png", "a/two.png", "b/3.png"] and table.class_names == ("a", "b")
+    assert [table.read(i)[1] for i in range(3)] == [constant("L", level) for level in (1, 2, 3)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,7 +302,7 @@ def test_array_in_fortran_order_is_read():
 
 
 def test_zip_entry_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffit.sources.MAX_FILE_BYTES", 100_000)
+    monkeypatch.setattr("diffit.listing.MAX_FILE_BYTES", 100_000)
     with zipfile.ZipFile(tmp_path / "z.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb.png", bytes(100_001))
         archive.writestr("fine.png", bytes(100_000))
