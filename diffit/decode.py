@@ -4,20 +4,37 @@
 Shapes: C channels, H/W height/width in pixels.
 """
 
+import contextlib
 import io
 import math
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 
-from diffit.errors import BadImageError
+from diffit.errors import BadImageError, message_of
+from diffit.image_formats import upright, upright_size
 
 # Pillow tries no other format, whatever the file is called: for an EPS it would start Ghostscript.
 PILLOW_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_IMAGE_PIXELS = 8192 * 8192  # 67 megapixels: a 50-megapixel photo is read, a 100-megapixel one is refused
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Turns whatever a decoder raises in the `with` block into a `BadImageError` that names the image.
+
+    A decoder of damaged files may raise anything (`struct.error`, `TypeError`, `AttributeError`, ...), so a list of
+    exceptions would never be complete.
+    """
+    try:
+        yield
+    except BadImageError:
+        raise
+    except Exception as error:
+        raise BadImageError(f"cannot decode image {name}: {message_of(error)}") from error
 
 
 def _open_image(name: str, data: bytes) -> PIL.Image.Image | np.ndarray:
@@ -26,17 +43,16 @@ def _open_image(name: str, data: bytes) -> PIL.Image.Image | np.ndarray:
         raise BadImageError(f"image is empty (0 bytes): {name}")
     if data[:6] == b"\x93NUMPY":
         return _open_array(name, data)
-    try:
-        with warnings.catch_warnings(
-            category=PIL.Image.DecompressionBombWarning, action="ignore"
-        ):  # our own limit is lower
-            image = PIL.Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
-    except PIL.UnidentifiedImageError as error:
-        raise BadImageError(f"damaged, or not an image in {', '.join(PILLOW_FORMATS)}: {name}") from error
-    except PIL.Image.DecompressionBombError as error:
-        raise _too_large(name, f"more than {2 * PIL.Image.MAX_IMAGE_PIXELS:,} pixels") from error
-    except (OSError, ValueError, SyntaxError) as error:
-        raise BadImageError(f"cannot decode image {name}: {error}") from error
+    with _naming(name):
+        try:
+            with warnings.catch_warnings(
+                category=PIL.Image.DecompressionBombWarning, action="ignore"
+            ):  # our own limit is lower
+                image = PIL.Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
+        except PIL.UnidentifiedImageError as error:
+            raise BadImageError(f"damaged, or not an image in {', '.join(PILLOW_FORMATS)}: {name}") from error
+        except PIL.Image.DecompressionBombError as error:
+            raise _too_large(name, f"more than {2 * PIL.Image.MAX_IMAGE_PIXELS:,} pixels") from error
     if image.width * image.height > MAX_IMAGE_PIXELS:
         raise _too_large(name, f"{image.width} x {image.height} pixels")
     return image
@@ -86,14 +102,14 @@ def _planes(image: PIL.Image.Image | np.ndarray, name: str, num_channels: int) -
     elif image.mode == "F":
         raise BadImageError(f"floating-point image, whose range is unknown: {name}")
     elif image.mode.startswith("I"):  # 16 bits, which `convert` would cut to 8
-        values = np.asarray(PIL.ImageOps.exif_transpose(image)).astype(np.float32)
+        values = np.asarray(upright(image)).astype(np.float32)
         if values.min() < 0 or values.max() > 65535:
             raise BadImageError(f"integer image with values outside [0, 65535]: {name}")
         planes = [PIL.Image.fromarray(values * (255 / 65535))] * min(num_channels, 3)
         if num_channels == 4:
             planes.append(PIL.Image.new("F", planes[0].size, 255))  # opaque
     else:
-        PIL.ImageOps.exif_transpose(image, in_place=True)
+        image = upright(image)
         if num_channels == 4:
             return [image.convert("RGBA")]
         if _has_transparency(image):
@@ -138,18 +154,14 @@ def decode_pixels(
             `MAX_IMAGE_PIXELS`; the message names the image.
     """
     height, width = resolution
-    try:
-        image = _open_image(name, data)
-        if keep_colour and _natural_channels(image) > num_channels:
-            raise BadImageError(
-                f"image has colours, but --num_channels {num_channels} was inferred from grayscale samples; "
-                f"give the flag to convert it: {name}"
-            )
+    image = _open_image(name, data)
+    if keep_colour and _natural_channels(image) > num_channels:
+        raise BadImageError(
+            f"image has colours, but --num_channels {num_channels} was inferred from grayscale samples; "
+            f"give the flag to convert it: {name}"
+        )
+    with _naming(name):
         planes = _planes(image, name, num_channels)
-    except BadImageError:
-        raise
-    except (OSError, ValueError, SyntaxError, EOFError, PIL.Image.DecompressionBombError) as error:
-        raise BadImageError(f"cannot decode image {name}: {error}") from error
     image_width, image_height = planes[0].size
     scale = min(image_height / height, image_width / width)
     top = max(0.0, image_height - height * scale) * crop_position[0]  # rounding can make the margin negative
@@ -194,10 +206,11 @@ def image_size(name: str, data: bytes) -> tuple[int, int]:
         data: bytes of the file.
 
     Raises:
-        BadImageError: if the file cannot be opened as an image.
+        BadImageError: if the file cannot be opened as an image, or is a truncated PNG.
     """
     image = _open_image(name, data)
     if isinstance(image, np.ndarray):
         return image.shape[0], image.shape[1]
-    turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
-    return (image.width, image.height) if turned else (image.height, image.width)
+    with _naming(name):
+        width, height = upright_size(image)
+    return height, width
