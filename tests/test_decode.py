@@ -1,6 +1,8 @@
 """Decoding of strangers' image files: each is read correctly, or refused with its name."""
 
+import logging
 import struct
+import zlib
 
 import numpy as np
 import PIL.Image
@@ -11,8 +13,9 @@ from torch.utils.data import DataLoader
 from diffit.decode import decode_pixels, image_size
 from diffit.errors import BadImageError
 from diffit.features import TableImages
+from diffit.plan import describe_data
 from diffit.stream import StreamBatchSampler, collate
-from helpers import constant, encode, load_table, make_dataset, mentions, noise_image, write_files
+from helpers import constant, encode, encode_npy, load_table, make_dataset, mentions, noise_image, write_files
 from prepare_latents import CenterCrops
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,3 +128,143 @@ def test_bad_image_in_a_worker_is_one_short_line(tmp_path, reader):
     with pytest.raises(BadImageError, match=mentions("b.png")) as raised:
         next(iter(READERS[reader](root)))
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 200 + len(str(root))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the numbers mean
+
+
+def tiff(
+    bits: int,
+    photometric: int,
+    pixels: bytes,
+    *,
+    samples: int = 1,
+    planar: int = 1,
+    kind: int = 1,
+    order: str = "<",
+    compressed: bool = False,
+    extra: int | None = None,
+) -> bytes:
+    """A TIFF of 8 x 8 pixels in one strip (or one a plane); `kind` is its SampleFormat, `extra` that of its alpha."""
+    strips = samples if planar == 2 else 1
+    strip = len(pixels) // strips
+    data = [pixels[i * strip : (i + 1) * strip] for i in range(strips)]
+    data = [zlib.compress(piece) for piece in data] if compressed else data
+    entries = {256: ("I", [8]), 257: ("I", [8]), 258: ("H", [bits] * samples), 259: ("H", [8 if compressed else 1])}
+    entries |= {262: ("H", [photometric]), 277: ("H", [samples]), 278: ("I", [8]), 284: ("H", [planar])}
+    entries |= {279: ("I", [len(piece) for piece in data]), 339: ("H", [kind] * samples)}
+    entries |= {} if extra is None else {338: ("H", [extra])}
+    end = 8 + 2 + 12 * (len(entries) + 1) + 4 + 2 * 100  # more than the values that do not fit into their entries
+    entries[273] = ("I", [end + sum(len(piece) for piece in data[:i]) for i in range(strips)])
+    directory, tail, tail_at = b"", b"", 8 + 2 + 12 * len(entries) + 4
+    for tag, (letter, values) in sorted(entries.items()):
+        value = struct.pack(f"{order}{len(values)}{letter}", *values)
+        if len(value) > 4:
+            value, tail = struct.pack(f"{order}I", tail_at + len(tail)), tail + value
+        directory += struct.pack(f"{order}HHI", tag, 3 if letter == "H" else 4, len(values)) + value.ljust(4, b"\0")
+    start = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(entries))
+    return (start + directory + bytes(4) + tail).ljust(end, b"\0") + b"".join(data)
+
+
+def png(bits: int, colour: int, row: bytes, transparent: bytes = b"", kind: bytes = b"tRNS") -> bytes:
+    """A PNG of 8 equal rows of 8 pixels; `colour` is its colour type."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 8, 8, bits, colour, 0, 0, 0)), (kind, transparent)]
+    chunks += [(b"IDAT", zlib.compress((b"\0" + row) * 8)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
+        if body or name != kind
+    )
+
+
+def words(*values: int, order: str = "<") -> bytes:
+    return struct.pack(f"{order}{64 * len(values)}H", *(value for value in values for _ in range(64)))
+
+
+RGB16 = struct.pack("<3H", 65535, 32896, 0) * 64
+LEVELS = {  # name: (file, levels of all its pixels when it is decoded to as many channels)
+    "tiff_12_bits_white": (tiff(12, 1, b"\xff" * 96), [255]),
+    "tiff_12_bits_middle": (tiff(12, 1, b"\x80\x08\x00" * 32), [128 * 4096 / 4095 * 255 / 256]),
+    "tiff_12_bits_compressed": (tiff(12, 1, b"\xff" * 96, compressed=True), [255]),
+    "tiff_16_bits": (tiff(16, 1, words(32896)), [128]),
+    "tiff_16_bits_big_endian": (tiff(16, 1, words(32896, order=">"), order=">"), [128]),
+    "tiff_16_bits_white_is_zero": (tiff(16, 0, words(0)), [255]),
+    "tiff_16_bits_white_is_zero_dark": (tiff(16, 0, words(65535 - 257)), [1]),
+    "tiff_16_bits_white_is_zero_compressed": (tiff(16, 0, words(65535 - 257), compressed=True), [1]),
+    "tiff_8_bits_white_is_zero": (tiff(8, 0, bytes([254]) * 64), [1]),
+    "tiff_16_bits_interleaved": (tiff(16, 2, RGB16, samples=3), [255, 128, 0]),
+    "tiff_16_bits_interleaved_compressed": (tiff(16, 2, RGB16, samples=3, compressed=True), [255, 128, 0]),
+    "tiff_8_bits_in_planes": (tiff(8, 2, bytes([9] * 64 + [90] * 64 + [255] * 64), samples=3, planar=2), [9, 90, 255]),
+    "tiff_8_bits_in_planes_compressed": (
+        tiff(8, 2, bytes([9] * 64 + [90] * 64 + [255] * 64), samples=3, planar=2, compressed=True),
+        [9, 90, 255],
+    ),
+    "tiff_premultiplied_alpha": (tiff(8, 1, bytes([51, 51]) * 64, samples=2, extra=1), [255]),
+    "png_2_bits_transparent": (png(2, 0, b"\x55\x55", b"\0\1"), [255]),
+    "png_2_bits_not_transparent": (png(2, 0, b"\x55\x55", b"\0\2"), [85]),
+    "png_4_bits_transparent": (png(4, 0, b"\x33" * 4, b"\0\3"), [255]),
+    "png_4_bits_transparent_kept": (png(4, 0, b"\x33" * 4, b"\0\3"), [51, 51, 51, 0]),
+    "png_4_bits_not_transparent": (png(4, 0, b"\x33" * 4, b"\0\x33"), [255]),  # only the lower four bits count
+    "png_8_bits_transparent": (png(8, 0, bytes(8), b"\0\0"), [255]),
+    "png_16_bits_transparent": (png(16, 0, bytes(16), b"\0\0"), [255]),
+    "png_16_bits_transparent_to_3": (png(16, 0, bytes(16), b"\0\0"), [255, 255, 255]),
+    "png_16_bits_transparent_kept": (png(16, 0, b"\x80\x80" * 8, b"\x80\x80"), [128, 128, 128, 0]),
+    "png_16_bits_not_transparent": (png(16, 0, b"\x80\x80" * 8, b"\x80\x81"), [128]),
+    "png_16_bits_not_transparent_kept": (png(16, 0, b"\x80\x80" * 8, b"\x80\x81"), [128, 128, 128, 255]),
+    "pgm_10_bits": (b"P5 8 8 1023\n" + words(1023, order=">"), [255]),
+    "ppm_10_bits": (b"P6 8 8 1023\n" + words(1023, 1023, 1023, order=">"), [255, 255, 255]),
+}
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_levels_mean_what_the_file_says(name):
+    data, expected = LEVELS[name]
+    pixels = decode_pixels(name, data, (8, 8), len(expected)).float()
+    expected = torch.tensor(expected, dtype=torch.float32)[:, None, None].expand(pixels.shape)
+    torch.testing.assert_close(pixels, expected, atol=0.01, rtol=0)
+
+
+REFUSED = {  # name: (file, what the message mentions)
+    "signed_8.tif": (tiff(8, 1, bytes(64), kind=2), ["signed"]),
+    "signed_16.tif": (tiff(16, 1, words(1), kind=2), ["signed"]),
+    "unsigned_32.tif": (tiff(32, 1, bytes(256)), [32, "bits"]),
+    "planes_16.tif": (tiff(16, 2, words(65535, 32768, 0), samples=3, planar=2), [16, "planes"]),
+    "planes_16_deflate.tif": (tiff(16, 2, words(9, 9, 9), samples=3, planar=2, compressed=True), [16, "planes"]),
+    "ten_bits.tif": (tiff(10, 1, bytes(80)), ["TIFF", "-depth"]),
+    "white_is_zero_big_endian.tif": (tiff(16, 0, words(0), order=">"), ["TIFF", "-depth"]),
+    "float.tif": (encode(np.zeros((4, 4), np.float32), "TIFF"), ["floating-point"]),
+    "colour_16.png": (png(16, 2, bytes(48), bytes(6)), [16, "transparent", "alpha"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_levels_of_unknown_meaning_are_refused(name):
+    data, mentioned = REFUSED[name]
+    with pytest.raises(BadImageError, match=mentions(name, *mentioned)):
+        decode_pixels(name, data, (8, 8), 3)
+
+
+NARROW = {  # name of the second file: (the file of an image of 16 bits whose first is 0, whether a warning is right)
+    "ten_bits.png": (encode(np.full((8, 8), 1023, np.uint16)), True),
+    "almost.png": (encode(np.full((8, 8), 4095, np.uint16)), True),
+    "sixteenth.png": (encode(np.full((8, 8), 4096, np.uint16)), False),
+    "white_is_zero.tif": (tiff(16, 0, words(1023)), False),  # from black in the first file to almost white
+    "ten_bits.npy": (encode_npy(np.full((8, 8, 1), 1023, np.uint16)), True),
+    "eight_bits.png": (constant("L", 3), True),  # does not count; the 16-bit image is black
+}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_little_of_the_range_of_16_bits_is_a_warning(tmp_path, caplog, name):
+    data, warned = NARROW[name]
+    root = write_files(tmp_path / "f", {"a.png": encode(np.zeros((8, 8), np.uint16)), name: data})
+    with caplog.at_level(logging.WARNING):
+        describe_data(load_table(root), None, None)
+    messages = [record.message for record in caplog.records if "16 bits" in record.message]
+    assert len(messages) == warned and all(str(root) in message for message in messages)
+
+
+def test_dark_image_of_8_bits_is_no_warning(tmp_path, caplog):
+    describe_data(load_table(write_files(tmp_path / "f", {"a.png": 0, "b.png": 1})), None, None)
+    assert not caplog.records
