@@ -169,7 +169,7 @@ def prepare(accelerator: Accelerator, config: LatentsConfig) -> None:
     warn_about_narrow_levels(table)
     num_channels = vae.config.in_channels
     if (
-        run_on_main_and_broadcast(accelerator, detect_num_channels, table) > num_channels
+        run_on_main_and_broadcast(accelerator, detect_num_channels, table, 64, max(4, num_channels)) > num_channels
         and accelerator.is_main_process
     ):
         logger.warning(f"{table.source} has more channels than the VAE ({num_channels}): colours are dropped")

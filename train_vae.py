@@ -101,7 +101,7 @@ def main(config: VaeConfig) -> None:
     folder.create()
     table = load_image_table(config.source)
     warn_about_narrow_levels(table)
-    num_channels = detect_num_channels(table)
+    num_channels = config.num_channels or detect_num_channels(table)
     training_table, held_out_table = split_table(table, 0.05)
     batches = (images.to(device) for images in read_batches(training_table, config, num_channels))
     vae = build_vae(config, num_channels).to(device)

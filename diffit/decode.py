@@ -95,16 +95,38 @@ def _has_transparency(image: PIL.Image.Image) -> bool:
     return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
-def _natural_channels(image: PIL.Image.Image | np.ndarray) -> int:
-    """Number of channels before any conversion. Transparency does not count, because it is composed on white."""
+def _natural_channels(image: PIL.Image.Image | np.ndarray, name: str, max_channels: int = 4) -> int:
+    """Number of channels before any conversion. Transparency does not count, because it is composed on white.
+
+    Raises:
+        BadImageError: for an array with more than `max_channels`, which are more likely its width.
+    """
     if isinstance(image, np.ndarray):
-        return 1 if image.ndim == 2 else image.shape[-1]
+        num_channels = 1 if image.ndim == 2 else image.shape[-1]
+        if num_channels > max_channels:
+            raise BadImageError(
+                f"array of shape {image.shape}, which is read as H x W x C: {_order(image)}--num_channels "
+                f"{num_channels} must confirm that it has that many channels: {name}"
+            )
+        return num_channels
     return 1 if image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I") else 3
+
+
+def _order(array: np.ndarray) -> str:
+    """What to do with an array that seems to have its channels first; empty for others."""
+    if array.ndim != 3 or array.shape[0] > 4 or array.shape[-1] <= 4:
+        return ""
+    return "it seems to be C x H x W, then save `array.transpose(1, 2, 0)`; else "
 
 
 def _planes(image: PIL.Image.Image | np.ndarray, name: str, num_channels: int) -> list[PIL.Image.Image]:
     """Splits or converts an image into PIL images in [0, 255] that together have `num_channels` channels."""
     if isinstance(image, np.ndarray):
+        if image.ndim == 3 and image.shape[-1] not in (1, num_channels):
+            raise BadImageError(
+                f"array of shape {image.shape}, which is read as H x W x C: {_order(image)}it does not have the "
+                f"{num_channels} channels of --num_channels: {name}"
+            )
         image = image.reshape(*image.shape[:2], -1).astype(np.float32) * (255 / np.iinfo(image.dtype).max)
         planes = [PIL.Image.fromarray(image[..., c]) for c in range(image.shape[-1])]
         planes = planes * num_channels if len(planes) == 1 else planes
@@ -165,7 +187,7 @@ def decode_pixels(
     """
     height, width = resolution
     image = _open_image(name, data)
-    if keep_colour and _natural_channels(image) > num_channels:
+    if keep_colour and _natural_channels(image, name) > num_channels:
         raise BadImageError(
             f"image has colours, but --num_channels {num_channels} was inferred from grayscale samples; "
             f"give the flag to convert it: {name}"

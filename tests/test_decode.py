@@ -14,6 +14,7 @@ from diffit.decode import decode_pixels, image_size
 from diffit.errors import BadImageError
 from diffit.features import TableImages
 from diffit.plan import describe_data
+from diffit.sources import detect_num_channels
 from diffit.stream import StreamBatchSampler, collate
 from helpers import constant, encode, encode_npy, load_table, make_dataset, mentions, noise_image, write_files
 from prepare_latents import CenterCrops
@@ -268,3 +269,35 @@ def test_little_of_the_range_of_16_bits_is_a_warning(tmp_path, caplog, name):
 def test_dark_image_of_8_bits_is_no_warning(tmp_path, caplog):
     describe_data(load_table(write_files(tmp_path / "f", {"a.png": 0, "b.png": 1})), None, None)
     assert not caplog.records
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arrays
+
+
+def test_array_with_channels_first_is_refused_with_its_order(tmp_path):
+    root = write_files(tmp_path / "f", {"a.npy": encode_npy(noise_image(0, 3, 16, 16))})
+    with pytest.raises(BadImageError, match=mentions("a.npy", (3, 16, 16), "C x H x W", "--num_channels 16")):
+        describe_data(load_table(root), None, None)
+    with pytest.raises(BadImageError, match=mentions("a.npy", (3, 16, 16), "C x H x W", "--num_channels")):
+        decode_pixels("a.npy", encode_npy(noise_image(0, 3, 16, 16)), (8, 8), 3)
+
+
+def test_array_of_many_channels_needs_num_channels(tmp_path):
+    array = noise_image(0, 12, 16, 5)
+    root = write_files(tmp_path / "f", {"a.npy": encode_npy(array)})
+    with pytest.raises(BadImageError, match=mentions("a.npy", (12, 16, 5), "--num_channels 5")) as raised:
+        describe_data(load_table(root), None, None)
+    assert "C x H x W" not in str(raised.value)
+    assert describe_data(load_table(root), None, 5).num_channels == 5
+    assert detect_num_channels(load_table(root), max_channels=5) == 5  # of a VAE with five
+    pixels = decode_pixels("a.npy", encode_npy(array), (12, 16), 5)
+    np.testing.assert_allclose(pixels.permute(1, 2, 0), array, atol=1e-3)
+
+
+def test_array_saved_with_its_channels_last_is_read(tmp_path):
+    array = noise_image(0, 3, 12, 16)
+    data = encode_npy(array.transpose(1, 2, 0))  # what the message proposes; in memory it is a view
+    root = write_files(tmp_path / "f", {"a.npy": data})
+    assert describe_data(load_table(root), None, None).num_channels == 3
+    np.testing.assert_allclose(decode_pixels("a.npy", data, (12, 16), 3), array, atol=1e-3)
