@@ -47,7 +47,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from tqdm.auto import tqdm
 
 from diffit.command_line import run_script
-from diffit.decode import decode_image
+from diffit.decode import decode_image, warn_about_narrow_levels
 from diffit.errors import BadImageError, UserError, user_errors
 from diffit.latents import (
     LATENTS_METADATA,
@@ -166,9 +166,10 @@ def prepare(accelerator: Accelerator, config: LatentsConfig) -> None:
     vae = on_all_processes(accelerator, load_vae, config.vae_model_name_or_path).to(accelerator.device)
     latent_shape = vae_latent_shape(vae, config.resolution)
     table = on_all_processes(accelerator, load_image_table, config.source, False)
+    warn_about_narrow_levels(table)
     num_channels = vae.config.in_channels
     if (
-        run_on_main_and_broadcast(accelerator, detect_num_channels, table) > num_channels
+        run_on_main_and_broadcast(accelerator, detect_num_channels, table, 64, max(4, num_channels)) > num_channels
         and accelerator.is_main_process
     ):
         logger.warning(f"{table.source} has more channels than the VAE ({num_channels}): colours are dropped")

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from diffit.command_line import run_script
-from diffit.decode import normalize_pixels
+from diffit.decode import normalize_pixels, warn_about_narrow_levels
 from diffit.run_dir import OutputFolder
 from diffit.sources import ImageTable, detect_num_channels, load_image_table
 from diffit.stream import ImageDataset, PositionStream, StreamBatchSampler, collate, split_table
@@ -100,7 +100,8 @@ def main(config: VaeConfig) -> None:
     folder.check_free(("config.json", "*.safetensors"))
     folder.create()
     table = load_image_table(config.source, need_labels=False)
-    num_channels = detect_num_channels(table)
+    warn_about_narrow_levels(table)
+    num_channels = config.num_channels or detect_num_channels(table)
     training_table, held_out_table = split_table(table, 0.05)
     batches = (images.to(device) for images in read_batches(training_table, config, num_channels))
     vae = build_vae(config, num_channels).to(device)

@@ -4,22 +4,42 @@
 Shapes: C channels, H/W height/width in pixels.
 """
 
+import contextlib
 import io
+import logging
 import math
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 import PIL.features
 import PIL.Image
-import PIL.ImageOps
 import torch
 
-from diffit.errors import BadImageError
+from diffit.errors import BadImageError, global_rank, message_of
+from diffit.image_formats import check_levels, grey_levels, upright, upright_size
+
+logger = logging.getLogger(__name__)
 
 # Pillow tries no other format, whatever the file is called: for an EPS it would start Ghostscript.
 PILLOW_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 PILLOW_FORMATS += ("AVIF",) if PIL.features.check("avif") else ()
 MAX_IMAGE_PIXELS = 8192 * 8192  # 67 megapixels: a 50-megapixel photo is read, a 100-megapixel one is refused
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Turns whatever a decoder raises in the `with` block into a `BadImageError` that names the image.
+
+    A decoder of damaged files may raise anything (`struct.error`, `TypeError`, `AttributeError`, ...), so a list of
+    exceptions would never be complete.
+    """
+    try:
+        yield
+    except BadImageError:
+        raise
+    except Exception as error:
+        raise BadImageError(f"cannot decode image {name}: {message_of(error)}") from error
 
 
 def _open_image(name: str, data: bytes) -> PIL.Image.Image | np.ndarray:
@@ -28,17 +48,22 @@ def _open_image(name: str, data: bytes) -> PIL.Image.Image | np.ndarray:
         raise BadImageError(f"image is empty (0 bytes): {name}")
     if data[:6] == b"\x93NUMPY":
         return _open_array(name, data)
-    try:
-        with warnings.catch_warnings(
-            category=PIL.Image.DecompressionBombWarning, action="ignore"
-        ):  # our own limit is lower
-            image = PIL.Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
-    except PIL.UnidentifiedImageError as error:
-        raise BadImageError(f"damaged, or not an image in {', '.join(PILLOW_FORMATS)}: {name}") from error
-    except PIL.Image.DecompressionBombError as error:
-        raise _too_large(name, f"more than {2 * PIL.Image.MAX_IMAGE_PIXELS:,} pixels") from error
-    except (OSError, ValueError, SyntaxError) as error:
-        raise BadImageError(f"cannot decode image {name}: {error}") from error
+    with _naming(name):
+        try:
+            with warnings.catch_warnings(
+                category=PIL.Image.DecompressionBombWarning, action="ignore"
+            ):  # our own limit is lower
+                image = PIL.Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
+        except PIL.UnidentifiedImageError as error:
+            if data[:4] in (b"II*\0", b"MM\0*"):
+                raise BadImageError(
+                    "damaged TIFF, or one of a kind that Pillow does not read; for the latter, `magick FILE -depth 16 "
+                    f"FILE.png` may help: {name}"
+                ) from error
+            raise BadImageError(f"damaged, or not an image in {', '.join(PILLOW_FORMATS)}: {name}") from error
+        except PIL.Image.DecompressionBombError as error:
+            raise _too_large(name, f"more than {2 * PIL.Image.MAX_IMAGE_PIXELS:,} pixels") from error
+        check_levels(image, data, name)
     if image.width * image.height > MAX_IMAGE_PIXELS:
         raise _too_large(name, f"{image.width} x {image.height} pixels")
     return image
@@ -72,30 +97,52 @@ def _has_transparency(image: PIL.Image.Image) -> bool:
     return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
-def _natural_channels(image: PIL.Image.Image | np.ndarray) -> int:
-    """Number of channels before any conversion. Transparency does not count, because it is composed on white."""
+def _natural_channels(image: PIL.Image.Image | np.ndarray, name: str, max_channels: int = 4) -> int:
+    """Number of channels before any conversion. Transparency does not count, because it is composed on white.
+
+    Raises:
+        BadImageError: for an array with more than `max_channels`, which are more likely its width.
+    """
     if isinstance(image, np.ndarray):
-        return 1 if image.ndim == 2 else image.shape[-1]
-    return 1 if image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I") else 3
+        num_channels = 1 if image.ndim == 2 else image.shape[-1]
+        if num_channels > max_channels:
+            raise BadImageError(
+                f"array of shape {image.shape}, which is read as H x W x C: {_order(image)}--num_channels "
+                f"{num_channels} must confirm that it has that many channels: {name}"
+            )
+        return num_channels
+    return 1 if image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I") else 3
+
+
+def _order(array: np.ndarray) -> str:
+    """What to do with an array that seems to have its channels first; empty for others."""
+    if array.ndim != 3 or array.shape[0] > 4 or array.shape[-1] <= 4:
+        return ""
+    return "it seems to be C x H x W, then save `array.transpose(1, 2, 0)`; else "
 
 
 def _planes(image: PIL.Image.Image | np.ndarray, name: str, num_channels: int) -> list[PIL.Image.Image]:
     """Splits or converts an image into PIL images in [0, 255] that together have `num_channels` channels."""
     if isinstance(image, np.ndarray):
+        if image.ndim == 3 and image.shape[-1] not in (1, num_channels):
+            raise BadImageError(
+                f"array of shape {image.shape}, which is read as H x W x C: {_order(image)}it does not have the "
+                f"{num_channels} channels of --num_channels: {name}"
+            )
         image = image.reshape(*image.shape[:2], -1).astype(np.float32) * (255 / np.iinfo(image.dtype).max)
         planes = [PIL.Image.fromarray(image[..., c]) for c in range(image.shape[-1])]
         planes = planes * num_channels if len(planes) == 1 else planes
-    elif image.mode == "F":
-        raise BadImageError(f"floating-point image, whose range is unknown: {name}")
-    elif image.mode.startswith("I"):  # 16 bits, which `convert` would cut to 8
-        values = np.asarray(PIL.ImageOps.exif_transpose(image)).astype(np.float32)
-        if values.min() < 0 or values.max() > 65535:
-            raise BadImageError(f"integer image with values outside [0, 65535]: {name}")
-        planes = [PIL.Image.fromarray(values * (255 / 65535))] * min(num_channels, 3)
+    elif image.mode.startswith("I"):
+        levels, transparent = grey_levels(image, name)
+        if transparent is not None and num_channels != 4:
+            levels = np.where(transparent, np.float32(255), levels)
+        planes = [PIL.Image.fromarray(levels)] * min(num_channels, 3)
         if num_channels == 4:
-            planes.append(PIL.Image.new("F", planes[0].size, 255))  # opaque
+            alpha = np.full_like(levels, 255) if transparent is None else np.where(transparent, 0, np.float32(255))
+            planes.append(PIL.Image.fromarray(alpha))
     else:
-        PIL.ImageOps.exif_transpose(image, in_place=True)
+        image = upright(image)
+        image = image.convert("LA") if image.mode == "La" else image  # Pillow converts it to no other mode
         if num_channels == 4:
             return [image.convert("RGBA")]
         if _has_transparency(image):
@@ -120,7 +167,8 @@ def decode_pixels(
     """Decodes one image, crops it to the aspect ratio of `resolution`, resizes it (antialiased Lanczos) and flips it.
 
     Transparency is composed on white unless `num_channels` is 4. EXIF rotation is applied. An animation yields its
-    first frame. 16-bit images are scaled to [0, 255] without rounding.
+    first frame. Grey images of 9 to 16 bits are scaled to [0, 255] without rounding; of 16-bit colours the upper eight
+    bits are used.
 
     Args:
         name: name of the image in error messages.
@@ -140,18 +188,14 @@ def decode_pixels(
             `MAX_IMAGE_PIXELS`; the message names the image.
     """
     height, width = resolution
-    try:
-        image = _open_image(name, data)
-        if keep_colour and _natural_channels(image) > num_channels:
-            raise BadImageError(
-                f"image has colors, but --num_channels {num_channels} was inferred from grayscale samples; "
-                f"give the flag to convert it: {name}"
-            )
+    image = _open_image(name, data)
+    if keep_colour and _natural_channels(image, name) > num_channels:
+        raise BadImageError(
+            f"image has colors, but --num_channels {num_channels} was inferred from grayscale samples; "
+            f"give the flag to convert it: {name}"
+        )
+    with _naming(name):
         planes = _planes(image, name, num_channels)
-    except BadImageError:
-        raise
-    except (OSError, ValueError, SyntaxError, EOFError, PIL.Image.DecompressionBombError) as error:
-        raise BadImageError(f"cannot decode image {name}: {error}") from error
     image_width, image_height = planes[0].size
     scale = min(image_height / height, image_width / width)
     top = max(0.0, image_height - height * scale) * crop_position[0]  # rounding can make the margin negative
@@ -196,10 +240,39 @@ def image_size(name: str, data: bytes) -> tuple[int, int]:
         data: bytes of the file.
 
     Raises:
-        BadImageError: if the file cannot be opened as an image.
+        BadImageError: if the file cannot be opened as an image, or is a truncated PNG.
     """
     image = _open_image(name, data)
     if isinstance(image, np.ndarray):
         return image.shape[0], image.shape[1]
-    turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
-    return (image.width, image.height) if turned else (image.height, image.width)
+    with _naming(name):
+        width, height = upright_size(image)
+    return height, width
+
+
+def warn_about_narrow_levels(table, num_images: int = 64) -> None:
+    """Warns if 16-bit images use less than a sixteenth of their range, as 10-bit numbers in files of 16 bits do.
+
+    Args:
+        table: a `diffit.sources.ImageTable`.
+        num_images: how many evenly spaced images are opened. At most eight of 16 bits are decoded.
+    """
+    ranges = []
+    for index in np.linspace(0, len(table) - 1, min(num_images, len(table))).astype(int):
+        with contextlib.suppress(BadImageError):  # whoever reads it next reports it
+            name, data = table.read(int(index))
+            image = _open_image(name, data)
+            with _naming(name):
+                if isinstance(image, np.ndarray) and image.dtype == np.uint16:
+                    ranges.append((image.min() / 65535, image.max() / 65535))
+                elif not isinstance(image, np.ndarray) and image.mode.startswith("I"):
+                    levels, _ = grey_levels(image, name)
+                    ranges.append((levels.min() / 255, levels.max() / 255))
+        if len(ranges) == 8:
+            break
+    low, high = min((low for low, _ in ranges), default=0), max((high for _, high in ranges), default=1)
+    if high - low < 1 / 16 and global_rank() == 0:
+        logger.warning(
+            f"{table.source}: the {len(ranges)} images of 16 bits looked at use {high - low:.1%} of the range from "
+            "black to white. If their numbers have 10 or 12 bits, multiply them by 64 or 16, or the images stay flat"
+        )

@@ -25,6 +25,9 @@ class BadImageError(UserError):
 
     raised_in = "process"  # the other processes read other images
 
+    def __init__(self, message: str):
+        super().__init__(_without_traceback(message, type(self).__name__))
+
 
 class RunError(RuntimeError):
     """A run that cannot continue through no mistake in the request: a full disk, divergence. Exit code 1."""
@@ -76,10 +79,14 @@ def load_model(what: str, load: Callable, *arguments, **keywords):
 
 def message_of(error: BaseException) -> str:
     """The message of an exception on one line, without the traceback that a data-loader worker prepends."""
-    text = str(error)
-    if text.startswith("Caught ") and " in DataLoader worker process " in text.split("\n")[0]:
-        text = text.rpartition(f"{type(error).__name__}: ")[2]
-    return " ".join(text.split()) or type(error).__name__
+    return " ".join(_without_traceback(str(error), type(error).__name__).split()) or type(error).__name__
+
+
+def _without_traceback(message: str, kind: str) -> str:
+    """The message of an exception of class `kind`, without the traceback that a data-loader worker prepends."""
+    if message.startswith("Caught ") and " in DataLoader worker process " in message.split("\n")[0]:
+        return message.rpartition(f"{kind}: ")[2].strip()
+    return message
 
 
 def local_rank() -> int:

@@ -17,6 +17,7 @@ from diffusers import AutoencoderKL, ModelMixin
 
 from diffit.augment import NUM_AUGMENT_LABELS
 from diffit.config import BatchConfig, DiffusionConfig, ModelConfig, ScheduleConfig, TrainConfig, ValidationConfig
+from diffit.decode import warn_about_narrow_levels
 from diffit.errors import UserError, user_errors
 from diffit.formulations import Formulation, choose_formulation, differences, formulation_flags
 from diffit.latents import LatentTable, pixels_per_latent
@@ -432,6 +433,7 @@ def describe_data(table: Table, vae: AutoencoderKL | None, num_channels: int | N
     names = None if table.class_names is None else tuple(table.class_names)
     if isinstance(table, LatentTable):
         return DataFacts(table.source, len(table), table.digest(), names, None, tuple(table.metadata["resolution"]))
+    warn_about_narrow_levels(table)
     num_channels = num_channels if vae is None else vae.config.in_channels
     return DataFacts(table.source, len(table), table.digest(), names, num_channels or detect_num_channels(table))
 

@@ -373,12 +373,13 @@ def _without_labels(table: ImageTable, reason: str, needed: bool) -> ImageTable:
     return replace(table, no_labels=reason)
 
 
-def detect_num_channels(table: ImageTable, num_images: int = 64) -> int:
+def detect_num_channels(table: ImageTable, num_images: int = 64, max_channels: int = 4) -> int:
     """Number of channels of the images: the most that any of some evenly spaced images has.
 
     Args:
         table: reader of the images.
         num_images: how many of them are opened.
+        max_channels: arrays with more channels are not opened: their channels probably come first.
 
     Raises:
         BadImageError: if none of them can be opened.
@@ -387,7 +388,7 @@ def detect_num_channels(table: ImageTable, num_images: int = 64) -> int:
     for index in np.linspace(0, len(table) - 1, min(num_images, len(table))).astype(int):
         try:
             name, data = table.read(int(index))
-            found.append(_natural_channels(_open_image(name, data)))
+            found.append(_natural_channels(_open_image(name, data), name, max_channels))
         except BadImageError as error:
             last_error = error
     if not found:

@@ -31,6 +31,9 @@ class VaeConfig:
 
     output_dir: str = flag(None, "folder for the trained VAE (required)", type=path_type, required=True)
     resolution: int = flag(32, "height and width of the images in pixels", type=positive_int)
+    num_channels: int | None = flag(
+        None, "channels of the images (default: detected; required for arrays of more than 4)", type=positive_int
+    )
     block_out_channels: tuple[int, ...] = flag(
         (16, 32, 32, 32),
         "channels of each level; each level but the first halves height and width",

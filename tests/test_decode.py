@@ -1,0 +1,303 @@
+"""Decoding of strangers' image files: each is read correctly, or refused with its name."""
+
+import logging
+import struct
+import zlib
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from diffit.decode import decode_pixels, image_size
+from diffit.errors import BadImageError
+from diffit.features import TableImages
+from diffit.plan import describe_data
+from diffit.sources import detect_num_channels
+from diffit.stream import StreamBatchSampler, collate
+from helpers import constant, encode, encode_npy, load_table, make_dataset, mentions, noise_image, write_files
+from prepare_latents import CenterCrops
+
+# ---------------------------------------------------------------------------------------------------------------------
+# EXIF
+
+
+def exif_field(tag: int, kind: int, value: bytes, count: int = 1) -> bytes:
+    return struct.pack("<HHI", tag, kind, count) + value
+
+
+UNEXPECTED_FIELDS = {  # what Pillow fails to write again
+    "resolution_unit_as_byte": exif_field(0x0128, 1, b"\2\0\0\0"),
+    "x_resolution_as_text": exif_field(0x011A, 2, b"72\0\0", 3),
+    "make_as_number": exif_field(0x010F, 3, b"\7\0\0\0"),
+    "negative_positioning": exif_field(0x0213, 9, b"\xff\xff\xff\xff"),
+}
+STRIPES = np.repeat(np.array([[250, 10], [120, 60]], np.uint8), 8, axis=0).repeat(8, axis=1)  # 16 x 16, in quarters
+
+
+def photo(orientation: int, *fields: bytes) -> bytes:
+    """A JPEG of 16 x 24 pixels with these EXIF fields: `STRIPES`, and white at the right."""
+    fields = sorted(
+        [exif_field(0x0112, 3, struct.pack("<HH", orientation, 0)), *fields], key=lambda field: field[1::-1]
+    )
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(fields)) + b"".join(fields) + bytes(4)
+    pixels = np.concatenate([STRIPES, np.full((16, 8), 255, np.uint8)], axis=1)
+    return encode(pixels, "JPEG", quality=100, exif=exif)
+
+
+TURNED = {  # orientation: what a viewer shows of rows of pixels
+    1: lambda rows: rows,
+    2: np.fliplr,
+    3: lambda rows: np.rot90(rows, 2),
+    4: np.flipud,
+    5: np.transpose,
+    6: lambda rows: np.rot90(rows, -1),
+    7: lambda rows: np.rot90(rows, 2).T,
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+@pytest.mark.parametrize("field", UNEXPECTED_FIELDS)
+def test_photo_with_an_unexpected_exif_field_is_turned(field, orientation):
+    data = photo(orientation, UNEXPECTED_FIELDS[field])
+    rows = np.concatenate([STRIPES, np.full((16, 8), 255, np.uint8)], axis=1)
+    expected = TURNED[orientation](rows)
+    assert image_size("a.jpg", data) == expected.shape
+    pixels = decode_pixels("a.jpg", data, expected.shape, 1)[0]
+    np.testing.assert_allclose(pixels.numpy().astype(int), expected, atol=3)
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_tiff_is_turned_once(orientation, dtype):
+    rows = noise_image(0, 8, 12)
+    data = encode(rows.astype(dtype) * (np.iinfo(dtype).max // 255), "TIFF", tiffinfo={274: orientation})
+    expected = TURNED[orientation](rows)
+    assert image_size("a.tif", data) == expected.shape
+    torch.testing.assert_close(
+        decode_pixels("a.tif", data, expected.shape, 1)[0].float(),
+        torch.from_numpy(expected.astype(np.float32)),
+        atol=1e-3,
+        rtol=0,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whatever a decoder raises names the file
+
+
+@pytest.mark.parametrize("error", [struct.error, TypeError, AttributeError, KeyError, IndexError, MemoryError])
+def test_any_exception_of_a_decoder_names_the_file(monkeypatch, error):
+    def fail(image):
+        raise error("the decoder's words")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("PIL.JpegImagePlugin.JpegImageFile.load", fail)
+        with pytest.raises(BadImageError, match=mentions("a.jpg", "the decoder's words")):
+            decode_pixels("a.jpg", photo(6), (4, 4), 3)
+    monkeypatch.setattr(PIL.Image.Image, "getexif", fail)
+    for read in (lambda data: decode_pixels("a.jpg", data, (4, 4), 3), lambda data: image_size("a.jpg", data)):
+        with pytest.raises(BadImageError, match=mentions("a.jpg")):
+            read(photo(6))
+
+
+def test_image_size_of_a_truncated_png_names_the_file():
+    with pytest.raises(BadImageError, match=mentions("b.png")):
+        image_size("b.png", encode(noise_image(0, 32, 32, 3))[:900])
+
+
+READERS = {  # a loader of batches of a table, with one worker
+    "training": lambda root: DataLoader(
+        (dataset := make_dataset(root, num_channels=3)),
+        batch_sampler=StreamBatchSampler(dataset.stream, 2),
+        num_workers=1,
+        collate_fn=collate,
+    ),
+    "evaluation": lambda root: DataLoader(TableImages(load_table(root), (4, 4), 3), batch_size=2, num_workers=1),
+    "latents": lambda root: DataLoader(
+        CenterCrops(load_table(root), (4, 4), 3, "error"), sampler=range(2), batch_size=2, num_workers=1
+    ),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_bad_image_in_a_worker_is_one_short_line(tmp_path, reader):
+    truncated = encode(noise_image(0, 32, 32, 3))[:900]
+    root = write_files(tmp_path / "f", {"a.png": constant("RGB", 7), "b.png": truncated})
+    with pytest.raises(BadImageError, match=mentions("b.png")) as raised:
+        next(iter(READERS[reader](root)))
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 200 + len(str(root))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the numbers mean
+
+
+def tiff(
+    bits: int,
+    photometric: int,
+    pixels: bytes,
+    *,
+    samples: int = 1,
+    planar: int = 1,
+    kind: int = 1,
+    order: str = "<",
+    compressed: bool = False,
+    extra: int | None = None,
+) -> bytes:
+    """A TIFF of 8 x 8 pixels in one strip (or one a plane); `kind` is its SampleFormat, `extra` that of its alpha."""
+    strips = samples if planar == 2 else 1
+    strip = len(pixels) // strips
+    data = [pixels[i * strip : (i + 1) * strip] for i in range(strips)]
+    data = [zlib.compress(piece) for piece in data] if compressed else data
+    entries = {256: ("I", [8]), 257: ("I", [8]), 258: ("H", [bits] * samples), 259: ("H", [8 if compressed else 1])}
+    entries |= {262: ("H", [photometric]), 277: ("H", [samples]), 278: ("I", [8]), 284: ("H", [planar])}
+    entries |= {279: ("I", [len(piece) for piece in data]), 339: ("H", [kind] * samples)}
+    entries |= {} if extra is None else {338: ("H", [extra])}
+    end = 8 + 2 + 12 * (len(entries) + 1) + 4 + 2 * 100  # more than the values that do not fit into their entries
+    entries[273] = ("I", [end + sum(len(piece) for piece in data[:i]) for i in range(strips)])
+    directory, tail, tail_at = b"", b"", 8 + 2 + 12 * len(entries) + 4
+    for tag, (letter, values) in sorted(entries.items()):
+        value = struct.pack(f"{order}{len(values)}{letter}", *values)
+        if len(value) > 4:
+            value, tail = struct.pack(f"{order}I", tail_at + len(tail)), tail + value
+        directory += struct.pack(f"{order}HHI", tag, 3 if letter == "H" else 4, len(values)) + value.ljust(4, b"\0")
+    start = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(entries))
+    return (start + directory + bytes(4) + tail).ljust(end, b"\0") + b"".join(data)
+
+
+def png(bits: int, colour: int, row: bytes, transparent: bytes = b"", kind: bytes = b"tRNS") -> bytes:
+    """A PNG of 8 equal rows of 8 pixels; `colour` is its colour type."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 8, 8, bits, colour, 0, 0, 0)), (kind, transparent)]
+    chunks += [(b"IDAT", zlib.compress((b"\0" + row) * 8)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
+        if body or name != kind
+    )
+
+
+def words(*values: int, order: str = "<") -> bytes:
+    return struct.pack(f"{order}{64 * len(values)}H", *(value for value in values for _ in range(64)))
+
+
+RGB16 = struct.pack("<3H", 65535, 32896, 0) * 64
+LEVELS = {  # name: (file, levels of all its pixels when it is decoded to as many channels)
+    "tiff_12_bits_white": (tiff(12, 1, b"\xff" * 96), [255]),
+    "tiff_12_bits_middle": (tiff(12, 1, b"\x80\x08\x00" * 32), [128 * 4096 / 4095 * 255 / 256]),
+    "tiff_12_bits_compressed": (tiff(12, 1, b"\xff" * 96, compressed=True), [255]),
+    "tiff_16_bits": (tiff(16, 1, words(32896)), [128]),
+    "tiff_16_bits_big_endian": (tiff(16, 1, words(32896, order=">"), order=">"), [128]),
+    "tiff_16_bits_white_is_zero": (tiff(16, 0, words(0)), [255]),
+    "tiff_16_bits_white_is_zero_dark": (tiff(16, 0, words(65535 - 257)), [1]),
+    "tiff_16_bits_white_is_zero_compressed": (tiff(16, 0, words(65535 - 257), compressed=True), [1]),
+    "tiff_8_bits_white_is_zero": (tiff(8, 0, bytes([254]) * 64), [1]),
+    "tiff_16_bits_interleaved": (tiff(16, 2, RGB16, samples=3), [255, 128, 0]),
+    "tiff_16_bits_interleaved_compressed": (tiff(16, 2, RGB16, samples=3, compressed=True), [255, 128, 0]),
+    "tiff_8_bits_in_planes": (tiff(8, 2, bytes([9] * 64 + [90] * 64 + [255] * 64), samples=3, planar=2), [9, 90, 255]),
+    "tiff_8_bits_in_planes_compressed": (
+        tiff(8, 2, bytes([9] * 64 + [90] * 64 + [255] * 64), samples=3, planar=2, compressed=True),
+        [9, 90, 255],
+    ),
+    "tiff_premultiplied_alpha": (tiff(8, 1, bytes([51, 51]) * 64, samples=2, extra=1), [255]),
+    "png_2_bits_transparent": (png(2, 0, b"\x55\x55", b"\0\1"), [255]),
+    "png_2_bits_not_transparent": (png(2, 0, b"\x55\x55", b"\0\2"), [85]),
+    "png_4_bits_transparent": (png(4, 0, b"\x33" * 4, b"\0\3"), [255]),
+    "png_4_bits_transparent_kept": (png(4, 0, b"\x33" * 4, b"\0\3"), [51, 51, 51, 0]),
+    "png_4_bits_not_transparent": (png(4, 0, b"\x33" * 4, b"\0\x33"), [255]),  # only the lower four bits count
+    "png_8_bits_transparent": (png(8, 0, bytes(8), b"\0\0"), [255]),
+    "png_16_bits_transparent": (png(16, 0, bytes(16), b"\0\0"), [255]),
+    "png_16_bits_transparent_to_3": (png(16, 0, bytes(16), b"\0\0"), [255, 255, 255]),
+    "png_16_bits_transparent_kept": (png(16, 0, b"\x80\x80" * 8, b"\x80\x80"), [128, 128, 128, 0]),
+    "png_16_bits_not_transparent": (png(16, 0, b"\x80\x80" * 8, b"\x80\x81"), [128]),
+    "png_16_bits_not_transparent_kept": (png(16, 0, b"\x80\x80" * 8, b"\x80\x81"), [128, 128, 128, 255]),
+    "pgm_10_bits": (b"P5 8 8 1023\n" + words(1023, order=">"), [255]),
+    "ppm_10_bits": (b"P6 8 8 1023\n" + words(1023, 1023, 1023, order=">"), [255, 255, 255]),
+}
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_levels_mean_what_the_file_says(name):
+    data, expected = LEVELS[name]
+    pixels = decode_pixels(name, data, (8, 8), len(expected)).float()
+    expected = torch.tensor(expected, dtype=torch.float32)[:, None, None].expand(pixels.shape)
+    torch.testing.assert_close(pixels, expected, atol=0.01, rtol=0)
+
+
+REFUSED = {  # name: (file, what the message mentions)
+    "signed_8.tif": (tiff(8, 1, bytes(64), kind=2), ["signed"]),
+    "signed_16.tif": (tiff(16, 1, words(1), kind=2), ["signed"]),
+    "unsigned_32.tif": (tiff(32, 1, bytes(256)), [32, "bits"]),
+    "planes_16.tif": (tiff(16, 2, words(65535, 32768, 0), samples=3, planar=2), [16, "planes"]),
+    "planes_16_deflate.tif": (tiff(16, 2, words(9, 9, 9), samples=3, planar=2, compressed=True), [16, "planes"]),
+    "ten_bits.tif": (tiff(10, 1, bytes(80)), ["TIFF", "-depth"]),
+    "white_is_zero_big_endian.tif": (tiff(16, 0, words(0), order=">"), ["TIFF", "-depth"]),
+    "float.tif": (encode(np.zeros((4, 4), np.float32), "TIFF"), ["floating-point"]),
+    "colour_16.png": (png(16, 2, bytes(48), bytes(6)), [16, "transparent", "alpha"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_levels_of_unknown_meaning_are_refused(name):
+    data, mentioned = REFUSED[name]
+    with pytest.raises(BadImageError, match=mentions(name, *mentioned)):
+        decode_pixels(name, data, (8, 8), 3)
+
+
+NARROW = {  # name of the second file: (the file of an image of 16 bits whose first is 0, whether a warning is right)
+    "ten_bits.png": (encode(np.full((8, 8), 1023, np.uint16)), True),
+    "almost.png": (encode(np.full((8, 8), 4095, np.uint16)), True),
+    "sixteenth.png": (encode(np.full((8, 8), 4096, np.uint16)), False),
+    "white_is_zero.tif": (tiff(16, 0, words(1023)), False),  # from black in the first file to almost white
+    "ten_bits.npy": (encode_npy(np.full((8, 8, 1), 1023, np.uint16)), True),
+    "eight_bits.png": (constant("L", 3), True),  # does not count; the 16-bit image is black
+}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_little_of_the_range_of_16_bits_is_a_warning(tmp_path, caplog, name):
+    data, warned = NARROW[name]
+    root = write_files(tmp_path / "f", {"a.png": encode(np.zeros((8, 8), np.uint16)), name: data})
+    with caplog.at_level(logging.WARNING):
+        describe_data(load_table(root), None, None)
+    messages = [record.message for record in caplog.records if "16 bits" in record.message]
+    assert len(messages) == warned and all(str(root) in message for message in messages)
+
+
+def test_dark_image_of_8_bits_is_no_warning(tmp_path, caplog):
+    describe_data(load_table(write_files(tmp_path / "f", {"a.png": 0, "b.png": 1})), None, None)
+    assert not caplog.records
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arrays
+
+
+def test_array_with_channels_first_is_refused_with_its_order(tmp_path):
+    root = write_files(tmp_path / "f", {"a.npy": encode_npy(noise_image(0, 3, 16, 16))})
+    with pytest.raises(BadImageError, match=mentions("a.npy", (3, 16, 16), "C x H x W", "--num_channels 16")):
+        describe_data(load_table(root), None, None)
+    with pytest.raises(BadImageError, match=mentions("a.npy", (3, 16, 16), "C x H x W", "--num_channels")):
+        decode_pixels("a.npy", encode_npy(noise_image(0, 3, 16, 16)), (8, 8), 3)
+
+
+def test_array_of_many_channels_needs_num_channels(tmp_path):
+    array = noise_image(0, 12, 16, 5)
+    root = write_files(tmp_path / "f", {"a.npy": encode_npy(array)})
+    with pytest.raises(BadImageError, match=mentions("a.npy", (12, 16, 5), "--num_channels 5")) as raised:
+        describe_data(load_table(root), None, None)
+    assert "C x H x W" not in str(raised.value)
+    assert describe_data(load_table(root), None, 5).num_channels == 5
+    assert detect_num_channels(load_table(root), max_channels=5) == 5  # of a VAE with five
+    pixels = decode_pixels("a.npy", encode_npy(array), (12, 16), 5)
+    np.testing.assert_allclose(pixels.permute(1, 2, 0), array, atol=1e-3)
+
+
+def test_array_saved_with_its_channels_last_is_read(tmp_path):
+    array = noise_image(0, 3, 12, 16)
+    data = encode_npy(array.transpose(1, 2, 0))  # what the message proposes; in memory it is a view
+    root = write_files(tmp_path / "f", {"a.npy": data})
+    assert describe_data(load_table(root), None, None).num_channels == 3
+    np.testing.assert_allclose(decode_pixels("a.npy", data, (12, 16), 3), array, atol=1e-3)
