@@ -93,7 +93,7 @@ REPLACED |= {"models/diffit-256": "outputs/latents", "207,360,387,974": "0,1,2"}
 WITH_FLAGS = ("train_diffit", "sample_diffit", "eval_diffit", "prepare_latents", "train_vae")
 WITH_FLAGS += ("convert_nvidia_checkpoint", "make_digits")
 FEW_STEPS = ["--num_inference_steps=4"]
-FEW_IMAGES = f"--num_images=12 --num_inference_steps=4 --num_subsets=2 --reference=path/to/images {EXTRACTOR}".split()
+FEW_IMAGES = f"--num_images=12 --num_subsets=2 --reference=path/to/images {EXTRACTOR}".split()
 SAMPLES = {
     "plain": "--model_path=outputs/muon --seeds=0-7 --batch_size=4 --num_inference_steps=5",
     "edm_heun": "--model_path=outputs/edm --seeds=0-7 --class_labels=all --scheduler=edm_heun --s_churn=4"
@@ -563,7 +563,8 @@ class Comparison:
         for i, (script, flags) in enumerate(self.commands):
             if script == "eval_diffit.py":
                 flags = [flag for flag in flags if flag != "inception_score"]  # needs a download
-                jobs[f"evaluation/README-{i}"] = [script, *flags, *FEW_IMAGES, f"--output=outputs/metrics-{i}/a.json"]
+                flags += FEW_IMAGES + ([] if "--images" in flags else ["--num_inference_steps=4"])
+                jobs[f"evaluation/README-{i}"] = [script, *flags, f"--output=outputs/metrics-{i}/a.json"]
                 for side in (self.base, self.head):
                     (side.folder / f"outputs/metrics-{i}").mkdir()
         for name in self.run_jobs(jobs):
