@@ -38,8 +38,8 @@ def encode_labels(
     if distinct and all(isinstance(value, str) for value in distinct):
         if alike := same_in_unicode(distinct):
             raise UserError(
-                f"{source}: the classes {ascii(alike[0])} and {ascii(alike[1])} look alike, because they are one name in "
-                "two Unicode normal forms (NFC, NFD): rename one"
+                f"{source}: the classes {ascii(alike[0])} and {ascii(alike[1])} look alike, because they are one name "
+                "in two Unicode normal forms (NFC, NFD): rename one"
             )
         numeric = all(value.isdecimal() for value in distinct)
         names = sorted(distinct, key=(lambda name: (int(name), name)) if numeric else None)  # "2" before "10"
