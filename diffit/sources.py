@@ -15,14 +15,17 @@ import json
 import logging
 import os
 import re
+import tempfile
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Self
 
 import numpy as np
+import pyarrow.parquet
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 from datasets import config as datasets_config
 from datasets.exceptions import DatasetGenerationError, DatasetsError
@@ -30,7 +33,7 @@ from huggingface_hub import constants as hub_constants
 
 from diffit.command_line import require_one
 from diffit.decode import _natural_channels, _open_image
-from diffit.errors import BadImageError, UserError, global_rank, user_errors
+from diffit.errors import BadImageError, UserError, global_rank, message_of, user_errors
 from diffit.labels import encode_labels, find_labels, why_no_label_column
 from diffit.listing import IMAGE_EXTENSIONS, Files, check_splits, list_files, read_file, read_from_zip
 from diffit.run_dir import our_files
@@ -201,8 +204,12 @@ def _load_dataset(source: SourceConfig, need_labels: bool) -> ImageTable:
     """Opens --dataset_name."""
     name, split = source.dataset_name, source.dataset_split
     _check_dataset_folder(Path(name))
-    failures = (OSError, ValueError, DatasetsError)  # not there, no such configuration or split, damaged
-    with user_errors(f"--dataset_name {name} (--dataset_split {split})", *failures):
+    if Path(name).is_dir() and "[" in os.path.realpath(name):
+        raise UserError(
+            f"--dataset_name {name}: `datasets` reads the brackets in this path as a pattern and finds no files: "
+            "rename the folder, or give it as --train_data_dir"
+        )
+    with _loading(f"--dataset_name {name} (--dataset_split {split})", source.cache_dir):
         rows = load_dataset(name, source.dataset_config_name, split=split, cache_dir=source.cache_dir)
     # `datasets` keeps what it downloads and unpacks in its caches.
     caches = [datasets_config.HF_DATASETS_CACHE, datasets_config.DOWNLOADED_DATASETS_PATH]
@@ -215,25 +222,75 @@ def _load_dataset(source: SourceConfig, need_labels: bool) -> ImageTable:
 def _load_parquet_file(source: SourceConfig, need_labels: bool) -> ImageTable:
     """Opens --train_data_file."""
     file = source.train_data_file
+    if Path(file).is_dir():
+        raise UserError(f"--train_data_file {file} is a folder: give it as --train_data_dir")
     if not Path(file).is_file():
         raise UserError(f"--train_data_file: no such file: {file}")
+    if _read_footer(file)[1] == 0:  # `datasets` fails at it
+        raise UserError(f"--train_data_file {file} has no rows")
     rows = read_parquet([file], source.cache_dir)
     folders = (os.path.realpath(Path(file).parent),)
     return _table_from_columns(rows, file, source, folders, need_labels)
 
 
 def _load_folder_or_zip(source: SourceConfig, need_labels: bool) -> ImageTable:
-    """Opens --train_data_dir: the rows of its parquet files if there are any, otherwise its image files."""
+    """Opens --train_data_dir: the rows of parquet files that hold images if there are any, otherwise image files."""
     root = Path(source.train_data_dir)
     files = list_files(root, source.follow_links)
-    parquet = [name for name in files.names if name.lower().endswith(".parquet")]
-    if not parquet or root.is_file():
+    parquet = [] if root.is_file() else _parquet_of_images(files, source.image_column)
+    if not parquet:
         return _table_from_files(files, source, need_labels)
-    files.check_utf8(parquet)
     check_splits(root, parquet)
+    files.leave_out("image files next to parquet files of images", files.images(skip_other_formats=True))
+    files.report()
     rows = read_parquet([str(root / name) for name in parquet], source.cache_dir)
     folders = (os.path.realpath(root),)
     return _table_from_columns(rows, str(root), source, folders, need_labels)
+
+
+def _parquet_of_images(files: Files, image_column: str | None) -> list[str]:
+    """The parquet files in a folder that hold images; the others, such as captions, are counted as left out.
+
+    Args:
+        files: of the folder.
+        image_column: --image_column; without it, a column of type Image is needed if there are image files, too.
+
+    Raises:
+        UserError: names a parquet file that is damaged, or that may hold images as the image files next to it do.
+    """
+    parquet = [name for name in files.names if name.lower().endswith(".parquet")]
+    files.check_utf8(parquet)
+    footers = {name: _read_footer(str(files.root / name)) for name in parquet}
+    filled = [name for name in parquet if footers[name][1] > 0]
+    if parquet and not filled:
+        raise UserError(f"--train_data_dir {files.root}: {parquet[0]} has no rows")
+    if image_column is not None:
+        chosen = [name for name in filled if image_column in footers[name][0]]
+    else:
+        chosen = [name for name in filled if any(isinstance(kind, Image) for kind in footers[name][0].values())]
+    has_image_files = any(PurePosixPath(name).suffix.lower() in IMAGE_EXTENSIONS for name in files.names)
+    if not chosen and not has_image_files:
+        return filled  # whose columns are then named by an error
+    for name in filled if not chosen else ():
+        columns = [column for column, kind in footers[name][0].items() if _may_hold_images(kind)]
+        if columns:
+            raise UserError(
+                f"--train_data_dir {files.root} holds image files, and {name} with the columns {', '.join(columns)}, "
+                "which may hold images: give --image_column, or move the parquet files away"
+            )
+    files.leave_out("parquet files without images", (name for name in filled if name not in set(chosen)))
+    files.leave_out("empty parquet files", (name for name in parquet if footers[name][1] == 0))
+    return chosen
+
+
+def _read_footer(path: str) -> tuple[Features, int]:
+    """Columns and number of rows of a parquet file."""
+    with user_errors(f"cannot read parquet {path}", Exception), pyarrow.parquet.ParquetFile(path) as file:
+        return Features.from_arrow_schema(file.schema_arrow), file.metadata.num_rows
+
+
+def _may_hold_images(kind: object) -> bool:
+    return getattr(kind, "dtype", None) in ("binary", "large_binary") or (isinstance(kind, dict) and "bytes" in kind)
 
 
 def _check_dataset_folder(root: Path) -> None:
@@ -248,11 +305,38 @@ def _check_dataset_folder(root: Path) -> None:
 
 
 def read_parquet(paths: list[str], cache_dir: str | None) -> Dataset:
+    """The rows of parquet files, which `datasets` copies into its cache.
+
+    Raises:
+        UserError: names the files if one is damaged, or the cache if that cannot be written.
+    """
     files = [glob.escape(os.path.abspath(path)) for path in paths]  # `datasets` reads them as patterns
-    try:
+    with _loading(f"cannot read parquet {', '.join(paths)}", cache_dir):
         return load_dataset("parquet", data_files=files, split="train", cache_dir=cache_dir)
-    except (DatasetGenerationError, OSError, ValueError) as error:
-        raise UserError(f"cannot read parquet {', '.join(paths)}: {error.__cause__ or error}") from error
+
+
+@contextlib.contextmanager
+def _loading(what: str, cache_dir: str | None) -> Iterator[None]:
+    """Turns exceptions of `datasets.load_dataset` into a `UserError`, which names the cache if that is the cause."""
+    try:
+        yield
+    except (OSError, ValueError, DatasetsError) as error:  # not there, no such configuration or split, damaged
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        problem = _cache_problem(cache_dir) or message_of(cause)
+        raise UserError(f"{what}: {problem}") from error
+
+
+def _cache_problem(cache_dir: str | None) -> str | None:
+    cache = Path(cache_dir or datasets_config.HF_DATASETS_CACHE)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            return None
+    except OSError as error:
+        return (
+            f"the cache of the datasets library, {cache}, cannot be written ({error.strerror}): name another folder "
+            "by --cache_dir or by the environment variable HF_HOME"
+        )
 
 
 def _table_from_columns(
@@ -260,6 +344,8 @@ def _table_from_columns(
 ) -> ImageTable:
     if isinstance(rows, DatasetDict):
         raise UserError(f"{source}: --dataset_split must name one of {list(rows)}")
+    if len(rows) == 0:
+        raise UserError(f"{source} has no rows")
     features = rows.features
     image_column = _find_column(source, "--image_column", flags.image_column, features, Image, required=True)
     label_column = _find_column(source, "--label_column", flags.label_column, features, ClassLabel, need_labels)

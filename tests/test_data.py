@@ -537,6 +537,66 @@ def test_label_column_with_a_csv_says_that_it_is_not_read(tmp_path):
         load_table(root, label_column="label")
 
 
+def test_parquet_without_images_next_to_images_is_counted_and_the_images_are_read(tmp_path, caplog):
+    """As written by img2dataset, and by tools that keep features next to images."""
+    root = write_files(tmp_path / "set", {"00000/0.jpg": constant("L", 7, "JPEG"), "00000/1.png": 9})
+    write_parquet(root / "00000.parquet", url=(TEXT, ["a"]), caption=(TEXT, ["b"]))
+    write_parquet(root / "features.parquet", feature=(Sequence(Value("float32")), [[1.0]]))
+    assert contents(load_table(root)) == [(7,), (9,)]
+    assert mentions(f"{root}: left out parquet files without images: 2", "00000.parquet").search(caplog.text)
+
+
+def test_parquet_without_images_next_to_parquet_of_images_is_counted(tmp_path, caplog):
+    write_parquet(tmp_path / "set/metadata.parquet", caption=(TEXT, ["b"]))
+    write_parquet(tmp_path / "set/images.parquet", image=(IMAGE, [3]))
+    write_parquet(tmp_path / "set/empty.parquet", image=(IMAGE, []))
+    write_files(tmp_path / "set", {"preview.png": 1, "README.md": "x"})
+    assert contents(load_table(tmp_path / "set")) == [(3,)]
+    reasons = ["without images: 1 (metadata.parquet)", "empty parquet files: 1", "preview.png", ".md"]
+    assert mentions("left out", *reasons).search(caplog.text)
+
+
+def test_parquet_that_may_hold_images_next_to_images_is_refused(tmp_path):
+    root = write_files(tmp_path / "set", {"1.png": 1})
+    write_parquet(root / "a.parquet", blob=(Value("binary"), [constant("L", 5)]))
+    with pytest.raises(ValueError, match=mentions(f"--train_data_dir {root}", "a.parquet", "blob", "--image_column")):
+        load_table(root)
+    assert contents(load_table(root, image_column="blob")) == [(5,)]
+
+
+@pytest.mark.parametrize("source", ["train_data_file", "train_data_dir", "dataset_name"])
+def test_parquet_without_rows_is_named(source, tmp_path):
+    file = write_parquet(tmp_path / "set/train.parquet", image=(IMAGE, []))
+    path = file if source == "train_data_file" else file.parent
+    with pytest.raises(ValueError, match=mentions(path)):
+        load_image_table(SourceConfig(**{source: str(path)}, cache_dir=str(tmp_path / "cache")))
+
+
+def test_source_given_by_the_wrong_flag_says_which_is_right(tmp_path):
+    file = write_parquet(tmp_path / "set/train.parquet", image=(IMAGE, [1]))
+    with pytest.raises(ValueError, match=mentions(f"--train_data_file {file.parent}", "--train_data_dir")):
+        load_image_table(SourceConfig(train_data_file=str(file.parent)))
+    with pytest.raises(ValueError, match=mentions(f"--train_data_dir {file}", "--train_data_file")):
+        load_image_table(SourceConfig(train_data_dir=str(file)))
+
+
+def test_dataset_name_with_brackets_says_what_helps(tmp_path):
+    file = write_parquet(tmp_path / "[x]/train.parquet", image=(IMAGE, [1]))
+    with pytest.raises(ValueError, match=mentions(f"--dataset_name {file.parent}", "--train_data_dir")):
+        load_image_table(SourceConfig(dataset_name=str(file.parent), cache_dir=str(tmp_path / "cache")))
+    assert contents(load_table(file.parent)) == [(1,)]
+
+
+@pytest.mark.parametrize("source", ["train_data_file", "train_data_dir", "dataset_name"])
+def test_cache_that_cannot_be_written_is_named(source, tmp_path):
+    file = write_parquet(tmp_path / "set/train.parquet", image=(IMAGE, [1]))
+    write_files(tmp_path, {"in_the_way": "a file"})
+    cache = tmp_path / "in_the_way" / "cache"
+    path = file if source == "train_data_file" else file.parent
+    with pytest.raises(ValueError, match=mentions(path, cache, "--cache_dir", "HF_HOME")):
+        load_image_table(SourceConfig(**{source: str(path)}, cache_dir=str(cache)))
+
+
 def test_damaged_parquet_is_named(tmp_path):
     write_files(tmp_path, {"a.parquet": "this is not parquet"})
     with pytest.raises(ValueError, match=r"a\.parquet"):
