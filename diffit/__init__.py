@@ -12,7 +12,7 @@
     latents_config, vae_config,       settings of prepare_latents.py, train_vae.py and
     convert_config                        convert_nvidia_checkpoint.py
     sources, decode, stream, latents  images or prepared latents, to the tensors at a position of the stream
-    image_formats                     what the numbers in an image file mean
+    image_formats, colour_profiles    what the numbers in an image file mean; other colour spaces to sRGB
     batches, augment                  a micro-batch on the device: encoded, augmented, noisy
     formulations                      DDPM and EDM: noise levels, network inputs, loss, schedulers
     networks                          build, adapt, load and place networks and VAEs; attention backends
