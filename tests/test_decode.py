@@ -385,3 +385,61 @@ def test_profile_that_is_srgb_changes_nothing():
     array = noise_image(0, 8, 8, 3)
     pixels = decode_pixels("a.png", encode(array, icc_profile=profile), (8, 8), 3)
     assert torch.equal(pixels, torch.from_numpy(array).permute(2, 0, 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mutated files
+
+SEEDS = {  # a file of every format that is read, with all that a decoder looks at
+    "BMP": encode(noise_image(0, 16, 24, 3), "BMP"),
+    "GIF": encode(PIL.Image.fromarray(noise_image(0, 16, 24)).convert("P"), "GIF", transparency=3),
+    "JPEG": photo(6, *UNEXPECTED_FIELDS.values()),
+    "JPEG_CMYK": encode(PIL.Image.fromarray(noise_image(0, 16, 24, 4), "CMYK"), "JPEG"),
+    "JPEG_profile": encode(noise_image(0, 16, 24, 3), "JPEG", progressive=True, icc_profile=P3_PROFILE),
+    "PNG": encode(noise_image(0, 16, 24, 4), icc_profile=P3_PROFILE),
+    "PNG_16": png(16, 0, bytes(range(16)), b"\0\1"),
+    "PGM": b"P5 8 8 1023\n" + words(700, order=">"),
+    "TIFF": encode(noise_image(0, 16, 24, 3), "TIFF", tiffinfo={274: 6}, icc_profile=P3_PROFILE),
+    "TIFF_12": tiff(12, 1, bytes(range(96))),
+    "TIFF_LZW": encode(noise_image(0, 16, 24, 3), "TIFF", compression="tiff_lzw"),
+    "TIFF_white_is_zero": tiff(16, 0, words(700), compressed=True),
+    "WEBP": encode(noise_image(0, 16, 24, 4), "WEBP", icc_profile=P3_PROFILE),
+    "NPY": encode_npy(noise_image(0, 16, 24, 3)),
+}
+
+
+def mutated(data: bytes, rng: np.random.Generator) -> bytes:
+    """The file with some bytes changed (half of the time in its first 200), cut, removed or doubled."""
+    data, place = bytearray(data), int(rng.integers(200 if rng.random() < 0.5 else len(data))) % len(data)
+    for _ in range(int(rng.integers(1, 6))):
+        data[(place + int(rng.integers(24))) % len(data)] = int(rng.choice([0, 1, 127, 128, 255, rng.integers(256)]))
+    match rng.integers(6):
+        case 0:
+            del data[place:]
+        case 1:
+            del data[place : place + int(rng.integers(1, 12))]
+        case 2:
+            data[place:place] = data[place : place + int(rng.integers(1, 40))]
+    return bytes(data)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", SEEDS)
+def test_mutated_file_gives_an_image_or_a_bad_image_with_its_name(kind):
+    rng = np.random.default_rng(sorted(SEEDS).index(kind))
+    read = refused = 0
+    for i in range(2000):
+        name, data, num_channels = f"mutation-{i}.file", mutated(SEEDS[kind], rng), int(rng.choice([1, 3, 4]))
+        try:
+            pixels = decode_pixels(name, data, (6, 8), num_channels, (0.3, 0.8), flip=True)
+            assert pixels.shape == (num_channels, 6, 8) and 0 <= pixels.min() and pixels.max() <= 255
+            read += 1
+        except BadImageError as error:
+            assert name in str(error) and "\n" not in str(error), repr(error)
+            refused += 1
+        try:
+            assert min(image_size(name, data)) > 0
+        except BadImageError as error:
+            assert name in str(error)
+    assert read and refused > 50, (read, refused)
