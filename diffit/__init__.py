@@ -12,7 +12,7 @@
     latents_config, vae_config,       flags of prepare_latents.py, train_vae.py and
     convert_config                        convert_nvidia_checkpoint.py
     sources, decode, stream, latents  reading images or prepared latents; the tensors at each position of the stream
-    image_formats                     what the numbers in an image file mean
+    image_formats, colour_profiles    what the numbers in an image file mean; other color spaces to sRGB
     listing, labels                   the files in a folder or zip of images, and their classes
     batches, augment                  micro-batches on the device: VAE encoding, augmentation, noise
     formulations                      DDPM and EDM: noise levels, network inputs, loss, schedulers

@@ -16,6 +16,7 @@ import PIL.features
 import PIL.Image
 import torch
 
+from diffit.colour_profiles import to_srgb
 from diffit.errors import BadImageError, global_rank, message_of
 from diffit.image_formats import check_levels, grey_levels, upright, upright_size
 
@@ -143,6 +144,7 @@ def _planes(image: PIL.Image.Image | np.ndarray, name: str, num_channels: int) -
     else:
         image = upright(image)
         image = image.convert("LA") if image.mode == "La" else image  # Pillow converts it to no other mode
+        image = to_srgb(image)
         if num_channels == 4:
             return [image.convert("RGBA")]
         if _has_transparency(image):
@@ -167,8 +169,9 @@ def decode_pixels(
     """Decodes one image, crops it to the aspect ratio of `resolution`, resizes it (antialiased Lanczos) and flips it.
 
     Transparency is composed on white unless `num_channels` is 4. EXIF rotation is applied. An animation yields its
-    first frame. Grey images of 9 to 16 bits are scaled to [0, 255] without rounding; of 16-bit colours the upper eight
-    bits are used.
+    first frame. Colours are converted to sRGB where an 8-bit image has another ICC profile (see `to_srgb`); gamma and
+    chromaticities that a PNG states otherwise are ignored. Grey images of 9 to 16 bits are scaled to [0, 255] without
+    rounding; of 16-bit colours the upper eight bits are used.
 
     Args:
         name: name of the image in error messages.

@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import PIL.Image
+import PIL.ImageCms
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -301,3 +302,144 @@ def test_array_saved_with_its_channels_last_is_read(tmp_path):
     root = write_files(tmp_path / "f", {"a.npy": data})
     assert describe_data(load_table(root), None, None).num_channels == 3
     np.testing.assert_allclose(decode_pixels("a.npy", data, (12, 16), 3), array, atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Colour profiles
+
+
+DISPLAY_P3 = ((0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407))  # XYZ of R, G, B
+SRGB = ((0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.7141))
+
+
+def icc_profile(gamma: float, primaries: tuple | None) -> bytes:
+    """A profile of version 2 with this exponent; without primaries, one of greys."""
+
+    def fixed(*values: float) -> bytes:
+        return struct.pack(f">{len(values)}i", *(round(value * 65536) for value in values))
+
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
+    tags = {b"wtpt": b"XYZ " + bytes(4) + fixed(0.9642, 1, 0.8249)}
+    if primaries is None:
+        tags[b"kTRC"] = curve
+    else:
+        tags |= {b"%cXYZ" % c: b"XYZ " + bytes(4) + fixed(*xyz) for c, xyz in zip(b"rgb", primaries, strict=True)}
+        tags |= {b"%cTRC" % c: curve for c in b"rgb"}
+    start, directory, body = 128 + 4 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for tag, value in tags.items():
+        directory += tag + struct.pack(">II", start + len(body), len(value))
+        body += value
+    space = b"GRAY" if primaries is None else b"RGB "
+    header = struct.pack(">I4sI4s4s4s", start + len(body), b"\0\0\0\0", 0x02100000, b"mntr", space, b"XYZ ")
+    header = (header.ljust(36, b"\0") + b"acsp").ljust(68, b"\0") + fixed(0.9642, 1, 0.8249)
+    return header.ljust(128, b"\0") + directory + body
+
+
+def in_srgb(levels: tuple[int, ...], gamma: float, primaries: tuple) -> np.ndarray:
+    """The same colour in sRGB, by the formulas of the standards."""
+    linear = np.linalg.solve(np.array(SRGB).T, np.array(primaries).T @ (np.array(levels) / 255) ** gamma).clip(0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+P3_PROFILE, GREY_PROFILE = icc_profile(2.2, DISPLAY_P3), icc_profile(1.8, None)
+COLOUR = (200, 100, 50)
+GREY = in_srgb((100,) * 3, 1.8, SRGB)[:1]
+PROFILES = {  # name: (file, levels of its pixels)
+    "p3.png": (constant("RGB", COLOUR, icc_profile=P3_PROFILE), in_srgb(COLOUR, 2.2, DISPLAY_P3)),
+    "p3.jpg": (constant("RGB", COLOUR, "JPEG", quality=100, icc_profile=P3_PROFILE), in_srgb(COLOUR, 2.2, DISPLAY_P3)),
+    "p3.tif": (constant("RGB", COLOUR, "TIFF", icc_profile=P3_PROFILE), in_srgb(COLOUR, 2.2, DISPLAY_P3)),
+    "p3.webp": (
+        constant("RGB", COLOUR, "WEBP", lossless=True, icc_profile=P3_PROFILE),
+        in_srgb(COLOUR, 2.2, DISPLAY_P3),
+    ),
+    "alpha.png": (
+        constant("RGBA", (*COLOUR, 51), icc_profile=P3_PROFILE),
+        0.2 * in_srgb(COLOUR, 2.2, DISPLAY_P3) + 0.8 * 255,
+    ),
+    "alpha_kept.png": (
+        constant("RGBA", (*COLOUR, 51), icc_profile=P3_PROFILE),
+        [*in_srgb(COLOUR, 2.2, DISPLAY_P3), 51],
+    ),
+    "grey.png": (constant("L", 100, icc_profile=GREY_PROFILE), GREY),
+    "grey_alpha.png": (constant("LA", (100, 51), icc_profile=GREY_PROFILE), 0.2 * GREY + 0.8 * 255),
+    "none.png": (constant("RGB", COLOUR), COLOUR),
+    "other_kind.png": (constant("L", 100, icc_profile=P3_PROFILE), [100]),
+    "damaged.png": (constant("RGB", COLOUR, icc_profile=P3_PROFILE[:300]), COLOUR),
+    "garbage.png": (constant("RGB", COLOUR, icc_profile=b"garbage"), COLOUR),
+}
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_colours_are_converted_to_srgb(name):
+    data, expected = PROFILES[name]
+    pixels = decode_pixels(name, data, (4, 4), len(expected)).permute(1, 2, 0)
+    np.testing.assert_allclose(pixels, np.broadcast_to(expected, pixels.shape), atol=2)
+
+
+def test_conversion_moves_the_colour_by_more_than_its_tolerance():
+    assert np.abs(in_srgb(COLOUR, 2.2, DISPLAY_P3) - COLOUR).min() > 6 and abs(GREY - 100) > 6
+
+
+def test_profile_that_is_srgb_changes_nothing():
+    profile = PIL.ImageCms.ImageCmsProfile(PIL.ImageCms.createProfile("sRGB")).tobytes()
+    array = noise_image(0, 8, 8, 3)
+    pixels = decode_pixels("a.png", encode(array, icc_profile=profile), (8, 8), 3)
+    assert torch.equal(pixels, torch.from_numpy(array).permute(2, 0, 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mutated files
+
+SEEDS = {  # a file of every format that is read, with all that a decoder looks at
+    "BMP": encode(noise_image(0, 16, 24, 3), "BMP"),
+    "GIF": encode(PIL.Image.fromarray(noise_image(0, 16, 24)).convert("P"), "GIF", transparency=3),
+    "JPEG": photo(6, *UNEXPECTED_FIELDS.values()),
+    "JPEG_CMYK": encode(PIL.Image.fromarray(noise_image(0, 16, 24, 4), "CMYK"), "JPEG"),
+    "JPEG_profile": encode(noise_image(0, 16, 24, 3), "JPEG", progressive=True, icc_profile=P3_PROFILE),
+    "PNG": encode(noise_image(0, 16, 24, 4), icc_profile=P3_PROFILE),
+    "PNG_16": png(16, 0, bytes(range(16)), b"\0\1"),
+    "PGM": b"P5 8 8 1023\n" + words(700, order=">"),
+    "TIFF": encode(noise_image(0, 16, 24, 3), "TIFF", tiffinfo={274: 6}, icc_profile=P3_PROFILE),
+    "TIFF_12": tiff(12, 1, bytes(range(96))),
+    "TIFF_LZW": encode(noise_image(0, 16, 24, 3), "TIFF", compression="tiff_lzw"),
+    "TIFF_white_is_zero": tiff(16, 0, words(700), compressed=True),
+    "WEBP": encode(noise_image(0, 16, 24, 4), "WEBP", icc_profile=P3_PROFILE),
+    "NPY": encode_npy(noise_image(0, 16, 24, 3)),
+}
+
+
+def mutated(data: bytes, rng: np.random.Generator) -> bytes:
+    """The file with some bytes changed (half of the time in its first 200), cut, removed or doubled."""
+    data, place = bytearray(data), int(rng.integers(200 if rng.random() < 0.5 else len(data))) % len(data)
+    for _ in range(int(rng.integers(1, 6))):
+        data[(place + int(rng.integers(24))) % len(data)] = int(rng.choice([0, 1, 127, 128, 255, rng.integers(256)]))
+    match rng.integers(6):
+        case 0:
+            del data[place:]
+        case 1:
+            del data[place : place + int(rng.integers(1, 12))]
+        case 2:
+            data[place:place] = data[place : place + int(rng.integers(1, 40))]
+    return bytes(data)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", SEEDS)
+def test_mutated_file_gives_an_image_or_a_bad_image_with_its_name(kind):
+    rng = np.random.default_rng(sorted(SEEDS).index(kind))
+    read = refused = 0
+    for i in range(2000):
+        name, data, num_channels = f"mutation-{i}.file", mutated(SEEDS[kind], rng), int(rng.choice([1, 3, 4]))
+        try:
+            pixels = decode_pixels(name, data, (6, 8), num_channels, (0.3, 0.8), flip=True)
+            assert pixels.shape == (num_channels, 6, 8) and 0 <= pixels.min() and pixels.max() <= 255
+            read += 1
+        except BadImageError as error:
+            assert name in str(error) and "\n" not in str(error), repr(error)
+            refused += 1
+        try:
+            assert min(image_size(name, data)) > 0
+        except BadImageError as error:
+            assert name in str(error)
+    assert read and refused > 50, (read, refused)
