@@ -60,7 +60,6 @@ from diffit.networks import (
     Networks,
     build_networks,
     read_model_config,
-    read_pretrained_scheduler,
     vae_on_meta,
 )
 from diffit.optimization import (
@@ -83,6 +82,7 @@ from diffit.plan import (
     plan_formulation,
     print_dry_run,
 )
+from diffit.pretrained import read_pretrained_scheduler
 from diffit.processes import (
     StopRequest,
     build_accelerator,

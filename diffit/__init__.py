@@ -14,6 +14,7 @@
     sources, decode, stream, latents  reading images or prepared latents; the tensors at each position of the stream
     batches, augment                  micro-batches on the device: VAE encoding, augmentation, noise
     formulations                      DDPM and EDM: noise levels, network inputs, loss, schedulers
+    pretrained                        models to start from: which weights a path means, how they were trained
     networks                          building, loading, adapting and placing networks and VAEs; attention backends
     cpu_kernels                       fast CPU layers that replace the reference ones
     optimization                      AdamW, Muon, learning-rate schedules, EMA, non-finite steps, the training state

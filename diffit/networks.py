@@ -1,7 +1,6 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
 """Networks and VAEs: checking their configs, building them, adapting saved weights, placing them on a device."""
 
-import contextlib
 import difflib
 import inspect
 import json
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, UNet2DModel
+from diffusers import AutoencoderKL, ModelMixin, UNet2DModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,6 +24,7 @@ from diffit.config import ModelConfig
 from diffit.cpu_kernels import kernelize
 from diffit.errors import UserError, load_model, user_errors
 from diffit.latents import LatentTable, load_vae, vae_description
+from diffit.pretrained import network_subfolder
 from diffit.processes import on_all_processes
 from diffit.sources import Table
 from diffit_model import (
@@ -119,34 +119,6 @@ def fits(value, annotation) -> bool:
     return isinstance(value, int | float if annotation is float else annotation)
 
 
-def network_subfolder(path: str) -> str | None:
-    """The network's subfolder, `"unet"` or `"transformer"`, in a pipeline's folder or repository.
-
-    None if the folder or repository contains a network itself.
-    """
-    for part in ("unet", "transformer"):
-        if Path(path).is_dir():
-            if Path(path, part).is_dir():
-                return part
-            continue
-        with contextlib.suppress(OSError):
-            UNet2DModel.load_config(path, subfolder=part)
-            return part
-    return None
-
-
-def read_pretrained_scheduler(path: str | None) -> dict[str, Any]:
-    """The config of the scheduler saved with pretrained weights; empty without a path or a scheduler."""
-    if path is None:
-        return {}
-    # The path may be a network's folder inside a pipeline's folder.
-    inside = Path(path).name.startswith(("unet", "transformer")) and Path(path).is_dir()
-    with contextlib.suppress(OSError):
-        return dict(DDPMScheduler.load_config(str(Path(path).parent) if inside else path, subfolder="scheduler"))
-    logger.warning(f"{path} has no scheduler: make sure that the flags match how its weights were trained")
-    return {}
-
-
 def vae_on_meta(path: str | None) -> AutoencoderKL | None:
     """The VAE of --vae_model_name_or_path on the meta device, without weights; None without a path.
 
@@ -217,7 +189,8 @@ def build_networks(
 def build_model(config: dict, pretrained: str | None = None, reset_class_embeddings: bool = False) -> ModelMixin:
     """Builds a network with new or pretrained weights.
 
-    Pretrained weights are adapted to another resolution or other classes (see `adapt_weights`); changes are logged.
+    Pretrained weights are adapted to another resolution or other classes (see `adapt_weights`); changes are logged, and
+    which weights of a pipeline or checkpoint they are (see `network_subfolder`).
 
     Args:
         config: the network's complete config.
@@ -239,6 +212,7 @@ def build_model(config: dict, pretrained: str | None = None, reset_class_embeddi
     )
     with user_errors(f"--pretrained_model_name_or_path {pretrained}", ValueError):
         weights, changes = adapt_weights(source, model, reset_class_embeddings)
+    logger.info(f"initial weights: {pretrained}{'' if subfolder is None else f', {subfolder}'}")
     for change in changes:
         logger.warning(f"{pretrained}: {change}")
     model.load_state_dict(weights)

@@ -145,7 +145,8 @@ class Plan:
 
     def agreement(self, data: DataFacts) -> dict[str, Any]:
         """The values that must be the same in all processes, by names that the user understands."""
-        return self.resolved_flags() | {"the training data": data.digest, "the network": self.model_config}
+        inherited = {"the noise schedule": dict(self.formulation.inherited)}
+        return self.resolved_flags() | inherited | {"the training data": data.digest, "the network": self.model_config}
 
     def resolved_flags(self) -> dict[str, Any]:
         """The values that flags take if they were not given, as saved with the run."""
@@ -185,11 +186,16 @@ def plan_formulation(
     Raises:
         UserError: if a flag belongs to another formulation, or previews take more steps than there are timesteps.
     """
-    formulation = choose_formulation(asked, pretrained, model.vae_model_name_or_path is not None)
     name = model.pretrained_model_name_or_path
-    for flag, (theirs, ours) in differences(formulation, pretrained).items():
+    with user_errors(f"--pretrained_model_name_or_path {name}", ValueError):
+        formulation = choose_formulation(asked, pretrained, model.vae_model_name_or_path is not None)
+    if formulation.inherited:
+        logger.info(f"noise schedule of {name}: {formulation.describe()}")
+    flags = {"formulation", *formulation.flag_names()}
+    for setting, (theirs, ours) in differences(formulation, pretrained).items():
         # Pretrained weights rarely transfer to another prediction target or noise schedule.
-        logger.warning(f"{name} was trained with --{flag} {theirs}, but this run uses {ours}")
+        setting = f"--{setting}" if setting in flags else setting
+        logger.warning(f"{name} was trained with {setting} {theirs}, but this run uses {ours}")
     preview_steps, most = validation.validation_inference_steps, formulation.max_sampling_steps
     if most is not None and preview_steps > most:
         raise UserError(f"--validation_inference_steps {preview_steps} is more than --num_train_timesteps {most}")

@@ -15,6 +15,7 @@ from diffit.cpu_kernels import kernelize
 from diffit.errors import UserError, load_model, user_errors
 from diffit.formulations import formulation_of
 from diffit.networks import choose_attention_backend, model_class, set_attention_backend
+from diffit.pretrained import checkpoint_weights
 from diffit.sampling_config import SamplingConfig
 from diffit_pipeline import (
     FORWARD_PROCESS,
@@ -77,10 +78,7 @@ def _load_checkpoint(
     model_path: str, sampling: SamplingConfig, weights: str | None, vae: AutoencoderKL | None
 ) -> DiffiTPipeline:
     """The pipeline of a checkpoint, with the classes and the VAE of the run that it belongs to."""
-    averages = [
-        path.name for part in ("unet", "transformer") for path in sorted(Path(model_path).glob(f"{part}_ema*"))
-    ]
-    weights = weights or next(iter(averages), "unet" if Path(model_path, "unet").is_dir() else "transformer")
+    weights = weights or checkpoint_weights(Path(model_path))
     network_class = model_class(UNet2DModel.load_config(model_path, subfolder=weights))
     network = network_class.from_pretrained(
         model_path, subfolder=weights, torch_dtype=DTYPES[sampling.dtype], use_safetensors=True

@@ -1,15 +1,17 @@
 """Plans: derived numbers and refusals, tested without data, models or training."""
 
 import dataclasses
+import json
 
 import pytest
 
 from diffit.config import parse_args
 from diffit.errors import UserError
 from diffit.formulations import DDPM, EDM
-from diffit.networks import read_model_config, read_pretrained_scheduler
+from diffit.networks import read_model_config
 from diffit.plan import DataFacts, Plan, VaeFacts, make_plan, plan_batch, plan_formulation, to_steps
-from helpers import train
+from diffit.pretrained import read_pretrained_scheduler
+from helpers import mentions, train
 
 FACTS = DataFacts("the data", 24, "digest", ("blue", "green", "red"), 3)
 VAE = VaeFacts(pixels_per_latent=2, image_channels=3, latent_channels=4)
@@ -174,6 +176,28 @@ def test_finetuning_inherits_the_formulation_of_the_weights(plan, train_args, tm
     assert "was trained with" not in caplog.text
     assert plan(path, "--prediction_type=v_prediction").formulation.prediction_type == "v_prediction"
     assert "was trained with --prediction_type epsilon" in caplog.text
+
+
+def test_finetuned_pipeline_has_the_betas_of_its_source(train_args, tmp_path, caplog):
+    train([*train_args, "--max_train_steps=1"])
+    file = tmp_path / "run/scheduler/scheduler_config.json"
+    betas = {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "rescale_betas_zero_snr": True,
+    }
+    file.write_text(json.dumps(json.loads(file.read_text()) | betas))
+    again = [flag for flag in train_args if not flag.startswith("--model_config")]
+    again += [f"--pretrained_model_name_or_path={tmp_path / 'run'}", f"--output_dir={tmp_path / 'tuned'}"]
+    train([*again, "--max_train_steps=1"])
+    tuned = json.loads((tmp_path / "tuned/scheduler/scheduler_config.json").read_text())
+    assert {name: tuned[name] for name in betas} == betas
+    assert mentions(tmp_path / "run", "beta_start 0.00085", "beta_end 0.012").search(caplog.text)
+    with pytest.raises(
+        UserError, match=mentions("--pretrained_model_name_or_path", "epsilon", "rescale_betas_zero_snr")
+    ):
+        train([*again, "--prediction_type=epsilon", f"--output_dir={tmp_path / 'other'}"])
 
 
 def test_resolved_flags_hold_the_derived_values(plan):
