@@ -23,12 +23,13 @@ import re
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+from diffusers import DDIMScheduler, DiTPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from diffit.command_line import run_script
-from diffit.errors import UserError, load_model, user_errors
+from diffit.errors import UserError, user_errors
+from diffit.latents import load_vae
 from diffit.run_dir import OutputFolder
 from diffit_model import DiffiTTransformer2DModel, relative_position_index
 
@@ -249,12 +250,16 @@ def main(config: ConvertConfig) -> None:
     model = model_from_nvidia(read_checkpoint(checkpoint))
     vae = None
     if config.vae is not None:
-        what = f"--vae {config.vae}: cannot load an AutoencoderKL"
-        vae = load_model(what, AutoencoderKL.from_pretrained, config.vae)
+        vae = load_vae(config.vae, "--vae")
         if vae.config.latent_channels != model.config.in_channels:
             raise UserError(
                 f"--vae {config.vae} has {vae.config.latent_channels} latent channels, "
                 f"the checkpoint {model.config.in_channels}"
+            )
+        if any(vae.config[name] for name in ("shift_factor", "latents_mean", "latents_std")):
+            raise UserError(
+                f"--vae {config.vae} has a shift_factor, latents_mean or latents_std, which diffusers' DiTPipeline "
+                "ignores: its images would be wrong"
             )
     # The diffusion process of the training. Clipping is off because latents are not confined to [-1, 1].
     scheduler = DDIMScheduler(

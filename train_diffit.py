@@ -31,7 +31,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
-from diffit.batches import BatchPreparer, build_batches, open_tables
+from diffit.batches import BatchPreparer, build_batches, open_tables, with_checked_latents
 from diffit.checkpoint import (
     file_digest,
     find_checkpoint,
@@ -173,6 +173,7 @@ def main(config: TrainConfig) -> None:
 
         # 5. train and finish
         batches = build_batches(table, plan, config.data, config.batch.seed, state.position, accelerator)
+        batches = with_checked_latents(batches, networks.vae, accelerator.device)
         probabilities = (config.diffusion.label_dropout, config.data.augmentation_probability)
         null = null_label(networks.model)
         preparer = BatchPreparer(formulation, accelerator.device, networks.vae, null, *probabilities)

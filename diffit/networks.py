@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffit.config import ModelConfig
 from diffit.cpu_kernels import kernelize
 from diffit.errors import UserError, load_model, user_errors
-from diffit.latents import LatentTable, load_vae, vae_description
+from diffit.latents import CHANNEL_STATISTICS, LatentTable, load_vae, read_vae_config, vae_description
 from diffit.pretrained import network_subfolder
 from diffit.processes import on_all_processes
 from diffit.sources import Table
@@ -34,6 +34,7 @@ from diffit_model import (
     align_bias_for_xformers,
     xformers_unsupported_reasons,
 )
+from diffit_pipeline import latent_scaling
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -123,20 +124,16 @@ def vae_on_meta(path: str | None) -> AutoencoderKL | None:
     """The VAE of --vae_model_name_or_path on the meta device, without weights; None without a path.
 
     Raises:
-        UserError: if there is no such VAE.
+        UserError: if there is no such VAE, or its scaling is not known.
     """
     if path is None:
         return None
-    try:
-        config = AutoencoderKL.load_config(path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--vae_model_name_or_path {path}: no such config on this machine or on the hub: {error}"
-        ) from error
-    if config.get("_class_name") != "AutoencoderKL":
-        raise UserError(f"--vae_model_name_or_path {path} is a {config.get('_class_name')}, not an AutoencoderKL")
+    config = read_vae_config(path)
     with torch.device("meta"):
-        return AutoencoderKL.from_config(config)
+        vae = AutoencoderKL.from_config(config)
+    with user_errors(f"--vae_model_name_or_path {path}", ValueError):
+        latent_scaling(vae)
+    return vae
 
 
 def build_vae(path: str | None, table: Table, device: torch.device) -> AutoencoderKL | None:
@@ -149,11 +146,12 @@ def build_vae(path: str | None, table: Table, device: torch.device) -> Autoencod
         return None
     vae = load_vae(path)
     if isinstance(table, LatentTable):
-        for key, value in vae_description(vae).items():
-            if table.metadata[key] != value:
+        description = vae_description(vae)
+        for key in dict.fromkeys([*description, *CHANNEL_STATISTICS]):
+            then, now = (values.get(key) for values in (table.metadata, description))
+            if then != now:
                 raise UserError(
-                    f"--latents_dir {table.source} was encoded by a VAE with {key} {table.metadata[key]}, but {path} "
-                    f"has {value}"
+                    f"--latents_dir {table.source} was encoded by a VAE with {key} {then}, but {path} has {now}"
                 )
     return vae.to(device)
 
@@ -189,8 +187,8 @@ def build_networks(
 def build_model(config: dict, pretrained: str | None = None, reset_class_embeddings: bool = False) -> ModelMixin:
     """Builds a network with new or pretrained weights.
 
-    Pretrained weights are adapted to another resolution or other classes (see `adapt_weights`); changes are logged, and
-    which weights of a pipeline or checkpoint they are (see `network_subfolder`).
+    Pretrained weights are adapted to another resolution or other classes (see `adapt_weights`). Changes are logged,
+    and so is which weights of a pipeline or checkpoint they are (see `network_subfolder`).
 
     Args:
         config: the network's complete config.

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, UNet2DModel
 from diffit.cpu_kernels import kernelize
 from diffit.errors import UserError, load_model, user_errors
 from diffit.formulations import formulation_of
+from diffit.latents import load_vae
 from diffit.networks import choose_attention_backend, model_class, set_attention_backend
 from diffit.pretrained import checkpoint_weights
 from diffit.sampling_config import SamplingConfig
@@ -60,8 +61,7 @@ def load_pipeline(model_path: str, sampling: SamplingConfig, weights: str | None
     """
     vae = None
     if sampling.vae is not None:
-        what = f"--vae {sampling.vae}: cannot load an AutoencoderKL"
-        vae = load_model(what, AutoencoderKL.from_pretrained, sampling.vae, use_safetensors=True)
+        vae = load_vae(sampling.vae, "--vae")
     what = f"--model_path {model_path}: cannot load a pipeline"
     if Path(model_path, "state.json").is_file():
         pipeline = load_model(what, _load_checkpoint, model_path, sampling, weights, vae)

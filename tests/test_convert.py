@@ -393,6 +393,14 @@ def test_vae_of_other_latents_raises_and_writes_nothing(tmp_path):
     assert not (tmp_path / "converted").exists()
 
 
+@pytest.mark.parametrize("config", [{"shift_factor": 0.1}, {"latents_std": (2.0,) * 4}])
+def test_vae_whose_scaling_diffusers_pipeline_ignores_raises(config, tmp_path):
+    tiny_vae(**config).save_pretrained(tmp_path / "tiny_vae")
+    with pytest.raises(ValueError, match=mentions(f"--vae {tmp_path / 'tiny_vae'}", "DiTPipeline")):
+        convert(nvidia_tensors(), tmp_path, f"--vae={tmp_path / 'tiny_vae'}")
+    assert not (tmp_path / "converted").exists()
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
