@@ -400,33 +400,42 @@ class DiffiTPipeline(DiffusionPipeline):
         """Channels of the images, or of the latents if there is no VAE to decode them."""
         return self.network.config.in_channels if self.vae is None else self.vae.config.out_channels
 
-    def label_ids(self, class_labels: int | str | list[int | str] | torch.Tensor) -> list[int]:
+    def label_ids(self, class_labels: int | str | list[int | str] | range | np.ndarray | torch.Tensor) -> list[int]:
         """Converts class labels, given as indices or names, to indices.
 
-        A name may be a class's full name or one of its comma-separated synonyms. Full names take precedence over
-        synonyms, and names over numbers.
+        A name may be a class's full name or one of its comma-separated synonyms; full names take precedence. A number
+        means the same as its text: the class of that name, otherwise the class with that index. It is refused if that
+        class has another number for a name. A tensor always holds indices, as for the network.
+
+        Args:
+            class_labels: one label, or a list, tuple, range or array of shape (B) of labels; or a tensor, shape (B).
 
         Raises:
-            ValueError: if the model is unconditional, a label is unknown, or several classes share it; names the
-                label.
+            ValueError: if the model is unconditional, there is no label, a label is unknown or means several classes;
+                names the label.
         """
-        if isinstance(class_labels, torch.Tensor):
+        are_indices = isinstance(class_labels, torch.Tensor)
+        if isinstance(class_labels, torch.Tensor | np.ndarray):
             class_labels = class_labels.tolist()
-        if not isinstance(class_labels, list | tuple):
+        if not isinstance(class_labels, list | tuple | range):
             class_labels = [class_labels]
         num_classes = null_label(self.network)
         if num_classes is None:
             raise ValueError(f"class labels {class_labels} were given, but the model is unconditional")
+        if len(class_labels) == 0:
+            raise ValueError("class_labels is empty: give one label, or one per image")
         whole_names, synonyms = {}, {}  # class indices of each name: sets, because ImageNet has two cranes
         for number, name in (self.config.id2label or {}).items():
             whole_names.setdefault(name, set()).add(int(number))
             for synonym in name.split(","):
                 synonyms.setdefault(synonym.strip(), set()).add(int(number))
+        numeric = {index for name, indices in whole_names.items() if name.isdecimal() for index in indices}
         ids = []
         for label in class_labels:
-            matches = sorted(whole_names.get(label) or synonyms.get(label) or ())
-            if not matches and str(label).isdecimal():
-                matches = [int(label)]
+            text = str(label)
+            matches = [] if are_indices else sorted(whole_names.get(text) or synonyms.get(text) or ())
+            if not matches and text.isdecimal() and (are_indices or int(text) not in numeric):
+                matches = [int(text)]
             if len(matches) > 1:
                 raise ValueError(f"{label!r} is the name of the classes {matches}: give a number")
             if not matches or not 0 <= matches[0] < num_classes:

@@ -21,6 +21,7 @@ from diffit.errors import UserError, user_errors
 from diffit.formulations import Formulation, choose_formulation, differences, formulation_flags
 from diffit.latents import LatentTable, pixels_per_latent
 from diffit.networks import model_class, training_flops_per_image
+from diffit.run_dir import listed
 from diffit.sources import Table, detect_num_channels
 from diffit_model import DiffiTModelMixin, DiffiTTransformer2DModel, DiffiTUNet2DModel
 
@@ -462,6 +463,11 @@ def describe_run(plan: Plan, model: ModelMixin, table: Table, num_held_out: int)
     )
     if table.class_names is not None and plan.class_names is None:
         text += f"; {table.source} has {len(table.class_names)} classes, which only --class_conditional uses"
+    if plan.class_names is not None:
+        empty = sorted(set(range(len(plan.class_names))) - set(table.labels[table.indices].tolist()))
+        if empty:
+            names = listed([repr(plan.class_names[index]) for index in empty])
+            text += f"; {len(empty)} of {len(plan.class_names)} classes have no image, yet can be sampled: {names}"
     return text
 
 

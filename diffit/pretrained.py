@@ -64,6 +64,24 @@ def model_folder(path: str) -> str | None:
     return str(around) if is_part else None
 
 
+def read_class_names(path: str) -> tuple[str, ...] | None:
+    """Names of the classes of saved weights, in order; None if nothing around the weights tells them.
+
+    Those of a checkpoint are in the pipeline that its run has exported, if it has done so already.
+    """
+    home = model_folder(path)
+    if home is not None and Path(home, "state.json").is_file():
+        home = str(Path(home).absolute().parent)
+    if home is None or (Path(home).is_dir() and not Path(home, "model_index.json").is_file()):
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        id2label = DiffusionPipeline.load_config(home).get("id2label")
+        if isinstance(id2label, dict):
+            names = [id2label.get(str(index)) for index in range(len(id2label))]
+            return None if None in names else tuple(names)
+    return None
+
+
 def read_pretrained_scheduler(path: str | None) -> dict[str, Any]:
     """Complete config of the scheduler that the weights were trained with; empty without a path or a scheduler.
 

@@ -204,7 +204,7 @@ def parse_class_labels(pipeline: DiffiTPipeline, text: str) -> list[int]:
     """
     labels = [label.strip() for label in text.split(",")]
     if text == "all":
-        labels = list(range(null_label(pipeline.network) or 0))
+        labels = torch.arange(null_label(pipeline.network) or 0)  # indices, whatever the classes are called
     with user_errors(f"--class_labels {text}", ValueError):
         return pipeline.label_ids(labels)
 
@@ -244,7 +244,7 @@ def sample_seeds(
         if pad:
             indices += indices[-1:] * (batch_size - num_images)
         images = pipeline(
-            class_labels=None if labels is None else [labels[i] for i in indices],
+            class_labels=None if labels is None else torch.tensor([labels[i] for i in indices]),
             batch_size=len(indices),
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=guidance.scale,

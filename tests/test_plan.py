@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -162,6 +163,16 @@ def test_values_refused_by_the_network_name_the_flag(pair, words, plan):
     with pytest.raises(UserError) as error:
         plan("--model_kwargs", pair)
     assert all(word in str(error.value) for word in ("--model_config", *words))
+
+
+def test_classes_without_an_image_are_reported(train_args, image_folder, tmp_path, caplog):
+    """Labels 1 to 3 make an empty class 0."""
+    names = [f"{name}/{i}.png" for name in ("blue", "green", "red") for i in range(8)]
+    shutil.copytree(image_folder, tmp_path / "data")
+    labels = [[name, 1 + number // 8] for number, name in enumerate(names)]
+    (tmp_path / "data/dataset.json").write_text(json.dumps({"labels": labels}))
+    train([*train_args, f"--train_data_dir={tmp_path / 'data'}", "--max_train_steps=1"])
+    assert mentions("1 of 4 classes", "'0'").search(caplog.text)
 
 
 # --- formulation
