@@ -238,7 +238,7 @@ def build_state(
         digest += f" {vae_description(networks.vae)}"
     state = TrainingState(model, averages, raw_optimizer, lr_scheduler, data.num_images, digest)
     if run.checkpoint is not None:
-        load_checkpoint(run.checkpoint, run.accelerator, run.flags, state)
+        load_checkpoint(run.checkpoint, run.accelerator, run.flags, state, plan)
     return state
 
 

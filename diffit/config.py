@@ -439,7 +439,7 @@ class RunConfig:
     )
     resume_from_checkpoint: str | None = flag(
         None,
-        "resume from this checkpoint: a path, or `latest` for the newest in --output_dir (default: start from "
+        "resume from this checkpoint: a path, or `checkpoint-N` or `latest` in --output_dir (default: start from "
         "scratch)",
         type=path_type,
     )

@@ -245,6 +245,11 @@ def plan_schedule(asked: ScheduleConfig, max_train_steps: int, batch: BatchPlan)
             f"--lr_warmup_steps {warmup} must be less than the length of the training ({max_train_steps} steps) with "
             "--lr_scheduler polynomial"
         )
+    if warmup >= max_train_steps and asked.lr_scheduler not in ("constant", "piecewise_constant"):
+        logger.warning(
+            f"--lr_warmup_steps {warmup} is not shorter than the training ({max_train_steps} steps): the learning "
+            f"rate only reaches {(max_train_steps - 1) / max(warmup, 1):.2g} of --learning_rate"
+        )
     return warmup, decay
 
 

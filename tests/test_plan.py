@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+from accelerate import PartialState
 
 from diffit.config import parse_args
 from diffit.errors import UserError
@@ -79,6 +80,20 @@ def test_warmup_and_decay_become_steps(plan):
 def test_schedule_longer_than_the_training_is_refused(flags, words, plan):
     with pytest.raises(UserError, match=words):
         plan(*flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "warned"),
+    [
+        (["--lr_scheduler=cosine", "--max_train_steps=101"], True),
+        (["--lr_scheduler=cosine", "--max_train_steps=501"], False),
+        (["--lr_scheduler=constant", "--max_train_steps=101"], False),
+    ],
+)
+def test_warmup_longer_than_the_training_is_reported_with_the_rate_that_is_reached(flags, warned, plan, caplog):
+    PartialState()  # for the log
+    plan(*flags)
+    assert bool(mentions("--lr_warmup_steps 500", "101 steps", "0.2").search(caplog.text)) is warned
 
 
 # --- periodic work
