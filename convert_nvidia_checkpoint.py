@@ -23,12 +23,15 @@ import re
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+from diffusers import DDIMScheduler, DiTPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from diffit.command_line import run_script
-from diffit.errors import UserError, load_model, user_errors
+from diffit.errors import UserError, user_errors
+from diffit.formulations import complete_scheduler_config
+from diffit.latents import load_vae
+from diffit.pretrained import model_folder
 from diffit.run_dir import OutputFolder
 from diffit_model import DiffiTTransformer2DModel, relative_position_index
 
@@ -40,6 +43,11 @@ OUR_NAMES = {
     "t_embedder.mlp.2": "time_embedding.linear_2",
     "y_embedder.embedding_table": "class_embedding",
     "final_layer.linear": "proj_out",
+}
+# The objective and the noise schedule of the released weights, which the layout does not record.
+NVIDIA_OBJECTIVE = {
+    **{"prediction_type": "epsilon", "num_train_timesteps": 1000},
+    **{"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
 }
 LINEAR_LAYERS_OF_A_BLOCK = ("attn.qkv", "attn.qkv_temb", "attn.proj", "mlp.fc1", "mlp.fc2")
 
@@ -219,20 +227,40 @@ def read_trained_folder(path: Path) -> dict[str, torch.Tensor]:
             another objective than NVIDIA's.
     """
     files = [path / folder / "diffusion_pytorch_model.safetensors" for folder in ("transformer", "")]
-    scheduler_file = path / "scheduler" / "scheduler_config.json"
-    if scheduler_file.is_file():
-        with user_errors(f"--checkpoint {path}: {scheduler_file.name} is damaged", ValueError, TypeError):
-            scheduler = dict(json.loads(scheduler_file.read_text()))
-        target = scheduler.get("prediction_type"), scheduler.get("beta_schedule")
-        if target != ("epsilon", "linear"):  # EDM has no beta_schedule
-            raise UserError(
-                f"--to_nvidia: {path} was trained with {scheduler.get('_class_name')}, prediction_type {target[0]} "
-                f"and beta_schedule {target[1]}; NVIDIA's layout implies epsilon and linear betas"
-            )
     for file in files:
         if file.is_file():
+            check_objective(path)
             return read_safetensors(file)
     raise UserError(f"--checkpoint {path}: neither {files[0]} nor {files[1]} is there")
+
+
+def check_objective(path: Path) -> None:
+    """Refuses weights of another objective or noise schedule than NVIDIA's, which its layout cannot record.
+
+    The scheduler is the one in the folder or, for the folder of a network, in the pipeline or checkpoint around it.
+    Without one, a line says that nothing was checked.
+
+    Raises:
+        UserError: names --to_nvidia and all settings that differ.
+    """
+    home = model_folder(str(path))
+    file = Path(home or path, "scheduler", "scheduler_config.json")
+    if not file.is_file():
+        print(f"--checkpoint {path} has no scheduler: make sure that it was trained with {NVIDIA_OBJECTIVE}")
+        return
+    with user_errors(f"--checkpoint {path}: {file.name} is damaged", ValueError, TypeError):
+        scheduler = complete_scheduler_config(dict(json.loads(file.read_text())))
+    expected = NVIDIA_OBJECTIVE | {"trained_betas": None, "rescale_betas_zero_snr": False}
+    differ = [
+        f"{name} {scheduler.get(name)}" for name, value in expected.items() if scheduler.get(name, value) != value
+    ]
+    if "beta_schedule" not in scheduler:  # EDM, flow matching
+        differ.append("no beta_schedule")
+    if differ:
+        raise UserError(
+            f"--to_nvidia: {path} was trained with {scheduler.get('_class_name')}, {', '.join(differ)}; NVIDIA's "
+            f"layout implies {', '.join(f'{name} {value}' for name, value in NVIDIA_OBJECTIVE.items())}"
+        )
 
 
 def main(config: ConvertConfig) -> None:
@@ -249,22 +277,19 @@ def main(config: ConvertConfig) -> None:
     model = model_from_nvidia(read_checkpoint(checkpoint))
     vae = None
     if config.vae is not None:
-        what = f"--vae {config.vae}: cannot load an AutoencoderKL"
-        vae = load_model(what, AutoencoderKL.from_pretrained, config.vae)
+        vae = load_vae(config.vae, "--vae")
         if vae.config.latent_channels != model.config.in_channels:
             raise UserError(
                 f"--vae {config.vae} has {vae.config.latent_channels} latent channels, "
                 f"the checkpoint {model.config.in_channels}"
             )
+        if any(vae.config[name] for name in ("shift_factor", "latents_mean", "latents_std")):
+            raise UserError(
+                f"--vae {config.vae} has a shift_factor, latents_mean or latents_std, which diffusers' DiTPipeline "
+                "ignores: its images would be wrong"
+            )
     # The diffusion process of the training. Clipping is off because latents are not confined to [-1, 1].
-    scheduler = DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_start=1e-4,
-        beta_end=0.02,
-        beta_schedule="linear",
-        prediction_type="epsilon",
-        clip_sample=False,
-    )
+    scheduler = DDIMScheduler(**NVIDIA_OBJECTIVE, clip_sample=False)
     pipeline = DiTPipeline(transformer=model, vae=vae, scheduler=scheduler)
     folder.create()
     for name, component in pipeline.components.items():

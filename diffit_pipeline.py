@@ -147,6 +147,40 @@ def null_label(network: torch.nn.Module) -> int | None:
     return num_class_embeds - 1 if type(network).__name__ == "UNet2DModel" else num_class_embeds
 
 
+def latent_scaling(
+    vae: AutoencoderKL, device: torch.device | str = "cpu"
+) -> tuple[float | torch.Tensor, float | torch.Tensor]:
+    """Scale and shift of a VAE: a network denoises `(z - shift) * scale` of the encoder's latents z.
+
+    With `latents_mean` and `latents_std` in the VAE's config these are one number per channel, shape (1, c, 1, 1):
+    `scaling_factor / latents_std` and `latents_mean`, as in diffusers' Stable Diffusion XL. Otherwise they are
+    `scaling_factor` and `shift_factor`.
+
+    Args:
+        vae: the VAE.
+        device: for the tensors.
+
+    Raises:
+        ValueError: if the VAE is no `AutoencoderKL`, or its config contradicts itself.
+    """
+    if not isinstance(vae, AutoencoderKL):
+        raise ValueError(f"the vae must be an AutoencoderKL, got {type(vae).__name__}: its scaling is not known here")
+    config, scale, shift = vae.config, vae.config.scaling_factor, vae.config.shift_factor or 0.0
+    mean, std = config.latents_mean, config.latents_std
+    for name, values in (("latents_mean", mean), ("latents_std", std)):
+        if values is not None and len(values) != config.latent_channels:
+            raise ValueError(f"the vae has {config.latent_channels} latent channels, but {len(values)} {name}")
+    if std is not None:
+        if not all(value > 0 for value in std):
+            raise ValueError(f"the vae's latents_std must be above 0, got {list(std)}")
+        scale = scale / torch.tensor(std, device=device).reshape(1, -1, 1, 1)
+    if mean is not None:
+        if shift:
+            raise ValueError(f"the vae has a shift_factor {shift} and a latents_mean: it must have only one of them")
+        shift = torch.tensor(mean, device=device).reshape(1, -1, 1, 1)
+    return scale, shift
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # EDM (Karras et al. 2022, arXiv 2206.00364): noise levels sigma instead of timesteps
 
@@ -392,7 +426,7 @@ class DiffiTPipeline(DiffusionPipeline):
 
     Raises:
         ValueError: unless exactly one of `unet` and `transformer` is given, or if the VAE has another number of
-            latent channels than the transformer.
+            latent channels than the transformer, or a scaling that is not known here.
     """
 
     model_cpu_offload_seq = "unet->transformer->vae"
@@ -404,6 +438,8 @@ class DiffiTPipeline(DiffusionPipeline):
         super().__init__()
         if (unet is None) == (transformer is None):
             raise ValueError("a pipeline has exactly one network: give either unet or transformer")
+        if vae is not None:
+            latent_scaling(vae)  # for its checks
         if (
             vae is not None
             and transformer is not None
@@ -455,6 +491,8 @@ class DiffiTPipeline(DiffusionPipeline):
             return cls(network, scheduler, index.get("id2label"), heun=heun)
 
         if vae is None and (index.get("vae") or [None])[0] is not None:
+            if index["vae"][1] != "AutoencoderKL":
+                raise ValueError(f"{model_path}: the vae must be an AutoencoderKL, it is a {index['vae'][1]}")
             vae = AutoencoderKL.from_pretrained(model_path, subfolder="vae", use_safetensors=True)
         settings = {"clip_sample": False}
         if scheduler_class is not DDPMScheduler:
@@ -499,33 +537,42 @@ class DiffiTPipeline(DiffusionPipeline):
         height, width = (size, size) if isinstance(size, int) else size
         return height * self.pixels_per_latent, width * self.pixels_per_latent
 
-    def label_ids(self, class_labels: int | str | list[int | str] | torch.Tensor) -> list[int]:
+    def label_ids(self, class_labels: int | str | list[int | str] | range | np.ndarray | torch.Tensor) -> list[int]:
         """Converts class labels, given as indices or names, to indices.
 
-        A name may be a class's full name or one of its comma-separated synonyms. Full names take precedence over
-        synonyms, and names over numbers.
+        A name may be a class's full name or one of its comma-separated synonyms; full names take precedence. A number
+        means the same as its text: the class of that name, otherwise the class with that index. It is refused if that
+        class has another number for a name. A tensor always holds indices, as for the network.
+
+        Args:
+            class_labels: one label, or a list, tuple, range or array of shape (B) of labels; or a tensor, shape (B).
 
         Raises:
-            ValueError: if the model is unconditional, a label is unknown, or several classes share it; names the
-                label.
+            ValueError: if the model is unconditional, there is no label, a label is unknown or means several classes;
+                names the label.
         """
-        if isinstance(class_labels, torch.Tensor):
+        are_indices = isinstance(class_labels, torch.Tensor)
+        if isinstance(class_labels, torch.Tensor | np.ndarray):
             class_labels = class_labels.tolist()
-        if not isinstance(class_labels, list | tuple):
+        if not isinstance(class_labels, list | tuple | range):
             class_labels = [class_labels]
         num_classes = null_label(self.network)
         if num_classes is None:
             raise ValueError(f"class labels {class_labels} were given, but the model is unconditional")
+        if len(class_labels) == 0:
+            raise ValueError("class_labels is empty: give one label, or one per image")
         whole_names, synonyms = {}, {}  # class indices of each name: sets, because ImageNet has two cranes
         for number, name in (self.config.id2label or {}).items():
             whole_names.setdefault(name, set()).add(int(number))
             for synonym in name.split(","):
                 synonyms.setdefault(synonym.strip(), set()).add(int(number))
+        numeric = {index for name, indices in whole_names.items() if name.isdecimal() for index in indices}
         ids = []
         for label in class_labels:
-            matches = sorted(whole_names.get(label) or synonyms.get(label) or ())
-            if not matches and str(label).isdecimal():
-                matches = [int(label)]
+            text = str(label)
+            matches = [] if are_indices else sorted(whole_names.get(text) or synonyms.get(text) or ())
+            if not matches and text.isdecimal() and (are_indices or int(text) not in numeric):
+                matches = [int(text)]
             if len(matches) > 1:
                 raise ValueError(f"{label!r} is the name of the classes {matches}: give a number")
             if not matches or not 0 <= matches[0] < num_classes:
@@ -805,7 +852,8 @@ class DiffiTPipeline(DiffusionPipeline):
     def _decode(self, sample: torch.Tensor) -> torch.Tensor:
         """Converts a denoised sample to images, in [0, 1] once clipped; shape (B, C, H, W). A VAE decodes latents."""
         if self.vae is not None:
-            latents = sample / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+            scale, shift = latent_scaling(self.vae, sample.device)
+            latents = sample / scale + shift
             sample = self.vae.decode(latents.to(self.vae.dtype)).sample.float()
         return sample / 2 + 0.5
 

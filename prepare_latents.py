@@ -55,13 +55,16 @@ from diffit.latents import (
     latent_features,
     latent_shard_names,
     load_vae,
+    sample_latents,
     vae_description,
     vae_latent_shape,
+    warn_of_scale,
 )
 from diffit.lock import OutputDirLock
 from diffit.processes import check_agreement, join_processes, on_all_processes, run_on_main_and_broadcast
 from diffit.run_dir import OutputFolder
 from diffit.sources import ImageTable, detect_num_channels, load_image_table
+from diffit_pipeline import latent_scaling
 
 logger = logging.getLogger("prepare_latents")
 
@@ -133,13 +136,25 @@ def missing_shards(output_dir: Path, names: list[str]) -> list[int]:
 
 
 def encode(
-    vae: AutoencoderKL, batches: Iterator[tuple[torch.Tensor, list[str | None]]], mirror: bool
+    vae: AutoencoderKL, batches: Iterator[tuple[torch.Tensor, list[str | None]]], mirror: bool, check_scale: bool
 ) -> dict[str, list]:
-    """Encodes batches of `CenterCrops` into the columns of one shard, except the labels."""
+    """Encodes batches of `CenterCrops` into the columns of one shard, except the labels.
+
+    Args:
+        vae: the encoder.
+        batches: of the shard.
+        mirror: encode the mirror images, too.
+        check_scale: whether to check the scale of the first batch's latents (see `warn_of_scale`).
+    """
     columns = {"moments": []} | ({"mirrored_moments": []} if mirror else {}) | {"bad_image": []}
     for pixels, messages in batches:
         pixels = pixels.to(vae.device)  # (B, C, H, W)
-        columns["moments"].append(encode_moments(vae, pixels).cpu().numpy())  # (B, 2c, h, w)
+        moments = encode_moments(vae, pixels)  # (B, 2c, h, w)
+        if check_scale and not columns["moments"]:
+            good = moments[[message is None for message in messages]]
+            noise = torch.randn(good.chunk(2, dim=1)[0].shape, generator=torch.Generator().manual_seed(0))
+            warn_of_scale(sample_latents(good, noise.to(good), *latent_scaling(vae, good.device)), vae)
+        columns["moments"].append(moments.cpu().numpy())
         if mirror:
             columns["mirrored_moments"].append(encode_moments(vae, pixels.flip(-1)).cpu().numpy())
         columns["bad_image"].append(messages)
@@ -205,7 +220,7 @@ def prepare(accelerator: Accelerator, config: LatentsConfig) -> None:
     )
     progress = tqdm(total=sum(map(len, ranges)), unit=" images", disable=not accelerator.is_main_process)
     for number, images, of_shard in zip(mine, ranges, batches, strict=True):
-        columns = encode(vae, itertools.islice(loader, len(of_shard)), config.mirror)
+        columns = encode(vae, itertools.islice(loader, len(of_shard)), config.mirror, check_scale=number == 0)
         if table.class_names is not None:
             columns["label"] = [table.label(index) for index in images]
         write_shard(output_dir / names[number], columns, features)

@@ -31,7 +31,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
-from diffit.batches import BatchPreparer, build_batches, open_tables
+from diffit.batches import BatchPreparer, build_batches, open_tables, with_checked_latents
 from diffit.checkpoint import (
     file_digest,
     find_checkpoint,
@@ -60,7 +60,6 @@ from diffit.networks import (
     Networks,
     build_networks,
     read_model_config,
-    read_pretrained_scheduler,
     vae_on_meta,
 )
 from diffit.optimization import (
@@ -83,6 +82,7 @@ from diffit.plan import (
     plan_formulation,
     print_dry_run,
 )
+from diffit.pretrained import read_pretrained_scheduler
 from diffit.processes import (
     StopRequest,
     build_accelerator,
@@ -173,6 +173,7 @@ def main(config: TrainConfig) -> None:
 
         # 5. train and finish
         batches = build_batches(table, plan, config.data, config.batch.seed, state.position, accelerator)
+        batches = with_checked_latents(batches, networks.vae, accelerator.device)
         probabilities = (config.diffusion.label_dropout, config.data.augmentation_probability)
         null = null_label(networks.model)
         preparer = BatchPreparer(formulation, accelerator.device, networks.vae, null, *probabilities)
@@ -237,7 +238,7 @@ def build_state(
         digest += f" {vae_description(networks.vae)}"
     state = TrainingState(model, averages, raw_optimizer, lr_scheduler, data.num_images, digest)
     if run.checkpoint is not None:
-        load_checkpoint(run.checkpoint, run.accelerator, run.flags, state)
+        load_checkpoint(run.checkpoint, run.accelerator, run.flags, state, plan)
     return state
 
 

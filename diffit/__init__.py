@@ -16,6 +16,7 @@
     listing, labels                   the files in a folder or zip of images, and their classes
     batches, augment                  micro-batches on the device: VAE encoding, augmentation, noise
     formulations                      DDPM and EDM: noise levels, network inputs, loss, schedulers
+    pretrained                        models to start from: which weights a path means, how they were trained
     networks                          building, loading, adapting and placing networks and VAEs; attention backends
     cpu_kernels                       fast CPU layers that replace the reference ones
     optimization                      AdamW, Muon, learning-rate schedules, EMA, non-finite steps, the training state

@@ -15,12 +15,20 @@ from diffit.config import DataConfig, ValidationConfig
 from diffit.decode import normalize_pixels
 from diffit.errors import UserError
 from diffit.formulations import Formulation, NoisyBatch
-from diffit.latents import LatentDataset, LatentTable, encode_moments, load_latent_table, sample_latents
+from diffit.latents import (
+    LatentDataset,
+    LatentTable,
+    encode_moments,
+    load_latent_table,
+    sample_latents,
+    warn_of_scale,
+)
 from diffit.networks import sample_shape
 from diffit.plan import Plan
 from diffit.processes import ignore_stop_signals
 from diffit.sources import Table, load_image_table
 from diffit.stream import ImageDataset, PositionStream, StreamBatchSampler, StreamDataset, collate, split_table
+from diffit_pipeline import latent_scaling
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -166,4 +174,13 @@ def encode_images(batch: dict, vae: AutoencoderKL | None, device: torch.device) 
             return images
         moments = encode_moments(vae, images)  # (B, 2C, H, W)
     posterior_noise = batch["posterior_noise"].to(device, non_blocking=True)
-    return sample_latents(moments, posterior_noise, vae.config.scaling_factor, vae.config.shift_factor or 0.0)
+    return sample_latents(moments, posterior_noise, *latent_scaling(vae, device))
+
+
+def with_checked_latents(batches: Iterator[dict], vae: AutoencoderKL | None, device: torch.device) -> Iterator[dict]:
+    """The same batches; once the first is asked for, the scale of its latents is checked (see `warn_of_scale`)."""
+    first = next(batches)
+    if vae is not None:
+        warn_of_scale(encode_images(first, vae, device), vae)
+    yield first
+    yield from batches

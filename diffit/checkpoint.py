@@ -9,8 +9,10 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import pickle
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -28,6 +30,7 @@ from diffit.errors import RunError, UserError
 from diffit.lock import OutputDirLock
 from diffit.logs import PROJECT
 from diffit.optimization import TrainingState, ema_weights
+from diffit.plan import Plan
 from diffit.processes import is_restarted, raise_in_all
 from diffit.run_dir import (
     MANIFEST,
@@ -176,11 +179,12 @@ def save_checkpoint(
 
 
 def prune_checkpoints(run_dir: OutputFolder, global_step: int, total_limit: int) -> None:
-    """Deletes a run's oldest checkpoints so that `total_limit` remain."""
+    """Deletes a run's oldest checkpoints so that `total_limit` remain, and as many that were set aside."""
     # A damaged checkpoint that was skipped when resuming may have a higher number: it is kept and not counted.
     ours = [path for path in list_checkpoints(run_dir.folder) if is_ours(path, run_dir) or path.is_symlink()]
     kept = [path for path in ours if checkpoint_step(path) <= global_step]
-    for old in kept[:-total_limit]:
+    aside = sorted(path for path in run_dir.folder.glob("superseded-*-checkpoint-*") if is_checkpoint(path))
+    for old in [*kept[:-total_limit], *aside[:-total_limit]]:
         try:
             remove_checkpoint(old)
             run_dir.forget(name for name in run_dir.files if name.startswith(f"{old.name}/"))
@@ -225,7 +229,8 @@ def set_aside(checkpoint: Path) -> Path:
 def find_checkpoint(run: RunConfig) -> Path | None:
     """Finds the checkpoint that --resume_from_checkpoint selects; None means to start from scratch.
 
-    `latest` is the newest complete one. Damaged ones are logged, skipped and kept.
+    `checkpoint-N` is the one in --output_dir, `latest` the newest complete one there. Damaged ones are logged, skipped
+    and kept.
 
     Raises:
         UserError: if the given checkpoint does not exist or is damaged, if all checkpoints are damaged, or if
@@ -241,6 +246,8 @@ def find_checkpoint(run: RunConfig) -> Path | None:
         return None
     if run.resume_from_checkpoint != "latest":
         path = Path(run.resume_from_checkpoint)
+        if re.fullmatch(r"checkpoint-\d+", str(path)) and (Path(run.output_dir, path).exists() or not path.exists()):
+            path = Path(run.output_dir, path)  # as in diffusers' training scripts
         if problem := verify_checkpoint(path):
             raise UserError(f"--resume_from_checkpoint {path}: {problem}")
         return path
@@ -279,7 +286,7 @@ def check_same_run(path: Path, earlier: dict, flags: dict) -> None:
             )
 
 
-def load_checkpoint(path: Path, accelerator: Accelerator, flags: dict, state: TrainingState) -> None:
+def load_checkpoint(path: Path, accelerator: Accelerator, flags: dict, state: TrainingState, plan: Plan) -> None:
     """Restores a checkpoint written by `save_checkpoint`. Must be called by all processes.
 
     Args:
@@ -287,16 +294,24 @@ def load_checkpoint(path: Path, accelerator: Accelerator, flags: dict, state: Tr
         accelerator: its gradient scaler is restored as well.
         flags: flags of the run that resumes.
         state: a new run's state, which is overwritten.
+        plan: plan of the run that resumes.
 
     Raises:
-        UserError: if the checkpoint was trained with other settings, data or another network, or if one of its files
-            is damaged or contains code.
+        UserError: if the checkpoint was trained with other settings, data or another network, or for more steps than
+            the plan has, or if one of its files is damaged or contains code.
     """
     numbers = read_data(path / "state.json", lambda file: json.loads(file.read_text()))
     earlier = read_data(path / "training_args.yaml", lambda file: yaml.safe_load(file.read_text()))
     read_tensors = functools.partial(torch.load, map_location="cpu", weights_only=True)
     optimizer_state = read_data(path / "optimizer.pt", read_tensors)
     check_same_run(path, earlier, flags)
+    check_noise_schedule(path, plan)
+    if numbers["global_step"] > plan.max_train_steps:
+        raise UserError(
+            f"{path} is at step {numbers['global_step']}, after the end of a training of {plan.max_train_steps} steps "
+            "(--max_train_steps, --num_train_epochs or --max_train_kimg): give it more steps, or resume from an "
+            "earlier checkpoint"
+        )
     if numbers["num_images"] != state.num_images:
         raise UserError(f"{path} was trained on {numbers['num_images']} images, but the data has {state.num_images}")
     if numbers["data_digest"] != state.data_digest:
@@ -309,6 +324,39 @@ def load_checkpoint(path: Path, accelerator: Accelerator, flags: dict, state: Tr
     for name in ("global_step", "position", "bad_steps", "bad_steps_in_a_row"):
         setattr(state, name, numbers[name])
     logger.info(f"resumed from {path} at step {state.global_step}")
+    warn_of_rate(path, state, plan)
+
+
+def check_noise_schedule(path: Path, plan: Plan) -> None:
+    """Refuses a noise schedule other than the checkpoint's, in the settings that have no flag to compare.
+
+    Raises:
+        UserError: names the setting, with both values.
+    """
+    file = path / "scheduler" / "scheduler_config.json"
+    if not file.is_file():  # older versions saved none
+        return
+    then = read_data(file, lambda file: json.loads(file.read_text()))
+    now = json.loads(plan.formulation.scheduler.to_json_string())
+    for name in plan.formulation.without_flag:
+        if name in then and then[name] != now[name]:
+            raise UserError(
+                f"{path} was trained with {name} {then[name]}, not {now[name]}: the noise schedule of "
+                "--pretrained_model_name_or_path has changed since"
+            )
+
+
+def warn_of_rate(path: Path, state: TrainingState, plan: Plan) -> None:
+    """Logs a warning if the learning rate jumps, since a schedule depends on the length of the training."""
+    schedule = state.lr_scheduler
+    before = schedule.get_last_lr()[0]
+    after = schedule.base_lrs[0] * schedule.lr_lambdas[0](schedule.last_epoch)
+    if not math.isclose(before, after, rel_tol=1e-6, abs_tol=1e-12 * schedule.base_lrs[0]):
+        direction = "goes back up" if after > before else "drops"
+        logger.warning(
+            f"{path}: the learning rate {direction} from {before:.3g} to {after:.3g}, because --lr_scheduler depends "
+            f"on the length of the training, which is {plan.max_train_steps} steps now"
+        )
 
 
 def load_network_weights(path: Path, state: TrainingState, ema_steps: dict[str, int]) -> None:

@@ -100,8 +100,11 @@ class ModelConfig:
         "fine-tune from the weights in a saved folder or of a model on the hub (default: train from scratch)",
         type=path_type,
     )
-    reset_class_embeddings: bool = flag(
-        False, "re-initialize the pretrained class embeddings even if the number of classes is unchanged"
+    reset_class_embeddings: bool | None = flag(
+        None,
+        "re-initialize the pretrained class embeddings, or keep those of as many classes (default: where the number "
+        "or the names of the classes differ)",
+        action=argparse.BooleanOptionalAction,
     )
     vae_model_name_or_path: str | None = flag(
         None,
@@ -436,7 +439,7 @@ class RunConfig:
     )
     resume_from_checkpoint: str | None = flag(
         None,
-        "resume from this checkpoint: a path, or `latest` for the newest in --output_dir (default: start from "
+        "resume from this checkpoint: a path, or `checkpoint-N` or `latest` in --output_dir (default: start from "
         "scratch)",
         type=path_type,
     )

@@ -9,11 +9,13 @@ Shapes: B batch, C channels, H/W height/width (pixels or latents), T number of t
 
 import dataclasses
 import functools
+import inspect
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
+import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -37,9 +39,12 @@ class Formulation(ABC):
 
     Attributes:
         in_latents: whether the clean images are latents, which are not limited to [-1, 1].
+        inherited: settings of the forward process that have no flag and differ from ours, as (name, value); taken over
+            from the scheduler of pretrained weights.
     """
 
     in_latents: bool = field(default=False, kw_only=True)
+    inherited: tuple[tuple[str, Any], ...] = field(default=(), kw_only=True)
 
     @classmethod
     def from_flags(cls, asked: DiffusionConfig, pretrained: dict[str, Any], in_latents: bool) -> Self:
@@ -49,10 +54,27 @@ class Formulation(ABC):
             asked: the flags as given.
             pretrained: config of the pretrained pipeline's scheduler, or empty.
             in_latents: see the class.
+
+        Raises:
+            ValueError: names a setting of the scheduler that this formulation does not have.
         """
-        values = {name: getattr(asked, name) for name in cls.flag_names()}
-        values = {name: pretrained.get(name) if value is None else value for name, value in values.items()}
-        return cls(**{name: value for name, value in values.items() if value is not None}, in_latents=in_latents)
+        given = {name: getattr(asked, name) for name in cls.flag_names()}
+        theirs = {name: pretrained[name] for name, value in given.items() if value is None and name in pretrained}
+        for name, value in theirs.items():
+            choices = DiffusionConfig.__dataclass_fields__[name].metadata["options"].get("choices")
+            if choices is not None and value not in choices:
+                raise ValueError(f"its {name} is {value!r}, not one of {', '.join(choices)}; --{name} chooses one")
+        values = {name: value for name, value in (given | theirs).items() if value is not None}
+        return cls(**values, in_latents=in_latents).inherit(pretrained)
+
+    def inherit(self, pretrained: dict[str, Any]) -> Self:
+        """Takes over the settings of a scheduler's config that have no flag (`without_flag`)."""
+        ours = self.scheduler.config
+        theirs = {name: pretrained[name] for name in self.without_flag if name in pretrained}
+        theirs = {name: tuple(value) if isinstance(value, list) else value for name, value in theirs.items()}
+        return dataclasses.replace(
+            self, inherited=tuple((name, value) for name, value in theirs.items() if value != ours[name])
+        )
 
     @classmethod
     def from_scheduler_config(cls, config: dict[str, Any]) -> Self:
@@ -68,7 +90,7 @@ class Formulation(ABC):
     @classmethod
     def flag_names(cls) -> tuple[str, ...]:
         """The flags of `DiffusionConfig` that apply to this formulation."""
-        return tuple(field.name for field in dataclasses.fields(cls) if field.name != "in_latents")
+        return tuple(field.name for field in dataclasses.fields(cls) if not field.kw_only)
 
     @property
     @abstractmethod
@@ -141,6 +163,7 @@ class Formulation(ABC):
 
     max_sampling_steps: ClassVar[int | None] = None  # largest number of sampling steps, or None for no limit
     can_learn_variance: ClassVar[bool] = False  # whether the network may also predict the variance
+    without_flag: ClassVar[tuple[str, ...]] = ()  # settings of `scheduler` that only pretrained weights determine
 
 
 @dataclass(frozen=True)
@@ -158,6 +181,7 @@ class DDPM(Formulation):
     """
 
     scheduler_class = DDPMScheduler
+    without_flag = ("beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
 
     prediction_type: str = "v_prediction"
     beta_schedule: str = "squaredcos_cap_v2"
@@ -166,10 +190,38 @@ class DDPM(Formulation):
 
     @classmethod
     def from_flags(cls, asked: DiffusionConfig, pretrained: dict[str, Any], in_latents: bool) -> Self:
+        if pretrained.get("use_flow_sigmas"):
+            raise ValueError("its scheduler has use_flow_sigmas; --formulation chooses another training")
         formulation = super().from_flags(asked, pretrained, in_latents)
+        formulation.check_inherited()
         if formulation.snr_gamma is None and formulation.prediction_type == "v_prediction":
             return dataclasses.replace(formulation, snr_gamma=5.0)
         return formulation
+
+    def inherit(self, pretrained: dict[str, Any]) -> Self:
+        """The numbers of the betas belong to their schedule: with another one, none of them is taken over."""
+        same_schedule = pretrained.get("beta_schedule", self.beta_schedule) == self.beta_schedule
+        return super().inherit(pretrained if same_schedule else {})
+
+    def check_inherited(self) -> None:
+        """Refuses a noise schedule that this formulation cannot be trained with.
+
+        Raises:
+            ValueError: names the setting.
+        """
+        settings = dict(self.inherited)
+        betas = settings.get("trained_betas")
+        if betas is not None and len(betas) != self.num_train_timesteps:
+            raise ValueError(
+                f"its {len(betas)} trained_betas contradict --num_train_timesteps {self.num_train_timesteps}; drop "
+                "that flag, or give another --beta_schedule"
+            )
+        if settings.get("rescale_betas_zero_snr") and self.prediction_type == "epsilon":
+            # Arithmetic, not taste: the last timestep holds no image, and a sampler would divide by zero there.
+            raise ValueError(
+                "its rescale_betas_zero_snr leaves pure noise at the last timestep, from which prediction_type "
+                "epsilon gives no image; give --prediction_type v_prediction, or another --beta_schedule"
+            )
 
     @functools.cached_property
     def scheduler(self) -> DDPMScheduler:
@@ -179,6 +231,7 @@ class DDPM(Formulation):
             prediction_type=self.prediction_type,
             timestep_spacing="trailing",  # few-step samplers must start at the last timestep (arXiv 2305.08891)
             clip_sample=not self.in_latents,
+            **dict(self.inherited),
         )
 
     def preview_scheduler(self) -> DDIMScheduler:
@@ -236,7 +289,8 @@ class DDPM(Formulation):
         }
 
     def describe(self) -> str:
-        return f"{self.prediction_type}, {self.beta_schedule} betas, {self.num_train_timesteps} timesteps"
+        text = f"{self.prediction_type}, {self.beta_schedule} betas, {self.num_train_timesteps} timesteps"
+        return text + describe_inherited(self)
 
     @property
     def num_sampling_steps(self) -> int:
@@ -261,15 +315,22 @@ class EDM(Formulation):
     """
 
     scheduler_class = EDMEulerScheduler
+    without_flag = ("sigma_data", "sigma_min", "sigma_max", "rho")
 
     sigma_mean: float = -1.2
     sigma_std: float = 1.2
 
+    @classmethod
+    def from_flags(cls, asked: DiffusionConfig, pretrained: dict[str, Any], in_latents: bool) -> Self:
+        if (target := pretrained.get("prediction_type", "epsilon")) != "epsilon":
+            raise ValueError(f"its prediction_type is {target!r}: EDM's preconditioning (Eq. 7) is that of 'epsilon'")
+        return super().from_flags(asked, pretrained, in_latents)
+
     @functools.cached_property
     def scheduler(self) -> EDMEulerScheduler:
         # EDM, Table 1; latents are scaled to a standard deviation of 1.
-        sigma_data = 1.0 if self.in_latents else 0.5
-        return EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=sigma_data, rho=7.0)
+        settings = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 1.0 if self.in_latents else 0.5, "rho": 7.0}
+        return EDMEulerScheduler(**settings | dict(self.inherited))
 
     def preview_scheduler(self) -> EDMDPMSolverMultistepScheduler:
         return EDMDPMSolverMultistepScheduler.from_config(self.scheduler.config)
@@ -310,7 +371,8 @@ class EDM(Formulation):
         }
 
     def describe(self) -> str:
-        return f"EDM, ln sigma with mean {self.sigma_mean} and standard deviation {self.sigma_std}"
+        text = f"EDM, ln sigma with mean {self.sigma_mean} and standard deviation {self.sigma_std}"
+        return text + describe_inherited(self)
 
     @property
     def num_sampling_steps(self) -> int:
@@ -318,6 +380,29 @@ class EDM(Formulation):
 
 
 FORMULATIONS: dict[str, type[Formulation]] = {"ddpm": DDPM, "edm": EDM}
+
+
+def describe_inherited(formulation: Formulation) -> str:
+    """The settings taken over from pretrained weights, each after a comma; of trained betas only their number."""
+    return "".join(
+        f", {name} {f'({len(value)} values)' if isinstance(value, tuple) else value}"
+        for name, value in formulation.inherited
+    )
+
+
+def scheduler_defaults(scheduler_config: dict[str, Any]) -> dict[str, Any]:
+    """The defaults of a saved scheduler's class for the settings that its config leaves out; empty if unknown."""
+    name = scheduler_config.get("_class_name", "DDPMScheduler")
+    scheduler_class = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
+        return {}
+    parameters = inspect.signature(scheduler_class.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def complete_scheduler_config(scheduler_config: dict[str, Any]) -> dict[str, Any]:
+    """A saved scheduler's config with its class's defaults: diffusers reads a config that leaves them out."""
+    return scheduler_defaults(scheduler_config) | scheduler_config
 
 
 def formulation_name(scheduler_config: dict[str, Any]) -> str:
@@ -341,8 +426,16 @@ def choose_formulation(asked: DiffusionConfig, pretrained: dict[str, Any], in_la
 
     Raises:
         UserError: if a flag belongs to another formulation.
+        ValueError: names a setting of the pretrained pipeline's scheduler that no formulation here has.
     """
     trained_in = formulation_name(pretrained) if pretrained else None
+    if trained_in == "ddpm" and "beta_schedule" not in complete_scheduler_config(pretrained):
+        if asked.formulation is None:
+            raise ValueError(
+                f"its {pretrained.get('_class_name')} is of no formulation of this code; --formulation chooses one "
+                "that the weights were not trained in"
+            )
+        trained_in = None
     name = asked.formulation or trained_in or "ddpm"
     chosen = FORMULATIONS[name]
     for other, formulation in FORMULATIONS.items():
@@ -359,10 +452,13 @@ def formulation_flags(formulation: Formulation) -> dict[str, Any]:
 
 
 def differences(formulation: Formulation, pretrained: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The flags in which a formulation differs from a pretrained scheduler: names to (pretrained value, our value)."""
+    """The settings in which a formulation differs from a pretrained scheduler: names to (pretrained value, ours)."""
     theirs = pretrained | ({"formulation": formulation_name(pretrained)} if pretrained else {})
     ours = formulation_flags(formulation)
-    return {flag: (theirs[flag], ours[flag]) for flag in ours if theirs.get(flag, ours[flag]) != ours[flag]}
+    if theirs.get("formulation") == ours["formulation"]:
+        ours |= {name: formulation.scheduler.config[name] for name in formulation.without_flag}
+    theirs = {name: tuple(value) if isinstance(value, list) else value for name, value in theirs.items()}
+    return {name: (theirs[name], ours[name]) for name in ours if theirs.get(name, ours[name]) != ours[name]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,33 +7,64 @@ import hashlib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate.logging import get_logger
 from datasets import Array3D, ClassLabel, Features, Value
 from diffusers import AutoencoderKL
 
-from diffit.errors import BadImageError, UserError, load_model
+from diffit.errors import BadImageError, UserError, load_model, message_of, user_errors
 from diffit.labels import parse_json
 from diffit.sources import Table, read_parquet
 from diffit.stream import PositionStream, StreamDataset
+from diffit_pipeline import latent_scaling
+
+logger = get_logger(__name__, log_level="INFO")
 
 LATENTS_METADATA = "latents.json"  # metadata of a folder written by `prepare_latents.py`
+CHANNEL_STATISTICS = ("latents_mean", "latents_std")  # of a VAE's config, None in most
+USUAL_STD = (0.5, 2.0)  # standard deviation of scaled latents that a noise schedule expects to be about 1
 LATENTS_METADATA_TYPES = {
     **{"encoder_digest": str, "scaling_factor": float, "shift_factor": float, "resolution": list},
     **{"latent_shape": list, "mirrored": bool, "num_images": int, "data_digest": str, "images_per_shard": int},
 }
 
 
-def load_vae(name_or_path: str) -> AutoencoderKL:
+def load_vae(name_or_path: str, flag: str = "--vae_model_name_or_path") -> AutoencoderKL:
     """Loads a VAE from a folder or the hub, frozen and in float32.
 
+    Args:
+        name_or_path: folder or hub name.
+        flag: that names it, for messages.
+
     Raises:
-        UserError: names --vae_model_name_or_path, if it does not hold an `AutoencoderKL` in safetensors.
+        UserError: names the flag, if it does not hold an `AutoencoderKL` in safetensors whose scaling is known.
     """
-    what = f"--vae_model_name_or_path {name_or_path}: cannot read an AutoencoderKL in safetensors"
+    read_vae_config(name_or_path, flag)
+    what = f"{flag} {name_or_path}: cannot read an AutoencoderKL in safetensors"
     vae = load_model(what, AutoencoderKL.from_pretrained, name_or_path, use_safetensors=True)
+    with user_errors(f"{flag} {name_or_path}", ValueError):
+        latent_scaling(vae)
     return vae.eval().requires_grad_(False)
+
+
+def read_vae_config(name_or_path: str, flag: str = "--vae_model_name_or_path") -> dict[str, Any]:
+    """The config of a VAE. For the arguments see `load_vae`.
+
+    Raises:
+        UserError: names the flag, if there is none, or it is of another class: that has another scale of latents.
+    """
+    try:
+        config = AutoencoderKL.load_config(name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{flag} {name_or_path}: no such config on this machine or on the hub: {message_of(error)}"
+        ) from error
+    if config.get("_class_name") != "AutoencoderKL":
+        raise UserError(f"{flag} {name_or_path} is a {config.get('_class_name')}, not an AutoencoderKL")
+    return config
 
 
 def pixels_per_latent(vae: AutoencoderKL) -> int:
@@ -57,6 +88,8 @@ def vae_latent_shape(vae: AutoencoderKL, resolution: tuple[int, int]) -> tuple[i
 def vae_description(vae: AutoencoderKL) -> dict:
     """Everything in a VAE that latents depend on: `encoder_digest`, `scaling_factor`, `shift_factor` (0 if absent).
 
+    And `latents_mean` and `latents_std`, if it has them.
+
     The decoder is left out on purpose: Stable Diffusion's improved decoders read the latents of the original encoder.
     """
     digest = hashlib.sha256()
@@ -68,6 +101,7 @@ def vae_description(vae: AutoencoderKL) -> dict:
         "encoder_digest": digest.hexdigest()[:16],
         "scaling_factor": float(vae.config.scaling_factor),
         "shift_factor": float(vae.config.shift_factor or 0.0),
+        **{name: list(vae.config[name]) for name in CHANNEL_STATISTICS if vae.config[name] is not None},
     }
 
 
@@ -86,7 +120,10 @@ def encode_moments(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
 
 
 def sample_latents(
-    moments: torch.Tensor, posterior_noise: torch.Tensor, scaling_factor: float, shift_factor: float = 0.0
+    moments: torch.Tensor,
+    posterior_noise: torch.Tensor,
+    scaling_factor: float | torch.Tensor,
+    shift_factor: float | torch.Tensor = 0.0,
 ) -> torch.Tensor:
     """Samples training latents from the VAE's posterior: `(z - shift_factor) * scaling_factor`.
 
@@ -95,8 +132,7 @@ def sample_latents(
     Args:
         moments: means, then log-variances (clamped to [-30, 20], as in diffusers); shape (B, 2c, h, w).
         posterior_noise: standard normal; shape (B, c, h, w).
-        scaling_factor: `scaling_factor` in the VAE's config.
-        shift_factor: `shift_factor` in the VAE's config, 0 if absent.
+        scaling_factor, shift_factor: see `latent_scaling`; numbers, or shape (1, c, 1, 1).
 
     Returns:
         Shape (B, c, h, w).
@@ -104,6 +140,23 @@ def sample_latents(
     mean, logvar = moments.chunk(2, dim=1)  # (B, c, h, w) each
     latents = mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * posterior_noise
     return (latents - shift_factor) * scaling_factor
+
+
+def warn_of_scale(latents: torch.Tensor, vae: AutoencoderKL) -> None:
+    """Logs a warning if the standard deviation of scaled latents is far from 1, which noise schedules take it for.
+
+    Args:
+        latents: of the first batch, see `sample_latents`; shape (B, c, h, w).
+        vae: that they are from, which the message names.
+    """
+    std = latents.std().item() if latents.numel() > 1 else 1.0
+    if not USUAL_STD[0] <= std <= USUAL_STD[1]:
+        logger.warning(
+            f"VAE {vae.config.get('_name_or_path')}: the first {len(latents)} scaled latents have a standard "
+            f"deviation of {std:.3g}, not about 1: the likely cause is a wrong scaling_factor (1 / standard "
+            "deviation of the latents), latents_mean or latents_std in its config.json, or images unlike those it was "
+            "trained on"
+        )
 
 
 @dataclass(frozen=True)

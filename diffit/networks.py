@@ -1,7 +1,6 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
 """Networks and VAEs: checking their configs, building them, adapting saved weights, placing them on a device."""
 
-import contextlib
 import difflib
 import inspect
 import json
@@ -17,14 +16,15 @@ import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, UNet2DModel
+from diffusers import AutoencoderKL, ModelMixin, UNet2DModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffit.config import ModelConfig
 from diffit.cpu_kernels import kernelize
 from diffit.errors import UserError, load_model, user_errors
-from diffit.latents import LatentTable, load_vae, vae_description
+from diffit.latents import CHANNEL_STATISTICS, LatentTable, load_vae, read_vae_config, vae_description
+from diffit.pretrained import network_subfolder, read_class_names
 from diffit.processes import on_all_processes
 from diffit.sources import Table
 from diffit_model import (
@@ -34,6 +34,7 @@ from diffit_model import (
     align_bias_for_xformers,
     xformers_unsupported_reasons,
 )
+from diffit_pipeline import latent_scaling
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -119,52 +120,20 @@ def fits(value, annotation) -> bool:
     return isinstance(value, int | float if annotation is float else annotation)
 
 
-def network_subfolder(path: str) -> str | None:
-    """The network's subfolder, `"unet"` or `"transformer"`, in a pipeline's folder or repository.
-
-    None if the folder or repository contains a network itself.
-    """
-    for part in ("unet", "transformer"):
-        if Path(path).is_dir():
-            if Path(path, part).is_dir():
-                return part
-            continue
-        with contextlib.suppress(OSError):
-            UNet2DModel.load_config(path, subfolder=part)
-            return part
-    return None
-
-
-def read_pretrained_scheduler(path: str | None) -> dict[str, Any]:
-    """The config of the scheduler saved with pretrained weights; empty without a path or a scheduler."""
-    if path is None:
-        return {}
-    # The path may be a network's folder inside a pipeline's folder.
-    inside = Path(path).name.startswith(("unet", "transformer")) and Path(path).is_dir()
-    with contextlib.suppress(OSError):
-        return dict(DDPMScheduler.load_config(str(Path(path).parent) if inside else path, subfolder="scheduler"))
-    logger.warning(f"{path} has no scheduler: make sure that the flags match how its weights were trained")
-    return {}
-
-
 def vae_on_meta(path: str | None) -> AutoencoderKL | None:
     """The VAE of --vae_model_name_or_path on the meta device, without weights; None without a path.
 
     Raises:
-        UserError: if there is no such VAE.
+        UserError: if there is no such VAE, or its scaling is not known.
     """
     if path is None:
         return None
-    try:
-        config = AutoencoderKL.load_config(path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--vae_model_name_or_path {path}: no such config on this machine or on the hub: {error}"
-        ) from error
-    if config.get("_class_name") != "AutoencoderKL":
-        raise UserError(f"--vae_model_name_or_path {path} is a {config.get('_class_name')}, not an AutoencoderKL")
+    config = read_vae_config(path)
     with torch.device("meta"):
-        return AutoencoderKL.from_config(config)
+        vae = AutoencoderKL.from_config(config)
+    with user_errors(f"--vae_model_name_or_path {path}", ValueError):
+        latent_scaling(vae)
+    return vae
 
 
 def build_vae(path: str | None, table: Table, device: torch.device) -> AutoencoderKL | None:
@@ -177,11 +146,12 @@ def build_vae(path: str | None, table: Table, device: torch.device) -> Autoencod
         return None
     vae = load_vae(path)
     if isinstance(table, LatentTable):
-        for key, value in vae_description(vae).items():
-            if table.metadata[key] != value:
+        description = vae_description(vae)
+        for key in dict.fromkeys([*description, *CHANNEL_STATISTICS]):
+            then, now = (values.get(key) for values in (table.metadata, description))
+            if then != now:
                 raise UserError(
-                    f"--latents_dir {table.source} was encoded by a VAE with {key} {table.metadata[key]}, but {path} "
-                    f"has {value}"
+                    f"--latents_dir {table.source} was encoded by a VAE with {key} {then}, but {path} has {now}"
                 )
     return vae.to(device)
 
@@ -207,22 +177,30 @@ def build_networks(
         seed: seed of the initial weights.
     """
     torch.manual_seed(seed)
-    pretrained = (asked.pretrained_model_name_or_path, asked.reset_class_embeddings)
+    pretrained = (asked.pretrained_model_name_or_path, asked.reset_class_embeddings, table.class_names)
     model = on_all_processes(accelerator, build_model, model_config, *pretrained)
     set_up_model(model, asked, accelerator.device, accelerator.mixed_precision)
     vae = on_all_processes(accelerator, build_vae, asked.vae_model_name_or_path, table, accelerator.device)
     return Networks(model, vae)
 
 
-def build_model(config: dict, pretrained: str | None = None, reset_class_embeddings: bool = False) -> ModelMixin:
+def build_model(
+    config: dict,
+    pretrained: str | None = None,
+    reset_class_embeddings: bool | None = None,
+    class_names: tuple[str, ...] | None = None,
+) -> ModelMixin:
     """Builds a network with new or pretrained weights.
 
-    Pretrained weights are adapted to another resolution or other classes (see `adapt_weights`); changes are logged.
+    Pretrained weights are adapted to another resolution or other classes (see `adapt_weights`). Changes are logged,
+    and so is which weights of a pipeline or checkpoint they are (see `network_subfolder`).
 
     Args:
         config: the network's complete config.
         pretrained: folder or hub name of pretrained weights, or None.
-        reset_class_embeddings: re-initialize the class embeddings even if the number of classes is unchanged.
+        reset_class_embeddings: whether to re-initialize the embeddings of as many classes; None means if their names
+            differ.
+        class_names: of the training data, or None.
 
     Raises:
         UserError: if there are no safetensors weights, or some of them do not fit the network.
@@ -238,7 +216,9 @@ def build_model(config: dict, pretrained: str | None = None, reset_class_embeddi
         use_safetensors=True,
     )
     with user_errors(f"--pretrained_model_name_or_path {pretrained}", ValueError):
-        weights, changes = adapt_weights(source, model, reset_class_embeddings)
+        names = (read_class_names(pretrained), class_names) if reset_class_embeddings is None else None
+        weights, changes = adapt_weights(source, model, bool(reset_class_embeddings), names)
+    logger.info(f"initial weights: {pretrained}{'' if subfolder is None else f', {subfolder}'}")
     for change in changes:
         logger.warning(f"{pretrained}: {change}")
     model.load_state_dict(weights)
@@ -381,7 +361,10 @@ def set_attention_backend(model: ModelMixin, backend: str) -> None:
 
 
 def adapt_weights(
-    source: ModelMixin, target: ModelMixin, reset_class_embeddings: bool = False
+    source: ModelMixin,
+    target: ModelMixin,
+    reset_class_embeddings: bool = False,
+    class_names: tuple[tuple[str, ...] | None, tuple[str, ...] | None] | None = None,
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Adapts a network's weights to another resolution or other classes, for fine-tuning.
 
@@ -394,6 +377,8 @@ def adapt_weights(
         source: network with the weights; not modified.
         target: initialized network that will load them; not modified.
         reset_class_embeddings: re-initialize the class embeddings even if the number of classes is unchanged.
+        class_names: of `source` and of `target`, each None if unknown. As many but other classes are re-initialized,
+            the same classes in another order are reordered. None compares no names.
 
     Returns:
         A state dict for `target`, and a description of each kind of change.
@@ -403,7 +388,7 @@ def adapt_weights(
     """
     weights, target_weights = source.state_dict(), target.state_dict()
     changes = _interpolate_positions(source, target, weights)
-    changes += _adapt_class_embeddings(weights, target_weights, reset_class_embeddings)
+    changes += _adapt_class_embeddings(weights, target_weights, reset_class_embeddings, class_names)
 
     name = "augment_embedding.weight"
     if name in weights and name not in target_weights:
@@ -450,7 +435,10 @@ def _interpolate_positions(source: ModelMixin, target: ModelMixin, weights: dict
 
 
 def _adapt_class_embeddings(
-    weights: dict[str, torch.Tensor], target_weights: dict[str, torch.Tensor], reset: bool
+    weights: dict[str, torch.Tensor],
+    target_weights: dict[str, torch.Tensor],
+    reset: bool,
+    names: tuple[tuple[str, ...] | None, tuple[str, ...] | None] | None = None,
 ) -> list[str]:
     """Replaces class embeddings in `weights` that do not fit, except the last row, which is the null class."""
     name = "class_embedding.weight"
@@ -468,7 +456,34 @@ def _adapt_class_embeddings(
     if reset or len(rows) != len(new_rows):
         weights[name] = torch.cat([new_rows[:-1], rows[-1:]])
         return [f"{len(new_rows) - 1} class embeddings re-initialized, null class kept"]
-    return []
+    return [] if names is None else _match_class_embeddings(weights, new_rows, *names)
+
+
+def _match_class_embeddings(
+    weights: dict[str, torch.Tensor],
+    new_rows: torch.Tensor,
+    source_names: tuple[str, ...] | None,
+    names: tuple[str, ...] | None,
+) -> list[str]:
+    """Gives each class of the target its embedding in `weights`; re-initializes all of them if the names differ."""
+    name, number = "class_embedding.weight", len(new_rows) - 1
+    if source_names is None or names is None or len(source_names) != number:
+        return [
+            f"{number} class embeddings kept in their order, because the names of its classes are unknown; "
+            "--reset_class_embeddings re-initializes them"
+        ]
+    if source_names == names:
+        return []
+    rows = weights[name]
+    if set(source_names) == set(names) and len(set(names)) == number:
+        weights[name] = torch.cat([rows[[source_names.index(each) for each in names]], rows[-1:]])
+        return [f"{number} class embeddings put into the order of the classes of the data"]
+    weights[name] = torch.cat([new_rows[:-1], rows[-1:]])
+    theirs, ours = next(pair for pair in zip(source_names, names, strict=True) if pair[0] != pair[1])
+    return [
+        f"{number} class embeddings re-initialized, null class kept: the data has as many but other classes, such as "
+        f"{ours!r} instead of {theirs!r}; --no-reset_class_embeddings keeps them"
+    ]
 
 
 def resize_grid(rows: torch.Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> torch.Tensor:

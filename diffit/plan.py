@@ -22,6 +22,7 @@ from diffit.errors import UserError, user_errors
 from diffit.formulations import Formulation, choose_formulation, differences, formulation_flags
 from diffit.latents import LatentTable, pixels_per_latent
 from diffit.networks import model_class, training_flops_per_image
+from diffit.run_dir import listed
 from diffit.sources import Table, detect_num_channels
 from diffit_model import DiffiTModelMixin, DiffiTTransformer2DModel, DiffiTUNet2DModel
 
@@ -146,7 +147,8 @@ class Plan:
 
     def agreement(self, data: DataFacts) -> dict[str, Any]:
         """The values that must be the same in all processes, by names that the user understands."""
-        return self.resolved_flags() | {"the training data": data.digest, "the network": self.model_config}
+        inherited = {"the noise schedule": dict(self.formulation.inherited)}
+        return self.resolved_flags() | inherited | {"the training data": data.digest, "the network": self.model_config}
 
     def resolved_flags(self) -> dict[str, Any]:
         """The values that flags take if they were not given, as saved with the run."""
@@ -186,11 +188,16 @@ def plan_formulation(
     Raises:
         UserError: if a flag belongs to another formulation, or previews take more steps than there are timesteps.
     """
-    formulation = choose_formulation(asked, pretrained, model.vae_model_name_or_path is not None)
     name = model.pretrained_model_name_or_path
-    for flag, (theirs, ours) in differences(formulation, pretrained).items():
+    with user_errors(f"--pretrained_model_name_or_path {name}", ValueError):
+        formulation = choose_formulation(asked, pretrained, model.vae_model_name_or_path is not None)
+    if formulation.inherited:
+        logger.info(f"noise schedule of {name}: {formulation.describe()}")
+    flags = {"formulation", *formulation.flag_names()}
+    for setting, (theirs, ours) in differences(formulation, pretrained).items():
         # Pretrained weights rarely transfer to another prediction target or noise schedule.
-        logger.warning(f"{name} was trained with --{flag} {theirs}, but this run uses {ours}")
+        setting = f"--{setting}" if setting in flags else setting
+        logger.warning(f"{name} was trained with {setting} {theirs}, but this run uses {ours}")
     preview_steps, most = validation.validation_inference_steps, formulation.max_sampling_steps
     if most is not None and preview_steps > most:
         raise UserError(f"--validation_inference_steps {preview_steps} is more than --num_train_timesteps {most}")
@@ -238,6 +245,11 @@ def plan_schedule(asked: ScheduleConfig, max_train_steps: int, batch: BatchPlan)
         raise UserError(
             f"--lr_warmup_steps {warmup} must be less than the length of the training ({max_train_steps} steps) with "
             "--lr_scheduler polynomial"
+        )
+    if warmup >= max_train_steps and asked.lr_scheduler not in ("constant", "piecewise_constant"):
+        logger.warning(
+            f"--lr_warmup_steps {warmup} is not shorter than the training ({max_train_steps} steps): the learning "
+            f"rate only reaches {(max_train_steps - 1) / max(warmup, 1):.2g} of --learning_rate"
         )
     return warmup, decay
 
@@ -458,6 +470,11 @@ def describe_run(plan: Plan, model: ModelMixin, table: Table, num_held_out: int)
     )
     if table.class_names is not None and plan.class_names is None:
         text += f"; {table.source} has {len(table.class_names)} classes, which only --class_conditional uses"
+    if plan.class_names is not None:
+        empty = sorted(set(range(len(plan.class_names))) - set(table.labels[table.indices].tolist()))
+        if empty:
+            names = listed([repr(plan.class_names[index]) for index in empty])
+            text += f"; {len(empty)} of {len(plan.class_names)} classes have no image, yet can be sampled: {names}"
     return text
 
 

@@ -14,7 +14,9 @@ from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, UNet2DModel
 from diffit.cpu_kernels import kernelize
 from diffit.errors import RunError, UserError, load_model, user_errors
 from diffit.formulations import Formulation, formulation_of
+from diffit.latents import load_vae
 from diffit.networks import choose_attention_backend, model_class, set_attention_backend
+from diffit.pretrained import checkpoint_weights
 from diffit.sampling_config import SamplingConfig
 from diffit_pipeline import (
     FORWARD_PROCESS,
@@ -60,8 +62,7 @@ def load_pipeline(model_path: str, sampling: SamplingConfig, weights: str | None
     """
     vae = None
     if sampling.vae is not None:
-        what = f"--vae {sampling.vae}: cannot load an AutoencoderKL"
-        vae = load_model(what, AutoencoderKL.from_pretrained, sampling.vae, use_safetensors=True)
+        vae = load_vae(sampling.vae, "--vae")
     what = f"--model_path {model_path}: cannot load a pipeline"
     if Path(model_path, "state.json").is_file():
         pipeline = load_model(what, _load_checkpoint, model_path, sampling, weights, vae)
@@ -78,10 +79,7 @@ def _load_checkpoint(
     model_path: str, sampling: SamplingConfig, weights: str | None, vae: AutoencoderKL | None
 ) -> DiffiTPipeline:
     """The pipeline of a checkpoint, with the classes and the VAE of the run that it belongs to."""
-    averages = [
-        path.name for part in ("unet", "transformer") for path in sorted(Path(model_path).glob(f"{part}_ema*"))
-    ]
-    weights = weights or next(iter(averages), "unet" if Path(model_path, "unet").is_dir() else "transformer")
+    weights = weights or checkpoint_weights(Path(model_path))
     network_class = model_class(UNet2DModel.load_config(model_path, subfolder=weights))
     network = network_class.from_pretrained(
         model_path, subfolder=weights, torch_dtype=DTYPES[sampling.dtype], use_safetensors=True
@@ -221,7 +219,7 @@ def parse_class_labels(pipeline: DiffiTPipeline, text: str) -> list[int]:
     """
     labels = [label.strip() for label in text.split(",")]
     if text == "all":
-        labels = list(range(null_label(pipeline.network) or 0))
+        labels = torch.arange(null_label(pipeline.network) or 0)  # indices, whatever the classes are called
     with user_errors(f"--class_labels {text}", ValueError):
         return pipeline.label_ids(labels)
 
@@ -265,7 +263,7 @@ def sample_seeds(
             indices += indices[-1:] * (batch_size - num_images)
         try:
             images = pipeline(
-                class_labels=None if labels is None else [labels[i] for i in indices],
+                class_labels=None if labels is None else torch.tensor([labels[i] for i in indices]),
                 batch_size=len(indices),
                 num_inference_steps=sampling.num_inference_steps,
                 guidance_scale=guidance.scale,

@@ -152,6 +152,60 @@ def test_tensorboard_steps_after_the_checkpoint_are_purged(train_args, tmp_path)
     assert steps == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("flags", [["--resume_from_checkpoint=checkpoint-2"], ["--resume_from_checkpoint=latest"]])
+def test_checkpoint_is_found_by_its_name_in_the_output_folder(flags, two_checkpoints, caplog):
+    arguments, run_dir = two_checkpoints
+    train([*arguments, *flags, "--max_train_steps=4"])
+    expected = "checkpoint-2" if "checkpoint-2" in flags[0] else "checkpoint-4"
+    assert mentions(run_dir / expected, f"step {expected[-1]}").search(caplog.text)
+    with pytest.raises(ValueError, match=mentions("--resume_from_checkpoint", run_dir / "checkpoint-9")):
+        train([*arguments, "--resume_from_checkpoint=checkpoint-9"])
+
+
+def test_fewer_steps_than_the_checkpoint_has_are_refused(two_checkpoints):
+    arguments, run_dir = two_checkpoints
+    before = (run_dir / "README.md").read_text()
+    with pytest.raises(ValueError, match=mentions(run_dir / "checkpoint-4", "step 4", "3 steps", "--max_train_steps")):
+        train([*arguments, "--max_train_steps=3"])
+    assert (run_dir / "README.md").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"), [(8, ["goes back up", 0, "0.00075", "8 steps"]), (4, None)], ids=["longer", "the_same"]
+)
+def test_learning_rate_that_goes_back_up_is_reported_with_both_rates(steps, words, train_args, caplog):
+    """Cosine over 4 steps with 2 of warm-up has ended at 0; over 8 steps it is at (1 + cos(pi / 3)) / 2 = 0.75."""
+    train([*train_args, "--lr_scheduler=cosine"])
+    train([*train_args, "--lr_scheduler=cosine", f"--max_train_steps={steps}", "--resume_from_checkpoint=latest"])
+    found = mentions("checkpoint-4", *(words or ["learning rate"])).search(caplog.text)
+    assert bool(found) is (words is not None)
+
+
+def test_noise_schedule_that_has_changed_at_its_source_is_refused_at_a_resume(train_args, tmp_path):
+    train([*train_args, "--max_train_steps=1", f"--output_dir={tmp_path / 'source'}"])
+    arguments = [flag for flag in train_args if not flag.startswith("--model_config")]
+    arguments += [f"--pretrained_model_name_or_path={tmp_path / 'source'}", "--beta_schedule=linear"]
+    file = tmp_path / "source/scheduler/scheduler_config.json"
+    config = json.loads(file.read_text()) | {"beta_schedule": "linear"}
+    file.write_text(json.dumps(config))
+    train([*arguments, "--max_train_steps=1"])
+    file.write_text(json.dumps(config | {"beta_end": 0.015}))
+    with pytest.raises(ValueError, match=mentions("checkpoint-1", "beta_end", 0.02, 0.015)):
+        train([*arguments, "--resume_from_checkpoint=latest"])
+
+
+def test_limit_of_checkpoints_holds_for_those_set_aside_too(two_checkpoints):
+    arguments, run_dir = two_checkpoints
+    folders = [run_dir / f"superseded-2020010{day}-000000-checkpoint-4" for day in (1, 2, 3)]
+    for folder in folders:
+        shutil.copytree(run_dir / "checkpoint-4", folder)
+    (run_dir / "superseded-mine-checkpoint-4").mkdir()  # a folder of the user's
+    train([*arguments, "--checkpoints_total_limit=2", "--max_train_steps=6"])
+    assert [folder.exists() for folder in folders] == [False, True, True]
+    assert (run_dir / "superseded-mine-checkpoint-4").is_dir()
+    assert [path.name for path in list_checkpoints(run_dir)] == ["checkpoint-4", "checkpoint-6"]
+
+
 # --- damage
 
 

@@ -198,6 +198,35 @@ def test_network_that_nvidias_layout_cannot_express_raises(tmp_path, overrides, 
     assert not (tmp_path / "back").exists()
 
 
+@pytest.mark.parametrize("inside", ["", "transformer"], ids=["pipeline", "network"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"prediction_type": "v_prediction"},
+        {"beta_start": 0.0015},
+        {"beta_end": 0.0195},
+        {"num_train_timesteps": 100},
+        {"rescale_betas_zero_snr": True},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_other_objective_or_noise_schedule_is_refused_whichever_folder_is_given(tmp_path, settings, inside):
+    network = DiffiTTransformer2DModel(2, 8, num_layers=1, sample_size=8, num_embeds_ada_norm=3)
+    scheduler = DDIMScheduler(clip_sample=False, **settings)
+    DiffiTPipeline(None, scheduler, transformer=network).save_pretrained(tmp_path / "model")
+    ((name, value),) = settings.items()
+    with pytest.raises(ValueError, match=mentions("--to_nvidia", f"{name} {value}")):
+        convert_back(tmp_path / "model" / inside, tmp_path)
+    assert not (tmp_path / "back").exists()
+
+
+def test_folder_without_a_scheduler_is_converted_and_that_is_said(tmp_path, capsys):
+    network = DiffiTTransformer2DModel(2, 8, num_layers=1, sample_size=8, num_embeds_ada_norm=3)
+    network.save_pretrained(tmp_path / "trained")
+    convert_back(tmp_path / "trained", tmp_path)
+    assert mentions(f"--checkpoint {tmp_path / 'trained'}", "scheduler", "epsilon").search(capsys.readouterr().out)
+
+
 def test_pt_file_converts_like_safetensors(tmp_path):
     tensors = nvidia_tensors()
     torch.save(tensors, tmp_path / "diffit.pt")
@@ -389,6 +418,14 @@ def test_checkpoint_of_another_kind_raises(tmp_path):
 def test_vae_of_other_latents_raises_and_writes_nothing(tmp_path):
     tiny_vae(latent_channels=3).save_pretrained(tmp_path / "tiny_vae")
     with pytest.raises(ValueError, match=mentions("--vae", 3, 4)):
+        convert(nvidia_tensors(), tmp_path, f"--vae={tmp_path / 'tiny_vae'}")
+    assert not (tmp_path / "converted").exists()
+
+
+@pytest.mark.parametrize("config", [{"shift_factor": 0.1}, {"latents_std": (2.0,) * 4}])
+def test_vae_whose_scaling_diffusers_pipeline_ignores_raises(config, tmp_path):
+    tiny_vae(**config).save_pretrained(tmp_path / "tiny_vae")
+    with pytest.raises(ValueError, match=mentions(f"--vae {tmp_path / 'tiny_vae'}", "DiTPipeline")):
         convert(nvidia_tensors(), tmp_path, f"--vae={tmp_path / 'tiny_vae'}")
     assert not (tmp_path / "converted").exists()
 

@@ -6,14 +6,15 @@ import math
 import pytest
 import torch
 import yaml
+from diffusers import DDPMScheduler, EDMEulerScheduler
 
 from diffit.config import DiffusionConfig
 from diffit.errors import UserError
-from diffit.formulations import DDPM, EDM, choose_formulation
+from diffit.formulations import DDPM, EDM, choose_formulation, complete_scheduler_config, differences
 from diffit.networks import model_class
 from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import DiffiTPipeline
-from helpers import STATES, TINY_CONFIG, assert_same_files, evaluate_folder, train
+from helpers import STATES, TINY_CONFIG, assert_same_files, evaluate_folder, mentions, train
 
 # --- DDPM
 
@@ -78,6 +79,72 @@ def test_min_snr_weights_are_off_on_request_and_for_epsilon():
 def test_flag_of_another_formulation_is_refused(flags, words):
     with pytest.raises(UserError, match=words):
         choose_formulation(DiffusionConfig(**flags), {}, False)
+
+
+# --- the noise schedule of pretrained weights
+
+
+ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        {"beta_schedule": "linear", "beta_end": 0.015, "num_train_timesteps": 100},
+        {"beta_schedule": "scaled_linear", **ZERO_SNR},
+        {"trained_betas": [0.1, 0.2, 0.3, 0.4], "num_train_timesteps": 4},
+    ],
+    ids=["scaled", "linear", "zero_snr", "trained"],
+)
+def test_noise_schedule_of_the_weights_is_taken_over_whole(settings):
+    source = DDPMScheduler(**settings)
+    config = json.loads(source.to_json_string())
+    formulation = choose_formulation(DiffusionConfig(), config, False)
+    assert torch.equal(formulation.scheduler.alphas_cumprod, source.alphas_cumprod)
+    assert not differences(formulation, config)
+    assert hash(formulation) == hash(choose_formulation(DiffusionConfig(), config, False))
+    losses = formulation.losses(*torch.ones(3, 1, 1, 2, 2), torch.tensor([source.config.num_train_timesteps - 1]))
+    assert losses.isfinite().all()
+
+
+def test_another_beta_schedule_leaves_the_numbers_of_the_weights_behind_and_says_so():
+    config = dict(DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).config)
+    formulation = choose_formulation(DiffusionConfig(beta_schedule="linear"), config, False)
+    assert torch.equal(formulation.scheduler.betas, torch.linspace(1e-4, 0.02, 1000))
+    expected = {"beta_schedule": ("scaled_linear", "linear"), "beta_start": (0.00085, 1e-4), "beta_end": (0.012, 0.02)}
+    assert differences(formulation, config) == expected
+
+
+def test_settings_that_a_scheduler_leaves_out_are_the_defaults_of_its_class():
+    config = complete_scheduler_config({"_class_name": "LCMScheduler", "beta_end": 0.013})
+    formulation = choose_formulation(DiffusionConfig(), config, False)
+    assert (formulation.prediction_type, formulation.beta_schedule) == ("epsilon", "scaled_linear")
+    assert dict(formulation.inherited) == {"beta_start": 0.00085, "beta_end": 0.013}
+
+
+def test_sigmas_of_the_weights_are_taken_over():
+    config = json.loads(EDMEulerScheduler(sigma_data=0.7, sigma_max=50.0).to_json_string())
+    scheduler = choose_formulation(DiffusionConfig(), config, False).scheduler
+    assert (scheduler.config.sigma_data, scheduler.config.sigma_max) == (0.7, 50.0)
+    assert choose_formulation(DiffusionConfig(), json.loads(EDM().scheduler.to_json_string()), False) == EDM()
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"beta_schedule": "laplace"}, ["beta_schedule", "laplace", "--beta_schedule"]),
+        ({"prediction_type": "flow_prediction"}, ["prediction_type", "flow_prediction", "--prediction_type"]),
+        ({"rescale_betas_zero_snr": True}, ["rescale_betas_zero_snr", "epsilon", "--prediction_type v_prediction"]),
+        ({"trained_betas": [0.1] * 10}, [10, "trained_betas", "--num_train_timesteps 1000"]),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, ["use_flow_sigmas"]),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, ["FlowMatchEulerDiscreteScheduler", "--formulation"]),
+        ({"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"}, ["v_prediction"]),
+    ],
+)
+def test_noise_schedule_that_cannot_be_trained_is_refused(config, words):
+    with pytest.raises(ValueError, match=mentions(*words)):
+        choose_formulation(DiffusionConfig(), complete_scheduler_config(config), False)
 
 
 # --- EDM

@@ -190,6 +190,24 @@ def test_prepared_latents_train_like_those_encoded_on_the_way(latent_args, conve
         train([*again, f"--vae_model_name_or_path={tmp_path / 'other_vae'}"])
 
 
+def test_training_applies_the_mean_and_std_of_the_vae_and_reports_an_unusual_scale(latent_args, tmp_path, caplog):
+    """The same latents by `scaling_factor` and `shift_factor`, and by a mean and a deviation of each channel."""
+    settings = {
+        "factor": {"scaling_factor": 40.0, "shift_factor": 0.05},
+        "statistics": {"scaling_factor": 20.0, "latents_mean": (0.05, 0.05), "latents_std": (0.5, 0.5)},
+    }
+    for name, config in settings.items():
+        tiny_vae(latent_channels=2, **config).save_pretrained(tmp_path / f"vae_{name}")
+        flags = [f"--vae_model_name_or_path={tmp_path / f'vae_{name}'}", f"--output_dir={tmp_path / name}"]
+        train([*latent_args, *flags, "--max_train_steps=2"])
+        reported = [record.message for record in caplog.records if "standard deviation" in record.message]
+        assert len(reported) == 1 and f"vae_{name}" in reported[0]
+        caplog.clear()
+    assert losses(tmp_path / "factor") == pytest.approx(losses(tmp_path / "statistics"), rel=1e-5)
+    grids = [(tmp_path / name / "sample_grid.png").read_bytes() for name in settings]
+    assert grids[0] == grids[1]
+
+
 def test_latent_folder_and_its_checkpoints_are_evaluated(latent_args, image_folder, tmp_path):
     train([*latent_args, "--max_train_steps=2"])
     arguments = [f"--reference={image_folder}", f"--model_path={tmp_path / 'run'}", "--all_checkpoints"]

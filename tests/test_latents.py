@@ -17,8 +17,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate import PartialState
 from datasets import load_dataset
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiTTransformer2DModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 import prepare_latents
@@ -34,11 +35,14 @@ from diffit.latents import (
     sample_latents,
     vae_description,
     vae_latent_shape,
+    warn_of_scale,
 )
+from diffit.networks import vae_on_meta
 from diffit.source_config import SourceConfig
 from diffit.sources import load_image_table
 from diffit.stream import DIFFUSION, ImageDataset, PositionStream, collate, position_generator, split_table
-from helpers import ROOT, mentions, tiny_vae
+from diffit_pipeline import DiffiTPipeline, latent_scaling
+from helpers import ROOT, mentions, tiny_dit, tiny_vae
 from warm_start import WarmProcess, run_ranks
 
 NUM_IMAGES = 24
@@ -169,6 +173,76 @@ def test_description_depends_on_the_encoder_and_not_on_the_decoder():
 
 def test_description_of_a_vae_without_shift_has_the_shift_zero():
     assert vae_description(shifted_vae(shift_factor=None))["shift_factor"] == 0.0
+
+
+STATISTICS = {"latents_mean": (0.1, -0.2, 0.3, 0.0), "latents_std": (2.0, 0.5, 1.0, 4.0), "shift_factor": None}
+
+
+def test_mean_and_std_of_a_vae_are_applied_per_channel_and_undone_before_decoding(tmp_path):
+    """As in diffusers' Stable Diffusion XL: (z - mean) * scaling_factor / std, and back."""
+    vae = shifted_vae(**STATISTICS)
+    moments = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    latents = sample_latents(moments, torch.zeros(2, 4, 4, 4), *latent_scaling(vae))
+    mean, std = (torch.tensor(STATISTICS[name])[:, None, None] for name in ("latents_mean", "latents_std"))
+    torch.testing.assert_close(latents, (moments[:, :4] - mean) * 0.5 / std)
+
+    transformer = tiny_dit(num_embeds_ada_norm=3)
+    pipeline = DiffiTPipeline(None, DDIMScheduler(), transformer=transformer, vae=vae)
+    with torch.no_grad():
+        images = vae.decode(moments[:, :4]).sample
+        torch.testing.assert_close(pipeline._decode(latents), (images / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
+
+
+def test_mean_and_std_of_a_vae_are_part_of_its_description():
+    description = vae_description(shifted_vae(**STATISTICS))
+    assert description["latents_mean"] == [0.1, -0.2, 0.3, 0.0] and description["latents_std"] == [2.0, 0.5, 1.0, 4.0]
+    assert vae_description(shifted_vae()).keys() == {"encoder_digest", "scaling_factor", "shift_factor"}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"latents_mean": (0.1,)}, ["latents_mean", 1, 4]),
+        ({"latents_std": (1.0, 1.0, 0.0, 1.0)}, ["latents_std"]),
+        ({"latents_mean": (0.1,) * 4}, ["latents_mean", "shift_factor 0.25"]),
+    ],
+)
+def test_scaling_that_contradicts_itself_is_refused(config, words, tmp_path):
+    shifted_vae(**config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=mentions(f"--vae_model_name_or_path {tmp_path}", *words)):
+        load_vae(str(tmp_path))
+    with pytest.raises(ValueError, match=mentions("--vae_model_name_or_path", *words)):
+        vae_on_meta(str(tmp_path))
+
+
+def test_autoencoder_of_another_class_is_refused_with_its_name(tmp_path):
+    vae = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
+    vae.save_pretrained(tmp_path / "vae")
+    for load in (load_vae, vae_on_meta):
+        with pytest.raises(ValueError, match=mentions(tmp_path / "vae", "AutoencoderTiny", "AutoencoderKL")):
+            load(str(tmp_path / "vae"))
+    with pytest.raises(ValueError, match=mentions("AutoencoderTiny", "AutoencoderKL")):
+        DiffiTPipeline(None, DDIMScheduler(), transformer=tiny_dit(), vae=vae)
+    DiffiTPipeline(None, DDIMScheduler(), transformer=tiny_dit()).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text()) | {"vae": ["diffusers", "AutoencoderTiny"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=mentions(tmp_path, "AutoencoderTiny")):
+        DiffiTPipeline.from_folder(str(tmp_path), lambda config: DiTTransformer2DModel)
+
+
+@pytest.mark.parametrize(("std", "warned"), [(0.45, True), (0.55, False), (1.9, False), (2.1, True)])
+def test_latents_whose_scale_is_unusual_are_reported_with_the_number(std, warned, caplog):
+    PartialState()  # for the log
+    latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    warn_of_scale(latents / latents.std() * std, shifted_vae())
+    assert bool(mentions(f"{std:.3g}", "scaling_factor").search(caplog.text)) is warned
+
+
+def test_preparing_reports_the_scale_of_the_first_batch(base_flags, tmp_path, caplog):
+    shifted_vae(scaling_factor=1000.0).save_pretrained(tmp_path / "vae")
+    prepare([*base_flags, f"--vae_model_name_or_path={tmp_path / 'vae'}"], tmp_path / "latents")
+    warnings = [record for record in caplog.records if "standard deviation" in record.message]
+    assert len(warnings) == 1 and str(tmp_path / "vae") in warnings[0].message
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,14 +1,21 @@
 """Networks from configs: reading, refusals, and supported devices."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
+from diffusers import DDPMScheduler, EDMEulerScheduler
+from safetensors.torch import load_file, save_file
 
 from diffit.config import ModelConfig
 from diffit.errors import UserError
-from diffit.networks import read_model_config, set_up_model
-from helpers import TINY_CONFIG
+from diffit.networks import adapt_weights, build_model, read_model_config, set_up_model
+from diffit.pretrained import network_subfolder, read_pretrained_scheduler
+from diffit_pipeline import DiffiTPipeline
+from helpers import TINY_CONFIG, mentions, tiny_unet, train
 
 
 @pytest.fixture
@@ -50,3 +57,98 @@ def test_flex_is_refused_on_devices_without_a_backward_pass():
     asked = ModelConfig(model_config="a", attention_backend="flex")
     with pytest.raises(UserError, match="--attention_backend flex .* device cpu"):
         set_up_model(torch.nn.Linear(1, 1), asked, torch.device("cpu"))
+
+
+# --- saved models to start from
+
+
+def test_folder_is_read_by_what_is_in_it_and_not_by_its_name(tmp_path):
+    """A pipeline called `unet-mine` in the folder of another model has its own scheduler."""
+    DiffiTPipeline(tiny_unet(), EDMEulerScheduler()).save_pretrained(tmp_path)
+    own = tmp_path / "unet-mine"
+    DiffiTPipeline(tiny_unet(), DDPMScheduler(beta_end=0.015)).save_pretrained(own)
+    assert network_subfolder(str(own)) == "unet"
+    assert read_pretrained_scheduler(str(own))["beta_end"] == 0.015
+    assert read_pretrained_scheduler(str(own / "unet"))["beta_end"] == 0.015
+    assert read_pretrained_scheduler(str(tmp_path / "unet"))["_class_name"] == "EDMEulerScheduler"
+
+
+def test_network_that_belongs_to_no_pipeline_has_no_scheduler_and_that_is_said(tmp_path, caplog):
+    PartialState()  # for the log
+    DiffiTPipeline(tiny_unet(), EDMEulerScheduler()).save_pretrained(tmp_path)
+    tiny_unet().save_pretrained(tmp_path / "unet_other")
+    assert read_pretrained_scheduler(str(tmp_path / "unet_other")) == {}
+    assert mentions(tmp_path / "unet_other", "scheduler").search(caplog.text)
+
+
+def test_damaged_scheduler_is_refused(tmp_path):
+    DiffiTPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp_path)
+    (tmp_path / "scheduler/scheduler_config.json").write_text("{")
+    with pytest.raises(UserError, match=mentions(f"--pretrained_model_name_or_path {tmp_path}", "scheduler")):
+        read_pretrained_scheduler(str(tmp_path))
+
+
+def test_checkpoint_gives_the_average_that_an_evaluation_takes_and_says_so(train_args, tmp_path, caplog):
+    train([*train_args, "--max_train_steps=2", "--ema_half_life_kimg", "0.01", "0.02"])
+    checkpoint = tmp_path / "run/checkpoint-2"
+    for path, folder in ((checkpoint, "unet_ema_0.01kimg"), (checkpoint / "unet", "unet")):
+        config = read_model_config(ModelConfig(pretrained_model_name_or_path=str(path)))
+        model = build_model(config, str(path))
+        expected = load_file(checkpoint / folder / "diffusion_pytorch_model.safetensors")
+        torch.testing.assert_close(model.state_dict(), expected, rtol=0, atol=0)
+    assert mentions(checkpoint, "unet_ema_0.01kimg").search(caplog.text)
+
+
+def finetuned(train_args, source: Path, data: Path, output_dir: Path, *flags: str) -> dict[str, torch.Tensor]:
+    """Weights after fine-tuning at a learning rate of 0, so that they are the initial ones."""
+    arguments = [flag for flag in train_args if not flag.startswith("--model_config")]
+    arguments += [f"--pretrained_model_name_or_path={source}", f"--train_data_dir={data}", "--learning_rate=0"]
+    arguments += ["--seed=1"]  # another initialization than that of the source
+    train([*arguments, "--max_train_steps=1", f"--output_dir={output_dir}", *flags])
+    return load_file(output_dir / "checkpoint-1/unet/diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize("source", ["run", "run/unet", "run/checkpoint-1"])
+def test_as_many_but_other_classes_start_anew_and_that_is_said(source, train_args, image_folder, tmp_path, caplog):
+    train([*train_args, "--max_train_steps=1"])
+    name = "class_embedding.weight"
+    rows = load_file(tmp_path / "run/unet/diffusion_pytorch_model.safetensors")[name]
+
+    same = finetuned(train_args, tmp_path / source, image_folder, tmp_path / "same")[name]
+    assert torch.equal(same, rows) and "class embeddings" not in caplog.text
+
+    shutil.copytree(image_folder, tmp_path / "data")
+    (tmp_path / "data/blue").rename(tmp_path / "data/black")
+    other = finetuned(train_args, tmp_path / source, tmp_path / "data", tmp_path / "other")[name]
+    assert torch.equal(other[-1], rows[-1]) and not (other[:-1] == rows[:-1]).all(dim=1).any()
+    assert mentions("3 class embeddings", "'black'", "'blue'", "--no-reset_class_embeddings").search(caplog.text)
+
+    kept = finetuned(
+        train_args, tmp_path / source, tmp_path / "data", tmp_path / "kept", "--no-reset_class_embeddings"
+    )[name]
+    assert torch.equal(kept, rows)
+
+
+def test_same_classes_in_another_order_keep_their_embeddings():
+    source, target = tiny_unet(num_class_embeds=3), tiny_unet(num_class_embeds=3)
+    rows = source.class_embedding.weight.detach()
+    weights, changes = adapt_weights(source, target, class_names=(("a", "b", "c"), ("c", "a", "b")))
+    assert torch.equal(weights["class_embedding.weight"], rows[[2, 0, 1, 3]])
+    assert len(changes) == 1 and "order" in changes[0]
+
+
+def test_classes_without_names_are_kept_and_that_is_said():
+    source, target = tiny_unet(num_class_embeds=3), tiny_unet(num_class_embeds=3)
+    weights, changes = adapt_weights(source, target, class_names=(None, ("a", "b", "c")))
+    assert torch.equal(weights["class_embedding.weight"], source.class_embedding.weight)
+    assert mentions("3 class embeddings", "--reset_class_embeddings").search(changes[0])
+
+
+def test_missing_weights_are_named(tmp_path):
+    tiny_unet().save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    del weights["conv_in.weight"]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(UserError, match=mentions(f"--pretrained_model_name_or_path {tmp_path}", "conv_in.weight")):
+        build_model(read_model_config(ModelConfig(pretrained_model_name_or_path=str(tmp_path))), str(tmp_path))

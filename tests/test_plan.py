@@ -1,15 +1,19 @@
 """Plans: derived numbers and refusals, tested without data, models or training."""
 
 import dataclasses
+import json
+import shutil
 
 import pytest
+from accelerate import PartialState
 
 from diffit.config import parse_args
 from diffit.errors import UserError
 from diffit.formulations import DDPM, EDM
-from diffit.networks import read_model_config, read_pretrained_scheduler
+from diffit.networks import read_model_config
 from diffit.plan import DataFacts, Plan, VaeFacts, make_plan, plan_batch, plan_formulation, to_steps
-from helpers import train
+from diffit.pretrained import read_pretrained_scheduler
+from helpers import mentions, train
 
 FACTS = DataFacts("the data", 24, "digest", ("blue", "green", "red"), 3)
 VAE = VaeFacts(pixels_per_latent=2, image_channels=3, latent_channels=4)
@@ -76,6 +80,20 @@ def test_warmup_and_decay_become_steps(plan):
 def test_schedule_longer_than_the_training_is_refused(flags, words, plan):
     with pytest.raises(UserError, match=words):
         plan(*flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "warned"),
+    [
+        (["--lr_scheduler=cosine", "--max_train_steps=101"], True),
+        (["--lr_scheduler=cosine", "--max_train_steps=501"], False),
+        (["--lr_scheduler=constant", "--max_train_steps=101"], False),
+    ],
+)
+def test_warmup_longer_than_the_training_is_reported_with_the_rate_that_is_reached(flags, warned, plan, caplog):
+    PartialState()  # for the log
+    plan(*flags)
+    assert bool(mentions("--lr_warmup_steps 500", "101 steps", "0.2").search(caplog.text)) is warned
 
 
 # --- periodic work
@@ -162,6 +180,16 @@ def test_values_refused_by_the_network_name_the_flag(pair, words, plan):
     assert all(word in str(error.value) for word in ("--model_config", *words))
 
 
+def test_classes_without_an_image_are_reported(train_args, image_folder, tmp_path, caplog):
+    """Labels 1 to 3 make an empty class 0."""
+    names = [f"{name}/{i}.png" for name in ("blue", "green", "red") for i in range(8)]
+    shutil.copytree(image_folder, tmp_path / "data")
+    labels = [[name, 1 + number // 8] for number, name in enumerate(names)]
+    (tmp_path / "data/dataset.json").write_text(json.dumps({"labels": labels}))
+    train([*train_args, f"--train_data_dir={tmp_path / 'data'}", "--max_train_steps=1"])
+    assert mentions("1 of 4 classes", "'0'").search(caplog.text)
+
+
 # --- formulation
 
 
@@ -174,6 +202,28 @@ def test_finetuning_inherits_the_formulation_of_the_weights(plan, train_args, tm
     assert "was trained with" not in caplog.text
     assert plan(path, "--prediction_type=v_prediction").formulation.prediction_type == "v_prediction"
     assert "was trained with --prediction_type epsilon" in caplog.text
+
+
+def test_finetuned_pipeline_has_the_betas_of_its_source(train_args, tmp_path, caplog):
+    train([*train_args, "--max_train_steps=1"])
+    file = tmp_path / "run/scheduler/scheduler_config.json"
+    betas = {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "rescale_betas_zero_snr": True,
+    }
+    file.write_text(json.dumps(json.loads(file.read_text()) | betas))
+    again = [flag for flag in train_args if not flag.startswith("--model_config")]
+    again += [f"--pretrained_model_name_or_path={tmp_path / 'run'}", f"--output_dir={tmp_path / 'tuned'}"]
+    train([*again, "--max_train_steps=1"])
+    tuned = json.loads((tmp_path / "tuned/scheduler/scheduler_config.json").read_text())
+    assert {name: tuned[name] for name in betas} == betas
+    assert mentions(tmp_path / "run", "beta_start 0.00085", "beta_end 0.012").search(caplog.text)
+    with pytest.raises(
+        UserError, match=mentions("--pretrained_model_name_or_path", "epsilon", "rescale_betas_zero_snr")
+    ):
+        train([*again, "--prediction_type=epsilon", f"--output_dir={tmp_path / 'other'}"])
 
 
 def test_resolved_flags_hold_the_derived_values(plan):

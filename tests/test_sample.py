@@ -30,7 +30,7 @@ from diffit import sampling_config
 from diffit.errors import RunError
 from diffit.networks import MODEL_CLASSES, model_class
 from diffit.run_dir import MARK
-from diffit.sampling import load_guidance_model, load_pipeline, load_sampler, sample_seeds
+from diffit.sampling import load_guidance_model, load_pipeline, load_sampler, parse_class_labels, sample_seeds
 from diffit.sampling_config import GuidanceConfig, SamplingConfig
 from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import EDM_SCHEDULERS, SCHEDULERS, DiffiTPipeline, NonFiniteImagesError, image_grid, null_label
@@ -116,6 +116,27 @@ def test_labels_are_numbers_or_names(conditional):
     assert pipeline.label_ids(["red", 1, "1", "green"]) == [0, 1, 1, 1]
     assert pipeline.label_ids("7") == [2]  # a name that looks like a number is a name
     assert pipeline.label_ids(torch.tensor([2, 0])) == [2, 0]
+
+
+def test_numbers_that_are_names_have_one_meaning_as_text_and_as_number(tmp_path):
+    """Classes 1, 2, 3: a 0 is no class, although an index 0 exists; tensors hold indices."""
+    id2label = {str(index): str(index + 1) for index in range(3)}
+    pipeline = DiffiTPipeline(tiny_unet(num_class_embeds=3), DDIMScheduler(), id2label)
+    expected = [0, 1, 2]
+    for labels in ([1, 2, 3], ["1", "2", "3"], range(1, 4), np.arange(1, 4), torch.arange(3)):
+        assert pipeline.label_ids(labels) == expected
+    assert parse_class_labels(pipeline, "1,2,3") == parse_class_labels(pipeline, "all") == expected
+    for labels in ([0], ["0"], np.array([0]), "4"):
+        with pytest.raises(ValueError, match="1, 2, 3"):
+            pipeline.label_ids(labels)
+    with pytest.raises(ValueError, match=mentions("--class_labels 0,1,2", "1, 2, 3")):
+        parse_class_labels(pipeline, "0,1,2")
+    with pytest.raises(ValueError, match="class_labels is empty"):
+        pipeline.label_ids([])
+    sampling = SamplingConfig(num_inference_steps=2)
+    (drawn,) = sample_seeds(quiet(pipeline), [0], [2], sampling, batch_size=1)  # class indices, as everywhere inside
+    images = pipeline("3", generator=generators([0]), num_inference_steps=2, output_type="np").images
+    assert np.array_equal(drawn, (images * 255).round().astype(np.uint8))
 
 
 @pytest.mark.parametrize("label", ["purple", 3, -1, "3", 0.5])
