@@ -208,7 +208,7 @@ def test_images_that_are_not_finite_are_refused_by_seed(conditional):
         output.sample[1] = float("nan")
 
     pipeline.unet.register_forward_hook(overflow)
-    settings = {"num_inference_steps": 2, "class_labels": [0, 1, 2]}
+    settings = {"num_inference_steps": 2, "class_labels": torch.tensor([0, 1, 2])}
     for output_type in ("pil", "np", "pt", "latent"):
         with pytest.raises(NonFiniteImagesError, match=mentions("seeds 71 have")):
             pipeline(**settings, generator=generators([70, 71, 72]), output_type=output_type)
@@ -697,7 +697,8 @@ def test_last_batch_is_padded_or_not(conditional):
     settings = {"num_inference_steps": 3, "guidance_scale": 2.0, "guidance_interval": (0.1, 0.9), "output_type": "np"}
 
     def expected(numbers: list[int]) -> np.ndarray:
-        images = pipeline([labels[i] for i in numbers], generator=generators([seeds[i] for i in numbers]), **settings)
+        classes = torch.tensor([labels[i] for i in numbers])
+        images = pipeline(classes, generator=generators([seeds[i] for i in numbers]), **settings)
         return (images.images * 255).round().astype(np.uint8)
 
     first, padded = sample_seeds(pipeline, seeds, labels, sampling, batch_size=3)
