@@ -155,7 +155,7 @@ def main(config: TrainConfig) -> None:
         run = Run(accelerator, stop, lock, folder, checkpoint, plan, args_to_config(config, plan.resolved_flags()))
         check_agreement(accelerator, plan.agreement(data))
         if asked.dry_run:
-            return print_dry_run(accelerator, run.flags, plan)
+            return print_dry_run(accelerator, run.flags, plan, table, held_out)
 
         # 4. the networks and the training state, new or resumed
         networks = build_networks(accelerator, plan.model_config, config.model, table, config.batch.seed)

@@ -478,13 +478,18 @@ def describe_run(plan: Plan, model: ModelMixin, table: Table, num_held_out: int)
     return text
 
 
-def print_dry_run(accelerator: Accelerator, flags: dict[str, Any], plan: Plan) -> None:
-    """Prints the run's flags, parameters and FLOPs in the main process, without allocating the network."""
-    if not accelerator.is_main_process:
-        return
+def print_dry_run(
+    accelerator: Accelerator, flags: dict[str, Any], plan: Plan, table: Table, held_out: Table | None
+) -> None:
+    """Prints and logs the run's flags, parameters, FLOPs and sizes in the main process.
+
+    The network is not allocated.
+    """
     with torch.device("meta"):
         model = model_class(plan.model_config).from_config(plan.model_config)
-    print(yaml.safe_dump(flags), end="")
-    print(f"model_config_resolved: {json.dumps(plan.model_config)}")
-    print(f"parameters: {sum(parameter.numel() for parameter in model.parameters())}")
-    print(f"training_flops_per_image: {training_flops_per_image(plan.model_config)}")
+    if accelerator.is_main_process:
+        print(yaml.safe_dump(flags), end="")
+        print(f"model_config_resolved: {json.dumps(plan.model_config)}")
+        print(f"parameters: {sum(parameter.numel() for parameter in model.parameters())}")
+        print(f"training_flops_per_image: {training_flops_per_image(plan.model_config)}")
+    logger.info(describe_run(plan, model, table, 0 if held_out is None else len(held_out)))

@@ -22,7 +22,7 @@ from diffit.source_config import SourceConfig
 from diffit.sources import load_image_table
 from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import DiffiTPipeline
-from helpers import TINY_CONFIG, logged, losses, plain_loop, relative_differences, run, train
+from helpers import TINY_CONFIG, logged, losses, mentions, plain_loop, relative_differences, run, train
 
 # --- what is refused, and what is printed, before the training
 
@@ -54,7 +54,7 @@ def test_world_size_without_a_launcher_is_refused(train_args, monkeypatch):
         train(train_args)
 
 
-def test_dry_run_prints_sizes_and_writes_nothing(train_args, capsys, tmp_path):
+def test_dry_run_prints_sizes_and_writes_nothing(train_args, capsys, caplog, tmp_path):
     train([*train_args, "--dry_run"])
     printed = yaml.safe_load(capsys.readouterr().out)
     model = DiffiTUNet2DModel(**TINY_CONFIG, num_class_embeds=3)
@@ -62,6 +62,7 @@ def test_dry_run_prints_sizes_and_writes_nothing(train_args, capsys, tmp_path):
     assert printed["training_flops_per_image"] > 6 * 64 * 8 * 8 * 9  # more than one convolution
     assert (printed["learning_rate"], printed["global_batch_size"]) == (1e-3, 4)
     assert not (tmp_path / "run").exists()
+    assert mentions("24 images", "4 x 1 processes x 1").search(caplog.text)
 
 
 def test_fp16_is_refused_on_a_cpu(train_args):
