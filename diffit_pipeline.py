@@ -135,15 +135,15 @@ def check_finite(images: torch.Tensor, generator: torch.Generator | list[torch.G
 def null_label(network: torch.nn.Module) -> int | None:
     """Index of the null class for classifier-free guidance, which is the number of classes; None if unconditional.
 
-    DiffiT and DiT have one more embedding than classes for it. `UNet2DModel` has none of its own: this project trains
-    it with one additional embedding, the last.
+    DiffiT and DiT have an additional embedding for it. `UNet2DModel` does not, so this project trains it with one more
+    embedding than there are classes, the last.
     """
     if "num_embeds_ada_norm" in network.config:
         return network.config.num_embeds_ada_norm
     num_class_embeds = network.config.num_class_embeds
     if num_class_embeds is None:
         return None
-    network = getattr(network, "_orig_mod", network)  # of a compiled network
+    network = getattr(network, "_orig_mod", network)  # unwraps a compiled network
     return num_class_embeds - 1 if type(network).__name__ == "UNet2DModel" else num_class_embeds
 
 
@@ -161,7 +161,7 @@ def latent_scaling(
         device: for the tensors.
 
     Raises:
-        ValueError: if the VAE is no `AutoencoderKL`, or its config contradicts itself.
+        ValueError: if the VAE is not an `AutoencoderKL`, or its config contradicts itself.
     """
     if not isinstance(vae, AutoencoderKL):
         raise ValueError(f"the vae must be an AutoencoderKL, got {type(vae).__name__}: its scaling is not known here")

@@ -187,7 +187,7 @@ def prepare(accelerator: Accelerator, config: LatentsConfig) -> None:
         run_on_main_and_broadcast(accelerator, detect_num_channels, table, 64, max(4, num_channels)) > num_channels
         and accelerator.is_main_process
     ):
-        logger.warning(f"{table.source} has more channels than the VAE ({num_channels}): colours are dropped")
+        logger.warning(f"{table.source} has more channels than the VAE ({num_channels}): colors are dropped")
     metadata = {
         "vae": config.vae_model_name_or_path,
         **vae_description(vae),

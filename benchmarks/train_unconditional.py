@@ -2,7 +2,7 @@
 
 After `examples/unconditional_image_generation/train_unconditional.py` of diffusers 0.36 (Apache-2.0), without its
 arguments, previews, checkpoints and hub: linear betas, epsilon prediction, AdamW with its settings, a cosine schedule
-after 500 steps of warm-up, and the average with a warm-up of its own.
+after 500 steps of warm-up, and an EMA with its own warm-up.
 """
 
 from collections.abc import Callable, Iterable

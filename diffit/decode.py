@@ -171,7 +171,7 @@ def decode_pixels(
     Transparency is composed on white unless `num_channels` is 4. EXIF rotation is applied. An animation yields its
     first frame. Colours are converted to sRGB where an 8-bit image has another ICC profile (see `to_srgb`); gamma and
     chromaticities that a PNG states otherwise are ignored. Grey images of 9 to 16 bits are scaled to [0, 255] without
-    rounding; of 16-bit colours the upper eight bits are used.
+    rounding; of 16-bit colors the upper eight bits are used.
 
     Args:
         name: name of the image in error messages.

@@ -432,8 +432,8 @@ def choose_formulation(asked: DiffusionConfig, pretrained: dict[str, Any], in_la
     if trained_in == "ddpm" and "beta_schedule" not in complete_scheduler_config(pretrained):
         if asked.formulation is None:
             raise ValueError(
-                f"its {pretrained.get('_class_name')} is of no formulation of this code; --formulation chooses one "
-                "that the weights were not trained in"
+                f"its {pretrained.get('_class_name')} does not belong to any formulation here; --formulation selects "
+                "one that the weights were not trained with"
             )
         trained_in = None
     name = asked.formulation or trained_in or "ddpm"

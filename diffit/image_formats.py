@@ -58,7 +58,7 @@ def check_levels(image: PIL.Image.Image, data: bytes, name: str) -> None:
 
     Raises:
         BadImageError: for a TIFF of signed, 32-bit or floating-point numbers, or of more than 8 bits in planes, and
-            for a 16-bit colour PNG with a transparent colour.
+            for a 16-bit color PNG with a transparent color.
     """
     if image.mode == "F":
         raise BadImageError(f"floating-point image, whose range is unknown: {name}")
@@ -79,8 +79,8 @@ TIFF_LAYOUT = {258: (1,), 284: 1, 339: (1,)}  # default of BitsPerSample, Planar
 
 def _correct_png_transparency(image: PIL.Image.Image, bits: int, name: str) -> None:
     level = image.info.get("transparency")  # of the tRNS chunk, on the scale of the file's bits
-    if isinstance(level, tuple) and bits == 16:  # Pillow cuts the pixels to 8 bits, but not this colour
-        raise BadImageError(f"16-bit colour PNG with a transparent colour; give it an alpha channel: {name}")
+    if isinstance(level, tuple) and bits == 16:  # Pillow cuts the pixels to 8 bits, but not this color
+        raise BadImageError(f"16-bit color PNG with a transparent color; give it an alpha channel: {name}")
     if isinstance(level, int) and image.mode == "L":  # Pillow widens the pixels to 8 bits, but not this level
         top = 2**bits - 1
         image.info["transparency"] = (level & top) * (255 // top)

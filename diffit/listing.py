@@ -226,7 +226,7 @@ def _without_products(root: Path, names: list[str]) -> list[str]:
 
 
 def listed_samples(root: Path) -> set[str]:
-    """Images listed in the `samples.json` that `sample_diffit.py` writes; none if there is no valid one."""
+    """The images that a `samples.json` of `sample_diffit.py` lists; empty if it is missing or not valid."""
     try:
         summary = json.loads((root / "samples.json").read_text(encoding="utf-8"))
         return {str(row["file"]) for row in summary["images"]}
@@ -279,7 +279,7 @@ def check_splits(root: Path, names: list[str]) -> None:
                 advice = f"give one of them, such as --train_data_dir {root / training}"
             raise UserError(
                 f"--train_data_dir {root} holds a training and a held-out split, {training} and {held_out}, which are "
-                f"not trained on together: {advice}; if they are no splits, rename them"
+                f"not trained on together: {advice}; if they are not splits, rename them"
             )
     paths = {path for splits in levels.values() for path in splits.values()}
     places = sorted({str(path.parent) for path in paths if not paths & set(path.parents)})  # not train/train-0.parquet

@@ -366,10 +366,10 @@ class StopRequest:
         self.numbers.close()
 
     def reason(self) -> str:
-        """Why this process stops, in words, for the log."""
+        """Why this process stops, for the log: a signal, the time limit or another process."""
         if self.signal_name is not None:
-            return f"{self.signal_name}, as the launcher is gone" if launcher_is_gone() else self.signal_name
-        return "--max_train_time" if time.monotonic() > self.deadline else "a stop of another process"
+            return f"{self.signal_name}, because the launcher is gone" if launcher_is_gone() else self.signal_name
+        return "--max_train_time" if time.monotonic() > self.deadline else "another process was asked to stop"
 
     def is_wanted(self) -> bool:
         """Whether this process was asked to stop. The other processes may not know yet."""

@@ -126,9 +126,9 @@ def check_steps(
 
     Args:
         num_inference_steps: sampling steps.
-        formulation: of the model.
+        formulation: the model's formulation.
         model_path: path of the model, for messages.
-        flag: that gives the steps, likewise.
+        flag: flag that sets the steps, for messages.
 
     Raises:
         UserError: names the flag.

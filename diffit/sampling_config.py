@@ -208,7 +208,7 @@ class SampleConfig:
     )
     num_images_per_class: int | None = flag(
         None,
-        "images of each class, each with a seed of its own (default: one image per seed, the classes taking turns)",
+        "images per class, each with its own seed (default: one image per seed, with the classes taking turns)",
         type=positive_int,
     )
     sampling: SamplingConfig = nested(SamplingConfig)

@@ -301,7 +301,7 @@ def test_lost_permission_keeps_the_previous_checkpoint_and_is_reported(train_arg
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(disk)], check=False).returncode != 0:
-        pytest.skip("a disk of its own cannot be mounted here (it needs root)")
+        pytest.skip("a separate disk cannot be mounted here (it needs root)")
     original = OutputDirLock.check_owned
 
     def check_and_lose(lock: OutputDirLock) -> None:
