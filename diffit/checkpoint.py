@@ -46,6 +46,7 @@ from diffit.run_dir import (
     remove_empty_folders,
     remove_whole_folder,
 )
+from diffit.sources import is_same_data
 from diffit_pipeline import component_name
 
 logger = get_logger(__name__, log_level="INFO")
@@ -314,7 +315,7 @@ def load_checkpoint(path: Path, accelerator: Accelerator, flags: dict, state: Tr
         )
     if numbers["num_images"] != state.num_images:
         raise UserError(f"{path} was trained on {numbers['num_images']} images, but the data has {state.num_images}")
-    if numbers["data_digest"] != state.data_digest:
+    if not is_same_data(numbers["data_digest"], state.data_digest):
         raise UserError(f"{path} was trained on different images or labels, or with a different VAE")
     load_network_weights(path, state, numbers["ema_steps"])
     state.optimizer.load_state_dict(optimizer_state)

@@ -175,7 +175,11 @@ class LatentTable(Table):
 
     def content(self, index: int) -> bytes:
         # Identifies the image, not its latents, whose last bits depend on the batch in which they were encoded.
-        return f"{self.metadata['data_digest']} {int(self.indices[index])}".encode()
+        # Without the names and sizes, which latents prepared by earlier versions lack.
+        return f"{self.metadata['data_digest'].split('-')[0]} {int(self.indices[index])}".encode()
+
+    def data_digest(self) -> str:
+        return "-".join([self.digest(), *self.metadata["data_digest"].split("-")[1:]])
 
     def read(self, index: int, mirrored: bool = False) -> torch.Tensor:
         """Moments of an image or of its mirror image, shape (2c, h, w), float32.

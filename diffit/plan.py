@@ -444,10 +444,12 @@ def describe_data(table: Table, vae: AutoencoderKL | None, num_channels: int | N
     """
     names = None if table.class_names is None else tuple(table.class_names)
     if isinstance(table, LatentTable):
-        return DataFacts(table.source, len(table), table.digest(), names, None, tuple(table.metadata["resolution"]))
+        return DataFacts(
+            table.source, len(table), table.data_digest(), names, None, tuple(table.metadata["resolution"])
+        )
     warn_about_narrow_levels(table)
     num_channels = num_channels if vae is None else vae.config.in_channels
-    return DataFacts(table.source, len(table), table.digest(), names, num_channels or detect_num_channels(table))
+    return DataFacts(table.source, len(table), table.data_digest(), names, num_channels or detect_num_channels(table))
 
 
 def describe_vae(vae: AutoencoderKL | None) -> VaeFacts | None:

@@ -25,6 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import Self
 
 import numpy as np
+import pyarrow.compute
 import pyarrow.parquet
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 from datasets import config as datasets_config
@@ -35,7 +36,7 @@ from diffit.command_line import require_one
 from diffit.decode import _natural_channels, _open_image
 from diffit.errors import BadImageError, UserError, global_rank, message_of, user_errors
 from diffit.labels import encode_labels, find_labels, why_no_label_column
-from diffit.listing import IMAGE_EXTENSIONS, Files, check_splits, list_files, read_file, read_from_zip
+from diffit.listing import IMAGE_EXTENSIONS, Files, check_splits, list_files, open_zip, read_file, read_from_zip
 from diffit.run_dir import our_files
 from diffit.source_config import SOURCES, SourceConfig
 
@@ -114,6 +115,32 @@ class Table(ABC):
                 digest.update(self.content(int(index)))
         return digest.hexdigest()[:16]
 
+    def data_digest(self) -> str:
+        """Identifies the data of a training: `digest`, then a checksum of the name and size of every image.
+
+        An image that is replaced by another one of the same name and size is noticed only if it is among those that
+        `digest` reads, or in a zip, which states the checksums of its files. Compare with `is_same_data`.
+        """
+        return self.digest()
+
+
+def is_same_data(earlier: str, now: str) -> bool:
+    """Compares what `Table.data_digest` returned, followed by further words, when a run was started and now.
+
+    Versions without names and sizes wrote `digest` alone, whose runs can still be resumed.
+    """
+    if "-" not in earlier.split(" ")[0]:
+        first, *rest = now.split(" ", 1)
+        now = " ".join([first.split("-")[0], *rest])
+    return earlier == now
+
+
+def _file_size(path: str) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except OSError:  # reading it will report that
+        return None
+
 
 @dataclass(frozen=True)
 class ImageTable(Table):
@@ -130,6 +157,35 @@ class ImageTable(Table):
 
     def content(self, index: int) -> bytes:
         return self.read(index)[1]
+
+    def data_digest(self) -> str:
+        digest = hashlib.sha256()
+        for name, *numbers in self._names_and_sizes():
+            digest.update(json.dumps([name, *numbers]).encode())
+        return f"{self.digest()}-{digest.hexdigest()[:16]}"
+
+    def _names_and_sizes(self) -> list[tuple]:
+        """Name of each image and its size in bytes, and in a zip its checksum; no image is read.
+
+        The names do not depend on where the data are: those of files are relative to `source`.
+        """
+        entries = {entry.filename: entry for entry in open_zip(self.archive).infolist()} if self.archive else {}
+        described = []
+        for batch in self.rows.with_format("arrow").iter(1000):  # slices: a selection of rows would be copied
+            for images in batch["image"].chunks:
+                sizes = pyarrow.compute.binary_length(pyarrow.compute.struct_field(images, "bytes")).to_pylist()
+                paths = pyarrow.compute.struct_field(images, "path").to_pylist()
+                described += [self._describe(*row, entries) for row in zip(paths, sizes, strict=True)]
+        return [described[index] for index in self.indices]
+
+    def _describe(self, path: str | None, size: int | None, entries: dict[str, zipfile.ZipInfo]) -> tuple:
+        if path in entries:
+            return path, entries[path].file_size, entries[path].CRC
+        if size is not None or path is None:
+            return path and os.path.basename(path), size
+        if self.folders is None:
+            return Path(os.path.relpath(path, self.source)).as_posix(), _file_size(path)
+        return os.path.basename(path), _file_size(os.path.join(self.folders[0], path))  # named by a row
 
     def read(self, index: int) -> tuple[str, bytes]:
         """Returns a name for messages, and the undecoded bytes of an image.

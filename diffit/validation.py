@@ -110,7 +110,7 @@ def build_evaluator(
         accelerator,
         Path(output_dir, "eval"),
         TableImages(source, plan.resolution, num_channels),
-        {"data": source.digest(), "resolution": list(plan.resolution), "channels": num_channels},
+        {"data": source.data_digest(), "resolution": list(plan.resolution), "channels": num_channels},
         extractor,
         num_workers=data.dataloader_num_workers,
     )

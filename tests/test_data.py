@@ -6,6 +6,7 @@ with what was written. Grey level g of 0..255 is g / 127.5 - 1 in [-1, 1]. Where
 exact.
 """
 
+import hashlib
 import io
 import itertools
 import json
@@ -27,7 +28,7 @@ from diffit.config import DataConfig
 from diffit.decode import PILLOW_FORMATS, decode_image, decode_pixels, normalize_pixels
 from diffit.errors import BadImageError
 from diffit.source_config import SourceConfig
-from diffit.sources import ImageTable, detect_num_channels, load_image_table
+from diffit.sources import ImageTable, detect_num_channels, is_same_data, load_image_table
 from diffit.stream import (
     AUGMENTATION,
     DIFFUSION,
@@ -978,6 +979,52 @@ def test_crop_is_central_or_anywhere(gradient_folder, center_crop):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Validation split
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The digest, by which a resumed run notices other data
+
+
+@pytest.mark.parametrize("container", ["folder", "archive.zip"])
+def test_data_digest_notices_every_name_and_size(container, tmp_path):
+    """Of 130 images, 64 are read."""
+    files = {f"{i:03d}.png": constant("L", i) for i in range(130)}
+    others = {"same": {}, "size": {"001.png": encode(noise_image(0, 9, 9, 3))}, "name": {}}
+    tables = {}
+    for case, change in others.items():
+        changed = files | change
+        if case == "name":
+            changed["001a.png"] = changed.pop("001.png")
+        (tmp_path / case).mkdir()
+        tables[case] = load_table(write_files(tmp_path / case / container, changed))
+    original = load_table(write_files(tmp_path / container, files))
+    assert tables["same"].data_digest() == original.data_digest()  # wherever it lies
+    assert len({table.digest() for table in tables.values()}) == 1  # reads images 0, 2, 4, ...
+    assert len({table.data_digest() for table in tables.values()}) == 3
+
+
+def test_data_digest_of_parquet_notices_every_size(tmp_path):
+    images = [constant("L", i) for i in range(130)]
+    first, same = (load_table(write_parquet(tmp_path / f"{x}.parquet", image=(IMAGE, images))) for x in "ab")
+    images[1] = encode(noise_image(0, 9, 9, 3))
+    other = load_table(write_parquet(tmp_path / "c.parquet", image=(IMAGE, images)))
+    assert first.data_digest() == same.data_digest() != other.data_digest() and first.digest() == other.digest()
+    assert first.select([0, 2]).data_digest() == other.select([0, 2]).data_digest() != first.data_digest()
+
+
+def test_data_digest_of_an_earlier_version_is_compared_without_names_and_sizes():
+    vae = " {'encoder_digest': 'a-b'}"
+    assert is_same_data("aaaa-bbbb", "aaaa-bbbb") and is_same_data(f"aaaa-bbbb{vae}", f"aaaa-bbbb{vae}")
+    assert is_same_data("aaaa", "aaaa-bbbb") and is_same_data(f"aaaa{vae}", f"aaaa-bbbb{vae}")
+    assert not is_same_data("aaaa-cccc", "aaaa-bbbb") and not is_same_data("cccc", "aaaa-bbbb")
+    assert not is_same_data(f"aaaa{vae}", "aaaa-bbbb")
+
+
+def test_digest_of_contents_is_pinned(tmp_path):
+    """Checkpoints of earlier versions hold it."""
+    table = load_table(write_files(tmp_path / "f", {"a/1.npy": b"x", "b/2.npy": b"y"}))
+    expected = hashlib.sha256(b'[2, [0, 1], ["a", "b"]]' + b"xy").hexdigest()[:16]
+    assert table.digest() == expected and table.data_digest().startswith(f"{expected}-")
 
 
 @pytest.fixture

@@ -220,8 +220,8 @@ def test_data_that_differ_between_processes_are_found(train_args, image_folder, 
     image = tmp_path / "data1/green/3.png"
     image.write_bytes((tmp_path / "data1/red/0.png").read_bytes())
     output = refused_launch(two_ranks(train_args, f"--train_data_dir={tmp_path}/dataRANK"), tmp_path)
-    digests = [load_image_table(SourceConfig(train_data_dir=f"{tmp_path}/data{rank}")).digest() for rank in range(2)]
-    assert mentions("process 1", *digests).search(output)
+    tables = [load_image_table(SourceConfig(train_data_dir=f"{tmp_path}/data{rank}")) for rank in range(2)]
+    assert mentions("process 1", *(table.data_digest() for table in tables)).search(output)
 
 
 def test_data_missing_on_one_machine_is_reported_in_all_processes(train_args, image_folder, tmp_path):
