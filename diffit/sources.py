@@ -70,6 +70,11 @@ class Table(ABC):
         """Class of an image, in [0, number of classes)."""
         return int(self.labels[self.indices[index]])
 
+    def empty_classes(self) -> list[str]:
+        """Names of classes without images, such as `0` where labels are the numbers 1 to 3."""
+        present = set(self.labels[self.indices].tolist())
+        return [name for number, name in enumerate(self.class_names) if number not in present]
+
     @abstractmethod
     def content(self, index: int) -> bytes:
         """Bytes of an image, for `digest`.

@@ -521,6 +521,12 @@ def test_image_with_two_labels_is_refused(tmp_path):
         load_table(write_files(tmp_path / "f", files))
 
 
+@pytest.mark.parametrize(("labels", "empty"), [([1, 3], ["0", "2"]), ([0, 1], []), (["1", "3"], [])])
+def test_gaps_in_label_numbers_are_reported(labels, empty, tmp_path):
+    lists = {"dataset.json": json.dumps({"labels": [["1.png", labels[0]], ["2.png", labels[1]]]})}
+    assert load_table(write_files(tmp_path / "f", {"1.png": 1, "2.png": 2} | lists)).empty_classes() == empty
+
+
 @pytest.mark.parametrize("source", ["train_data_file", "train_data_dir", "dataset_name"])
 def test_no_label_column_says_which_could_be(source, tmp_path):
     file = write_parquet(
