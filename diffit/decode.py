@@ -18,13 +18,14 @@ import torch
 
 from diffit.colour_profiles import to_srgb
 from diffit.errors import BadImageError, global_rank, message_of
-from diffit.image_formats import check_levels, grey_levels, upright, upright_size
+from diffit.image_formats import _orientation, check_levels, grey_levels, upright, upright_size
 
 logger = logging.getLogger(__name__)
 
 # Pillow tries no other format, whatever the file is called: for an EPS it would start Ghostscript.
 PILLOW_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 PILLOW_FORMATS += ("AVIF",) if PIL.features.check("avif") else ()
+MIN_OVERSAMPLING = 2.5  # pixels of a JPEG decoded at a reduced size per pixel of the result, along each axis
 MAX_IMAGE_PIXELS = 8192 * 8192  # 67 megapixels: a 50-megapixel photo is read, a 100-megapixel one is refused
 
 
@@ -157,6 +158,33 @@ def _planes(image: PIL.Image.Image | np.ndarray, name: str, num_channels: int) -
     return planes
 
 
+def _reduce(image: PIL.Image.Image | np.ndarray, resolution: tuple[int, int]) -> tuple[int, tuple[int, int] | None]:
+    """Has a large JPEG decoded at 1/2, 1/4 or 1/8 of its size, which leaves out work that resizing would undo.
+
+    The reduced image is still at least 2.5 times as large as the result, so that the result differs from that of the
+    full size by less than 1/255 on average (see `tests/test_decode.py`). Sides must be multiples of the divisor,
+    because a pixel that the image only fills in part would weigh too much at its edge; half a pixel matters too little
+    to see, unless a turn brings it to the front.
+
+    Returns:
+        The divisor, and the full width and height after EXIF rotation, or None if the divisor is 1.
+    """
+    unreduced = (1, None)
+    if isinstance(image, np.ndarray) or image.format not in ("JPEG", "MPO"):
+        return unreduced
+    if min(image.size) < 2 * MIN_OVERSAMPLING * min(resolution):  # saves reading the EXIF block
+        return unreduced
+    full_size = upright_size(image)
+    scale = min(full_size[0] / resolution[1], full_size[1] / resolution[0])
+    for divisor in (8, 4, 2):
+        fits = not any(side % divisor for side in image.size) or (divisor == 2 and _orientation(image) == 1)
+        if fits and scale >= divisor * MIN_OVERSAMPLING:
+            if image.draft(None, tuple(side // divisor for side in image.size)) is None:
+                break
+            return image.decoderconfig[0], full_size
+    return unreduced
+
+
 def decode_pixels(
     name: str,
     data: bytes,
@@ -171,7 +199,8 @@ def decode_pixels(
     Transparency is composed on white unless `num_channels` is 4. EXIF rotation is applied. An animation yields its
     first frame. Colours are converted to sRGB where an 8-bit image has another ICC profile (see `to_srgb`); gamma and
     chromaticities that a PNG states otherwise are ignored. Grey images of 9 to 16 bits are scaled to [0, 255] without
-    rounding; of 16-bit colors the upper eight bits are used.
+    rounding; of 16-bit colors the upper eight bits are used. A JPEG at least five times as large as the result is
+    decoded at a reduced size (see `_reduce`).
 
     Args:
         name: name of the image in error messages.
@@ -198,12 +227,16 @@ def decode_pixels(
             f"give the flag to convert it: {name}"
         )
     with _naming(name):
+        reduced_by, full_size = _reduce(image, resolution)
         planes = _planes(image, name, num_channels)
-    image_width, image_height = planes[0].size
+    image_width, image_height = full_size or planes[0].size
     scale = min(image_height / height, image_width / width)
     top = max(0.0, image_height - height * scale) * crop_position[0]  # rounding can make the margin negative
     left = max(0.0, image_width - width * scale) * crop_position[1]
     box = (left, top, min(left + width * scale, image_width), min(top + height * scale, image_height))
+    if reduced_by > 1:
+        ends = planes[0].size * 2
+        box = tuple(min(edge / reduced_by, end) for edge, end in zip(box, ends, strict=True))
     if (image_width, image_height) != (width, height):
         planes = [plane.resize((width, height), PIL.Image.Resampling.LANCZOS, box=box) for plane in planes]
     if flip:

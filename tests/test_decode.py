@@ -443,3 +443,59 @@ def test_mutated_file_gives_an_image_or_a_bad_image_with_its_name(kind):
         except BadImageError as error:
             assert name in str(error)
     assert read and refused > 50, (read, refused)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Large JPEGs
+
+
+def pink_image(height: int, width: int, seed: int) -> np.ndarray:
+    """Noise whose amplitude falls with frequency as that of photos does, shape (H, W, 3)."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = 1
+    spectra = rng.standard_normal((3, *frequency.shape, 2)) @ [1, 1j] / frequency
+    planes = np.fft.irfft2(spectra[:1] + 0.3 * spectra, (height, width))
+    planes *= 50 / planes.std(axis=(1, 2), keepdims=True)
+    return (128 + planes).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
+
+
+def photo_like(kind: str, height: int, width: int) -> np.ndarray:
+    if kind == "pink":
+        return pink_image(height, width, 0)
+    photo = pytest.importorskip("sklearn.datasets").load_sample_image(kind)
+    return photo[:height, :width]
+
+
+SIZES = {  # height and width of a JPEG: (height and width of the result, size at which it is decoded)
+    (400, 640): [((160, 256), 1), ((80, 128), 2), ((40, 64), 4), ((20, 32), 8), ((40, 30), 4)],
+    (399, 637): [((80, 128), 1), ((79, 127), 2), ((20, 32), 2)],
+    (404, 636): [((20, 32), 4)],
+}
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("options", [{"quality": 75}, {"quality": 95, "subsampling": 0, "progressive": True}], ids=str)
+@pytest.mark.parametrize("kind", ["pink", "china.jpg", "flower.jpg"])
+@pytest.mark.parametrize("size", SIZES)
+def test_large_jpeg_is_within_one_level_of_its_full_decode(size, kind, options, orientation, monkeypatch):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(photo_like(kind, *size), "JPEG", exif=exif, **options)
+    for resolution, divisor in SIZES[size]:
+        if orientation == 6:
+            resolution, divisor = resolution[::-1], 1 if any(side % 2 for side in size) else divisor
+        used = []
+        with monkeypatch.context() as patch:
+            original = PIL.JpegImagePlugin.JpegImageFile.load_prepare
+            patch.setattr(
+                "PIL.JpegImagePlugin.JpegImageFile.load_prepare",
+                lambda image, used=used, original=original: (used.append(image.size), original(image)),
+            )
+            pixels = decode_pixels("a.jpg", data, resolution, 3, (0.5, 1.0)).float()
+        assert used == [(-(-size[1] // divisor), -(-size[0] // divisor))]
+        with monkeypatch.context() as patch:
+            patch.setattr("diffit.decode.MIN_OVERSAMPLING", 1e9)
+            full = decode_pixels("a.jpg", data, resolution, 3, (0.5, 1.0)).float()
+        difference = (pixels - full).abs().mean().item()
+        assert difference < 1 and (difference == 0) == (divisor == 1)
