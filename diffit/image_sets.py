@@ -120,11 +120,11 @@ def open_source(flag: str, name: str, dataset_split: str = "train", image_column
         UserError: names the flag and its value.
     """
     path = Path(name)
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return _open_npz(flag, path)
     reader = ()
     try:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             source, reader = SourceConfig(train_data_file=name, image_column=image_column), ("image_column",)
         elif path.is_file() or (path.is_dir() and (image_column is None or not any(path.rglob("*.parquet")))):
             source = SourceConfig(train_data_dir=name)
