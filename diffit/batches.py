@@ -51,12 +51,8 @@ def open_tables(data: DataConfig, validation: ValidationConfig) -> tuple[Table, 
         table = load_image_table(data.source, need_labels=data.class_conditional)
     if data.class_conditional and table.class_names is None:
         raise UserError(f"--class_conditional: {table.source} has no labels: {table.no_labels}")
-    if data.class_conditional and (empty := table.empty_classes()):
-        logger.warning(
-            f"{table.source}: {len(empty)} of {len(table.class_names)} classes have no image, such as {empty[0]}: the "
-            "network learns nothing for them, but previews and samples of all classes draw them. Numbers of classes "
-            "should start at 0 and leave no gap; names (text) are numbered without gaps"
-        )
+    if data.class_conditional:
+        table.warn_about_empty_classes()
     if validation.validation_split is not None:
         held_out_source = replace(data.source, dataset_split=validation.validation_split)
         held_out = load_image_table(held_out_source, need_labels=data.class_conditional)

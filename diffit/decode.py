@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 PILLOW_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 PILLOW_FORMATS += ("AVIF",) if PIL.features.check("avif") else ()
 MIN_OVERSAMPLING = 2.5  # pixels of a JPEG decoded at a reduced size per pixel of the result, along each axis
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MAX_IMAGE_PIXELS = 8192 * 8192  # 67 megapixels: a 50-megapixel photo is read, a 100-megapixel one is refused
 
 
@@ -62,6 +63,8 @@ def _open_image(name: str, data: bytes) -> PIL.Image.Image | np.ndarray:
                     "damaged TIFF, or one of a kind that Pillow does not read; for the latter, `magick FILE -depth 16 "
                     f"FILE.png` may help: {name}"
                 ) from error
+            if data.startswith(LFS_POINTER):
+                raise BadImageError(f"pointer of Git LFS, not an image; `git lfs pull` fetches it: {name}") from error
             raise BadImageError(f"damaged, or not an image in {', '.join(PILLOW_FORMATS)}: {name}") from error
         except PIL.Image.DecompressionBombError as error:
             raise _too_large(name, f"more than {2 * PIL.Image.MAX_IMAGE_PIXELS:,} pixels") from error
@@ -79,7 +82,9 @@ def _open_array(name: str, data: bytes) -> np.ndarray:
     except Exception as error:  # numpy parses the header as a Python literal, which may raise anything
         raise BadImageError(f"cannot decode array {name}: {error}") from error
     if dtype not in (np.uint8, np.uint16) or len(shape) not in (2, 3) or min(shape) < 1:
-        raise BadImageError(f"array must be uint8 or uint16 and of shape H x W or H x W x C: {name}")
+        raise BadImageError(
+            f"array must be uint8 or uint16 and of shape H x W or H x W x C, got {dtype} of shape {shape}: {name}"
+        )
     if shape[0] * shape[1] > MAX_IMAGE_PIXELS:
         raise _too_large(name, f"{shape[1]} x {shape[0]} pixels")
     # Not `np.load`, which would allocate whatever the header promises.
@@ -129,7 +134,7 @@ def _planes(image: PIL.Image.Image | np.ndarray, name: str, num_channels: int) -
         if image.ndim == 3 and image.shape[-1] not in (1, num_channels):
             raise BadImageError(
                 f"array of shape {image.shape}, which is read as H x W x C: {_order(image)}it does not have the "
-                f"{num_channels} channels of --num_channels: {name}"
+                f"{num_channels} channels of --num_channels, or of the VAE: {name}"
             )
         image = image.reshape(*image.shape[:2], -1).astype(np.float32) * (255 / np.iinfo(image.dtype).max)
         planes = [PIL.Image.fromarray(image[..., c]) for c in range(image.shape[-1])]
@@ -154,7 +159,9 @@ def _planes(image: PIL.Image.Image | np.ndarray, name: str, num_channels: int) -
         mode = "L" if num_channels == 1 else "RGB"
         planes = [image if image.mode == mode else image.convert(mode)]
     if sum(len(plane.getbands()) for plane in planes) != num_channels:
-        raise BadImageError(f"image does not have the {num_channels} channels of --num_channels: {name}")
+        raise BadImageError(
+            f"image does not have the {num_channels} channels of --num_channels, or of the VAE: {name}"
+        )
     return planes
 
 

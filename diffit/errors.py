@@ -6,6 +6,7 @@
 
 import contextlib
 import os
+import unicodedata
 from collections.abc import Callable, Iterator
 
 
@@ -75,6 +76,16 @@ def load_model(what: str, load: Callable, *arguments, **keywords):
             if missing:
                 raise UserError(f"{what}: {len(missing)} weights are missing, such as {missing[0]}")
     return loaded
+
+
+def printable(text: str) -> str:
+    """Escapes line breaks, terminal codes and what is not UTF-8, so that a stranger's file name stays on its line."""
+    if text.isprintable():
+        return text
+    escaped = ("Cc", "Cs", "Zl", "Zp")  # controls, surrogates, separators of lines and paragraphs
+    return "".join(
+        sign.encode("unicode_escape").decode() if unicodedata.category(sign) in escaped else sign for sign in text
+    )
 
 
 def message_of(error: BaseException) -> str:

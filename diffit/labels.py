@@ -11,7 +11,7 @@ import numpy as np
 from datasets import ClassLabel, Features, Value
 
 from diffit.errors import UserError, global_rank
-from diffit.listing import READ_FILES, Files
+from diffit.listing import OUTSIDE_A_ZIP, READ_FILES, Files
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +54,10 @@ def encode_labels(
 
 
 def _wrong_labels(source: str, most: int, wrong: list[str]) -> str:
+    shown = [value if len(value) <= 60 else f"{value[:60]}..." for value in sorted(set(wrong))[:5]]
     return (
-        f"{source}: labels must all be class names, or all integers from 0 to {most}, got {sorted(set(wrong))[:5]} "
-        f"for {len(wrong)} images or classes"
+        f"{source}: labels must all be class names, or all integers from 0 to {most}, got {shown} for {len(wrong)} "
+        "images or classes"
     )
 
 
@@ -112,6 +113,8 @@ def check_listed(
             name, other_forms = canonical[_canonical(name)], other_forms + 1
         if name not in known:
             why = "is there, but is not read as an image" if name in others else "does not exist"
+            if OUTSIDE_A_ZIP.search(name):
+                why = "is not given relative to that folder, with / between folders"
             raise UserError(f"{source} names an image that {why}: {entry[0]!r}")
         if not isinstance(entry[1], int | str | None):
             raise UserError(f"{source}: the label of {entry[0]} must be a class name or a number, got {entry[1]!r}")
@@ -134,7 +137,8 @@ def find_labels(
         files: of the folder or zip; images that `metadata.jsonl` does not list are counted there as left out.
         images: names of the images.
         label_column: key in `metadata.jsonl`, or None for `label`.
-        needed: whether a damaged `dataset.json` is an error, or a reason to have no labels.
+        needed: whether a damaged `dataset.json`, or wrong labels in `metadata.jsonl`, are an error or a reason to have
+            no labels.
 
     Returns:
         Names of the images that are used; their labels by name, or None; and if None, why there are none.
@@ -155,29 +159,43 @@ def find_labels(
             return images, None, str(error)
         return images, None, f"{source} has no labels"
     if "metadata.jsonl" in files.names:
-        return _labels_of_metadata(files, images, label_column)
+        return _labels_of_metadata(files, images, label_column, needed)
     if all("/" in name for name in images) and len(folders) > 1:
         return images, {name: name.split("/")[0] for name in images}, ""
     return images, None, _why_no_labels(files, images)
 
 
 def _labels_of_metadata(
-    files: Files, images: list[str], label_column: str | None
+    files: Files, images: list[str], label_column: str | None, needed: bool
 ) -> tuple[list[str], dict[str, int | str | None] | None, str]:
     source = f"metadata.jsonl in {files.root}"
     records = [parse_json(line, source) for line in files.read("metadata.jsonl").split(b"\n") if line.strip()]
     column = label_column or "label"
     if label_column is not None and not any(column in record for record in records):
         raise UserError(f"--label_column {label_column}: {source} has no such key")
-    pairs = [[record.get("file_name"), record.get(column)] for record in records]
-    listed = check_listed(pairs, images, source, set(files.names))
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record.get("file_name"), str):
+            raise UserError(f"{source}: record {number} has no text under the key file_name: {record!r:.200}")
+    pairs = [[record["file_name"], record.get(column)] for record in records]
+    reason = ""
+    try:
+        listed = check_listed(pairs, images, source, set(files.names))
+    except UserError as error:
+        if needed:
+            raise
+        reason = str(error)
+        listed = check_listed([[name, None] for name, _ in pairs], images, source, set(files.names))
     files.leave_out("images that metadata.jsonl does not list", (name for name in images if name not in listed))
     images = [name for name in images if name in listed]
     if not images:
         raise UserError(f"{source} names no image")
+    if reason:
+        return images, None, reason
     if any(label is not None for label in listed.values()):
         return images, listed, ""
     keys = sorted({key for record in records for key in record} - {"file_name"})
+    if column in keys:
+        return images, None, f"the key {column} is null for all images of {source}"
     return images, None, f"{source} has no key label, but {', '.join(keys) or 'none'}: --label_column names the key"
 
 
@@ -203,13 +221,14 @@ def _why_no_labels(files: Files, images: list[str]) -> str:
 
 
 def why_no_label_column(features: Features) -> str:
-    """Why none of some columns was taken for labels, and which could be."""
+    """Why none of the columns besides the images was taken for labels, and which could be."""
     if several := [name for name, feature in features.items() if isinstance(feature, ClassLabel)]:
         return f"--label_column must choose one of the columns {', '.join(several)}"
     fitting = [
         f"{name} ({feature.dtype})"
         for name, feature in features.items()
-        if isinstance(feature, Value) and (feature.dtype == "string" or "int" in feature.dtype)
+        if isinstance(feature, Value) and ("string" in feature.dtype or "int" in feature.dtype)
     ]
-    advice = f"--label_column can name {', '.join(fitting)}" if fitting else f"its columns are {', '.join(features)}"
+    others = f"the other columns are {', '.join(features)}" if features else "there is no column besides the images"
+    advice = f"--label_column can name {', '.join(fitting)}" if fitting else others
     return f"no column is of type ClassLabel; {advice}"

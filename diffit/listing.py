@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from diffit.decode import MAX_IMAGE_PIXELS, PILLOW_FORMATS
-from diffit.errors import BadImageError, UserError, global_rank, user_errors
+from diffit.errors import BadImageError, UserError, global_rank, printable, user_errors
 from diffit.run_dir import is_listed, our_files
 
 logger = logging.getLogger(__name__)
@@ -130,10 +130,10 @@ class Files:
 
 
 def _counts(counts: dict[str, int]) -> str:
-    """The most frequent things with their numbers; names that are not UTF-8 are escaped."""
+    """The most frequent things with their numbers; what cannot be printed in their names is escaped."""
     shown = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:SHOWN]
     text = ", ".join(f"{name} {number}" if number > 1 else name for name, number in shown)
-    return text.encode("utf-8", "backslashreplace").decode() + (", ..." if len(counts) > SHOWN else "")
+    return printable(text) + (", ..." if len(counts) > SHOWN else "")
 
 
 def list_files(root: Path, follow_links: bool = False) -> Files:
@@ -149,11 +149,16 @@ def list_files(root: Path, follow_links: bool = False) -> Files:
     """
     if root.is_dir():
         return _list_folder(root, follow_links)
-    if zipfile.is_zipfile(root):
-        return _list_zip(root)
+    if root.is_file():
+        with root.open("rb") as file:  # from its path, zipfile would take one that cannot be read for another format
+            is_zip = zipfile.is_zipfile(file)
+        if is_zip:
+            return _list_zip(root)
     if root.suffix.lower() == ".parquet" and root.is_file():
         raise UserError(f"--train_data_dir {root} is a parquet file: give it as --train_data_file")
-    raise UserError(f"--train_data_dir: neither a folder nor a zip: {root}")
+    raise UserError(
+        f"--train_data_dir: neither a folder nor a zip: {root}; other archives must be unpacked, URLs downloaded"
+    )
 
 
 def _list_folder(root: Path, follow_links: bool) -> Files:
@@ -161,16 +166,18 @@ def _list_folder(root: Path, follow_links: bool) -> Files:
     pending = [("", (os.path.realpath(root),))]  # each folder with the real paths of those above it and of itself
     while pending:
         folder, above = pending.pop()
+        is_empty = True
         try:
             with os.scandir(root / folder) as entries:
                 for entry in entries:
-                    name = folder + entry.name
-                    if reason := _reason_to_leave_out(entry.name, entry.is_dir()):
+                    name, is_link, is_empty = folder + entry.name, entry.is_symlink(), False
+                    is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()  # which fails at loops
+                    if reason := _reason_to_leave_out(entry.name, is_folder):
                         files.leave_out(reason, [name])
                         continue
-                    if is_link := entry.is_symlink():
+                    if is_link:
                         _check_link(root, entry.path, follow_links)
-                    if entry.is_dir():
+                    if is_folder:
                         real = os.path.realpath(entry.path) if is_link else os.path.join(above[-1], entry.name)
                         listings[real] += 1
                         if real in above:
@@ -181,8 +188,12 @@ def _list_folder(root: Path, follow_links: bool) -> Files:
                             pending.append((f"{name}/", (*above, real)))
                     elif entry.is_file():
                         files.names.append(name)
+                    else:
+                        files.leave_out("pipes, sockets and devices", [name])
         except OSError as error:
             raise UserError(f"--train_data_dir: cannot list {root / folder}: {error.strerror}") from error
+        if is_empty and folder:
+            files.leave_out("empty folders", [folder.rstrip("/")])
     files.names = _without_products(root, sorted(files.names))
     return files
 
@@ -220,8 +231,8 @@ def _without_products(root: Path, names: list[str]) -> list[str]:
         elif path.suffix.lower() in IMAGE_EXTENSIONS | {".parquet"}:
             left_out[owners[0]] = left_out.get(owners[0], 0) + 1
     if left_out and global_rank() == 0:
-        places = ", ".join(sorted(str(root / folder) for folder in left_out))
-        logger.warning(f"{root}: skipped {sum(left_out.values())} files that DiffiT has written, in {places}")
+        places = {str(root / folder): number for folder, number in left_out.items()}
+        logger.warning(f"{root}: skipped {sum(left_out.values())} files that DiffiT has written, in {_counts(places)}")
     return kept
 
 
@@ -293,7 +304,9 @@ def check_splits(root: Path, names: list[str]) -> None:
 def _check_link(root: Path, link: str, follow_links: bool) -> None:
     target = os.path.realpath(link)
     if not os.path.exists(target):
-        raise UserError(f"--train_data_dir {root}: {link} is a link to {target}, which does not exist")
+        raise UserError(
+            f"--train_data_dir {root}: {link} is a link to {target}, which does not exist or is a link to itself"
+        )
     if not follow_links and not Path(target).is_relative_to(os.path.realpath(root)):
         raise UserError(
             f"--train_data_dir {root}: {link} is a link to {target}, outside of the folder. Links that leave it are "
@@ -303,43 +316,59 @@ def _check_link(root: Path, link: str, follow_links: bool) -> None:
 
 
 def _list_zip(root: Path) -> Files:
-    files = Files(root, [])
+    files, folders = Files(root, []), set()
     with user_errors(
         f"--train_data_dir {root}: damaged zip", ValueError, OSError, zipfile.BadZipFile, NotImplementedError
     ):
-        entries = open_zip(str(root)).infolist()
+        entries = open_zip(str(root))[0].infolist()
     for entry in entries:
         if OUTSIDE_A_ZIP.search(entry.filename):
             raise UserError(
                 f"--train_data_dir {root}: the entry {entry.filename!r} has a name that leads out of the archive; "
                 "names must be relative, with / between folders. Repack it, or unpack it with a tool you trust"
             )
-        path = PurePosixPath(entry.filename)
+        path = PurePosixPath(_plain_name(entry))
         parts = [*path.parents[-2::-1], path]  # from the root downwards
         reasons = [(_reason_to_leave_out(part.name, part is not path), str(part)) for part in parts]
         if first := next((reason for reason in reasons if reason[0]), None):
             files.left_out[first] = 1  # a hidden folder counts once
-        elif not entry.is_dir():
-            files.names.append(entry.filename)
+        elif entry.is_dir():
+            folders.add(path.as_posix())
+        else:
+            files.names.append(path.as_posix())
+    if repeated := [name for name, number in Counter(files.names).items() if number > 1]:
+        raise UserError(
+            f"--train_data_dir {root} holds several entries of the name {repeated[0]}, of which only one can be read: "
+            "repack it"
+        )
+    folders -= {parent.as_posix() for name in {*files.names, *folders} for parent in PurePosixPath(name).parents}
+    files.leave_out("empty folders", folders)
     files.names.sort()
     return files
 
 
-_open_zips: dict[str, tuple[int, zipfile.ZipFile]] = {}
+def _plain_name(entry: zipfile.ZipInfo) -> str:
+    """Name of an entry without `./` and repeated separators, which some programs write."""
+    return PurePosixPath(entry.filename).as_posix()
 
 
-def open_zip(path: str) -> zipfile.ZipFile:
+_open_zips: dict[str, tuple[int, zipfile.ZipFile, dict[str, zipfile.ZipInfo]]] = {}
+
+
+def open_zip(path: str) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
+    """Opens a zip: its handle, and its files by their names in `Files`."""
     # One handle per process: a forked worker must not share its parent's file offset.
-    pid, handle = _open_zips.get(path, (None, None))
+    pid, handle, entries = _open_zips.get(path, (None, None, None))
     if pid != os.getpid():
         handle = zipfile.ZipFile(path)
-        _open_zips[path] = (os.getpid(), handle)
-    return handle
+        entries = {_plain_name(entry): entry for entry in handle.infolist() if not entry.is_dir()}
+        _open_zips[path] = (os.getpid(), handle, entries)
+    return handle, entries
 
 
 def read_from_zip(archive: str, name: str) -> bytes:
-    handle = open_zip(archive)
-    entry = handle.getinfo(name)
+    handle, entries = open_zip(archive)
+    entry = entries[PurePosixPath(name).as_posix()]
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others cannot be unpacked piecewise
         raise BadImageError(
             f"{name} in {archive} has compression method {entry.compress_type}: only stored and deflate are read"

@@ -34,9 +34,18 @@ from huggingface_hub import constants as hub_constants
 
 from diffit.command_line import require_one
 from diffit.decode import _natural_channels, _open_image
-from diffit.errors import BadImageError, UserError, global_rank, message_of, user_errors
+from diffit.errors import BadImageError, UserError, global_rank, message_of, printable, user_errors
 from diffit.labels import encode_labels, find_labels, why_no_label_column
-from diffit.listing import IMAGE_EXTENSIONS, Files, check_splits, list_files, open_zip, read_file, read_from_zip
+from diffit.listing import (
+    IMAGE_EXTENSIONS,
+    SHOWN,
+    Files,
+    check_splits,
+    list_files,
+    open_zip,
+    read_file,
+    read_from_zip,
+)
 from diffit.run_dir import our_files
 from diffit.source_config import SOURCES, SourceConfig
 
@@ -74,6 +83,15 @@ class Table(ABC):
         """Names of classes without images, such as `0` where labels are the numbers 1 to 3."""
         present = set(self.labels[self.indices].tolist())
         return [name for number, name in enumerate(self.class_names) if number not in present]
+
+    def warn_about_empty_classes(self) -> None:
+        """Logs a warning if there are any."""
+        if (empty := self.empty_classes()) and global_rank() == 0:
+            logger.warning(
+                f"{self.source}: {len(empty)} of {len(self.class_names)} classes have no image, such as {empty[0]}: "
+                "the network learns nothing for them, but previews and samples of all classes include them. Numbers "
+                "of classes should start at 0 and leave no gap; names (text) are numbered without gaps"
+            )
 
     @abstractmethod
     def content(self, index: int) -> bytes:
@@ -124,7 +142,7 @@ class Table(ABC):
         """Identifies the data of a training: `digest`, then a checksum of the name and size of every image.
 
         An image that is replaced by another one of the same name and size is noticed only if it is among those that
-        `digest` reads, or in a zip, which states the checksums of its files. Compare with `is_same_data`.
+        `digest` reads. Compare with `is_same_data`.
         """
         return self.digest()
 
@@ -165,16 +183,17 @@ class ImageTable(Table):
 
     def data_digest(self) -> str:
         digest = hashlib.sha256()
-        for name, *numbers in self._names_and_sizes():
-            digest.update(json.dumps([name, *numbers]).encode())
+        for name_and_size in self._names_and_sizes():
+            digest.update(json.dumps(name_and_size).encode())
         return f"{self.digest()}-{digest.hexdigest()[:16]}"
 
     def _names_and_sizes(self) -> list[tuple]:
-        """Name of each image and its size in bytes, and in a zip its checksum; no image is read.
+        """Name of each image and its size in bytes; no image is read.
 
-        The names do not depend on where the data are: those of files are relative to `source`.
+        The names do not depend on where the data are, nor on whether they are zipped: those of files are relative to
+        `source`.
         """
-        entries = {entry.filename: entry for entry in open_zip(self.archive).infolist()} if self.archive else {}
+        entries = open_zip(self.archive)[1] if self.archive else {}
         described = []
         for batch in self.rows.with_format("arrow").iter(1000):  # slices: a selection of rows would be copied
             for images in batch["image"].chunks:
@@ -185,7 +204,7 @@ class ImageTable(Table):
 
     def _describe(self, path: str | None, size: int | None, entries: dict[str, zipfile.ZipInfo]) -> tuple:
         if path in entries:
-            return path, entries[path].file_size, entries[path].CRC
+            return path, entries[path].file_size
         if size is not None or path is None:
             return path and os.path.basename(path), size
         if self.folders is None:
@@ -217,7 +236,7 @@ class ImageTable(Table):
         return self._name(row, self.rows[row]["image"] or {"bytes": None, "path": None})
 
     def _name(self, row: int, image: dict) -> str:
-        path = image["path"]
+        path = image["path"] and printable(image["path"])
         if self.archive is not None:
             return f"{path} in {self.archive}"
         if image["bytes"] is None and path is not None:
@@ -250,15 +269,19 @@ def load_image_table(source: SourceConfig, need_labels: bool = True) -> ImageTab
             unless --label_column asks for them. Having no labels at all is an error in neither case.
 
     Raises:
-        UserError: names the flag if there is not exactly one source, or a file or column is missing or ambiguous.
+        UserError: names the flag if there is not exactly one source, or a file or column is missing, ambiguous or
+            unreadable.
     """
     require_one(source, SOURCES)
     need_labels = need_labels or source.label_column is not None
-    if source.dataset_name is not None:
-        return _load_dataset(source, need_labels)
-    if source.train_data_file is not None:
-        return _load_parquet_file(source, need_labels)
-    return _load_folder_or_zip(source, need_labels)
+    loaders = {
+        "dataset_name": _load_dataset,
+        "train_data_file": _load_parquet_file,
+        "train_data_dir": _load_folder_or_zip,
+    }
+    flag, load = next((flag, load) for flag, load in loaders.items() if getattr(source, flag) is not None)
+    with user_errors(f"--{flag} {getattr(source, flag)}", OSError):  # such as a missing permission
+        return load(source, need_labels)
 
 
 def _load_dataset(source: SourceConfig, need_labels: bool) -> ImageTable:
@@ -372,7 +395,12 @@ def read_parquet(paths: list[str], cache_dir: str | None) -> Dataset:
         UserError: names the files if one is damaged, or the cache if that cannot be written.
     """
     files = [glob.escape(os.path.abspath(path)) for path in paths]  # `datasets` reads them as patterns
-    with _loading(f"cannot read parquet {', '.join(paths)}", cache_dir):
+    if "::" in "".join(files):
+        raise UserError(
+            f"cannot read parquet {paths[0]}: `datasets` takes `::` in a path for a URL: rename the folder"
+        )
+    others = f" and {len(paths) - SHOWN} others" if len(paths) > SHOWN else ""
+    with _loading(f"cannot read parquet {', '.join(paths[:SHOWN])}{others}", cache_dir):
         return load_dataset("parquet", data_files=files, split="train", cache_dir=cache_dir)
 
 
@@ -420,8 +448,11 @@ def _table_from_columns(
     indices = np.arange(len(images))
     table = ImageTable(images, source, indices, folders=folders)
     if label_column is None:
-        return _without_labels(table, why_no_label_column(features), need_labels)
+        others = Features({name: feature for name, feature in features.items() if name != image_column})
+        return _without_labels(table, why_no_label_column(others), need_labels)
     kind = features[label_column]
+    if isinstance(kind, Image) or _may_hold_images(kind):
+        raise UserError(f"--label_column {label_column} of {source} must hold labels, it holds {kind}")
     names = kind.names if isinstance(kind, ClassLabel) else None
     values = list(rows[label_column])
     return _with_labels(table, values, f"--label_column {label_column} of {source}", names, need_labels)
@@ -502,7 +533,7 @@ def _with_labels(
         needed: raise an error instead of leaving labels out.
     """
     try:
-        missing = [row for row, value in enumerate(values) if value is None]
+        missing = [row for row, value in enumerate(values) if value is None or value == ""]  # "" is a cell left empty
         if missing:
             first = table.name(missing[0])
             raise UserError(f"{source}: {len(missing)} of {len(values)} images have no label, the first is {first}")

@@ -312,6 +312,17 @@ WRONG_FILES = {  # name: (files beside the image a.png; what the message names)
     "cut_json": ({"dataset.json": '{"labels": [['}, ["dataset.json", "JSON"]),
     "json_list": ({"dataset.json": "[1]"}, ["dataset.json", "list"]),
     "json_labels_number": ({"dataset.json": '{"labels": 5}'}, ["dataset.json", 5]),
+    "absolute_name": ({"metadata.jsonl": '{"file_name": "/set/a.png"}'}, ["metadata.jsonl", "/set/a.png", "relative"]),
+    "windows_name": ({"dataset.json": '{"labels": [["x\\\\a.png", 0]]}'}, ["dataset.json", r"x\\a.png", "relative"]),
+    "no_file_name": (
+        {"metadata.jsonl": '{"file_name": "a.png"}\n{"image": "b.png"}'},
+        ["metadata.jsonl", "record 2", "file_name", "b.png"],
+    ),
+    "numeric_file_name": ({"metadata.jsonl": '{"file_name": 7}'}, ["metadata.jsonl", "record 1", "file_name", 7]),
+    "huge_label": (
+        {"dataset.json": '{"labels": [["a.png", ' + "9" * 4000 + "]]}"},
+        ["labels", "'" + "9" * 60 + "...'"],
+    ),
     "json_latin1": ({"dataset.json": b'{"labels": [["\xe9.png", 0]]}'}, ["dataset.json", "JSON"]),
     "missing_image_jsonl": ({"metadata.jsonl": '{"file_name": "gone.png"}'}, ["metadata.jsonl", "gone.png"]),
     "metadata_without_rows": ({"metadata.jsonl": ""}, ["metadata.jsonl"]),
@@ -369,6 +380,45 @@ def test_whatever_is_left_out_is_counted_by_reason(container, tmp_path, caplog):
     assert mentions(f"{root}: left out", *reasons).search(caplog.text)
 
 
+@pytest.mark.parametrize("container", ["folder", "archive.zip"])
+def test_empty_folders_are_counted(container, tmp_path, caplog):
+    """Among class folders they may be classes that someone expects."""
+    root = write_files(tmp_path / container, {"cat/1.png": 1, "dog/x/2.png": 2})
+    if root.is_file():
+        write_files(root, {"dog/": b""})  # not empty
+    for folder in ("fox", "owl/young"):
+        if root.is_dir():
+            (root / folder).mkdir(parents=True)
+        else:
+            write_files(root, {f"{folder}/": b""})
+    table = load_table(root)
+    assert table.class_names == ("cat", "dog")
+    assert mentions(f"{root}: left out empty folders: 2 (fox, owl/young)").search(caplog.text)
+
+
+def test_pipes_are_counted_and_never_opened(tmp_path, caplog):
+    root = write_files(tmp_path / "f", {"1.png": 1})
+    for name in ("pipe.png", "metadata.jsonl"):
+        os.mkfifo(root / name)  # opening it would wait forever
+    assert contents(load_table(root)) == [(1,)]
+    assert mentions(f"{root}: left out pipes", "2 (metadata.jsonl, pipe.png)").search(caplog.text)
+
+
+def test_zip_with_two_entries_of_one_name_is_refused(tmp_path):
+    root = write_files(tmp_path / "z.zip", {"1.png": 1, "2.png": 2})
+    with pytest.warns(UserWarning, match="2.png"):
+        write_files(root, {"2.png": 3})
+    with pytest.raises(ValueError, match=mentions(f"--train_data_dir {root}", "2.png", "repack")):
+        load_table(root)
+
+
+def test_zip_entries_that_begin_with_a_dot_have_the_classes_of_their_folders(tmp_path):
+    names = ["./cat/1.png", "dog//2.png", "dog/./3.png"]
+    table = load_table(write_files(tmp_path / "z.zip", dict(zip(names, (1, 2, 3), strict=True))))
+    assert contents(table) == [(1, 0, "cat"), (2, 1, "dog"), (3, 1, "dog")]
+    assert mentions("cat/1.png").search(table.name(0))
+
+
 def test_nothing_left_out_is_not_reported(tmp_path, caplog):
     load_table(write_files(tmp_path / "f", {"1.png": 1, "dataset.json": '{"labels": null}'}))
     assert "left out" not in caplog.text
@@ -416,6 +466,23 @@ PARTLY_LABELLED = {  # files, a parquet file's labels included; what the reason 
     ),
     "none": ({"a.parquet": [0, None]}, ["1 of 2", "label"]),
     "all_none": ({"a.parquet": [None, None]}, ["2 of 2", "label"]),
+    "list": (
+        {"b.png": 1, "metadata.jsonl": '{"file_name": "a.png", "label": [1]}\n{"file_name": "b.png", "label": [2]}'},
+        ["metadata.jsonl", "label", "a.png", [1]],
+    ),
+    "two_labels": (
+        {
+            "b.png": 1,
+            "metadata.jsonl": "\n".join(
+                json.dumps({"file_name": f"{name}.png", "label": label}) for name, label in ("ax", "by", "bz")
+            ),
+        },
+        ["metadata.jsonl", "b.png", "'y'", "'z'"],
+    ),
+    "empty_text": (
+        {"b.png": 1, "metadata.jsonl": '{"file_name": "a.png", "label": ""}\n{"file_name": "b.png", "label": "x"}'},
+        ["1 of 2", "label", "a.png"],
+    ),
     "minus_one": ({"a.parquet": [-1, -1]}, ["label", "'-1'"]),  # the test split of ImageNet and others on the hub
 }
 
@@ -451,6 +518,7 @@ WITHOUT_LABELS = {  # name: (files, words of the reason)
         ["x/metadata.jsonl", "x/"],
     ),
     "null": ({"1.png": 1, "dataset.json": '{"labels": null}'}, ["dataset.json"]),
+    "null_key": ({"1.png": 1, "metadata.jsonl": '{"file_name": "1.png", "label": null}'}, ["label", "null"]),
     "other_key": ({"1.png": 1, "metadata.jsonl": '{"file_name": "1.png", "kind": 1}'}, ["--label_column", "kind"]),
 }
 
@@ -522,9 +590,13 @@ def test_image_with_two_labels_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("labels", "empty"), [([1, 3], ["0", "2"]), ([0, 1], []), (["1", "3"], [])])
-def test_gaps_in_label_numbers_are_reported(labels, empty, tmp_path):
+def test_gaps_in_label_numbers_are_reported(labels, empty, tmp_path, caplog):
     lists = {"dataset.json": json.dumps({"labels": [["1.png", labels[0]], ["2.png", labels[1]]]})}
-    assert load_table(write_files(tmp_path / "f", {"1.png": 1, "2.png": 2} | lists)).empty_classes() == empty
+    root = write_files(tmp_path / "f", {"1.png": 1, "2.png": 2} | lists)
+    assert load_table(root).empty_classes() == empty
+    open_tables(DataConfig(SourceConfig(train_data_dir=str(root)), class_conditional=True), ValidationConfig())
+    warning = mentions(root, f"{len(empty)} of {max(map(int, labels)) + 1} classes", *empty[:1])
+    assert bool(warning.search(caplog.text)) == bool(empty)
 
 
 @pytest.mark.parametrize("source", ["train_data_file", "train_data_dir", "dataset_name"])
@@ -535,7 +607,20 @@ def test_no_label_column_says_which_could_be(source, tmp_path):
     path = file if source == "train_data_file" else file.parent
     table = load_image_table(SourceConfig(**{source: str(path)}, cache_dir=str(tmp_path / "cache")))
     assert table.class_names is None and mentions("--label_column", "digit (int64)").search(table.no_labels)
-    assert "size" not in table.no_labels
+    assert "size" not in table.no_labels and "image" not in table.no_labels
+
+
+def test_columns_of_paths_are_not_suggested_as_labels(tmp_path):
+    file = write_parquet(tmp_path / "a.parquet", file=(TEXT, ["1.png"]), kind=(Value("large_string"), ["x"]))
+    table = load_table(file, image_column="file")
+    assert mentions("--label_column", "kind").search(table.no_labels) and "file" not in table.no_labels
+
+
+def test_label_column_of_images_is_refused_without_showing_them(tmp_path):
+    file = write_parquet(tmp_path / "a.parquet", image=(IMAGE, [0]))
+    with pytest.raises(ValueError, match=mentions("--label_column image", file, "Image")) as error:
+        load_table(file, label_column="image")
+    assert len(str(error.value)) < 500 and "PNG" not in str(error.value)
 
 
 def test_label_column_with_a_csv_says_that_it_is_not_read(tmp_path):
@@ -775,6 +860,7 @@ UNREADABLE = {
     "float.npy": encode_npy(np.zeros((4, 4, 3), np.float32)),
     "scalar.npy": encode_npy(np.uint8(3)),
     "truncated.npy": encode_npy(PHOTO)[:900],
+    "pointer.png": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
     "garbled.npy": encode_npy(PHOTO).replace(b"}", b" ", 1),
 }
 
@@ -790,6 +876,14 @@ def test_unreadable_file_is_named(name, keep_colour):
 def test_unreadable_file_does_not_stop_channel_detection(tmp_path, name):
     table = load_table(write_files(tmp_path / "f", {"good.png": encode(PHOTO), name: UNREADABLE[name]}))
     assert detect_num_channels(table) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("float.npy", ["uint8", "float32", "(4, 4, 3)"]), ("pointer.png", ["git lfs pull"])]
+)
+def test_unreadable_file_says_what_it_is(name, words):
+    with pytest.raises(BadImageError, match=mentions(name, *words)):
+        decode_image(name, UNREADABLE[name], (4, 4), 3)
 
 
 def test_wrong_number_of_channels_is_named():
@@ -1007,6 +1101,13 @@ def test_data_digest_notices_every_name_and_size(container, tmp_path):
     assert tables["same"].data_digest() == original.data_digest()  # wherever it lies
     assert len({table.digest() for table in tables.values()}) == 1  # reads images 0, 2, 4, ...
     assert len({table.data_digest() for table in tables.values()}) == 3
+
+
+def test_data_digest_is_the_same_for_a_folder_and_its_zip(tmp_path):
+    """Data are packed when they move to another machine."""
+    files = {"a/1.png": 1, "b/2.png": 2, "b/x/3.png": 3}
+    folder, archive = (load_table(write_files(tmp_path / name, files)) for name in ("f", "z.zip"))
+    assert folder.data_digest() == archive.data_digest()
 
 
 def test_data_digest_of_parquet_notices_every_size(tmp_path):

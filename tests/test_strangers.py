@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 
 from diffit.checkpoint import file_digest
 from diffit.config import HubConfig, parse_args
+from diffit.decode import decode_pixels
 from diffit.errors import BadImageError
 from diffit.export import push_to_hub
 from diffit.listing import MAX_FILE_BYTES
@@ -152,6 +153,52 @@ def test_link_to_nowhere_is_refused(tmp_path):
     (root / "link.png").symlink_to("gone.png")
     with pytest.raises(ValueError, match=mentions("--train_data_dir", root / "link.png", "gone.png")):
         load_table(root)
+
+
+def test_link_to_itself_is_named(tmp_path):
+    root = write_files(tmp_path / "data", {"1.png": 1})
+    (root / "loop.png").symlink_to("loop.png")
+    with pytest.raises(ValueError, match=mentions(f"--train_data_dir {root}", root / "loop.png")):
+        load_table(root)
+
+
+@pytest.mark.parametrize("flag", ["train_data_dir", "train_data_file", "dataset_name"])
+def test_source_that_the_system_refuses_is_named(flag):
+    name = "x" * 300  # longer than a name may be; the same happens where a permission is missing
+    with pytest.raises(ValueError, match=mentions(f"--{flag}", name)):
+        load_image_table(SourceConfig(**{flag: name}))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="needs a file that cannot be read, even by root")
+@pytest.mark.parametrize("name", ["metadata.jsonl", "dataset.json", "2.png"])
+def test_file_that_cannot_be_read_is_named(name, tmp_path):
+    root = write_files(tmp_path / "data", {"1.png": 1})
+    (root / name).symlink_to("/proc/self/mem")
+    with pytest.raises(ValueError, match=mentions(root, "Errno 5")):
+        load_table(root, follow_links=True).read(1)
+
+
+def test_parquet_in_a_folder_whose_name_is_a_url_for_datasets_says_what_helps(tmp_path):
+    file = write_paths(tmp_path / "a::b/1.parquet", ["1.png"])
+    with pytest.raises(ValueError, match=mentions(file, "::", "rename")):
+        load_table(file)
+
+
+def test_message_about_many_parquet_files_names_some(tmp_path):
+    for number in range(40):
+        write_paths(tmp_path / f"f/{number:02d}.parquet", ["1.png"])
+    pyarrow.parquet.write_table(pyarrow.table({"image": [1.5]}), tmp_path / "f/20.parquet")  # another type
+    with pytest.raises(ValueError, match=mentions(tmp_path / "f/00.parquet", "35 others")) as error:
+        load_table(tmp_path / "f", image_column="image")
+    assert "06.parquet" not in str(error.value)
+
+
+def test_name_of_a_bad_image_stays_on_its_line_and_off_the_terminal(tmp_path):
+    root = write_files(tmp_path / "f", {"a\nERROR \x1b[31mb \u00e9.png": b"x"})
+    name, data = load_table(root).read(0)
+    assert name == rf"{root}/a\nERROR \x1b[31mb \u00e9.png".replace(r"\u00e9", "\u00e9")
+    with pytest.raises(BadImageError, match=re.escape(name)):
+        decode_pixels(name, data, (4, 4), 3)
 
 
 def names_below(root: Path, table: ImageTable) -> list[str]:
