@@ -213,15 +213,21 @@ def _without_products(root: Path, names: list[str]) -> list[str]:
     Logs how many images and parquet files were dropped. If `root` itself is a folder of samples, they are kept: they
     are the data that the user asked for.
     """
-    folders = {folder for name in names for folder in PurePosixPath(name).parents}
+    folders = {PurePosixPath(folder) for folder in {name.rpartition("/")[0] for name in names}}
+    folders |= {parent for folder in folders for parent in folder.parents}
     marks = {folder: files for folder in folders if (files := our_files(root / folder))}
-    above = {folder: files for folder in root.resolve().parents if (files := our_files(folder))}  # for RUN/previews
+    real_root = root.resolve()
+    above = {folder: files for folder in real_root.parents if (files := our_files(folder))}  # for RUN/previews
+    if not marks and not above:  # nearly always; saves most of the time that listing takes
+        return names
     asked_for = listed_samples(root)
     kept, left_out = [], {}
     for name in names:
-        path, full_path = PurePosixPath(name), root.resolve() / name
+        path, full_path = PurePosixPath(name), real_root / name
         owners = [
-            folder for folder in path.parents if is_listed(path.relative_to(folder).as_posix(), marks.get(folder, ()))
+            folder
+            for folder in path.parents
+            if folder in marks and is_listed(path.relative_to(folder).as_posix(), marks[folder])
         ]
         owners += [
             folder for folder, files in above.items() if is_listed(full_path.relative_to(folder).as_posix(), files)

@@ -208,7 +208,7 @@ class ImageTable(Table):
         if size is not None or path is None:
             return path and os.path.basename(path), size
         if self.folders is None:
-            return Path(os.path.relpath(path, self.source)).as_posix(), _file_size(path)
+            return path.removeprefix(os.path.join(self.source, "")).replace(os.sep, "/"), _file_size(path)
         return os.path.basename(path), _file_size(os.path.join(self.folders[0], path))  # named by a row
 
     def read(self, index: int) -> tuple[str, bytes]:
