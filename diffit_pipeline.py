@@ -105,15 +105,28 @@ def component_name(network: torch.nn.Module) -> str:
 
 
 class NonFiniteImagesError(ValueError):
-    """Sampled images have NaN or infinite values; the message names their seeds."""
+    """Sampled images have NaN or infinite values; the message names their seeds and the cause.
+
+    Attributes:
+        weights_are_finite: whether the weights of all networks are finite, so that values have overflowed.
+    """
+
+    def __init__(self, message: str, weights_are_finite: bool):
+        super().__init__(message)
+        self.weights_are_finite = weights_are_finite
 
 
-def check_finite(images: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None) -> None:
+def check_finite(
+    images: torch.Tensor,
+    generator: torch.Generator | list[torch.Generator] | None,
+    networks: list[torch.nn.Module],
+) -> None:
     """Refuses images with NaN or infinite values, which would otherwise be saved as black or white pixels.
 
     Args:
         images: sampled images or latents before they are clipped; shape (B, C, H, W).
         generator: generators of the noise, for their seeds: one per image, or one for all; or None.
+        networks: all networks that took part, for the cause.
 
     Raises:
         NonFiniteImagesError: names the seeds, or the positions in the batch where there is not a seed for each image.
@@ -126,10 +139,19 @@ def check_finite(images: torch.Tensor, generator: torch.Generator | list[torch.G
     numbers = [generator[i].initial_seed() if by_seed else i for i in positions]
     numbers = list(dict.fromkeys(numbers))  # a padded batch repeats its last seed
     shown = ", ".join(map(str, numbers[:10])) + (f" and {len(numbers) - 10} more" if len(numbers) > 10 else "")
-    raise NonFiniteImagesError(
-        f"the images of {'seeds' if by_seed else 'batch positions'} {shown} have NaN or infinite values: either the "
-        "weights are not finite, or values overflow (try float32, or less guidance)"
+    broken = [
+        type(network).__name__
+        for network in networks
+        # Offloaded weights are on the meta device between calls.
+        if not all(weight.is_meta or weight.isfinite().all() for weight in network.parameters())
+    ]
+    cause = (
+        f"weights of {', '.join(broken)} are not finite"
+        if broken
+        else "values overflow: try float32, or less guidance"
     )
+    which = f"{'seeds' if by_seed else 'batch positions'} {shown}"
+    raise NonFiniteImagesError(f"the images of {which} have NaN or infinite values, because {cause}", not broken)
 
 
 def null_label(network: torch.nn.Module) -> int | None:
@@ -722,7 +744,8 @@ class DiffiTPipeline(DiffusionPipeline):
 
         # 4. images
         images = sample if output_type == "latent" else self._decode(sample)  # (B, C, H, W)
-        check_finite(images, generator)
+        networks = (network, guidance_model, None if output_type == "latent" else self.vae)
+        check_finite(images, generator, [each for each in networks if each is not None])
         images = images if output_type == "latent" else images.clamp(0, 1)
         self.maybe_free_model_hooks()
         if output_type in ("np", "pil"):

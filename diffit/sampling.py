@@ -30,6 +30,16 @@ from diffit_pipeline import (
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class NonFiniteSamplesError(RunError):
+    """The images of some seeds have NaN or infinite values; see `NonFiniteImagesError`."""
+
+    raised_in = "process"  # the others sample other seeds
+
+    def __init__(self, message: str, weights_are_finite: bool):
+        super().__init__(message)
+        self.weights_are_finite = weights_are_finite
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading
 
@@ -253,7 +263,7 @@ def sample_seeds(
         uint8, shape (B, H, W, C), where B is `batch_size` but for the last batch.
 
     Raises:
-        RunError: names the seeds whose images have NaN or infinite values.
+        NonFiniteSamplesError: names the seeds whose images have NaN or infinite values.
     """
     guidance = sampling.guidance
     for start in range(0, len(seeds), batch_size):
@@ -281,7 +291,5 @@ def sample_seeds(
                 output_type="np",
             ).images  # (B, H, W, C) in [0, 1]
         except NonFiniteImagesError as error:
-            failure = RunError(str(error))
-            failure.raised_in = "process"  # the others sample other seeds
-            raise failure from error
+            raise NonFiniteSamplesError(str(error), error.weights_are_finite) from error
         yield (images[:num_images] * 255).round().astype(np.uint8)
