@@ -14,6 +14,7 @@ import json
 import math
 import numbers
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,6 +63,10 @@ EDM_SCHEDULERS = {
     "edm_euler": EDMEulerScheduler,
     "edm_heun": EDMEulerScheduler,  # the same noise levels as edm_euler; the pipeline corrects each step
 }
+# Highest ratio of the first two noise levels that `HeunDiscreteScheduler` can step over. Measured with the exact
+# denoiser of two narrow modes: with cosine betas, 41 % of the samples miss both in 20 steps (ratio 1,666), 5 % in 30
+# (1,090), 0.4 % in 40 (810); with linear betas the ratio is below 4.
+MAX_HEUN_RATIO = 850
 GUIDANCE_SCHEDULES = ("constant", "power_cosine")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -713,6 +718,7 @@ class DiffiTPipeline(DiffusionPipeline):
 
         # 2. scheduler
         self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self._warn_of_heun(num_inference_steps)
         step_kwargs = self._step_kwargs(eta, generator)
         uses_variance = isinstance(self.scheduler, DDPMScheduler) and self.scheduler.config.variance_type in (
             "learned",
@@ -763,6 +769,20 @@ class DiffiTPipeline(DiffusionPipeline):
         most = scheduler.config.num_train_timesteps
         if num_inference_steps > most and not is_edm(scheduler):
             raise ValueError(f"num_inference_steps {num_inference_steps} exceeds the {most} timesteps of the model")
+
+    def _warn_of_heun(self, num_inference_steps: int) -> None:
+        """Warns if Heun's second-order correction overshoots in the first step, which makes images of noise."""
+        if not isinstance(self.scheduler, HeunDiscreteScheduler):
+            return
+        first, second = self.scheduler.sigmas[:2].tolist()
+        if second > 0 and first / second > MAX_HEUN_RATIO:  # a single step ends at 0, without a correction
+            needed = math.ceil(num_inference_steps * first / second / MAX_HEUN_RATIO)
+            warnings.warn(
+                f"HeunDiscreteScheduler (heun) overshoots in the first of num_inference_steps {num_inference_steps}, "
+                f"from sigma {first:.0f} to {second:.1f}, and the images are noisy: take at least {needed} steps, or "
+                "another scheduler, such as UniPCMultistepScheduler (unipc)",
+                stacklevel=4,  # the caller of the decorated `__call__`
+            )
 
     def _labels(
         self, class_labels: int | str | list[int | str] | torch.Tensor | None, batch_size: int | None

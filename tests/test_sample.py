@@ -19,9 +19,12 @@ from diffusers import (
     DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
+    HeunDiscreteScheduler,
     ModelMixin,
     UNet2DModel,
 )
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from safetensors.torch import load_file, save_file
 
 import diffit.sampling
@@ -79,6 +82,54 @@ def test_every_scheduler_samples_images(scheduler, conditional):
     ).images
     assert images.shape == (2, 3, 8, 8) and images.isfinite().all()
     assert images.min() >= 0 and images.max() <= 1 and images.std() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("betas", "steps", "needed"), [("squaredcos_cap_v2", 20, 40), ("squaredcos_cap_v2", 38, 39), ("linear", 5, None)]
+)
+def test_heun_whose_first_step_overshoots_warns_with_the_steps_that_do_not(betas, steps, needed, recwarn):
+    """On the exact denoiser of two modes at +-0.8, the steps of the warning miss neither, the others do."""
+    base = DDPMScheduler(beta_schedule=betas, prediction_type="v_prediction")
+    pipeline = quiet(DiffiTPipeline(TwoModes(base.alphas_cumprod), HeunDiscreteScheduler.from_config(base.config)))
+
+    def missed(steps: int) -> float:
+        images = pipeline(
+            batch_size=64, num_inference_steps=steps, generator=generators(range(64)), output_type="latent"
+        ).images
+        return ((images.abs() - 0.8).abs() > 0.4).float().mean().item()
+
+    share = missed(steps)
+    warned = [str(warning.message) for warning in recwarn if "HeunDiscrete" in str(warning.message)]
+    if needed is None:
+        assert warned == []
+        return
+    assert len(warned) == 1 and mentions("heun", f"num_inference_steps {steps}", needed, "unipc").search(warned[0])
+    assert missed(needed) < 0.01 and (steps > 30 or share > 0.3)
+    assert len([warning for warning in recwarn if "HeunDiscrete" in str(warning.message)]) == 1
+
+
+class TwoModes(ModelMixin, ConfigMixin):
+    """Predicts the velocity of images whose pixels are +-0.8 with a standard deviation of 0.1, exactly."""
+
+    @register_to_config
+    def __init__(
+        self, alphas_cumprod: torch.Tensor, in_channels: int = 1, out_channels: int = 1, sample_size: int = 8
+    ):
+        super().__init__()
+        self.alphas_cumprod, self.unused = alphas_cumprod, torch.nn.Parameter(torch.zeros(()))
+        self.register_to_config(alphas_cumprod=None, num_class_embeds=None)
+
+    def forward(self, sample: torch.Tensor, timesteps: torch.Tensor, class_labels: None) -> UNet2DOutput:
+        whole = timesteps[0].floor().long()
+        pair = self.alphas_cumprod[whole : whole + 2]
+        alpha = torch.lerp(pair[0], pair[-1], timesteps[0].float() - whole)
+        modes = torch.tensor([-0.8, 0.8]).reshape(2, 1, 1, 1, 1)
+        variance = alpha * 0.01 + 1 - alpha
+        residuals = sample - alpha.sqrt() * modes  # (2, B, C, H, W)
+        weights = (-residuals.square() / (2 * variance)).softmax(dim=0)
+        clean = (weights * (modes + alpha.sqrt() * 0.01 / variance * residuals)).sum(dim=0)
+        noise = (sample - alpha.sqrt() * clean) / (1 - alpha).sqrt()
+        return UNet2DOutput(sample=alpha.sqrt() * noise - (1 - alpha).sqrt() * clean)
 
 
 def test_pipeline_equals_a_plain_ddim_loop(conditional):
