@@ -35,6 +35,7 @@ from diffit.evaluation import Evaluation, measure_by_steps, measure_models
 from diffit.features import FeatureExtractor, TableImages, load_extractor
 from diffit.formulations import NoisyBatch, denoising_losses, formulation_of
 from diffit.image_sets import (
+    READ_WITH,
     EvaluatedSet,
     ImageSource,
     image_set,
@@ -242,14 +243,14 @@ def open_sources(processes: PartialState, config: EvalConfig) -> tuple[ImageSour
     )
     asked, sources = config.reference, []
     for flag, name in names:
-        arguments = (flag, name, asked.dataset_split, asked.image_column)
-        sources.append(None if name is None else on_all_processes(processes, open_source, *arguments))
-    for flag in ("image_column", "dataset_split"):
-        value, read = getattr(asked, flag), [source for source in sources if source is not None]
+        sources.append(None if name is None else on_all_processes(processes, open_source, flag, name, asked))
+    read = [source for source in sources if source is not None]
+    for flag in sorted(set().union(*READ_WITH.values())):
+        value, kinds = getattr(asked, flag), [kind for kind, flags in READ_WITH.items() if flag in flags]
         if value != getattr(ReferenceConfig, flag) and not any(flag in source.reader for source in read):
             given = ", ".join(f"{source.flag} {source.name}" for source in read)
-            of = "columns" if flag == "image_column" else "splits"
-            raise UserError(f"--{flag} {value} has no effect: there are no {of} in {given}")
+            shown = f"--{flag}" if value is True else f"--{flag} {value}"
+            raise UserError(f"{shown} has no effect: none of {given} is a {' or '.join(kinds)}")
     needs_images = config.plots.plots is not None and config.plots.training_images is None
     check_reference(sources[0], config.metrics.metrics, needs_images)
     return tuple(sources)

@@ -6,6 +6,7 @@ Shapes: N images, C channels, H/W height/width, F features.
 
 import hashlib
 import json
+import re
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +17,20 @@ from torch.utils.data import Dataset, Subset
 
 from diffit.decode import image_size
 from diffit.errors import UserError
+from diffit.eval_config import ReferenceConfig
 from diffit.features import FeatureExtractor, TableImages
 from diffit.listing import listed_samples
 from diffit.metrics import FeatureSet
-from diffit.source_config import SourceConfig
+from diffit.source_config import SOURCES, SourceConfig
 from diffit.sources import ImageTable, load_image_table
+
+# Flags that choose what is read, by the kind of source.
+READ_WITH = {
+    "folder": ("follow_links", "skip_other_formats"),
+    "zip": ("skip_other_formats",),
+    "parquet file": ("image_column",),
+    "hub dataset": ("image_column", "dataset_split"),
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,7 @@ class ImageSource:
         statistics: `mu` (F) and `sigma` (F, F) of features, and the `extractor` that they are of, None if the file
             does not say; or None.
         digest: identifies the images.
-        reader: flags that chose what was read: `"image_column"` for a table with columns, and `"dataset_split"`.
+        reader: names of the flags in `READ_WITH` that chose what was read.
     """
 
     flag: str
@@ -106,15 +116,13 @@ class ArrayImages(Dataset):
         return image.expand(3, -1, -1) if len(image) == 1 else image
 
 
-def open_source(flag: str, name: str, dataset_split: str = "train", image_column: str | None = None) -> ImageSource:
+def open_source(flag: str, name: str, asked: ReferenceConfig) -> ImageSource:
     """Finds images or statistics.
 
     Args:
         flag: for messages.
         name: its value: folder, zip, parquet file, npz, or hub dataset.
-        dataset_split: split of a hub dataset.
-        image_column: column of a parquet file or dataset; default: the only one of images. A folder or zip of files
-            has no columns.
+        asked: how images are read. A folder or zip of files has no columns.
 
     Raises:
         UserError: names the flag and its value.
@@ -122,24 +130,28 @@ def open_source(flag: str, name: str, dataset_split: str = "train", image_column
     path = Path(name)
     if path.suffix == ".npz":
         return _open_npz(flag, path)
-    reader = ()
+    column, files = asked.image_column, {name: getattr(asked, name) for name in READ_WITH["folder"]}
+    if path.suffix == ".parquet":
+        kind, source = "parquet file", SourceConfig(train_data_file=name, image_column=column)
+    elif path.is_file() or (path.is_dir() and (column is None or not any(path.rglob("*.parquet")))):
+        kind, source = "zip" if path.is_file() else "folder", SourceConfig(train_data_dir=name, **files)
+    else:
+        kind, source = (
+            "dataset",
+            SourceConfig(dataset_name=name, dataset_split=asked.dataset_split, image_column=column),
+        )
     try:
-        if path.suffix == ".parquet":
-            source, reader = SourceConfig(train_data_file=name, image_column=image_column), ("image_column",)
-        elif path.is_file() or (path.is_dir() and (image_column is None or not any(path.rglob("*.parquet")))):
-            source = SourceConfig(train_data_dir=name)
-        else:
-            source = SourceConfig(dataset_name=name, dataset_split=dataset_split, image_column=image_column)
-            reader = ("image_column", "dataset_split")
         table = load_image_table(source, need_labels=False)
     except (UserError, OSError) as error:
-        raise UserError(f"{flag} {name}: {error}") from error
+        # The message names the flags of training.
+        message = re.sub(rf"--({'|'.join(SOURCES)})\b", flag, str(error)).replace("by --cache_dir or by", "by")
+        raise UserError(message if message.startswith(flag) else f"{flag} {name}: {message}") from error
     if listed := listed_samples(path):  # sample_diffit.py puts a grid next to the samples
         files = [Path(image["path"]).name for image in table.rows["image"]]
         table = table.select([index for index, file in enumerate(files) if file in listed])
         if len(table) < len(listed):
             raise UserError(f"{flag} {name}: {len(listed) - len(table)} images of its samples.json are missing")
-    return ImageSource(flag, name, table=table, digest=table.digest(len(table)), reader=reader)
+    return ImageSource(flag, name, table=table, digest=table.digest(len(table)), reader=READ_WITH[kind])
 
 
 def _open_npz(flag: str, path: Path) -> ImageSource:

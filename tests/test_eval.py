@@ -26,7 +26,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2
 import eval_diffit
 import sample_diffit
 from diffit.decode import image_size
-from diffit.errors import RunError
+from diffit.errors import RunError, UserError
+from diffit.eval_config import ReferenceConfig
 from diffit.evaluation import list_classes
 from diffit.features import (
     CLIP_MEAN,
@@ -776,6 +777,34 @@ def test_reading_flags_without_effect_are_refused(flag, folders, own_module, tmp
         evaluate(tmp_path, *folders, f"--feature_extractor={own_module}", *flag.split())
 
 
+@pytest.mark.parametrize("flag", ["--follow_links", "--skip_other_formats"])
+def test_flags_of_folders_without_a_folder_are_refused(flag, folders, own_module, tmp_path):
+    images = np.zeros((9, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", images)
+    sets = (f"--images={tmp_path / 'a.npz'}", f"--reference={tmp_path / 'a.npz'}")
+    with pytest.raises(UserError, match=mentions(flag, "no effect", f"--images {tmp_path / 'a.npz'}")):
+        evaluate(tmp_path, *sets, f"--feature_extractor={own_module}", flag)
+
+
+@pytest.mark.parametrize("side", ["images", "reference"])
+def test_flags_of_folders_that_messages_name_exist_and_help(side, folders, own_module, tmp_path, caplog):
+    """A link that leads out of the folder, and a photo in a format that is not read."""
+    folder, extractor = tmp_path / side, f"--feature_extractor={own_module}"
+    expected = evaluate(tmp_path, *folders, extractor)
+    first = sorted(folder.iterdir())[0]
+    (tmp_path / "elsewhere").mkdir()
+    first.rename(tmp_path / "elsewhere" / first.name)
+    first.symlink_to(tmp_path / "elsewhere" / first.name)
+    for flags, needed in (((), "--follow_links"), (("--follow_links",), "--skip_other_formats")):
+        with pytest.raises(UserError, match=mentions(f"--{side} {folder}", needed)) as error:
+            evaluate(tmp_path, *folders, extractor, *flags)
+        assert "--train_data" not in str(error.value)
+        (folder / "photo.heic").write_bytes(b"x")
+    found = evaluate(tmp_path, *folders, extractor, "--follow_links", "--skip_other_formats")
+    assert found["frechet_distance"] == expected["frechet_distance"]
+    assert mentions(folder, "left out", ".heic").search(caplog.text)
+
+
 def test_fewer_images_than_asked_for_are_said(folders, own_module, tmp_path, capsys):
     evaluate(tmp_path, *folders, f"--feature_extractor={own_module}", "--num_images=50000")
     assert mentions("Warning", "--num_images 50000", tmp_path / "images", "24 images").search(capsys.readouterr().out)
@@ -1012,7 +1041,7 @@ def test_nearest_in_pixels_finds_a_copy():
 def test_loss_by_level_is_that_of_the_prediction(trained, image_folder):
     """A network that predicts 0: by DDPM the mean square of the noise, by EDM that of its target (EDM, Eq. 7-8)."""
     unet = DiffiTUNet2DModel(**TINY_CONFIG, num_class_embeds=3)  # its output starts at zero
-    source = open_source("--reference", str(image_folder))
+    source = open_source("--reference", str(image_folder), ReferenceConfig())
     images = image_set(source, (8, 8))
     noise = torch.randn((24, 3, 8, 8), generator=torch.Generator().manual_seed(0))
     timesteps, losses = eval_diffit.loss_by_level(DiffiTPipeline(unet, DDPMScheduler()), source, (8, 8), 10)
