@@ -153,7 +153,7 @@ def check_finite(
     cause = (
         f"weights of {', '.join(broken)} are not finite"
         if broken
-        else "values overflow: try float32, or less guidance"
+        else "values overflow: try float32, less guidance, or another scheduler"
     )
     which = f"{'seeds' if by_seed else 'batch positions'} {shown}"
     raise NonFiniteImagesError(f"the images of {which} have NaN or infinite values, because {cause}", not broken)
@@ -330,11 +330,18 @@ def check_scheduler(scheduler, trained_with) -> None:
         ValueError: names the setting that differs.
     """
     name, config, expected = type(scheduler).__name__, scheduler.config, trained_with.config
+    own = inspect.signature(type(scheduler)).parameters
+    step = inspect.signature(scheduler.step).parameters if hasattr(scheduler, "step") else {}
+    required = [key for key, parameter in list(step.items())[3:] if parameter.default is parameter.empty]
+    if not step or required or "Inverse" in name:
+        needs = f": its step needs {', '.join(required)}" if required else ""
+        raise ValueError(f"scheduler {name} is not for sampling images from noise{needs}")
     if is_flow_matching({**config, "_class_name": name}):
         raise ValueError(f"scheduler {name} is for flow matching, and the model was not trained with that")
     # `from_config` keeps settings of the other formulation, so a saved scheduler may reveal one from the wrong folder.
     edm, trained_edm = is_edm(scheduler), is_edm(trained_with)
-    if edm != trained_edm or ("beta_schedule" if edm else "sigma_data") in config:
+    foreign = "beta_schedule" if edm else "sigma_data"
+    if edm != trained_edm or (foreign in config and foreign not in own):
         names = [scheduler_class.__name__ for scheduler_class in (SCHEDULERS if edm else EDM_SCHEDULERS).values()]
         raise ValueError(
             f"scheduler {name} does not suit a model trained with {'DDPM' if edm else 'EDM'}: choose one of "
@@ -354,6 +361,8 @@ def check_scheduler(scheduler, trained_with) -> None:
             "{beta_schedule} betas from {beta_start} to {beta_end} in {num_train_timesteps} timesteps".format(**values)
             for values in (config, expected)
         )
+        if ours == theirs:
+            ours, theirs = "other noise levels (`alphas_cumprod`)", "the same betas"
         raise ValueError(f"scheduler {name} has {ours}, the model was trained with {theirs}: {helps}")
 
 
@@ -370,20 +379,49 @@ def check_call(call: dict) -> None:
         value = call[name]
         if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1):
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    low, high = call["guidance_interval"]
+    generator = call["generator"]
+    generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+    if not all(isinstance(each, torch.Generator) for each in generators):
+        raise ValueError(f"generator must be a torch.Generator, or a list of one for each image, got {generator!r}")
+    if not isinstance(call["guidance_model"], torch.nn.Module | None):
+        raise ValueError(f"guidance_model must be a network, not its path, got {call['guidance_model']!r}")
     for name, is_valid, expected in (
         ("output_type", lambda value: value in OUTPUT_TYPES, f"one of {', '.join(OUTPUT_TYPES)}"),
         ("guidance_schedule", lambda value: value in GUIDANCE_SCHEDULES, f"one of {', '.join(GUIDANCE_SCHEDULES)}"),
         ("guidance_scale", lambda value: 0 <= value < math.inf, "a finite number of at least 0"),
         ("guidance_power", lambda value: 0 < value < math.inf, "a finite number above 0"),
-        ("guidance_interval", lambda _: 0 <= low < high <= 1, "0 <= low < high <= 1"),
+        ("guidance_interval", is_interval, "0 <= low < high <= 1"),
         ("eta", lambda value: 0 <= value <= 1, "in [0, 1]"),
         ("s_churn", lambda value: 0 <= value < math.inf, "a finite number of at least 0"),
         ("s_tmin", lambda value: 0 <= value < call["s_tmax"], f"at least 0 and below s_tmax, {call['s_tmax']}"),
         ("s_noise", lambda value: 0 < value < math.inf, "a finite number above 0"),
     ):
-        if not is_valid(call[name]):
+        try:
+            valid = is_valid(call[name])
+        except TypeError:  # not a number
+            valid = False
+        if not valid:
             raise ValueError(f"{name} must be {expected}, got {call[name]!r}")
+
+
+def is_interval(interval: tuple[float, float]) -> bool:
+    """Whether these are two numbers, in order, in [0, 1]."""
+    return len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1
+
+
+def check_id2label(id2label: dict[str, str] | None) -> None:
+    """Refuses names of classes that are not a dictionary from indices, as strings, to strings.
+
+    Raises:
+        ValueError: shows what is wrong.
+    """
+    if id2label is None:
+        return
+    if not isinstance(id2label, dict):
+        raise ValueError(f"id2label must be a dictionary of class indices and names, got {id2label!r:.80}")
+    for index, name in id2label.items():
+        if not str(index).isdecimal() or not isinstance(name, str):
+            raise ValueError(f"id2label must map class indices to names, got {index!r}: {name!r:.80}")
 
 
 def choose_scheduler(model_path: str, scheduler: str | None = None) -> str:
@@ -398,12 +436,19 @@ def choose_scheduler(model_path: str, scheduler: str | None = None) -> str:
         The name of the scheduler.
 
     Raises:
-        ValueError: if the scheduler is unknown or does not suit the model.
+        ValueError: if the scheduler is unknown or does not suit the model, or the model's config is damaged.
     """
     config = DDPMScheduler.load_config(model_path, subfolder="scheduler")
     if is_flow_matching(config):
         raise ValueError(
             f"{model_path} is a flow-matching model ({config.get('_class_name')}), which is not supported"
+        )
+    if "_class_name" not in config:
+        raise ValueError(f"{model_path}: scheduler_config.json has no _class_name, so it says nothing about the model")
+    known = (None, "epsilon", "sample", "v_prediction")
+    if config.get("prediction_type") not in known:
+        raise ValueError(
+            f"{model_path} has prediction_type {config['prediction_type']!r}, expected {', '.join(known[1:])}"
         )
     edm = config.get("_class_name") in {scheduler_class.__name__ for scheduler_class in EDM_SCHEDULERS.values()}
     names = sorted(EDM_SCHEDULERS if edm else SCHEDULERS)
@@ -453,7 +498,7 @@ class DiffiTPipeline(DiffusionPipeline):
 
     Raises:
         ValueError: unless exactly one of `unet` and `transformer` is given, or if the VAE has another number of
-            latent channels than the transformer, or a scaling that is not known here.
+            latent channels than the transformer, or a scaling that is not known here, or if `id2label` is not one.
     """
 
     model_cpu_offload_seq = "unet->transformer->vae"
@@ -476,6 +521,7 @@ class DiffiTPipeline(DiffusionPipeline):
                 f"the VAE has {vae.config.latent_channels} latent channels, the transformer "
                 f"{transformer.config.in_channels}"
             )
+        check_id2label(id2label)
         self.register_modules(unet=unet, transformer=transformer, vae=vae, scheduler=scheduler)
         self.register_to_config(id2label=id2label, heun=heun)
         self._trained_with = scheduler

@@ -22,6 +22,7 @@ from diffit_pipeline import (
     FORWARD_PROCESS,
     DiffiTPipeline,
     NonFiniteImagesError,
+    check_id2label,
     choose_scheduler,
     load_network,
     null_label,
@@ -54,6 +55,8 @@ def resolve_scheduler(sampling: SamplingConfig, model_path: str) -> SamplingConf
     Raises:
         UserError: names the flag that this kind of model does not have.
     """
+    if Path(model_path).is_file():
+        raise UserError(f"--model_path {model_path} is a file: give the folder of the pipeline")
     what = f"--model_path {model_path}: cannot load a pipeline"
     with user_errors("--scheduler", ValueError), user_errors(what, OSError, TypeError, AttributeError, KeyError):
         return dataclasses.replace(sampling, scheduler=choose_scheduler(model_path, sampling.scheduler))
@@ -100,6 +103,7 @@ def _load_checkpoint(
     pipeline = DiffiTPipeline.from_folder(model_path, model_class, sampling.scheduler, vae=vae, network=network)
     index = run / "model_index.json"
     id2label = json.loads(index.read_text()).get("id2label") if index.is_file() else None
+    check_id2label(id2label)
     pipeline.register_to_config(id2label=id2label)
     return pipeline
 
@@ -216,7 +220,8 @@ def load_sampler(
         backend = sampling.attention_backend
         if backend == "auto":
             backend, _ = choose_attention_backend(network, device, DTYPES[sampling.dtype])
-        set_attention_backend(network, backend)
+        with user_errors(f"--attention_backend {backend}", ValueError, ImportError):
+            set_attention_backend(network, backend)
         kernelize(network)
     return pipeline, guidance_model
 
