@@ -44,7 +44,7 @@ from diffit.image_sets import (
     open_source,
     save_statistics,
 )
-from diffit.metrics import MIN_IMAGES, FeatureSet, compute_metrics
+from diffit.metrics import MIN_IMAGES, FeatureSet, compute_metrics, images_needed
 from diffit.plots import PLOTS, plot_losses, plot_models, plot_neighbors
 from diffit.processes import join_processes, on_all_processes, run_on_main_and_broadcast
 from diffit.run_dir import OutputFolder
@@ -256,6 +256,32 @@ def open_sources(processes: PartialState, config: EvalConfig) -> tuple[ImageSour
     return tuple(sources)
 
 
+def check_numbers(config: EvalConfig, reference: ImageSource, given: ImageSource | None) -> None:
+    """Refuses sets of too few images before anything is sampled or measured.
+
+    Args:
+        config: the request.
+        reference: the real images, or statistics.
+        given: the images of --images; None for --model_path.
+
+    Raises:
+        UserError: names the flag and the number.
+    """
+    metrics, asked = config.metrics.metrics, config.evaluated.num_images
+    counts = [(f"--num_images {asked}", asked, metrics)] if asked is not None else []
+    counts += [(f"--images {given.name}", given.num_images, metrics)] if given is not None else []
+    of_features = [name for name in metrics if name != "inception_score"]
+    if reference.has_images and of_features:
+        counts.append((f"--reference {reference.name}", reference.num_images, of_features))
+    for what, number, names in counts:
+        needed = images_needed(names, config.metrics.num_subsets)
+        if number < needed:
+            raise UserError(
+                f"{what}: {number} images are too few, --metrics {' '.join(names)} with --num_subsets "
+                f"{config.metrics.num_subsets} needs at least {needed}"
+            )
+
+
 def check_reference(source: ImageSource, metrics: tuple[str, ...], needs_images: bool) -> None:
     """Refuses statistics where images are needed.
 
@@ -329,6 +355,7 @@ def main(config: EvalConfig) -> None:
 
     # 1. inputs
     source, training_source, given = open_sources(processes, config)
+    check_numbers(config, source, given)
     extractors = load_extractors(processes, metrics)
     sizes = (output.batch_size, output.dataloader_num_workers, config.reference.resolution)
     evaluation = Evaluation(processes, output.work_dir, extractors, *sizes)

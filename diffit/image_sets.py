@@ -61,6 +61,11 @@ class ImageSource:
         """Whether there are images, not only statistics."""
         return self.table is not None or self.array is not None
 
+    @property
+    def num_images(self) -> int:
+        """Number of images; 0 for statistics alone."""
+        return len(self.table if self.table is not None else self.array) if self.has_images else 0
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -167,6 +172,8 @@ def _open_npz(flag: str, path: Path) -> ImageSource:
                 pixels = file["arr_0"]
     except Exception as error:  # of numpy, zip or JSON; numpy's own message may advise to trust the file
         raise UserError(f"{flag} {path}: damaged, or not an npz of plain arrays ({type(error).__name__})") from error
+    if statistics is not None:
+        check_statistics(f"{flag} {path}", statistics["mu"], statistics["sigma"])
     if pixels is None:
         if statistics is None:
             raise UserError(f"{flag} {path}: expected images (arr_0) or statistics (mu, sigma), but it has {names}")
@@ -252,6 +259,29 @@ def check_resolution(what: str, size: tuple[int, int], expected: tuple[int, int]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics of features: mean and covariance
+
+
+def check_statistics(what: str, mu: np.ndarray, sigma: np.ndarray) -> None:
+    """Refuses arrays that cannot be the mean and covariance of features: their distances would be meaningless.
+
+    Args:
+        what: names them in the message.
+        mu: the mean, shape (F).
+        sigma: the covariance, shape (F, F).
+
+    Raises:
+        UserError: says what is wrong.
+    """
+    if mu.ndim != 1 or sigma.shape != (*mu.shape, *mu.shape) or not {mu.dtype.kind, sigma.dtype.kind} <= {"f"}:
+        raise UserError(
+            f"{what}: mu must have the shape (F) and sigma (F, F), both floats, got {mu.dtype} {mu.shape} and "
+            f"{sigma.dtype} {sigma.shape}"
+        )
+    if not np.isfinite(mu).all() or not np.isfinite(sigma).all():
+        raise UserError(f"{what}: mu or sigma has NaN or infinite values")
+    scale = np.abs(sigma).max(initial=0.0)
+    if np.abs(sigma - sigma.T).max(initial=0.0) > 1e-3 * scale or (np.diag(sigma) < 0).any():
+        raise UserError(f"{what}: sigma is not a covariance, it must be symmetric with a diagonal of at least 0")
 
 
 def save_statistics(file: Path, features: FeatureSet, extractor: FeatureExtractor) -> None:

@@ -382,7 +382,9 @@ def test_features_of_a_wrong_shape_or_not_finite_are_refused(result):
         FeatureExtractor("own", lambda images: result)(random_images(2))
 
 
-@pytest.mark.parametrize("name", ["resnet", "no_such_module:features", "json:features"])
+@pytest.mark.parametrize(
+    "name", ["resnet", "no_such_module:features", "json:features", "builtins:len", ":features", "json:__name__"]
+)
 def test_missing_extractor_is_named(name):
     with pytest.raises(ValueError, match=f"--feature_extractor.*{name}"):
         load_extractor(name, CPU)
@@ -685,6 +687,64 @@ def test_npz_without_usable_images_is_refused(arrays, words, folders, own_module
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(ValueError, match=mentions("--images", "bad.npz", *words)):
         evaluate(tmp_path, f"--images={tmp_path / 'bad.npz'}", folders[1], f"--feature_extractor={own_module}")
+
+
+@pytest.mark.parametrize(
+    ("mu", "sigma", "word"),
+    [
+        (np.full(3, np.nan), np.eye(3), "NaN"),
+        (np.zeros(3), np.full((3, 3), np.inf), "infinite"),
+        (np.zeros(3), -np.eye(3), "covariance"),
+        (np.zeros(3), np.triu(np.ones((3, 3))), "symmetric"),
+        (np.zeros(3, complex), np.eye(3), "complex128"),
+        (np.zeros(3, int), np.eye(3), "int64"),
+        (np.zeros(2), np.eye(3), "(F, F)"),
+        (np.array("text"), np.eye(3), "<U4"),
+    ],
+)
+def test_arrays_that_are_no_statistics_are_refused(mu, sigma, word, folders, own_module, tmp_path):
+    np.savez(tmp_path / "statistics.npz", mu=mu, sigma=sigma)
+    flags = [f"--reference={tmp_path / 'statistics.npz'}", f"--feature_extractor={own_module}"]
+    with pytest.raises(UserError, match=f"--reference {tmp_path / 'statistics.npz'}.*{re.escape(word)}"):
+        evaluate(tmp_path, folders[0], *flags, "--metrics=frechet_distance")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--num_images=19"], ["--num_images 19", 20]),
+        (["--num_subsets=6"], ["images", 24, "--num_subsets 6"]),
+        (["--num_subsets=7"], ["--images", 24, "--num_subsets 7", 28]),
+        (["--num_subsets=8", "--num_images=40"], ["--images", 24, 32]),
+    ],
+)
+def test_too_few_images_are_refused_by_flag_before_they_are_measured(flags, words, folders, own_module, tmp_path):
+    arguments = (*folders, f"--feature_extractor={own_module}", *flags)
+    if flags == ["--num_subsets=6"]:  # just enough
+        assert evaluate(tmp_path, *arguments)["frechet_distance"]["counts"]["subsets"] == 6
+        return
+    with pytest.raises(UserError, match=mentions(*words)):
+        evaluate(tmp_path, *arguments)
+    assert not list((tmp_path / "work").rglob("*.npy"))
+
+
+def test_too_small_a_reference_is_refused_before_a_model_is_sampled(model_flags, tmp_path):
+    reference = save_images(tmp_path / "small", random_images(19))
+    with pytest.raises(UserError, match=mentions(f"--reference {reference}", 19, 20)):
+        evaluate(tmp_path, *model_flags, f"--reference={reference}")
+    assert not list((tmp_path / "work").rglob("*.npy"))
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_damaged_work_dir_is_named(share, folders, own_module, tmp_path):
+    arguments = (*folders, f"--feature_extractor={own_module}")
+    evaluate(tmp_path, *arguments)
+    file = next((tmp_path / "work").rglob("data.npy"))
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    with pytest.raises(UserError, match=mentions(file, "damaged")):
+        evaluate(tmp_path, *arguments)
+    shutil.rmtree(file.parent)
+    evaluate(tmp_path, *arguments)
 
 
 def test_statistics_of_another_extractor_are_refused(folders, own_module, tmp_path):
