@@ -31,8 +31,8 @@ from diffit.command_line import run_script
 from diffit.errors import UserError, user_errors
 from diffit.formulations import complete_scheduler_config
 from diffit.latents import load_vae
-from diffit.pretrained import model_folder
-from diffit.run_dir import OutputFolder
+from diffit.pretrained import model_folder, network_subfolder
+from diffit.run_dir import OutputFolder, listed
 from diffit_model import DiffiTTransformer2DModel, relative_position_index
 
 # Module names in NVIDIA's layout that differ in `DiffiTTransformer2DModel`; names inside the blocks are the same.
@@ -49,6 +49,8 @@ NVIDIA_OBJECTIVE = {
     **{"prediction_type": "epsilon", "num_train_timesteps": 1000},
     **{"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
 }
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INDEX = "relative_position_index"  # the only tensor of a block that is not a weight; int64
 LINEAR_LAYERS_OF_A_BLOCK = ("attn.qkv", "attn.qkv_temb", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
@@ -71,21 +73,36 @@ def nvidia_names(num_layers: int) -> list[str]:
     return names + [f"{module}.{what}" for module in modules for what in ("weight", "bias")]
 
 
-def check_names(tensors: dict[str, torch.Tensor]) -> None:
-    """Checks that the names match NVIDIA's layout, for the number of blocks found.
+def check_tensors(tensors: dict[str, torch.Tensor]) -> None:
+    """Checks that the names match NVIDIA's layout, for the number of blocks found, and that the tensors hold weights.
 
     Raises:
-        UserError: lists the missing and the unknown names.
+        ValueError: lists the missing and the unknown names, or the tensors that are empty, not finite or no floats.
     """
-    blocks = [int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))]
+    # At most four digits: a damaged name must not make the list of what is missing grow without bound.
+    blocks = [int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d{1,4})\.", name))]
     expected = nvidia_names(max(blocks, default=0) + 1)
     missing = [name for name in expected if name not in tensors]
-    unknown = sorted(tensors.keys() - set(expected))
+    unknown = sorted(name[:100] for name in tensors.keys() - set(expected))
     if missing or unknown:
-        raise UserError(
-            f"not NVIDIA's layout: {len(missing)} keys are missing ({', '.join(missing) or 'none'}), "
-            f"{len(unknown)} are unknown ({', '.join(unknown) or 'none'})"
+        raise ValueError(
+            f"not NVIDIA's layout: {len(missing)} keys are missing ({listed(missing) or 'none'}), "
+            f"{len(unknown)} are unknown ({listed(unknown) or 'none'})"
         )
+
+    def is_dense(name: str) -> bool:
+        dtypes = (torch.int64,) if name.endswith(INDEX) else WEIGHT_DTYPES
+        return tensors[name].dtype in dtypes and tensors[name].layout == torch.strided and not tensors[name].is_meta
+
+    dtypes = ", ".join(map(str, WEIGHT_DTYPES))
+    for what, is_valid in (
+        ("no elements", lambda name: tensors[name].numel() > 0),
+        (f"expected dense tensors of {dtypes}, or of torch.int64 for {INDEX}", is_dense),
+        ("NaN or infinite values", lambda name: tensors[name].isfinite().all()),
+    ):
+        if wrong := [name for name in tensors if not is_valid(name)]:
+            first = tensors[wrong[0]]
+            raise ValueError(f"{listed(wrong)}: {what}; got {first.dtype} of shape {tuple(first.shape)}")
 
 
 def infer_config(tensors: dict[str, torch.Tensor]) -> dict:
@@ -95,12 +112,12 @@ def infer_config(tensors: dict[str, torch.Tensor]) -> dict:
         tensors: weights in NVIDIA's layout, with no name missing.
 
     Raises:
-        UserError: names the tensors whose shapes contradict each other.
+        ValueError: names the tensors whose shapes contradict each other.
     """
 
     def shape(name: str, num_dimensions: int) -> torch.Size:
         if tensors[name].ndim != num_dimensions:
-            raise UserError(f"{name} has shape {tuple(tensors[name].shape)}, expected {num_dimensions} dimensions")
+            raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, expected {num_dimensions} dimensions")
         return tensors[name].shape
 
     hidden_size, in_channels, patch_size, _ = shape("x_embedder.proj.weight", 4)
@@ -108,12 +125,12 @@ def infer_config(tensors: dict[str, torch.Tensor]) -> dict:
     num_offsets, num_heads = shape("blocks.0.attn.relative_position_bias_table", 2)
     side = (math.isqrt(num_offsets) + 1) // 2  # of the token grid
     if (2 * side - 1) ** 2 != num_offsets or side**2 != num_tokens:
-        raise UserError(
+        raise ValueError(
             f"the {num_offsets} rows of relative_position_bias_table do not fit the {num_tokens} tokens of pos_embed: "
             "W x W tokens have (2W - 1)^2 rows"
         )
     if hidden_size % num_heads:
-        raise UserError(f"the width {hidden_size} of x_embedder does not divide into {num_heads} heads")
+        raise ValueError(f"the width {hidden_size} of x_embedder does not divide into {num_heads} heads")
     return {
         "num_attention_heads": num_heads,
         "attention_head_dim": hidden_size // num_heads,
@@ -136,25 +153,27 @@ def model_from_nvidia(tensors: dict[str, torch.Tensor]) -> DiffiTTransformer2DMo
         tensors: weights in NVIDIA's layout.
 
     Raises:
-        UserError: lists the names, shapes or relative position indices that do not match the layout.
+        ValueError: lists the names, shapes or relative position indices that do not match the layout.
     """
-    check_names(tensors)
+    check_tensors(tensors)
     with torch.device("meta"):
         model = DiffiTTransformer2DModel(**infer_config(tensors))
-    index = relative_position_index(model.token_grid)
-    weights = {}
+    weights, index = {}, None
     for name, tensor in rename(tensors, OUR_NAMES).items():
-        if not name.endswith("relative_position_index"):
+        if not name.endswith(INDEX):
             weights[name] = tensor
-        elif tensor.dtype != index.dtype or not tensor.equal(index):  # the rows of the bias tables would be permuted
-            raise UserError(f"{name} is not the index of a grid of {' x '.join(map(str, model.token_grid))} tokens")
+            continue
+        fits = tuple(tensor.shape) == (math.prod(model.token_grid),) * 2  # asked first: a huge index exhausts memory
+        index = relative_position_index(model.token_grid) if fits and index is None else index
+        if not fits or not tensor.equal(index):  # would permute rows of the bias tables
+            raise ValueError(f"{name} is not the index of a grid of {' x '.join(map(str, model.token_grid))} tokens")
     misfits = [
         f"{name} has shape {tuple(weights[name].shape)}, expected {tuple(wanted.shape)}"
         for name, wanted in model.state_dict().items()
         if weights[name].shape != wanted.shape
     ]
     if misfits:
-        raise UserError(f"shapes contradict each other: {'; '.join(misfits)}")
+        raise ValueError(f"{len(misfits)} shapes contradict each other: {listed(misfits)}")
     model.load_state_dict(weights, assign=True)
     return model
 
@@ -166,12 +185,13 @@ def nvidia_from_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Ten
         weights: state dict of a class-conditional `DiffiTTransformer2DModel` for square latents.
 
     Raises:
-        UserError: if NVIDIA's layout cannot represent this network.
+        ValueError: if NVIDIA's layout cannot represent this network.
     """
     tensors = rename(weights, {ours: theirs for theirs, ours in OUR_NAMES.items()})
-    if "position_embedding" not in weights:
-        raise UserError("--checkpoint: these are not the weights of a DiffiTTransformer2DModel")
-    side = math.isqrt(weights["position_embedding"].shape[1])
+    positions = weights.get("position_embedding")
+    if positions is None or positions.ndim != 3:
+        raise ValueError("these are not the weights of a DiffiTTransformer2DModel")
+    side = math.isqrt(positions.shape[1])
     index = relative_position_index((side, side))
     for name in [name for name in tensors if name.endswith("relative_position_bias_table")]:
         tensors[name.replace("bias_table", "index")] = index.clone()  # safetensors refuses tensors that share memory
@@ -211,27 +231,30 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         ) from error
     is_named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
     if not is_named or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        found = ", ".join(map(str, tensors)) if isinstance(tensors, dict) else type(tensors).__name__
+        found = listed(list(map(str, tensors))) if isinstance(tensors, dict) else type(tensors).__name__
         raise UserError(f"--checkpoint {path} must hold a dictionary of tensors, it holds {found}")
     return tensors
 
 
 def read_trained_folder(path: Path) -> dict[str, torch.Tensor]:
-    """Loads the weights of a saved `DiffiTTransformer2DModel`.
+    """Loads the weights of a saved `DiffiTTransformer2DModel`, and prints which they are.
 
     Args:
-        path: folder of the network, or of a pipeline that has it in `transformer/`.
+        path: folder of the network, of a pipeline that has it in `transformer/`, or of a checkpoint, whose first
+            average is taken, as for sampling, evaluation and fine-tuning.
 
     Raises:
         UserError: names --checkpoint, if the weights are missing or damaged, or --to_nvidia, if they were trained for
             another objective than NVIDIA's.
     """
-    files = [path / folder / "diffusion_pytorch_model.safetensors" for folder in ("transformer", "")]
-    for file in files:
-        if file.is_file():
-            check_objective(path)
-            return read_safetensors(file)
-    raise UserError(f"--checkpoint {path}: neither {files[0]} nor {files[1]} is there")
+    if not path.is_dir():
+        raise UserError(f"--checkpoint {path}: no such folder")
+    file = path / (network_subfolder(str(path)) or "") / "diffusion_pytorch_model.safetensors"
+    if not file.is_file():
+        raise UserError(f"--checkpoint {path}: {file} is missing")
+    check_objective(path)
+    print(f"weights: {file}")
+    return read_safetensors(file)
 
 
 def check_objective(path: Path) -> None:
@@ -243,7 +266,7 @@ def check_objective(path: Path) -> None:
     Raises:
         UserError: names --to_nvidia and all settings that differ.
     """
-    home = model_folder(str(path))
+    home = model_folder(str(path), "--checkpoint")
     file = Path(home or path, "scheduler", "scheduler_config.json")
     if not file.is_file():
         print(f"--checkpoint {path} has no scheduler: make sure that it was trained with {NVIDIA_OBJECTIVE}")
@@ -268,13 +291,17 @@ def main(config: ConvertConfig) -> None:
     checkpoint, output_dir = Path(config.checkpoint), Path(config.output_dir)
     folder = OutputFolder(output_dir, Path(__file__).name)
     if config.to_nvidia:
-        tensors = nvidia_from_weights(read_trained_folder(checkpoint))
+        weights = read_trained_folder(checkpoint)
+        with user_errors(f"--checkpoint {checkpoint}", ValueError):
+            tensors = nvidia_from_weights(weights)
         folder.create()
         save_file(tensors, output_dir / "diffit.safetensors")
         print(f"{len(tensors)} tensors: {output_dir / 'diffit.safetensors'}")
         return
 
-    model = model_from_nvidia(read_checkpoint(checkpoint))
+    tensors = read_checkpoint(checkpoint)
+    with user_errors(f"--checkpoint {checkpoint}", ValueError):
+        model = model_from_nvidia(tensors)
     vae = None
     if config.vae is not None:
         vae = load_vae(config.vae, "--vae")

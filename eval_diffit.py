@@ -35,6 +35,7 @@ from diffit.evaluation import Evaluation, measure_by_steps, measure_models
 from diffit.features import FeatureExtractor, TableImages, load_extractor
 from diffit.formulations import NoisyBatch, denoising_losses, formulation_of
 from diffit.image_sets import (
+    READ_WITH,
     EvaluatedSet,
     ImageSource,
     image_set,
@@ -43,7 +44,7 @@ from diffit.image_sets import (
     open_source,
     save_statistics,
 )
-from diffit.metrics import MIN_IMAGES, FeatureSet, compute_metrics
+from diffit.metrics import MIN_IMAGES, FeatureSet, compute_metrics, images_needed
 from diffit.plots import PLOTS, plot_losses, plot_models, plot_neighbors
 from diffit.processes import join_processes, on_all_processes, run_on_main_and_broadcast
 from diffit.run_dir import OutputFolder
@@ -242,17 +243,43 @@ def open_sources(processes: PartialState, config: EvalConfig) -> tuple[ImageSour
     )
     asked, sources = config.reference, []
     for flag, name in names:
-        arguments = (flag, name, asked.dataset_split, asked.image_column)
-        sources.append(None if name is None else on_all_processes(processes, open_source, *arguments))
-    for flag in ("image_column", "dataset_split"):
-        value, read = getattr(asked, flag), [source for source in sources if source is not None]
+        sources.append(None if name is None else on_all_processes(processes, open_source, flag, name, asked))
+    read = [source for source in sources if source is not None]
+    for flag in sorted(set().union(*READ_WITH.values())):
+        value, kinds = getattr(asked, flag), [kind for kind, flags in READ_WITH.items() if flag in flags]
         if value != getattr(ReferenceConfig, flag) and not any(flag in source.reader for source in read):
             given = ", ".join(f"{source.flag} {source.name}" for source in read)
-            of = "columns" if flag == "image_column" else "splits"
-            raise UserError(f"--{flag} {value} has no effect: there are no {of} in {given}")
+            shown = f"--{flag}" if value is True else f"--{flag} {value}"
+            raise UserError(f"{shown} has no effect: none of {given} is a {' or '.join(kinds)}")
     needs_images = config.plots.plots is not None and config.plots.training_images is None
     check_reference(sources[0], config.metrics.metrics, needs_images)
     return tuple(sources)
+
+
+def check_numbers(config: EvalConfig, reference: ImageSource, given: ImageSource | None) -> None:
+    """Refuses sets of too few images before anything is sampled or measured.
+
+    Args:
+        config: the request.
+        reference: the real images, or statistics.
+        given: the images of --images; None for --model_path.
+
+    Raises:
+        UserError: names the flag and the number.
+    """
+    metrics, asked = config.metrics.metrics, config.evaluated.num_images
+    counts = [(f"--num_images {asked}", asked, metrics)] if asked is not None else []
+    counts += [(f"--images {given.name}", given.num_images, metrics)] if given is not None else []
+    of_features = [name for name in metrics if name != "inception_score"]
+    if reference.has_images and of_features:
+        counts.append((f"--reference {reference.name}", reference.num_images, of_features))
+    for what, number, names in counts:
+        needed = images_needed(names, config.metrics.num_subsets)
+        if number < needed:
+            raise UserError(
+                f"{what}: {number} images are too few, --metrics {' '.join(names)} with --num_subsets "
+                f"{config.metrics.num_subsets} needs at least {needed}"
+            )
 
 
 def check_reference(source: ImageSource, metrics: tuple[str, ...], needs_images: bool) -> None:
@@ -328,6 +355,7 @@ def main(config: EvalConfig) -> None:
 
     # 1. inputs
     source, training_source, given = open_sources(processes, config)
+    check_numbers(config, source, given)
     extractors = load_extractors(processes, metrics)
     sizes = (output.batch_size, output.dataloader_num_workers, config.reference.resolution)
     evaluation = Evaluation(processes, output.work_dir, extractors, *sizes)

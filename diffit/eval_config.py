@@ -22,6 +22,7 @@ from diffit.command_line import (
 )
 from diffit.errors import UserError
 from diffit.sampling_config import MAX_IMAGES, SCHEDULERS, SamplingConfig
+from diffit.source_config import FolderConfig
 
 METRICS = ("frechet_distance", "kernel_distance", "inception_score", "precision", "recall")
 EXTRACTORS = ("inception", "dinov2", "clip", "efficientnet_lite0")
@@ -68,7 +69,7 @@ class EvaluatedConfig:
 
 
 @dataclass(frozen=True)
-class ReferenceConfig:
+class ReferenceConfig(FolderConfig):
     """The real images, and how images are read."""
 
     reference: str = flag(

@@ -73,7 +73,7 @@ def save_pipeline(
     vae: AutoencoderKL | None,
     average: str,
     validation: dict[str, float],
-    grid: PIL.Image.Image,
+    grid: PIL.Image.Image | None,
     target: str = "",
 ) -> None:
     """Writes a pipeline folder: the network's current weights, scheduler, flags, preview and model card.
@@ -87,7 +87,7 @@ def save_pipeline(
         vae: a latent-space model's VAE, or None.
         average: name of the average whose weights the network currently holds, or "" without EMA.
         validation: held-out losses and metrics of these weights, if there are any.
-        grid: preview grid of these weights.
+        grid: preview grid of these weights, or None if they cannot be sampled.
         target: name of a folder inside the run's folder, or "" for the run's folder itself.
     """
     folder = run_dir.folder / "tmp-pipeline"
@@ -101,8 +101,9 @@ def save_pipeline(
         id2label = {str(number): name for number, name in enumerate(plan.class_names or ())} or None
         build_pipeline(state.model, vae, scheduler, id2label).save_pretrained(folder)
     (folder / "training_args.yaml").write_text(yaml.safe_dump(facts.flags))
-    grid.save(folder / "sample_grid.png")
-    model_card(facts, state, average, validation).save(folder / "README.md")
+    if grid is not None:
+        grid.save(folder / "sample_grid.png")
+    model_card(facts, state, average, validation, has_preview=grid is not None).save(folder / "README.md")
     kept = run_dir.publish(folder, target, earlier=pipeline_files(run_dir, target))
     if kept:
         logger.warning(f"not overwritten because they were edited: {', '.join(kept)} in {run_dir.folder}")
@@ -115,7 +116,9 @@ def pipeline_files(run_dir: OutputFolder, target: str = "") -> list[str]:
     return [name for name, part in inner.items() if part in PIPELINE_FILES or part.split("/")[0] in PIPELINE_FOLDERS]
 
 
-def model_card(facts: RunFacts, state: TrainingState, average: str, validation: dict[str, float]) -> ModelCard:
+def model_card(
+    facts: RunFacts, state: TrainingState, average: str, validation: dict[str, float], has_preview: bool = True
+) -> ModelCard:
     """Renders the template `model_card.md`, which says how the model was trained and how to load it.
 
     For the arguments see `save_pipeline`. huggingface_hub renders it with Jinja2, a dependency of torch.
@@ -137,6 +140,7 @@ def model_card(facts: RunFacts, state: TrainingState, average: str, validation: 
         class_names=names,
         quoted_class=None if names is None else repr(names[0]),
         num_inference_steps=steps if names is None else min(50, steps),
+        has_preview=has_preview,
     )
 
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from diffit.decode import decode_image
-from diffit.errors import UserError
+from diffit.errors import UserError, user_errors
 from diffit.eval_config import EXTRACTORS
 from diffit.processes import run_on_main_and_broadcast
 from diffit.run_dir import claim_whole_folder
@@ -101,9 +101,11 @@ def load_extractor(
     try:
         module = importlib.import_module(module_name)
         function = getattr(module, function_name)
-    except (ImportError, AttributeError) as error:
+        source = Path(inspect.getfile(module)).read_bytes()
+    except (ImportError, AttributeError, ValueError, TypeError) as error:  # the last two: no name, a built-in module
         raise UserError(f"--feature_extractor {name}: {error}") from error
-    source = Path(inspect.getfile(module)).read_bytes()
+    if not callable(function):
+        raise UserError(f"--feature_extractor {name}: {function_name} is not a function")
     return FeatureExtractor(name, function, {"source_sha256": hashlib.sha256(source).hexdigest()})
 
 
@@ -286,18 +288,19 @@ def fill_array(
         temporary.replace(files[i])  # a batch is on disk whole or not at all
     processes.wait_for_everyone()
     if processes.is_main_process and missing is not None:
-        _assemble(target, files, num_rows, temporary)
+        with user_errors(f"a batch in {folder} is damaged, delete that folder", ValueError, EOFError):
+            _assemble(target, files, num_rows, temporary)
     processes.wait_for_everyone()
-    return np.load(target, mmap_mode="r")
+    with user_errors(f"{target} is damaged, delete {folder}", ValueError, EOFError):
+        return np.load(target, mmap_mode="r")
 
 
 def _assemble(target: Path, files: list[Path], num_rows: int, temporary: Path) -> None:
     """Joins batches into one array and deletes them, unless another evaluation has done so or is faster."""
     try:
         if not target.is_file():
-            first = np.load(files[0])
+            first, row = np.load(files[0]), 0
             array = np.lib.format.open_memmap(temporary, "w+", first.dtype, (num_rows, *first.shape[1:]))
-            row = 0
             for file in files:
                 values = np.load(file)
                 array[row : row + len(values)] = values

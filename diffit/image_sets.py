@@ -6,6 +6,7 @@ Shapes: N images, C channels, H/W height/width, F features.
 
 import hashlib
 import json
+import re
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +17,20 @@ from torch.utils.data import Dataset, Subset
 
 from diffit.decode import image_size
 from diffit.errors import UserError
+from diffit.eval_config import ReferenceConfig
 from diffit.features import FeatureExtractor, TableImages
 from diffit.listing import listed_samples
 from diffit.metrics import FeatureSet
-from diffit.source_config import SourceConfig
+from diffit.source_config import SOURCES, SourceConfig
 from diffit.sources import ImageTable, load_image_table
+
+# Flags that choose what is read, by the kind of source.
+READ_WITH = {
+    "folder": ("follow_links", "skip_other_formats"),
+    "zip": ("skip_other_formats",),
+    "parquet file": ("image_column",),
+    "hub dataset": ("image_column", "dataset_split"),
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,7 @@ class ImageSource:
         statistics: `mu` (F) and `sigma` (F, F) of features, and the `extractor` that they are of, None if the file
             does not say; or None.
         digest: identifies the images.
-        reader: flags that chose what was read: `"image_column"` for a table with columns, and `"dataset_split"`.
+        reader: names of the flags in `READ_WITH` that chose what was read.
     """
 
     flag: str
@@ -50,6 +60,11 @@ class ImageSource:
     def has_images(self) -> bool:
         """Whether there are images, not only statistics."""
         return self.table is not None or self.array is not None
+
+    @property
+    def num_images(self) -> int:
+        """Number of images; 0 for statistics alone."""
+        return len(self.table if self.table is not None else self.array) if self.has_images else 0
 
 
 @dataclass(frozen=True)
@@ -106,15 +121,13 @@ class ArrayImages(Dataset):
         return image.expand(3, -1, -1) if len(image) == 1 else image
 
 
-def open_source(flag: str, name: str, dataset_split: str = "train", image_column: str | None = None) -> ImageSource:
+def open_source(flag: str, name: str, asked: ReferenceConfig) -> ImageSource:
     """Finds images or statistics.
 
     Args:
         flag: for messages.
         name: its value: folder, zip, parquet file, npz, or hub dataset.
-        dataset_split: split of a hub dataset.
-        image_column: column of a parquet file or dataset; default: the only one of images. A folder or zip of files
-            has no columns.
+        asked: how images are read. A folder or zip of files has no columns.
 
     Raises:
         UserError: names the flag and its value.
@@ -122,24 +135,28 @@ def open_source(flag: str, name: str, dataset_split: str = "train", image_column
     path = Path(name)
     if path.suffix.lower() == ".npz":
         return _open_npz(flag, path)
-    reader = ()
+    column, files = asked.image_column, {name: getattr(asked, name) for name in READ_WITH["folder"]}
+    if path.suffix.lower() == ".parquet":
+        kind, source = "parquet file", SourceConfig(train_data_file=name, image_column=column)
+    elif path.is_file() or (path.is_dir() and (column is None or not any(path.rglob("*.parquet")))):
+        kind, source = "zip" if path.is_file() else "folder", SourceConfig(train_data_dir=name, **files)
+    else:
+        kind, source = (
+            "dataset",
+            SourceConfig(dataset_name=name, dataset_split=asked.dataset_split, image_column=column),
+        )
     try:
-        if path.suffix.lower() == ".parquet":
-            source, reader = SourceConfig(train_data_file=name, image_column=image_column), ("image_column",)
-        elif path.is_file() or (path.is_dir() and (image_column is None or not any(path.rglob("*.parquet")))):
-            source = SourceConfig(train_data_dir=name)
-        else:
-            source = SourceConfig(dataset_name=name, dataset_split=dataset_split, image_column=image_column)
-            reader = ("image_column", "dataset_split")
         table = load_image_table(source, need_labels=False)
     except (UserError, OSError) as error:
-        raise UserError(f"{flag} {name}: {error}") from error
+        # The message names the flags of training.
+        message = re.sub(rf"--({'|'.join(SOURCES)})\b", flag, str(error)).replace("by --cache_dir or by", "by")
+        raise UserError(message if message.startswith(flag) else f"{flag} {name}: {message}") from error
     if listed := listed_samples(path):  # sample_diffit.py puts a grid next to the samples
         files = [Path(image["path"]).name for image in table.rows["image"]]
         table = table.select([index for index, file in enumerate(files) if file in listed])
         if len(table) < len(listed):
             raise UserError(f"{flag} {name}: {len(listed) - len(table)} images of its samples.json are missing")
-    return ImageSource(flag, name, table=table, digest=table.digest(len(table)), reader=reader)
+    return ImageSource(flag, name, table=table, digest=table.digest(len(table)), reader=READ_WITH[kind])
 
 
 def _open_npz(flag: str, path: Path) -> ImageSource:
@@ -155,6 +172,8 @@ def _open_npz(flag: str, path: Path) -> ImageSource:
                 pixels = file["arr_0"]
     except Exception as error:  # of numpy, zip or JSON; numpy's own message may advise to trust the file
         raise UserError(f"{flag} {path}: damaged, or not an npz of plain arrays ({type(error).__name__})") from error
+    if statistics is not None:
+        check_statistics(f"{flag} {path}", statistics["mu"], statistics["sigma"])
     if pixels is None:
         if statistics is None:
             raise UserError(f"{flag} {path}: expected images (arr_0) or statistics (mu, sigma), but it has {names}")
@@ -240,6 +259,29 @@ def check_resolution(what: str, size: tuple[int, int], expected: tuple[int, int]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics of features: mean and covariance
+
+
+def check_statistics(what: str, mu: np.ndarray, sigma: np.ndarray) -> None:
+    """Refuses arrays that cannot be the mean and covariance of features: their distances would be meaningless.
+
+    Args:
+        what: names them in the message.
+        mu: the mean, shape (F).
+        sigma: the covariance, shape (F, F).
+
+    Raises:
+        UserError: says what is wrong.
+    """
+    if mu.ndim != 1 or sigma.shape != (*mu.shape, *mu.shape) or not {mu.dtype.kind, sigma.dtype.kind} <= {"f"}:
+        raise UserError(
+            f"{what}: mu must have the shape (F) and sigma (F, F), both floats, got {mu.dtype} {mu.shape} and "
+            f"{sigma.dtype} {sigma.shape}"
+        )
+    if not np.isfinite(mu).all() or not np.isfinite(sigma).all():
+        raise UserError(f"{what}: mu or sigma has NaN or infinite values")
+    scale = np.abs(sigma).max(initial=0.0)
+    if np.abs(sigma - sigma.T).max(initial=0.0) > 1e-3 * scale or (np.diag(sigma) < 0).any():
+        raise UserError(f"{what}: sigma is not a covariance, it must be symmetric with a diagonal of at least 0")
 
 
 def save_statistics(file: Path, features: FeatureSet, extractor: FeatureExtractor) -> None:

@@ -57,7 +57,7 @@ class LatentsConfig:
         "worker processes that decode images, per process; 0 decodes in the main process",
         type=number_type(int, 0),
     )
-    source: SourceConfig = nested(SourceConfig, title="data: one of the first three is needed")
+    source: SourceConfig = nested(SourceConfig, title="data: --dataset_name, --train_data_dir or --train_data_file")
     debug: bool = False
 
     def __post_init__(self):

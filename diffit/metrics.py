@@ -182,6 +182,13 @@ def shuffled_parts(num_images: int, num_parts: int) -> list[torch.Tensor]:
     return list(order.tensor_split(num_parts))
 
 
+def images_needed(metrics: Iterable[str], num_subsets: int) -> int:
+    """The lowest number of images for these metrics: each subset must have enough of them for its own value."""
+    return max(
+        2 * INCEPTION_SPLITS if name == "inception_score" else num_subsets * (NUM_NEIGHBORS + 1) for name in metrics
+    )
+
+
 def compare(
     metrics: Iterable[str], images: FeatureSet, reference: FeatureSet, num_subsets: int = 5
 ) -> dict[str, dict]:
@@ -207,7 +214,7 @@ def compare(
         UserError: if there are too few images, or a metric needs images where the reference has statistics only.
     """
     metrics = [name for name in METRICS if name in metrics]
-    needed = num_subsets * (NUM_NEIGHBORS + 1)
+    needed = images_needed(metrics, num_subsets)
     for name, number in (("images", len(images)), ("reference images", len(reference))):
         only_statistics = (
             name == "reference images" and metrics == ["frechet_distance"] and reference.has_own_statistics
@@ -250,8 +257,9 @@ def compare_classes(probabilities: torch.Tensor, reference_probabilities: torch.
     Raises:
         UserError: if there are fewer than two images per subset.
     """
-    if len(probabilities) < 2 * INCEPTION_SPLITS:
-        raise UserError(f"{len(probabilities)} images, but inception_score needs at least {2 * INCEPTION_SPLITS}")
+    needed = images_needed(["inception_score"], INCEPTION_SPLITS)
+    if len(probabilities) < needed:
+        raise UserError(f"{len(probabilities)} images, but inception_score needs at least {needed}")
 
     def scores(values: torch.Tensor) -> list[float]:
         return [inception_score(values[part]) for part in shuffled_parts(len(values), INCEPTION_SPLITS)]

@@ -47,10 +47,13 @@ def checkpoint_weights(checkpoint: Path) -> str:
     return next(iter([*averages, *folders]), PARTS[0])
 
 
-def model_folder(path: str) -> str | None:
+def model_folder(path: str, flag: str = FLAG) -> str | None:
     """The pipeline or checkpoint that a path means: the path, or the folder around that of a network.
 
     None if the path is the folder of a network that belongs to neither.
+
+    Raises:
+        UserError: names `flag`, if the pipeline's `model_index.json` is damaged.
     """
     folder = Path(path)
     if not folder.is_dir() or (folder / "scheduler").is_dir() or (folder / "model_index.json").is_file():
@@ -58,8 +61,10 @@ def model_folder(path: str) -> str | None:
     around = folder.absolute().parent
     is_part = (around / "state.json").is_file() and folder.name.startswith(PARTS)
     if not is_part and (around / "model_index.json").is_file():
-        with user_errors(f"{FLAG} {path}", OSError, ValueError):
+        with user_errors(f"{flag} {path}", OSError, ValueError):
             index = DiffusionPipeline.load_config(str(around))
+        if not isinstance(index, dict):
+            raise UserError(f"{flag} {path}: {around / 'model_index.json'} must hold a JSON object")
         is_part = folder.name in PARTS and (index.get(folder.name) or [None])[0] is not None
     return str(around) if is_part else None
 

@@ -22,12 +22,23 @@ from diffit_pipeline import (
     FORWARD_PROCESS,
     DiffiTPipeline,
     NonFiniteImagesError,
+    check_id2label,
     choose_scheduler,
     load_network,
     null_label,
 )
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NonFiniteSamplesError(RunError):
+    """The images of some seeds have NaN or infinite values; see `NonFiniteImagesError`."""
+
+    raised_in = "process"  # the others sample other seeds
+
+    def __init__(self, message: str, weights_are_finite: bool):
+        super().__init__(message)
+        self.weights_are_finite = weights_are_finite
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -44,6 +55,8 @@ def resolve_scheduler(sampling: SamplingConfig, model_path: str) -> SamplingConf
     Raises:
         UserError: names the flag that this kind of model does not have.
     """
+    if Path(model_path).is_file():
+        raise UserError(f"--model_path {model_path} is a file: give the folder of the pipeline")
     what = f"--model_path {model_path}: cannot load a pipeline"
     with user_errors("--scheduler", ValueError), user_errors(what, OSError, TypeError, AttributeError, KeyError):
         return dataclasses.replace(sampling, scheduler=choose_scheduler(model_path, sampling.scheduler))
@@ -90,6 +103,7 @@ def _load_checkpoint(
     pipeline = DiffiTPipeline.from_folder(model_path, model_class, sampling.scheduler, vae=vae, network=network)
     index = run / "model_index.json"
     id2label = json.loads(index.read_text()).get("id2label") if index.is_file() else None
+    check_id2label(id2label)
     pipeline.register_to_config(id2label=id2label)
     return pipeline
 
@@ -206,7 +220,8 @@ def load_sampler(
         backend = sampling.attention_backend
         if backend == "auto":
             backend, _ = choose_attention_backend(network, device, DTYPES[sampling.dtype])
-        set_attention_backend(network, backend)
+        with user_errors(f"--attention_backend {backend}", ValueError, ImportError):
+            set_attention_backend(network, backend)
         kernelize(network)
     return pipeline, guidance_model
 
@@ -253,7 +268,7 @@ def sample_seeds(
         uint8, shape (B, H, W, C), where B is `batch_size` but for the last batch.
 
     Raises:
-        RunError: names the seeds whose images have NaN or infinite values.
+        NonFiniteSamplesError: names the seeds whose images have NaN or infinite values.
     """
     guidance = sampling.guidance
     for start in range(0, len(seeds), batch_size):
@@ -281,7 +296,5 @@ def sample_seeds(
                 output_type="np",
             ).images  # (B, H, W, C) in [0, 1]
         except NonFiniteImagesError as error:
-            failure = RunError(str(error))
-            failure.raised_in = "process"  # the others sample other seeds
-            raise failure from error
+            raise NonFiniteSamplesError(str(error), error.weights_are_finite) from error
         yield (images[:num_images] * 255).round().astype(np.uint8)

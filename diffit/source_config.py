@@ -1,5 +1,5 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The flags of image sources, shared by train_diffit.py, prepare_latents.py and train_vae.py.
+"""The flags of image sources, shared by train_diffit.py, prepare_latents.py, train_vae.py and eval_diffit.py.
 
 `diffit.sources` reads the images. The scripts parse their flags before their slow imports, so nothing slow is imported
 here.
@@ -13,7 +13,18 @@ SOURCES = ("dataset_name", "train_data_dir", "train_data_file")
 
 
 @dataclass(frozen=True)
-class SourceConfig:
+class FolderConfig:
+    """Which files in folders of images are read."""
+
+    follow_links: bool = flag(False, "in a folder of images, also follow links that lead out of the folder")
+    skip_other_formats: bool = flag(
+        False,
+        "in a folder or zip of images, leave out images in formats that are not read (.heic, .jp2, camera raw, ...)",
+    )
+
+
+@dataclass(frozen=True)
+class SourceConfig(FolderConfig):
     """A source of images: one of `SOURCES`, and the split and columns to read."""
 
     dataset_name: str | None = flag(
@@ -26,10 +37,6 @@ class SourceConfig:
         type=path_type,
     )
     train_data_file: str | None = flag(None, "parquet file of images (default: none)", type=path_type)
-    follow_links: bool = flag(False, "in --train_data_dir, also follow links that lead out of the folder")
-    skip_other_formats: bool = flag(
-        False, "in --train_data_dir, leave out images in formats that are not read (.heic, .jp2, camera raw, ...)"
-    )
     dataset_config_name: str | None = flag(None, "configuration of --dataset_name (default: its only one)")
     dataset_split: str = flag("train", "split of --dataset_name")
     image_column: str | None = flag(None, "column that holds the images (default: the only one of type Image)")

@@ -52,7 +52,7 @@ class VaeConfig:
         type=number_type(float, 0),
     )
     seed: int = flag(0, "seed of weights, image order and noise", type=number_type(int, 0, 2**63 - 1))
-    source: SourceConfig = nested(SourceConfig, title="data: one of the first three is needed")
+    source: SourceConfig = nested(SourceConfig, title="data: --dataset_name, --train_data_dir or --train_data_file")
     debug: bool = False
 
     def __post_init__(self):

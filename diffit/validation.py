@@ -14,6 +14,7 @@ import PIL.Image
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from diffusers import AutoencoderKL, ModelMixin
 from torch.utils.data import DataLoader
 
@@ -30,7 +31,7 @@ from diffit.optimization import TrainingState, ema_weights
 from diffit.plan import Plan
 from diffit.processes import StopRequest, ignore_stop_signals, on_all_processes
 from diffit.run_dir import OutputFolder
-from diffit.sampling import load_guidance_model, sample_seeds
+from diffit.sampling import NonFiniteSamplesError, load_guidance_model, sample_seeds
 from diffit.sampling_config import GuidanceConfig, SamplingConfig
 from diffit.sources import Table, detect_num_channels
 from diffit.stream import PositionStream, collate
@@ -163,11 +164,11 @@ def validate_and_export(accelerator: Accelerator, validation: Validation, with_m
     """
     state = validation.state
     model = state.model.eval()
-    results = {}  # average -> (losses and metrics, preview grid)
+    results = {}  # average -> (losses and metrics, preview grid or None)
     averages = state.ema_models or {"": None}
     for name, ema_model in averages.items():
         with ema_weights(ema_model, model):
-            result = validate_weights(accelerator, validation, with_metrics)
+            result = validate_weights(accelerator, validation, with_metrics, name)
         if result is None:
             logger.info(f"interrupted the validation of step {state.global_step}: a stop was requested")
             break
@@ -175,8 +176,7 @@ def validate_and_export(accelerator: Accelerator, validation: Validation, with_m
     finished = len(results) == len(averages)
     if finished and accelerator.is_main_process:
         log_results(accelerator, results, state.global_step, validation.run_dir)
-        metric = validation.metrics.eval_metrics[0]
-        best = min(results, key=lambda name: selection_score(metric, results[name][0]))  # ties: the first one
+        best = best_average(validation.metrics.eval_metrics[0], results)
         with ema_weights(averages[best], model):
             export(validation, best, *results[best])
     model.train()
@@ -185,24 +185,49 @@ def validate_and_export(accelerator: Accelerator, validation: Validation, with_m
 
 
 def validate_weights(
-    accelerator: Accelerator, validation: Validation, with_metrics: bool
-) -> tuple[dict[str, float], PIL.Image.Image] | None:
-    """Held-out loss, metrics and preview grid of the network's current weights; None if a stop was requested."""
+    accelerator: Accelerator, validation: Validation, with_metrics: bool, average: str
+) -> tuple[dict[str, float], PIL.Image.Image | None] | None:
+    """Held-out loss, metrics and preview grid of the network's current weights; None if a stop was requested.
+
+    There are neither metrics nor a preview if values overflow in sampling, which a warning says: early in a training,
+    or with much guidance, that need not be the end of it.
+
+    Args:
+        accelerator: distributes the work over the processes.
+        validation: see `Validation`.
+        with_metrics: whether to compute --eval_metrics.
+        average: name of the average whose weights the network currently holds, or "" without EMA.
+
+    Raises:
+        NonFiniteSamplesError: if the weights themselves are not finite.
+    """
     values = {}
     if validation.held_out is not None:
         values = validation_loss(accelerator, validation)
         if values is None:
             return None
-    if with_metrics:
-        pixels = sample_shard(accelerator, validation, validation.metrics.eval_num_images)
+    asked, skipped = validation.asked, "metrics and preview"
+    try:
+        if with_metrics:
+            pixels = sample_shard(accelerator, validation, validation.metrics.eval_num_images)
+            if pixels is None:
+                return None
+            values |= evaluate(accelerator, validation.metrics, validation.evaluator, pixels)
+        skipped = "preview"
+        pixels = sample_shard(accelerator, validation, asked.num_validation_images)
         if pixels is None:
             return None
-        values |= evaluate(accelerator, validation.metrics, validation.evaluator, pixels)
-    num_images = validation.asked.num_validation_images
-    pixels = sample_shard(accelerator, validation, num_images)
-    if pixels is None:
-        return None
-    images = accelerator.gather(pixels)[:num_images].cpu().permute(0, 2, 3, 1).numpy()
+    except NonFiniteSamplesError as error:
+        if not error.weights_are_finite:
+            raise
+        weights = f"{average} at step" if average else "step"
+        guided = "" if asked.guidance.scale == 1 else f" or --validation_guidance_scale {asked.guidance.scale:g}"
+        logger.warning(
+            f"skipped the {skipped} of {weights} {validation.state.global_step}: {error}; if this happens again, "
+            f"lower --learning_rate{guided}"
+        )
+        return values, None
+    images = accelerator.gather(pixels)[: asked.num_validation_images].cpu().permute(0, 2, 3, 1).numpy()
     return values, image_grid([to_displayable(image) for image in images])
 
 
@@ -248,6 +273,9 @@ def sample_shard(accelerator: Accelerator, validation: Validation, num_images: i
     Returns:
         uint8, shape (B, C, H, W), with the same B in all processes; after gathering, the first `num_images` are the
         requested samples. None if a stop was requested.
+
+    Raises:
+        NonFiniteSamplesError: in all processes, if images have NaN or infinite values in any of them.
     """
     model, guidance_model = validation.state.model, validation.guidance_model
     pipeline = build_pipeline(model, validation.vae, validation.plan.formulation.preview_scheduler())
@@ -260,11 +288,18 @@ def sample_shard(accelerator: Accelerator, validation: Validation, num_images: i
     guidance = validation.asked.guidance if can_guide else GuidanceConfig()
     sampling = SamplingConfig(num_inference_steps=validation.asked.validation_inference_steps, guidance=guidance)
     size = validation.plan.batch.per_process
-    images = []
-    for batch in sample_seeds(pipeline, seeds, labels, sampling, size, guidance_model, pad=False):
-        images.append(torch.from_numpy(batch).permute(0, 3, 1, 2))
-        if validation.stop.is_wanted():
-            break
+    images, failures = [], []
+    try:
+        for batch in sample_seeds(pipeline, seeds, labels, sampling, size, guidance_model, pad=False):
+            images.append(torch.from_numpy(batch).permute(0, 3, 1, 2))
+            if validation.stop.is_wanted():
+                break
+    except NonFiniteSamplesError as error:
+        failures.append((str(error), error.weights_are_finite))
+    if failures := gather_object(failures):
+        failure = NonFiniteSamplesError(failures[0][0], all(are_finite for _, are_finite in failures))
+        failure.raised_in = "run"
+        raise failure
     if validation.stop.is_wanted_anywhere():
         return None
     return torch.cat(images).contiguous().to(accelerator.device)
@@ -284,7 +319,7 @@ def evaluate(
 
 def log_results(
     accelerator: Accelerator,
-    results: dict[str, tuple[dict[str, float], PIL.Image.Image]],
+    results: dict[str, tuple[dict[str, float], PIL.Image.Image | None]],
     global_step: int,
     run_dir: OutputFolder,
 ) -> None:
@@ -292,6 +327,8 @@ def log_results(
     for name, (values, grid) in results.items():
         suffix = f"_{name}" if len(results) > 1 else ""
         accelerator.log({f"{key}{suffix}": value for key, value in values.items()}, step=global_step)
+        if grid is None:
+            continue
         preview = f"previews/step_{global_step:08d}{suffix}.png"
         if not run_dir.write(preview, grid.save):
             logger.warning(f"{preview} in {run_dir.folder} was not written by this run: not overwritten")
@@ -301,14 +338,14 @@ def log_results(
             tracker.log_images({f"samples{suffix}": stacked}, step=global_step, **options)
 
 
-def export(validation: Validation, average: str, values: dict[str, float], grid: PIL.Image.Image) -> None:
+def export(validation: Validation, average: str, values: dict[str, float], grid: PIL.Image.Image | None) -> None:
     """Writes the pipeline folder with the network's current weights, and `best/` if their metrics are the best so far.
 
     Args:
         validation: see `Validation`.
         average: name of the average whose weights the network currently holds, or "" without EMA.
         values: losses and metrics of these weights.
-        grid: preview grid of these weights.
+        grid: preview grid of these weights, or None if they cannot be sampled.
     """
     save = functools.partial(
         save_pipeline, validation.facts, validation.run_dir, validation.state, validation.vae, average, values, grid
@@ -325,10 +362,16 @@ def export(validation: Validation, average: str, values: dict[str, float], grid:
         validation.run_dir.write("eval/best.json", lambda file: file.write_text(text))
 
 
+def best_average(metric: str, results: dict[str, tuple[dict[str, float], PIL.Image.Image | None]]) -> str:
+    """The average with the best score; weights that cannot be sampled come last. Ties: the first one."""
+    return min(results, key=lambda name: (results[name][1] is None, selection_score(metric, results[name][0])))
+
+
 def selection_score(metric: str, values: dict[str, float]) -> float:
     """The model-selection score (lower is better): the metric if it was computed, otherwise the held-out loss."""
     sign = -1 if metric in ("precision", "recall") else 1
-    return sign * values[f"eval/{metric}"] if f"eval/{metric}" in values else values.get("validation/loss", 0.0)
+    score = sign * values[f"eval/{metric}"] if f"eval/{metric}" in values else values.get("validation/loss", 0.0)
+    return math.inf if math.isnan(score) else score
 
 
 def best_record(

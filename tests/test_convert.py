@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from safetensors.torch import load_file, save_file
 
 from convert_nvidia_checkpoint import main, nvidia_names, parse_args
+from diffit.errors import UserError
 from diffit.networks import adapt_weights, model_class
 from diffit_model import DiffiTTransformer2DModel
 from diffit_pipeline import DiffiTPipeline
@@ -220,6 +221,63 @@ def test_other_objective_or_noise_schedule_is_refused_whichever_folder_is_given(
     assert not (tmp_path / "back").exists()
 
 
+def test_checkpoint_gives_its_first_average_which_is_said(tmp_path, capsys):
+    """As in sampling, evaluation and fine-tuning. The folder of a network inside it gives that network."""
+    checkpoint = tmp_path / "checkpoint-5"
+    config = {"num_layers": 1, "sample_size": 8, "num_embeds_ada_norm": 3}
+    names = ("transformer", "transformer_ema_0002kimg", "transformer_ema_0001kimg")
+    models = {name: DiffiTTransformer2DModel(2, 8, **config) for name in names}
+    for name, model in models.items():
+        model.save_pretrained(checkpoint / name)
+    (checkpoint / "state.json").write_text("{}")
+    DDIMScheduler().save_pretrained(checkpoint / "scheduler")
+    for folder, name in ((checkpoint, "transformer_ema_0001kimg"), (checkpoint / "transformer", "transformer")):
+        weights = convert_back(folder, tmp_path)
+        torch.testing.assert_close(weights["pos_embed"], models[name].position_embedding.detach(), **EXACT)
+        assert mentions(f"{checkpoint / name}/diffusion_pytorch_model.safetensors").search(capsys.readouterr().out)
+        shutil.rmtree(tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("file", "contents", "inside", "words"),
+    [
+        ("model_index.json", "[]", "transformer", ["model_index.json"]),
+        ("model_index.json", "{", "transformer", ["model_index.json"]),
+        ("scheduler/scheduler_config.json", "[1]", "", ["scheduler_config.json"]),
+        ("transformer/diffusion_pytorch_model.safetensors", "x", "", ["diffusion_pytorch_model.safetensors"]),
+        ("transformer/diffusion_pytorch_model.safetensors", None, "", ["diffusion_pytorch_model.safetensors"]),
+    ],
+)
+def test_damaged_folder_is_named(tmp_path, file, contents, inside, words):
+    network = DiffiTTransformer2DModel(2, 8, num_layers=1, sample_size=8, num_embeds_ada_norm=3)
+    DiffiTPipeline(None, DDIMScheduler(), transformer=network).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / file).unlink() if contents is None else (tmp_path / "model" / file).write_text(contents)
+    with pytest.raises(UserError, match=mentions("--checkpoint", *words)):
+        convert_back(tmp_path / "model" / inside, tmp_path)
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"position_embedding": torch.ones(3)}, {"proj_out.bias": torch.full((32,), math.nan)}]
+)
+def test_weights_of_no_use_are_not_converted_back(tmp_path, change):
+    network = DiffiTTransformer2DModel(2, 8, num_layers=1, sample_size=8, num_embeds_ada_norm=3)
+    network.save_pretrained(tmp_path / "trained")
+    save_file(network.state_dict() | change, tmp_path / "trained/diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match=mentions(f"--checkpoint {tmp_path / 'trained'}")):
+        convert_back(tmp_path / "trained", tmp_path)
+    assert not (tmp_path / "back").exists()
+
+
+def test_checkpoint_of_another_objective_is_refused(tmp_path):
+    network = DiffiTTransformer2DModel(2, 8, num_layers=1, sample_size=8, num_embeds_ada_norm=3)
+    network.save_pretrained(tmp_path / "checkpoint-5" / "transformer_ema")
+    (tmp_path / "checkpoint-5" / "state.json").write_text("{}")
+    DDIMScheduler(prediction_type="v_prediction").save_pretrained(tmp_path / "checkpoint-5" / "scheduler")
+    with pytest.raises(UserError, match=mentions("--to_nvidia", "prediction_type v_prediction")):
+        convert_back(tmp_path / "checkpoint-5", tmp_path)
+
+
 def test_folder_without_a_scheduler_is_converted_and_that_is_said(tmp_path, capsys):
     network = DiffiTTransformer2DModel(2, 8, num_layers=1, sample_size=8, num_embeds_ada_norm=3)
     network.save_pretrained(tmp_path / "trained")
@@ -333,7 +391,7 @@ def test_other_classes_leave_the_prediction_of_the_null_class(tmp_path):
 # What is refused
 
 
-TABLE = "blocks.0.attn.relative_position_bias_table"
+TABLE, INDEX = "blocks.0.attn.relative_position_bias_table", "blocks.0.attn.relative_position_index"
 REFUSED = {
     "missing": (
         {"pos_embed": None, "blocks.1.attn.proj.bias": None},
@@ -357,17 +415,40 @@ REFUSED = {
         {"blocks.1.attn.relative_position_index": torch.arange(16)[None] - torch.arange(16)[:, None] + 24},
         ["blocks.1.attn.relative_position_index", "4 x 4"],
     ),
+    "no_elements": ({TABLE: torch.ones(49, 0)}, [TABLE, "(49, 0)"]),
+    "patches_of_no_pixels": ({"x_embedder.proj.weight": torch.ones(24, 4, 0, 0)}, ["x_embedder.proj.weight"]),
+    "integers": (
+        {name: tensor.to(torch.int8) for name, tensor in nvidia_tensors().items() if "index" not in name},
+        ["torch.int8", "29 more"],
+    ),
+    "index_of_another_dtype": ({INDEX: nvidia_tensors()[INDEX].int()}, [INDEX, "torch.int32", "torch.int64"]),
+    "nan": ({TABLE: torch.full((49, 2), math.nan)}, [TABLE, "NaN"]),
+    "infinite": ({"pos_embed": torch.full((1, 16, 24), -math.inf)}, ["pos_embed", "infinite"]),
+    "far_block": ({"blocks.9999.x": torch.ones(1)}, [12 * 9998, 1, "blocks.9999.x"]),
+    "block_beyond_any_network": ({f"blocks.{5000 * '1'}.x": torch.ones(1)}, [0, 1, "blocks." + 93 * "1"]),
+    "more_tokens_than_the_index_has": (  # the index of a grid this large would take 34 GB
+        {
+            "pos_embed": torch.ones(1, 2**16, 1),
+            **{f"blocks.{i}.attn.relative_position_bias_table": torch.ones(511**2, 2) for i in range(2)},
+        },
+        ["relative_position_index", "256 x 256"],
+    ),
+    "no_channels": (
+        {"final_layer.linear.weight": torch.ones(1, 24), "final_layer.linear.bias": torch.ones(1)},
+        ["out_channels", 0],
+    ),
     "no_classes": ({"y_embedder.embedding_table.weight": torch.ones(1, 24)}, ["num_embeds_ada_norm"]),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_wrong_checkpoint_raises_and_writes_nothing(tmp_path, case):
+def test_wrong_checkpoint_is_one_short_line_and_writes_nothing(tmp_path, case):
     changes, words = REFUSED[case]
     tensors = nvidia_tensors() | changes
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    with pytest.raises(ValueError, match=mentions(*words)):
+    with pytest.raises(UserError, match=mentions(f"--checkpoint {tmp_path / 'diffit.safetensors'}", *words)) as error:
         convert(tensors, tmp_path)
+    assert len(str(error.value)) < 500 and "\n" not in str(error.value)
     assert not (tmp_path / "converted").exists()
 
 

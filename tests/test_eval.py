@@ -26,7 +26,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2
 import eval_diffit
 import sample_diffit
 from diffit.decode import image_size
-from diffit.errors import RunError
+from diffit.errors import RunError, UserError
+from diffit.eval_config import ReferenceConfig
 from diffit.evaluation import list_classes
 from diffit.features import (
     CLIP_MEAN,
@@ -381,7 +382,9 @@ def test_features_of_a_wrong_shape_or_not_finite_are_refused(result):
         FeatureExtractor("own", lambda images: result)(random_images(2))
 
 
-@pytest.mark.parametrize("name", ["resnet", "no_such_module:features", "json:features"])
+@pytest.mark.parametrize(
+    "name", ["resnet", "no_such_module:features", "json:features", "builtins:len", ":features", "json:__name__"]
+)
 def test_missing_extractor_is_named(name):
     with pytest.raises(ValueError, match=f"--feature_extractor.*{name}"):
         load_extractor(name, CPU)
@@ -686,6 +689,64 @@ def test_npz_without_usable_images_is_refused(arrays, words, folders, own_module
         evaluate(tmp_path, f"--images={tmp_path / 'bad.npz'}", folders[1], f"--feature_extractor={own_module}")
 
 
+@pytest.mark.parametrize(
+    ("mu", "sigma", "word"),
+    [
+        (np.full(3, np.nan), np.eye(3), "NaN"),
+        (np.zeros(3), np.full((3, 3), np.inf), "infinite"),
+        (np.zeros(3), -np.eye(3), "covariance"),
+        (np.zeros(3), np.triu(np.ones((3, 3))), "symmetric"),
+        (np.zeros(3, complex), np.eye(3), "complex128"),
+        (np.zeros(3, int), np.eye(3), "int64"),
+        (np.zeros(2), np.eye(3), "(F, F)"),
+        (np.array("text"), np.eye(3), "<U4"),
+    ],
+)
+def test_arrays_that_are_no_statistics_are_refused(mu, sigma, word, folders, own_module, tmp_path):
+    np.savez(tmp_path / "statistics.npz", mu=mu, sigma=sigma)
+    flags = [f"--reference={tmp_path / 'statistics.npz'}", f"--feature_extractor={own_module}"]
+    with pytest.raises(UserError, match=f"--reference {tmp_path / 'statistics.npz'}.*{re.escape(word)}"):
+        evaluate(tmp_path, folders[0], *flags, "--metrics=frechet_distance")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--num_images=19"], ["--num_images 19", 20]),
+        (["--num_subsets=6"], ["images", 24, "--num_subsets 6"]),
+        (["--num_subsets=7"], ["--images", 24, "--num_subsets 7", 28]),
+        (["--num_subsets=8", "--num_images=40"], ["--images", 24, 32]),
+    ],
+)
+def test_too_few_images_are_refused_by_flag_before_they_are_measured(flags, words, folders, own_module, tmp_path):
+    arguments = (*folders, f"--feature_extractor={own_module}", *flags)
+    if flags == ["--num_subsets=6"]:  # just enough
+        assert evaluate(tmp_path, *arguments)["frechet_distance"]["counts"]["subsets"] == 6
+        return
+    with pytest.raises(UserError, match=mentions(*words)):
+        evaluate(tmp_path, *arguments)
+    assert not list((tmp_path / "work").rglob("*.npy"))
+
+
+def test_too_small_a_reference_is_refused_before_a_model_is_sampled(model_flags, tmp_path):
+    reference = save_images(tmp_path / "small", random_images(19))
+    with pytest.raises(UserError, match=mentions(f"--reference {reference}", 19, 20)):
+        evaluate(tmp_path, *model_flags, f"--reference={reference}")
+    assert not list((tmp_path / "work").rglob("*.npy"))
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_damaged_work_dir_is_named(share, folders, own_module, tmp_path):
+    arguments = (*folders, f"--feature_extractor={own_module}")
+    evaluate(tmp_path, *arguments)
+    file = next((tmp_path / "work").rglob("data.npy"))
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    with pytest.raises(UserError, match=mentions(file, "damaged")):
+        evaluate(tmp_path, *arguments)
+    shutil.rmtree(file.parent)
+    evaluate(tmp_path, *arguments)
+
+
 def test_statistics_of_another_extractor_are_refused(folders, own_module, tmp_path):
     flags = (folders[0], f"--feature_extractor={own_module}", "--metrics=frechet_distance")
     evaluate(tmp_path, *flags, folders[1])
@@ -783,6 +844,34 @@ def test_extension_may_be_in_capitals(tmp_path):
 def test_reading_flags_without_effect_are_refused(flag, folders, own_module, tmp_path):
     with pytest.raises(ValueError, match=mentions(flag, f"--reference {tmp_path / 'reference'}")):
         evaluate(tmp_path, *folders, f"--feature_extractor={own_module}", *flag.split())
+
+
+@pytest.mark.parametrize("flag", ["--follow_links", "--skip_other_formats"])
+def test_flags_of_folders_without_a_folder_are_refused(flag, folders, own_module, tmp_path):
+    images = np.zeros((9, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", images)
+    sets = (f"--images={tmp_path / 'a.npz'}", f"--reference={tmp_path / 'a.npz'}")
+    with pytest.raises(UserError, match=mentions(flag, "no effect", f"--images {tmp_path / 'a.npz'}")):
+        evaluate(tmp_path, *sets, f"--feature_extractor={own_module}", flag)
+
+
+@pytest.mark.parametrize("side", ["images", "reference"])
+def test_flags_of_folders_that_messages_name_exist_and_help(side, folders, own_module, tmp_path, caplog):
+    """A link that leads out of the folder, and a photo in a format that is not read."""
+    folder, extractor = tmp_path / side, f"--feature_extractor={own_module}"
+    expected = evaluate(tmp_path, *folders, extractor)
+    first = sorted(folder.iterdir())[0]
+    (tmp_path / "elsewhere").mkdir()
+    first.rename(tmp_path / "elsewhere" / first.name)
+    first.symlink_to(tmp_path / "elsewhere" / first.name)
+    for flags, needed in (((), "--follow_links"), (("--follow_links",), "--skip_other_formats")):
+        with pytest.raises(UserError, match=mentions(f"--{side} {folder}", needed)) as error:
+            evaluate(tmp_path, *folders, extractor, *flags)
+        assert "--train_data" not in str(error.value)
+        (folder / "photo.heic").write_bytes(b"x")
+    found = evaluate(tmp_path, *folders, extractor, "--follow_links", "--skip_other_formats")
+    assert found["frechet_distance"] == expected["frechet_distance"]
+    assert mentions(folder, "left out", ".heic").search(caplog.text)
 
 
 def test_fewer_images_than_asked_for_are_said(folders, own_module, tmp_path, capsys):
@@ -1021,7 +1110,7 @@ def test_nearest_in_pixels_finds_a_copy():
 def test_loss_by_level_is_that_of_the_prediction(trained, image_folder):
     """A network that predicts 0: by DDPM the mean square of the noise, by EDM that of its target (EDM, Eq. 7-8)."""
     unet = DiffiTUNet2DModel(**TINY_CONFIG, num_class_embeds=3)  # its output starts at zero
-    source = open_source("--reference", str(image_folder))
+    source = open_source("--reference", str(image_folder), ReferenceConfig())
     images = image_set(source, (8, 8))
     noise = torch.randn((24, 3, 8, 8), generator=torch.Generator().manual_seed(0))
     timesteps, losses = eval_diffit.loss_by_level(DiffiTPipeline(unet, DDPMScheduler()), source, (8, 8), 10)

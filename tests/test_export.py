@@ -14,7 +14,7 @@ from diffit.export import RunFacts, model_card
 AWKWARD = ("it's {{ 7 * 7 }}", '"red", <b>')  # what a template or a quoted string might trip over
 
 
-def card_of(class_names: tuple[str, ...] | None, dataset_name: str | None = None) -> str:
+def card_of(class_names: tuple[str, ...] | None, dataset_name: str | None = None, has_preview: bool = True) -> str:
     formulation = SimpleNamespace(num_sampling_steps=1000, describe=lambda: "v_prediction")
     batch = SimpleNamespace(total=4)
     plan = SimpleNamespace(
@@ -23,7 +23,8 @@ def card_of(class_names: tuple[str, ...] | None, dataset_name: str | None = None
     )
     facts = RunFacts("me/it's", "/home/me/digits", {"dataset_name": dataset_name}, plan, EmaConfig(), MetricsConfig())
     state = SimpleNamespace(model=torch.nn.Linear(2, 2), global_step=4, position=16)
-    return str(model_card(facts, state, "ema", {"validation/loss": 0.1, "eval/frechet_distance": 3.25}))
+    values = {"validation/loss": 0.1, "eval/frechet_distance": 3.25}
+    return str(model_card(facts, state, "ema", values, has_preview))
 
 
 @pytest.mark.parametrize("class_names", [None, ("blue", "red"), AWKWARD])
@@ -49,6 +50,13 @@ def test_card_has_one_title_and_a_whole_table():
         *("| held-out loss", "| frechet distance"),
     ]
     assert rows[1] == "| data | digits, 1,797 images, 8x16 pixels |"  # no path of the training machine
+
+
+@pytest.mark.parametrize("class_names", [None, ("blue", "red")])
+def test_card_shows_the_preview_if_there_is_one(class_names):
+    shown = "![Samples for seeds 0, 1, 2, ...](sample_grid.png)\n\n"
+    assert card_of(class_names).replace(shown, "", 1) == card_of(class_names, has_preview=False)
+    assert shown in card_of(class_names)
 
 
 def test_long_lists_of_classes_are_cut_off():

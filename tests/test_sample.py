@@ -1,6 +1,7 @@
 """Sampling: the pipeline and the script."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -13,21 +14,29 @@ import psutil
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
+    DDIMInverseScheduler,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
+    HeunDiscreteScheduler,
+    KarrasVeScheduler,
     ModelMixin,
+    RePaintScheduler,
+    ScoreSdeVeScheduler,
     UNet2DModel,
 )
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from safetensors.torch import load_file, save_file
 
 import diffit.sampling
 import sample_diffit
 from diffit import sampling_config
-from diffit.errors import RunError
+from diffit.errors import RunError, UserError
 from diffit.networks import MODEL_CLASSES, model_class
 from diffit.run_dir import MARK
 from diffit.sampling import load_guidance_model, load_pipeline, load_sampler, parse_class_labels, sample_seeds
@@ -79,6 +88,54 @@ def test_every_scheduler_samples_images(scheduler, conditional):
     ).images
     assert images.shape == (2, 3, 8, 8) and images.isfinite().all()
     assert images.min() >= 0 and images.max() <= 1 and images.std() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("betas", "steps", "needed"), [("squaredcos_cap_v2", 20, 40), ("squaredcos_cap_v2", 38, 39), ("linear", 5, None)]
+)
+def test_heun_whose_first_step_overshoots_warns_with_the_steps_that_do_not(betas, steps, needed, recwarn):
+    """On the exact denoiser of two modes at +-0.8, the steps of the warning miss neither, the others do."""
+    base = DDPMScheduler(beta_schedule=betas, prediction_type="v_prediction")
+    pipeline = quiet(DiffiTPipeline(TwoModes(base.alphas_cumprod), HeunDiscreteScheduler.from_config(base.config)))
+
+    def missed(steps: int) -> float:
+        images = pipeline(
+            batch_size=64, num_inference_steps=steps, generator=generators(range(64)), output_type="latent"
+        ).images
+        return ((images.abs() - 0.8).abs() > 0.4).float().mean().item()
+
+    share = missed(steps)
+    warned = [str(warning.message) for warning in recwarn if "HeunDiscrete" in str(warning.message)]
+    if needed is None:
+        assert warned == []
+        return
+    assert len(warned) == 1 and mentions("heun", f"num_inference_steps {steps}", needed, "unipc").search(warned[0])
+    assert missed(needed) < 0.01 and (steps > 30 or share > 0.3)
+    assert len([warning for warning in recwarn if "HeunDiscrete" in str(warning.message)]) == 1
+
+
+class TwoModes(ModelMixin, ConfigMixin):
+    """Predicts the velocity of images whose pixels are +-0.8 with a standard deviation of 0.1, exactly."""
+
+    @register_to_config
+    def __init__(
+        self, alphas_cumprod: torch.Tensor, in_channels: int = 1, out_channels: int = 1, sample_size: int = 8
+    ):
+        super().__init__()
+        self.alphas_cumprod, self.unused = alphas_cumprod, torch.nn.Parameter(torch.zeros(()))
+        self.register_to_config(alphas_cumprod=None, num_class_embeds=None)
+
+    def forward(self, sample: torch.Tensor, timesteps: torch.Tensor, class_labels: None) -> UNet2DOutput:
+        whole = timesteps[0].floor().long()
+        pair = self.alphas_cumprod[whole : whole + 2]
+        alpha = torch.lerp(pair[0], pair[-1], timesteps[0].float() - whole)
+        modes = torch.tensor([-0.8, 0.8]).reshape(2, 1, 1, 1, 1)
+        variance = alpha * 0.01 + 1 - alpha
+        residuals = sample - alpha.sqrt() * modes  # (2, B, C, H, W)
+        weights = (-residuals.square() / (2 * variance)).softmax(dim=0)
+        clean = (weights * (modes + alpha.sqrt() * 0.01 / variance * residuals)).sum(dim=0)
+        noise = (sample - alpha.sqrt() * clean) / (1 - alpha).sqrt()
+        return UNet2DOutput(sample=alpha.sqrt() * noise - (1 - alpha).sqrt() * clean)
 
 
 def test_pipeline_equals_a_plain_ddim_loop(conditional):
@@ -151,11 +208,98 @@ def test_unknown_label_is_refused(label, conditional):
         ({"guidance_scale": 2.0}, "class_labels"),
         ({"class_labels": [0, 1], "batch_size": 3}, "3 images"),
         ({"batch_size": 2, "generator": generators([0])}, "generators"),
+        ({"batch_size": 2, "generator": tuple(generators([0, 1]))}, "generator must be"),
+        ({"generator": 3}, "generator must be .* got 3"),
+        ({"generator": [3]}, "generator must be"),
+        ({"guidance_scale": "2"}, "guidance_scale .* '2'"),
+        ({"guidance_scale": None}, "guidance_scale .* None"),
+        ({"eta": None}, "eta .* None"),
+        ({"guidance_interval": (0, 0.5, 1)}, "guidance_interval"),
+        ({"guidance_interval": None}, "guidance_interval .* None"),
+        ({"guidance_interval": ("a", "b")}, "guidance_interval"),
+        ({"guidance_model": "outputs/weak", "guidance_scale": 2}, "guidance_model .* 'outputs/weak'"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(kwargs, words, conditional):
     with pytest.raises(ValueError, match=words):
         open_pipeline(conditional)(num_inference_steps=1, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "words"),
+    [
+        (RePaintScheduler, ["original_image, mask"]),
+        (KarrasVeScheduler, ["sample_hat"]),
+        (ScoreSdeVeScheduler, []),
+        (DDIMInverseScheduler, []),
+    ],
+)
+def test_schedulers_that_do_not_sample_are_refused(scheduler, words, conditional):
+    pipeline = open_pipeline(conditional)
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    with pytest.raises(ValueError, match=mentions(scheduler.__name__, "not for sampling", *words)):
+        pipeline(class_labels=[0], num_inference_steps=2)
+
+
+def test_noise_levels_of_another_model_are_not_called_equal(conditional):
+    """CogVideoX shifts the noise levels of the same betas."""
+    pipeline = open_pipeline(conditional)
+    pipeline.scheduler = CogVideoXDDIMScheduler.from_config(pipeline.scheduler.config)
+    with pytest.raises(ValueError, match=mentions("CogVideoXDDIMScheduler", "other noise levels")):
+        pipeline(class_labels=[0], num_inference_steps=2)
+
+
+@pytest.mark.parametrize("id2label", [["red", "green"], {"x": "red"}, {"0": 5}])
+@pytest.mark.parametrize("as_checkpoint", [False, True])
+def test_names_of_classes_that_are_none_are_refused(id2label, as_checkpoint, conditional, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(conditional, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"id2label": id2label}))
+    if as_checkpoint:  # whose run has the names
+        checkpoint = folder / "checkpoint-1"
+        shutil.copytree(folder / "unet", checkpoint / "unet")
+        shutil.copytree(folder / "scheduler", checkpoint / "scheduler")
+        (checkpoint / "state.json").write_text("{}")
+        folder = checkpoint
+    with pytest.raises(UserError, match=mentions(f"--model_path {folder}", "id2label")):
+        sample(folder, tmp_path / "out", "--class_labels=0")
+
+
+@pytest.mark.parametrize(
+    ("config", "word"), [("{}", "_class_name"), ('{"_class_name": "DDIMScheduler", "prediction_type": "x"}', "'x'")]
+)
+def test_scheduler_config_that_says_nothing_is_refused(config, word, conditional, tmp_path):
+    """Defaults would be guesses: images of another objective look like those of a bad model."""
+    shutil.copytree(conditional, tmp_path / "model")
+    (tmp_path / "model/scheduler/scheduler_config.json").write_text(config)
+    with pytest.raises(UserError, match=mentions(tmp_path / "model", word)):
+        sample(tmp_path / "model", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_file_as_a_model_is_refused(conditional, tmp_path):
+    with pytest.raises(UserError, match=mentions(f"--model_path {conditional / 'model_index.json'}", "folder")):
+        sample(conditional / "model_index.json", tmp_path / "out")
+
+
+def test_attention_backend_that_a_network_lacks_is_refused(tmp_path):
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    network = UNet2DModel(8, 3, 3, block_out_channels=(8,), norm_num_groups=4, **blocks)
+    DDPMPipeline(network, DDPMScheduler()).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=mentions("--attention_backend flex", "UNet2DModel")):
+        sample(tmp_path / "model", tmp_path / "out", "--attention_backend=flex")
+
+
+def test_scripts_check_exports_of_diffusers_own_pipeline(unconditional, tmp_path):
+    """diffusers' DDPMPipeline itself would write the images as black ones."""
+    shutil.copytree(unconditional, tmp_path / "model")
+    file = tmp_path / "model/unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"conv_in.weight": weights["conv_in.weight"] * math.nan}, file, metadata={"format": "pt"})
+    with pytest.raises(RunError, match=mentions("seeds 0, 1", "weights of DiffiTUNet2DModel are not finite")):
+        sample(tmp_path / "model", tmp_path / "out", "--seeds=0-1", "--num_inference_steps=2")
+    assert not list((tmp_path / "out").glob("*.png"))
 
 
 def test_labels_on_an_unconditional_model_are_refused(unconditional):

@@ -2,10 +2,14 @@
 
 import json
 import shutil
+from math import nan
+from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from safetensors.torch import load_file
 
 from diffit.batches import open_tables
 from diffit.config import parse_args
@@ -15,6 +19,7 @@ from diffit.networks import model_class
 from diffit.source_config import SourceConfig
 from diffit.sources import load_image_table
 from diffit.stream import ImageDataset, PositionStream, split_table
+from diffit.validation import best_average
 from diffit_pipeline import DiffiTPipeline
 from helpers import ROOT, logged, mean_colours, mentions, run, torchrun, train
 
@@ -49,11 +54,73 @@ def test_validation_loss_has_the_weights_of_the_training_loss(gamma, train_args,
     assert logged_loss == pytest.approx((weights * velocities).mean().item(), rel=1e-5)
 
 
-def test_previews_that_are_not_finite_end_the_training(train_args, tmp_path):
-    """One step so large that the weights overflow in the forward pass."""
-    with pytest.raises(RunError, match=mentions("seeds 0, 1, 2 have")):
+def test_weights_that_are_not_finite_end_the_training_at_the_preview(train_args, tmp_path):
+    """One step so large that the weights themselves overflow."""
+    with pytest.raises(RunError, match=mentions("seeds 0, 1, 2 have", "weights of DiffiTUNet2DModel are not finite")):
         train([*train_args, "--max_train_steps=1", "--lr_warmup_steps=0", "--learning_rate=1e38"])
     assert not list((tmp_path / "run").rglob("*.png")) and not (tmp_path / "run/unet").exists()
+
+
+OVERFLOW = ["--lr_warmup_steps=0", "--learning_rate=1e30", "--max_train_steps=1", "--validation_fraction=0.25"]
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--no-use_ema"], ["--feature_extractor=helpers:mean_colours", "--eval_steps=1"]]
+)
+def test_previews_that_overflow_are_skipped_and_the_training_goes_on(flags, train_args, tmp_path, caplog):
+    """One step so large that the forward pass overflows, although the weights are finite."""
+    train([*train_args, *OVERFLOW, *flags])
+    run_dir = tmp_path / "run"
+    what = "metrics and preview" if "--eval_steps=1" in flags else "preview"
+    words = (what, "step 1", "seeds 0, 1, 2", "overflow", "float32", "guidance", "--learning_rate")
+    assert [mentions(*words).search(record.message) for record in caplog.records if "skipped" in record.message] != []
+    assert all(mentions(*words).search(record.message) for record in caplog.records if "skipped" in record.message)
+    assert (run_dir / "checkpoint-1").is_dir() and load_weights(run_dir).isfinite().all()
+    assert not list(run_dir.rglob("*.png")) and "sample_grid" not in (run_dir / "README.md").read_text()
+    assert "validation/loss" in logged(run_dir).Tags()["scalars"]
+    assert "eval/frechet_distance" not in logged(run_dir).Tags()["scalars"]
+
+
+def test_warning_of_a_skipped_preview_names_the_guidance(train_args, caplog):
+    train([*train_args, *OVERFLOW, "--validation_guidance_scale=3"])
+    assert mentions("skipped", "--learning_rate", "--validation_guidance_scale 3").search(caplog.text)
+
+
+@pytest.mark.slow
+def test_two_processes_skip_a_preview_together(train_args, tmp_path):
+    output = run([*torchrun(), "train_diffit.py", *train_args, *OVERFLOW])
+    assert len([line for line in output.splitlines() if mentions("skipped", "step 1", "seeds").search(line)]) == 1
+    assert (tmp_path / "run/model_index.json").is_file() and not list((tmp_path / "run").rglob("*.png"))
+
+
+def test_skipped_preview_replaces_that_of_other_weights(train_args, tmp_path):
+    """Otherwise `sample_grid.png` would show the samples of other weights than those beside it."""
+    rates = ["--lr_scheduler=piecewise_constant", "--lr_step_rules=1:1,1e30"]
+    train([*train_args, *OVERFLOW, *rates, "--learning_rate=1", "--max_train_steps=2", "--validation_steps=1"])
+    assert [file.name for file in (tmp_path / "run/previews").iterdir()] == ["step_00000001.png"]
+    assert not (tmp_path / "run/sample_grid.png").exists()
+    assert "sample_grid" not in (tmp_path / "run/README.md").read_text()
+
+
+def test_average_that_can_be_sampled_is_preferred():
+    grid = PIL.Image.new("L", (1, 1))
+    losses = {
+        "wide": (0.3, grid),
+        "overflows": (0.1, None),
+        "narrow": (0.2, grid),
+        "same": (0.2, grid),
+        "nan": (nan, grid),
+    }
+    results = {name: ({"validation/loss": loss}, shown) for name, (loss, shown) in reversed(losses.items())}
+    assert best_average("recall", results) == "same"
+    assert best_average("recall", {name: results[name] for name in ("nan", "overflows", "wide")}) == "wide"
+    assert best_average("recall", {name: results[name] for name in ("overflows", "nan")}) == "nan"
+
+
+def load_weights(run_dir: Path) -> torch.Tensor:
+    """All weights of a run's pipeline, in one vector."""
+    weights = load_file(run_dir / "unet/diffusion_pytorch_model.safetensors")
+    return torch.cat([weight.flatten().float() for weight in weights.values()])
 
 
 def test_bad_validation_image_is_reported(train_args, image_folder, tmp_path, caplog):
