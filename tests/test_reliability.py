@@ -255,6 +255,13 @@ def test_too_many_bad_steps_end_the_run_and_keep_the_checkpoint(train_args, tmp_
     train([*arguments, "--resume_from_checkpoint=latest"])
 
 
+def test_too_many_bad_steps_before_the_first_checkpoint_do_not_advise_to_resume(train_args, monkeypatch):
+    spoil_losses(monkeypatch, {0, 1})
+    with pytest.raises(RuntimeError, match=mentions("step 1", "no checkpoint", "--learning_rate")) as error:
+        train([*train_args, "--max_bad_steps=2"])
+    assert "--pretrained_model_name_or_path" not in str(error.value)
+
+
 def test_bad_loss_in_one_process_skips_the_step_in_all(long_args, tmp_path):
     """The second of two processes has a NaN at positions 12 to 15."""
     script = tmp_path / "spoilt.py"
