@@ -21,7 +21,7 @@ from diffit.decode import warn_about_narrow_levels
 from diffit.errors import UserError, user_errors
 from diffit.formulations import Formulation, choose_formulation, differences, formulation_flags
 from diffit.latents import LatentTable, pixels_per_latent
-from diffit.networks import model_class, training_flops_per_image
+from diffit.networks import model_class, model_overrides, training_flops_per_image
 from diffit.run_dir import listed
 from diffit.sources import Table, detect_num_channels
 from diffit_model import DiffiTModelMixin, DiffiTTransformer2DModel, DiffiTUNet2DModel
@@ -295,6 +295,7 @@ def make_plan(
         if not issubclass(model_class(complete), DiffiTUNet2DModel):
             raise UserError("--augmentation_probability needs a DiffiTUNet2DModel, which is conditioned on it")
         complete["num_augment_labels"] = NUM_AUGMENT_LABELS
+    check_overrides(complete, config.model)
     check_network(complete, config.model, resolution, (height, width))
     return Plan(
         batch=batch,
@@ -406,6 +407,24 @@ def plan_classes(
             f"(--class_conditional is {class_names is not None})"
         )
     return {key: number}
+
+
+def check_overrides(model_config: dict[str, Any], model: ModelConfig) -> None:
+    """Refuses a --model_kwargs that the data or another flag determines otherwise.
+
+    Args:
+        model_config: the network's complete config.
+        model: the flags.
+
+    Raises:
+        UserError: names the field, with both values.
+    """
+    for key, value in model_overrides(model).items():
+        planned = model_config[key]
+        if key == "sample_size" and isinstance(planned, int) and isinstance(value, list):
+            planned = [planned, planned]
+        if planned != value:
+            raise UserError(f"--model_kwargs {key}={value}: the data and the other flags need {key}={planned}")
 
 
 def check_network(
