@@ -126,9 +126,7 @@ class ModelConfig:
         if not given(self, ("model_config", "pretrained_model_name_or_path")):
             raise UserError("give --model_config or --pretrained_model_name_or_path")
         if len(given(self, ("model_config", "pretrained_model_name_or_path"))) == 2:
-            raise UserError(
-                "--pretrained_model_name_or_path has its own architecture: do not give --model_config as well"
-            )
+            raise UserError("--pretrained_model_name_or_path has its own architecture: drop --model_config")
         if self.reset_class_embeddings is not None and self.pretrained_model_name_or_path is None:
             raise UserError("--reset_class_embeddings needs --pretrained_model_name_or_path")
         for pair in self.model_kwargs or ():

@@ -7,6 +7,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 
 class UserError(ValueError):
@@ -75,6 +76,21 @@ def load_model(what: str, load: Callable, *arguments, **keywords):
             if missing:
                 raise UserError(f"{what}: {len(missing)} weights are missing, such as {missing[0]}")
     return loaded
+
+
+def check_finite_weights(what: str, module: Any) -> None:
+    """Refuses a network whose weights have NaN or infinite values, as those of a training that diverged.
+
+    Args:
+        what: start of an error message: the flag and its value.
+        module: a torch module.
+
+    Raises:
+        UserError: `what`, the number of such weights, and the name of one.
+    """
+    damaged = [name for name, tensor in module.state_dict().items() if not tensor.isfinite().all()]
+    if damaged:
+        raise UserError(f"{what}: {len(damaged)} weights have NaN or infinite values, such as {damaged[0]}")
 
 
 def message_of(error: BaseException) -> str:

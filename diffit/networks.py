@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffit.config import ModelConfig
 from diffit.cpu_kernels import kernelize
-from diffit.errors import UserError, load_model, user_errors
+from diffit.errors import UserError, check_finite_weights, load_model, user_errors
 from diffit.latents import CHANNEL_STATISTICS, LatentTable, load_vae, read_vae_config, vae_description
 from diffit.pretrained import (
     FLAG,
@@ -214,7 +214,11 @@ def warn_of_other_latents(pretrained: str, vae: AutoencoderKL | None) -> None:
     if pipeline is None:
         return
     try:
-        theirs = load_vae(pipeline, FLAG, subfolder="vae") if has_vae(pipeline) else None
+        in_latents = has_vae(pipeline)
+    except UserError:  # a network on the hub that belongs to no pipeline, or a damaged index
+        return
+    try:
+        theirs = load_vae(pipeline, FLAG, subfolder="vae") if in_latents else None
     except UserError as error:
         logger.warning(f"the VAE that {pretrained} was trained with is not known: {error}")
         return
@@ -265,12 +269,7 @@ def build_model(
         subfolder=subfolder,
         use_safetensors=True,
     )
-    damaged = [key for key, tensor in source.state_dict().items() if not tensor.isfinite().all()]
-    if damaged:
-        raise UserError(
-            f"--pretrained_model_name_or_path {name}: {len(damaged)} weights have NaN or infinite values, such as "
-            f"{damaged[0]}"
-        )
+    check_finite_weights(f"--pretrained_model_name_or_path {name}", source)
     with user_errors(f"--pretrained_model_name_or_path {pretrained}", ValueError):
         names = (read_class_names(pretrained), class_names) if reset_class_embeddings is None else None
         weights, changes = adapt_weights(source, model, bool(reset_class_embeddings), names)

@@ -295,7 +295,6 @@ def make_plan(
         if not issubclass(model_class(complete), DiffiTUNet2DModel):
             raise UserError("--augmentation_probability needs a DiffiTUNet2DModel, which is conditioned on it")
         complete["num_augment_labels"] = NUM_AUGMENT_LABELS
-    check_overrides(complete, config.model)
     check_network(complete, config.model, resolution, (height, width))
     return Plan(
         batch=batch,
@@ -439,8 +438,9 @@ def check_network(
         size: height and width in pixels, or in latents for a latent-space network.
 
     Raises:
-        UserError: with the network's own message.
+        UserError: with the network's own message, or see `check_overrides`.
     """
+    check_overrides(model_config, model)
     described_by = "--model_config" if model.model_config else "--pretrained_model_name_or_path"
     with torch.device("meta"), user_errors(f"{described_by} with --model_kwargs", ValueError):
         network = model_class(model_config).from_config(model_config)
@@ -454,7 +454,7 @@ def check_network(
 
 
 def describe_data(table: Table, vae: AutoencoderKL | None, num_channels: int | None) -> DataFacts:
-    """The facts about training data. Opens some images to detect their channels if nothing else determines them.
+    """The facts about training data. Opens some images to detect their channels unless --num_channels gives them.
 
     Args:
         table: the training images or latents.
@@ -465,7 +465,12 @@ def describe_data(table: Table, vae: AutoencoderKL | None, num_channels: int | N
     if isinstance(table, LatentTable):
         return DataFacts(table.source, len(table), table.digest(), names, None, tuple(table.metadata["resolution"]))
     warn_about_narrow_levels(table)
-    num_channels = num_channels if vae is None else vae.config.in_channels
+    if vae is not None:
+        if num_channels is None and detect_num_channels(table) > vae.config.in_channels:
+            logger.warning(
+                f"{table.source} has more channels than the VAE ({vae.config.in_channels}): colors are dropped"
+            )
+        num_channels = vae.config.in_channels
     return DataFacts(table.source, len(table), table.digest(), names, num_channels or detect_num_channels(table))
 
 

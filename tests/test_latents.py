@@ -230,13 +230,24 @@ def test_pipeline_in_place_of_its_vae_is_refused_with_the_folder_to_give(vae_dir
     for load in (load_vae, vae_on_meta):
         with pytest.raises(ValueError, match=mentions(f"--vae_model_name_or_path {tmp_path}", tmp_path / "vae")):
             load(str(tmp_path))
+        with pytest.raises(ValueError, match=mentions("--vae_model_name_or_path", vae_dir / "config.json", "file")):
+            load(str(vae_dir / "config.json"))
 
 
-@pytest.mark.parametrize("config", ["[]", '{"_class_name": "AutoencoderKL", "down_block_types": ["Unknown"]}'])
+@pytest.mark.parametrize("config", ["[]", "{}", '{"_class_name": "AutoencoderKL", "down_block_types": ["Unknown"]}'])
 def test_vae_config_that_makes_no_vae_is_refused(config, tmp_path):
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(ValueError, match=mentions(f"--vae_model_name_or_path {tmp_path}")):
         vae_on_meta(str(tmp_path))
+
+
+def test_vae_with_weights_that_are_not_finite_is_refused(tmp_path):
+    vae = shifted_vae()
+    with torch.no_grad():
+        vae.quant_conv.bias[0] = torch.inf
+    vae.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=mentions(f"--vae_model_name_or_path {tmp_path}", 1, "quant_conv.bias")):
+        load_vae(str(tmp_path))
 
 
 def test_autoencoder_of_another_class_is_refused_with_its_name(tmp_path):

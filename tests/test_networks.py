@@ -171,6 +171,9 @@ def test_weights_of_other_latents_are_reported(tmp_path, caplog):
     assert mentions(latents, "trained in latent space", "pixel space").search(caplog.text)
     warn_of_other_latents(pixels, tiny_vae(latent_channels=4))
     assert mentions(pixels, "trained in pixel space", "latent space").search(caplog.text)
+    (tmp_path / "latents/vae/diffusion_pytorch_model.safetensors").unlink()
+    warn_of_other_latents(latents, tiny_vae(latent_channels=4))
+    assert mentions(latents, "VAE", "not known").search(caplog.text)
 
 
 def test_learned_variance_is_dropped_or_added_without_changing_what_is_predicted():
