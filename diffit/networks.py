@@ -262,7 +262,7 @@ def build_model(
         return model
     subfolder = network_subfolder(pretrained)
     name = pretrained if subfolder is None else f"{pretrained}, {subfolder}"
-    check_weights(Path(pretrained, subfolder or "").absolute())
+    check_weights(f"--pretrained_model_name_or_path {name}", Path(pretrained, subfolder or "").absolute())
     source = load_model(
         f"--pretrained_model_name_or_path {name}: cannot read safetensors weights (.bin and .pt are not read)",
         *(model_class(config).from_pretrained, pretrained),

@@ -118,10 +118,11 @@ def read_class_names(path: str) -> tuple[str, ...] | None:
     return None
 
 
-def check_weights(folder: Path) -> None:
+def check_weights(what: str, folder: Path) -> None:
     """Refuses a checkpoint's weights that have changed since they were saved, which safetensors does not notice.
 
     Args:
+        what: start of an error message: the flag and its value.
         folder: folder of the weights. Without a manifest next to it, nothing is checked.
 
     Raises:
@@ -132,10 +133,10 @@ def check_weights(folder: Path) -> None:
     manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")) if names else {}
     for name in names:
         if not (checkpoint / name).is_file():
-            raise UserError(f"{FLAG}: {checkpoint / name} is missing")
+            raise UserError(f"{what}: {checkpoint / name} is missing")
         if file_digest(checkpoint / name) != manifest[name]:
             raise UserError(
-                f"{FLAG}: {checkpoint / name} is damaged (size or checksum differs from {MANIFEST}): use another "
+                f"{what}: {checkpoint / name} is damaged (size or checksum differs from {MANIFEST}): use another "
                 "checkpoint"
             )
 

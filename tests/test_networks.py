@@ -16,7 +16,7 @@ from diffit.networks import adapt_weights, build_model, read_model_config, set_u
 from diffit.pretrained import network_subfolder, read_class_names, read_pretrained_scheduler
 from diffit_model import DiffiTTransformer2DModel
 from diffit_pipeline import DiffiTPipeline
-from helpers import TINY_CONFIG, mentions, refusal, tiny_dit, tiny_unet, tiny_vae, train
+from helpers import TINY_CONFIG, mentions, refusal, sample, tiny_dit, tiny_unet, tiny_vae, train
 
 
 @pytest.fixture
@@ -143,6 +143,8 @@ def test_damaged_weights_of_a_checkpoint_are_refused(path, train_args, tmp_path)
     arguments += [f"--pretrained_model_name_or_path={checkpoint / path}", f"--output_dir={tmp_path / 'tuned'}"]
     with pytest.raises(UserError, match=mentions("--pretrained_model_name_or_path", file, "manifest.json")):
         train(arguments)
+    with pytest.raises(UserError, match=mentions("--model_path", file, "manifest.json")):
+        sample(checkpoint, tmp_path / "samples", "--seeds=0")
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
