@@ -195,11 +195,20 @@ def latent_scaling(
     config, scale, shift = vae.config, vae.config.scaling_factor, vae.config.shift_factor or 0.0
     mean, std = config.latents_mean, config.latents_std
     for name, values in (("latents_mean", mean), ("latents_std", std)):
+        if values is not None and not isinstance(values, list | tuple):
+            raise ValueError(f"the vae's {name} must be a list with one number per latent channel, got {values!r}")
         if values is not None and len(values) != config.latent_channels:
             raise ValueError(f"the vae has {config.latent_channels} latent channels, but {len(values)} {name}")
+    for name, values in (
+        *(("scaling_factor", [scale]), ("shift_factor", [shift])),
+        *(("latents_mean", mean or []), ("latents_std", std or [])),
+    ):
+        is_scale = name in ("scaling_factor", "latents_std")
+        for value in values:
+            if not isinstance(value, int | float) or not math.isfinite(value) or (is_scale and value <= 0):
+                wanted = "a finite number above 0" if is_scale else "a finite number"
+                raise ValueError(f"the vae's {name} must be {wanted}, got {value!r}")
     if std is not None:
-        if not all(value > 0 for value in std):
-            raise ValueError(f"the vae's latents_std must be above 0, got {list(std)}")
         scale = scale / torch.tensor(std, device=device).reshape(1, -1, 1, 1)
     if mean is not None:
         if shift:

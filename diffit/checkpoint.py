@@ -7,7 +7,6 @@ renamed; only then are old ones deleted. docs/reliability.md lists the faults th
 
 import contextlib
 import functools
-import hashlib
 import json
 import math
 import os
@@ -37,10 +36,12 @@ from diffit.run_dir import (
     RUN_OUTPUTS,
     OutputFolder,
     checkpoint_step,
+    file_digest,
     files_below,
     is_checkpoint,
     is_within,
     list_checkpoints,
+    listed,
     manifest_files,
     remove_checkpoint,
     remove_empty_folders,
@@ -50,12 +51,6 @@ from diffit.sources import is_same_data
 from diffit_pipeline import component_name
 
 logger = get_logger(__name__, log_level="INFO")
-
-
-def file_digest(file: Path) -> dict[str, int | str]:
-    """Size in bytes and SHA-256 of a file."""
-    with file.open("rb") as handle:
-        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
 
 
 def verify_checkpoint(path: Path) -> str | None:
@@ -249,6 +244,12 @@ def find_checkpoint(run: RunConfig) -> Path | None:
         path = Path(run.resume_from_checkpoint)
         if re.fullmatch(r"checkpoint-\d+", str(path)) and (Path(run.output_dir, path).exists() or not path.exists()):
             path = Path(run.output_dir, path)  # as in diffusers' training scripts
+        if not is_checkpoint(path):
+            found = listed([each.name for each in reversed(existing)]) or "none"
+            raise UserError(
+                f"--resume_from_checkpoint {path} is not a checkpoint (no {MANIFEST} of ours); those in --output_dir "
+                f"{run.output_dir}: {found}"
+            )
         if problem := verify_checkpoint(path):
             raise UserError(f"--resume_from_checkpoint {path}: {problem}")
         return path

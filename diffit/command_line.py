@@ -4,6 +4,7 @@
 import argparse
 import atexit
 import dataclasses
+import errno
 import math
 import multiprocessing
 import os
@@ -22,6 +23,9 @@ EXIT_USER_ERROR = 2  # argparse's exit code
 EXIT_RUN_ERROR = 1
 # Matches the errors of gloo and NCCL after another process has ended.
 LOST_PEER = re.compile(r"connection (was )?(closed|reset|refused)|remote process exited|broken pipe", re.IGNORECASE)
+# No space left, quota exceeded, read-only file system; Windows has no quotas of that name.
+FULL_DISK = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS") if hasattr(errno, name)}
+FULL_DISK_TEXT = re.compile(r"no space left on device|disk quota exceeded", re.IGNORECASE)
 
 
 class Parser(argparse.ArgumentParser):
@@ -258,7 +262,7 @@ def refuse_both(config: Any, first: str, second: str) -> None:
 
 
 def run_script(main: Callable[[Any], None], config: Any) -> None:
-    """Runs a script. UserErrors and RunErrors are printed as one line, once; any other error shows its traceback.
+    """Runs a script. Errors that are no bug are printed as one line, once; any other error shows its traceback.
 
     Args:
         main: the script's main function.
@@ -273,18 +277,32 @@ def run_script(main: Callable[[Any], None], config: Any) -> None:
             raise
         message, speaks = f"error: {message_of(error)}", speaks_for(error)
         exit_code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_RUN_ERROR
-    except RuntimeError as error:
-        import torch.distributed
-
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if config.debug or not several or not LOST_PEER.search(str(error)):
+    except Exception as error:
+        explanation = explain_failure(error)
+        if config.debug or explanation is None:
             raise
-        message, speaks, exit_code = "stopped because another process of the run has ended", True, EXIT_RUN_ERROR
+        message, speaks, exit_code = explanation, True, EXIT_RUN_ERROR
     for progress in list(getattr(tqdm, "_instances", ())):
         progress.close()  # otherwise the message would be printed on the same line
     if speaks:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
     sys.exit(exit_code)
+
+
+def explain_failure(error: Exception) -> str | None:
+    """A message for an error that is nobody's mistake: a full disk, or another process that has ended; otherwise None.
+
+    A library may report a full disk by any kind of exception, such as that of safetensors.
+    """
+    if getattr(error, "errno", None) in FULL_DISK or FULL_DISK_TEXT.search(str(error)):
+        place = f": {error.filename2 or error.filename}" if getattr(error, "filename", None) else ""
+        return f"error: the disk is full, or cannot be written to{place} ({message_of(error)})"
+    if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
+        import torch.distributed
+
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return "stopped because another process of the run has ended"
+    return None
 
 
 def _end_workers() -> None:

@@ -126,10 +126,8 @@ class ModelConfig:
         if not given(self, ("model_config", "pretrained_model_name_or_path")):
             raise UserError("give --model_config or --pretrained_model_name_or_path")
         if len(given(self, ("model_config", "pretrained_model_name_or_path"))) == 2:
-            raise UserError(
-                "--pretrained_model_name_or_path has its own architecture: do not give --model_config as well"
-            )
-        if self.reset_class_embeddings and self.pretrained_model_name_or_path is None:
+            raise UserError("--pretrained_model_name_or_path has its own architecture: drop --model_config")
+        if self.reset_class_embeddings is not None and self.pretrained_model_name_or_path is None:
             raise UserError("--reset_class_embeddings needs --pretrained_model_name_or_path")
         for pair in self.model_kwargs or ():
             if "=" not in pair:
@@ -479,9 +477,8 @@ class HubConfig:
 
     def __post_init__(self):
         if self.hub_token is not None and not re.fullmatch(r"[!-~]+", self.hub_token):
-            raise UserError(
-                "--hub_token must be printable ASCII without spaces"
-            )  # an HTTP error would print the token
+            # An HTTP error would print the token.
+            raise UserError("--hub_token must be printable ASCII without spaces")
 
 
 @dataclass(frozen=True)
@@ -513,6 +510,8 @@ class TrainConfig:
 
     def __post_init__(self):
         in_latents = self.model.vae_model_name_or_path is not None
+        if self.model.reset_class_embeddings and not self.data.class_conditional:
+            raise UserError("--reset_class_embeddings needs --class_conditional")
         if self.validation.validation_split is not None and self.data.source.dataset_name is None:
             raise UserError("--validation_split needs --dataset_name; use --validation_fraction with other data")
         if self.data.augmentation_probability > 0 and in_latents:

@@ -8,6 +8,7 @@ import contextlib
 import os
 import unicodedata
 from collections.abc import Callable, Iterator
+from typing import Any
 
 
 class UserError(ValueError):
@@ -86,6 +87,21 @@ def printable(text: str) -> str:
     return "".join(
         sign.encode("unicode_escape").decode() if unicodedata.category(sign) in escaped else sign for sign in text
     )
+
+
+def check_finite_weights(what: str, module: Any) -> None:
+    """Refuses a network whose weights have NaN or infinite values, as those of a training that diverged.
+
+    Args:
+        what: start of an error message: the flag and its value.
+        module: a torch module.
+
+    Raises:
+        UserError: `what`, the number of such weights, and the name of one.
+    """
+    damaged = [name for name, tensor in module.state_dict().items() if not tensor.isfinite().all()]
+    if damaged:
+        raise UserError(f"{what}: {len(damaged)} weights have NaN or infinite values, such as {damaged[0]}")
 
 
 def message_of(error: BaseException) -> str:

@@ -190,8 +190,6 @@ class DDPM(Formulation):
 
     @classmethod
     def from_flags(cls, asked: DiffusionConfig, pretrained: dict[str, Any], in_latents: bool) -> Self:
-        if pretrained.get("use_flow_sigmas"):
-            raise ValueError("its scheduler has use_flow_sigmas; --formulation chooses another training")
         formulation = super().from_flags(asked, pretrained, in_latents)
         formulation.check_inherited()
         if formulation.snr_gamma is None and formulation.prediction_type == "v_prediction":
@@ -410,10 +408,26 @@ def formulation_name(scheduler_config: dict[str, Any]) -> str:
     return "edm" if scheduler_config.get("_class_name", "").startswith("EDM") else "ddpm"
 
 
+def trained_formulation(pretrained: dict[str, Any]) -> str | None:
+    """The key in `FORMULATIONS` of a saved scheduler; None for one that belongs to no formulation here.
+
+    Args:
+        pretrained: config of the scheduler, or empty.
+    """
+    name = formulation_name(pretrained)
+    is_ddpm = "beta_schedule" in complete_scheduler_config(pretrained) and not pretrained.get("use_flow_sigmas")
+    return name if pretrained and (name != "ddpm" or is_ddpm) else None
+
+
 def formulation_of(scheduler: SchedulerMixin) -> Formulation:
     """The formulation that a saved pipeline was trained with, derived from its scheduler."""
     name = formulation_name({**scheduler.config, "_class_name": type(scheduler).__name__})
     return FORMULATIONS[name].from_scheduler_config(scheduler.config)
+
+
+def _foreign(pretrained: dict[str, Any]) -> str:
+    """Describes a scheduler that belongs to no formulation here."""
+    return f"{pretrained.get('_class_name')}{' with use_flow_sigmas' if pretrained.get('use_flow_sigmas') else ''}"
 
 
 def choose_formulation(asked: DiffusionConfig, pretrained: dict[str, Any], in_latents: bool) -> Formulation:
@@ -428,14 +442,12 @@ def choose_formulation(asked: DiffusionConfig, pretrained: dict[str, Any], in_la
         UserError: if a flag belongs to another formulation.
         ValueError: names a setting of the pretrained pipeline's scheduler that no formulation here has.
     """
-    trained_in = formulation_name(pretrained) if pretrained else None
-    if trained_in == "ddpm" and "beta_schedule" not in complete_scheduler_config(pretrained):
-        if asked.formulation is None:
-            raise ValueError(
-                f"its {pretrained.get('_class_name')} does not belong to any formulation here; --formulation selects "
-                "one that the weights were not trained with"
-            )
-        trained_in = None
+    trained_in = trained_formulation(pretrained)
+    if pretrained and trained_in is None and asked.formulation is None:
+        raise ValueError(
+            f"its {_foreign(pretrained)} does not belong to any formulation here; --formulation selects one that the "
+            "weights were not trained with"
+        )
     name = asked.formulation or trained_in or "ddpm"
     chosen = FORMULATIONS[name]
     for other, formulation in FORMULATIONS.items():
@@ -453,7 +465,10 @@ def formulation_flags(formulation: Formulation) -> dict[str, Any]:
 
 def differences(formulation: Formulation, pretrained: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The settings in which a formulation differs from a pretrained scheduler: names to (pretrained value, ours)."""
-    theirs = pretrained | ({"formulation": formulation_name(pretrained)} if pretrained else {})
+    if pretrained and trained_formulation(pretrained) is None:
+        theirs = {"formulation": _foreign(pretrained)}
+    else:
+        theirs = pretrained | ({"formulation": formulation_name(pretrained)} if pretrained else {})
     ours = formulation_flags(formulation)
     if theirs.get("formulation") == ours["formulation"]:
         ours |= {name: formulation.scheduler.config[name] for name in formulation.without_flag}

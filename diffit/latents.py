@@ -15,7 +15,7 @@ from accelerate.logging import get_logger
 from datasets import Array3D, ClassLabel, Features, Value
 from diffusers import AutoencoderKL
 
-from diffit.errors import BadImageError, UserError, load_model, message_of, user_errors
+from diffit.errors import BadImageError, UserError, check_finite_weights, load_model, message_of, user_errors
 from diffit.labels import parse_json
 from diffit.sources import Table, read_parquet
 from diffit.stream import PositionStream, StreamDataset
@@ -32,38 +32,52 @@ LATENTS_METADATA_TYPES = {
 }
 
 
-def load_vae(name_or_path: str, flag: str = "--vae_model_name_or_path") -> AutoencoderKL:
+def load_vae(name_or_path: str, flag: str = "--vae_model_name_or_path", subfolder: str | None = None) -> AutoencoderKL:
     """Loads a VAE from a folder or the hub, frozen and in float32.
 
     Args:
         name_or_path: folder or hub name.
         flag: that names it, for messages.
+        subfolder: folder of the VAE in a pipeline, or None.
 
     Raises:
-        UserError: names the flag, if it does not hold an `AutoencoderKL` in safetensors whose scaling is known.
+        UserError: names the flag, if it does not hold an `AutoencoderKL` in safetensors with finite weights whose
+            scaling is known.
     """
-    read_vae_config(name_or_path, flag)
+    read_vae_config(name_or_path, flag, subfolder)
     what = f"{flag} {name_or_path}: cannot read an AutoencoderKL in safetensors"
-    vae = load_model(what, AutoencoderKL.from_pretrained, name_or_path, use_safetensors=True)
+    vae = load_model(what, AutoencoderKL.from_pretrained, name_or_path, subfolder=subfolder, use_safetensors=True)
     with user_errors(f"{flag} {name_or_path}", ValueError):
         latent_scaling(vae)
+    check_finite_weights(f"{flag} {name_or_path}", vae)
     return vae.eval().requires_grad_(False)
 
 
-def read_vae_config(name_or_path: str, flag: str = "--vae_model_name_or_path") -> dict[str, Any]:
+def read_vae_config(
+    name_or_path: str, flag: str = "--vae_model_name_or_path", subfolder: str | None = None
+) -> dict[str, Any]:
     """The config of a VAE. For the arguments see `load_vae`.
 
     Raises:
         UserError: names the flag, if there is none, or it is of another class: that has another scale of latents.
     """
+    if Path(name_or_path).is_file():
+        raise UserError(f"{flag} {name_or_path} is a file: give the folder that save_pretrained wrote")
+    if subfolder is None and Path(name_or_path, "model_index.json").is_file():
+        raise UserError(
+            f"{flag} {name_or_path} is a pipeline: give the folder of its VAE, {Path(name_or_path, 'vae')}"
+        )
     try:
-        config = AutoencoderKL.load_config(name_or_path)
+        config = AutoencoderKL.load_config(name_or_path, subfolder=subfolder)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{flag} {name_or_path}: no such config on this machine or on the hub: {message_of(error)}"
         ) from error
+    if not isinstance(config, dict):
+        raise UserError(f"{flag} {name_or_path}: its config.json must hold a JSON object")
     if config.get("_class_name") != "AutoencoderKL":
-        raise UserError(f"{flag} {name_or_path} is a {config.get('_class_name')}, not an AutoencoderKL")
+        kind = config.get("_class_name", "model without a _class_name")
+        raise UserError(f"{flag} {name_or_path} is a {kind}, not an AutoencoderKL")
     return config
 
 

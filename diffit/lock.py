@@ -54,7 +54,7 @@ class OutputDirLock:
         """Takes the folder and returns the token that identifies this owner.
 
         Raises:
-            UserError: names --output_dir, if another run owns the folder or it cannot be created.
+            UserError: names --output_dir, if another run owns the folder, or it cannot be created or written to.
         """
         process = psutil.Process()
         owner = {
@@ -76,6 +76,8 @@ class OutputDirLock:
             except FileExistsError:
                 if self._take_over():
                     break
+            except OSError as error:
+                raise UserError(f"--output_dir {self.folder} cannot be written to: {error.strerror}") from error
         threading.Thread(target=self._beat, daemon=True).start()
         return self.token
 

@@ -22,9 +22,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffit.config import ModelConfig
 from diffit.cpu_kernels import kernelize
-from diffit.errors import UserError, load_model, user_errors
+from diffit.errors import UserError, check_finite_weights, load_model, user_errors
 from diffit.latents import CHANNEL_STATISTICS, LatentTable, load_vae, read_vae_config, vae_description
-from diffit.pretrained import network_subfolder, read_class_names
+from diffit.pretrained import (
+    FLAG,
+    check_weights,
+    has_vae,
+    network_subfolder,
+    pipeline_folder,
+    read_class_names,
+)
 from diffit.processes import on_all_processes
 from diffit.sources import Table
 from diffit_model import (
@@ -47,11 +54,12 @@ def read_model_config(asked: ModelConfig) -> dict[str, Any]:
     """
     flag = "--model_config" if asked.model_config else "--pretrained_model_name_or_path"
     path = asked.model_config or asked.pretrained_model_name_or_path
+    if asked.model_config is None and Path(path).is_file():
+        raise UserError(f"{flag} {path} is a file: give the folder that save_pretrained wrote")
     config = read_config_json(flag, path)
     with user_errors(f"{flag} {path}", Exception):
         parameters = inspect.signature(model_class(config).__init__).parameters
-    pairs = [pair.split("=", 1) for pair in asked.model_kwargs or ()]
-    overrides = {key: config_value(text) for key, text in pairs}
+    overrides = model_overrides(asked)
     for source, values in ((f"{flag} {path}", config), ("--model_kwargs", overrides)):
         for key, value in values.items():
             if key.startswith("_") or key == "auto_map":
@@ -76,13 +84,15 @@ def read_config_json(flag: str, path: str) -> dict[str, Any]:
     Raises:
         UserError: names the flag and the path if there is no valid config.
     """
+    subfolder = None
     try:
         if Path(path).suffix == ".json":
             config = json.loads(Path(path).read_text(encoding="utf-8-sig"))
             if not isinstance(config, dict):
                 raise UserError(f"{flag} {path}: expected a JSON object, got {type(config).__name__}")
         else:
-            config = UNet2DModel.load_config(path, subfolder=network_subfolder(path))  # works for any model class
+            subfolder = network_subfolder(path)
+            config = UNet2DModel.load_config(path, subfolder=subfolder)  # works for any model class
             if not isinstance(config, dict):
                 raise UserError(f"{flag} {path}: its config.json must contain a JSON object")
         return dict(config)
@@ -91,7 +101,14 @@ def read_config_json(flag: str, path: str) -> dict[str, Any]:
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {path}: no such config on this machine or on the hub: {error}") from error
+        place = f"{flag} {path}" if subfolder is None else f"{flag} {path}, {subfolder}"
+        raise UserError(f"{place}: no such config on this machine or on the hub: {error}") from error
+
+
+def model_overrides(asked: ModelConfig) -> dict[str, Any]:
+    """The fields of the model config that --model_kwargs overrides."""
+    pairs = [pair.split("=", 1) for pair in asked.model_kwargs or ()]
+    return {key: config_value(text) for key, text in pairs}
 
 
 def config_value(text: str):
@@ -129,7 +146,7 @@ def vae_on_meta(path: str | None) -> AutoencoderKL | None:
     if path is None:
         return None
     config = read_vae_config(path)
-    with torch.device("meta"):
+    with torch.device("meta"), user_errors(f"--vae_model_name_or_path {path}", Exception):
         vae = AutoencoderKL.from_config(config)
     with user_errors(f"--vae_model_name_or_path {path}", ValueError):
         latent_scaling(vae)
@@ -181,7 +198,42 @@ def build_networks(
     model = on_all_processes(accelerator, build_model, model_config, *pretrained)
     set_up_model(model, asked, accelerator.device, accelerator.mixed_precision)
     vae = on_all_processes(accelerator, build_vae, asked.vae_model_name_or_path, table, accelerator.device)
+    if asked.pretrained_model_name_or_path is not None and accelerator.is_main_process:
+        warn_of_other_latents(asked.pretrained_model_name_or_path, vae)
     return Networks(model, vae)
+
+
+def warn_of_other_latents(pretrained: str, vae: AutoencoderKL | None) -> None:
+    """Logs a warning if pretrained weights denoise other latents than those of this training, or pixels.
+
+    Args:
+        pretrained: path of the weights.
+        vae: the VAE of this training, or None in pixel space.
+    """
+    pipeline = pipeline_folder(pretrained)
+    if pipeline is None:
+        return
+    try:
+        in_latents = has_vae(pipeline)
+    except UserError:  # a network on the hub that belongs to no pipeline, or a damaged index
+        return
+    try:
+        theirs = load_vae(pipeline, FLAG, subfolder="vae") if in_latents else None
+    except UserError as error:
+        logger.warning(f"the VAE that {pretrained} was trained with is not known: {error}")
+        return
+    spaces = ["pixel space" if each is None else "latent space" for each in (theirs, vae)]
+    if spaces[0] != spaces[1]:
+        logger.warning(f"{pretrained} was trained in {spaces[0]}, but this run trains in {spaces[1]}")
+    if theirs is None or vae is None:
+        return
+    then, now = vae_description(theirs), vae_description(vae)
+    for key in then | now:
+        if then.get(key) != now.get(key):
+            logger.warning(
+                f"{pretrained} was trained in the latents of a VAE with {key} {then.get(key)}, but "
+                f"--vae_model_name_or_path {vae.config.get('_name_or_path')} has {now.get(key)}"
+            )
 
 
 def build_model(
@@ -203,22 +255,25 @@ def build_model(
         class_names: of the training data, or None.
 
     Raises:
-        UserError: if there are no safetensors weights, or some of them do not fit the network.
+        UserError: if there are no safetensors weights, or some of them are damaged or do not fit the network.
     """
     model = model_class(config).from_config(config)
     if pretrained is None:
         return model
     subfolder = network_subfolder(pretrained)
+    name = pretrained if subfolder is None else f"{pretrained}, {subfolder}"
+    check_weights(f"--pretrained_model_name_or_path {name}", Path(pretrained, subfolder or "").absolute())
     source = load_model(
-        f"--pretrained_model_name_or_path {pretrained}: cannot read safetensors weights (.bin and .pt are not read)",
+        f"--pretrained_model_name_or_path {name}: cannot read safetensors weights (.bin and .pt are not read)",
         *(model_class(config).from_pretrained, pretrained),
         subfolder=subfolder,
         use_safetensors=True,
     )
+    check_finite_weights(f"--pretrained_model_name_or_path {name}", source)
     with user_errors(f"--pretrained_model_name_or_path {pretrained}", ValueError):
         names = (read_class_names(pretrained), class_names) if reset_class_embeddings is None else None
         weights, changes = adapt_weights(source, model, bool(reset_class_embeddings), names)
-    logger.info(f"initial weights: {pretrained}{'' if subfolder is None else f', {subfolder}'}")
+    logger.info(f"initial weights: {name}")
     for change in changes:
         logger.warning(f"{pretrained}: {change}")
     model.load_state_dict(weights)
@@ -304,7 +359,7 @@ def model_class(config: dict) -> type[ModelMixin]:
         ValueError: if `_class_name` is not in `MODEL_CLASSES`.
     """
     name = config.get("_class_name", "DiffiTUNet2DModel")
-    if name not in MODEL_CLASSES:
+    if not isinstance(name, str) or name not in MODEL_CLASSES:
         raise ValueError(f"`_class_name` must be one of {', '.join(MODEL_CLASSES)}, got {name!r}")
     return MODEL_CLASSES[name]
 
@@ -371,7 +426,8 @@ def adapt_weights(
     Relative position bias tables and position embeddings are interpolated. Class embeddings are re-initialized if the
     number of classes differs, or on request. The null class keeps its prediction: its embedding is copied, set to zero
     if `source` has no classes, or folded into the time embedding if `target` has none. The embedding of augmentation
-    labels is dropped, or added with weights of zero; neither changes a prediction.
+    labels and the output channels of a learned variance are dropped, or added with weights of zero; neither changes
+    what is predicted besides.
 
     Args:
         source: network with the weights; not modified.
@@ -389,6 +445,7 @@ def adapt_weights(
     weights, target_weights = source.state_dict(), target.state_dict()
     changes = _interpolate_positions(source, target, weights)
     changes += _adapt_class_embeddings(weights, target_weights, reset_class_embeddings, class_names)
+    changes += _adapt_learned_variance(source, target, weights)
 
     name = "augment_embedding.weight"
     if name in weights and name not in target_weights:
@@ -484,6 +541,21 @@ def _match_class_embeddings(
         f"{number} class embeddings re-initialized, null class kept: the data has as many but other classes, such as "
         f"{ours!r} instead of {theirs!r}; --no-reset_class_embeddings keeps them"
     ]
+
+
+def _adapt_learned_variance(source: ModelMixin, target: ModelMixin, weights: dict[str, torch.Tensor]) -> list[str]:
+    """Drops the output channels of a learned variance, or adds them with weights of zero; what is predicted stays."""
+    channels, old, new = source.config.in_channels, source.config.out_channels, target.config.out_channels
+    if not isinstance(source, DiffiTTransformer2DModel) or {old, new} != {channels, 2 * channels}:
+        return []
+    for name in ("proj_out.weight", "proj_out.bias"):
+        # The output channels are the innermost axis of the rows, see the network's `forward`.
+        rows = weights[name].reshape(-1, old, *weights[name].shape[1:])  # (p * p, old channels, ...)
+        kept = rows[:, :channels]
+        if new > old:
+            kept = torch.cat([kept, torch.zeros_like(kept)], dim=1)
+        weights[name] = kept.flatten(0, 1).contiguous()  # (p * p * new channels, ...)
+    return [f"learned variance {'added with weights of zero' if new > old else 'dropped'}"]
 
 
 def resize_grid(rows: torch.Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> torch.Tensor:

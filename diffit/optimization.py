@@ -371,12 +371,13 @@ def finish_step(state: TrainingState, guard: NonFiniteGuard) -> bool:
         logger.warning(message)
         return False
     checkpoints = list_checkpoints(guard.output_dir)
-    raise_in_all(
-        RunError,
-        f"{message}: {state.bad_steps_in_a_row} in a row (--max_bad_steps). The last checkpoint is "
-        f"{checkpoints[-1] if checkpoints else 'none'}: resume from it with --mixed_precision bf16 or no, or "
-        "fine-tune from it (--pretrained_model_name_or_path) with a lower --learning_rate",
-    )
+    advice = "there is no checkpoint yet: start again with --mixed_precision bf16 or no, or a lower --learning_rate"
+    if checkpoints:
+        advice = (
+            f"the last checkpoint is {checkpoints[-1]}: resume from it with --mixed_precision bf16 or no, or "
+            "fine-tune from it (--pretrained_model_name_or_path) with a lower --learning_rate"
+        )
+    raise_in_all(RunError, f"{message}: {state.bad_steps_in_a_row} in a row (--max_bad_steps); {advice}")
 
 
 def seed_dropout(seed: int, position: int) -> None:

@@ -21,7 +21,7 @@ from diffit.decode import warn_about_narrow_levels
 from diffit.errors import UserError, user_errors
 from diffit.formulations import Formulation, choose_formulation, differences, formulation_flags
 from diffit.latents import LatentTable, pixels_per_latent
-from diffit.networks import model_class, training_flops_per_image
+from diffit.networks import model_class, model_overrides, training_flops_per_image
 from diffit.run_dir import listed
 from diffit.sources import Table, detect_num_channels
 from diffit_model import DiffiTModelMixin, DiffiTTransformer2DModel, DiffiTUNet2DModel
@@ -408,6 +408,24 @@ def plan_classes(
     return {key: number}
 
 
+def check_overrides(model_config: dict[str, Any], model: ModelConfig) -> None:
+    """Refuses a --model_kwargs that the data or another flag determines otherwise.
+
+    Args:
+        model_config: the network's complete config.
+        model: the flags.
+
+    Raises:
+        UserError: names the field, with both values.
+    """
+    for key, value in model_overrides(model).items():
+        planned = model_config[key]
+        if key == "sample_size" and isinstance(planned, int) and isinstance(value, list):
+            planned = [planned, planned]
+        if planned != value:
+            raise UserError(f"--model_kwargs {key}={value}: the data and the other flags need {key}={planned}")
+
+
 def check_network(
     model_config: dict[str, Any], model: ModelConfig, resolution: tuple[int, int], size: tuple[int, int]
 ) -> None:
@@ -420,8 +438,9 @@ def check_network(
         size: height and width in pixels, or in latents for a latent-space network.
 
     Raises:
-        UserError: with the network's own message.
+        UserError: with the network's own message, or see `check_overrides`.
     """
+    check_overrides(model_config, model)
     described_by = "--model_config" if model.model_config else "--pretrained_model_name_or_path"
     with torch.device("meta"), user_errors(f"{described_by} with --model_kwargs", ValueError):
         network = model_class(model_config).from_config(model_config)
@@ -435,7 +454,7 @@ def check_network(
 
 
 def describe_data(table: Table, vae: AutoencoderKL | None, num_channels: int | None) -> DataFacts:
-    """The facts about training data. Opens some images to detect their channels if nothing else determines them.
+    """The facts about training data. Opens some images to detect their channels unless --num_channels gives them.
 
     Args:
         table: the training images or latents.
@@ -448,7 +467,12 @@ def describe_data(table: Table, vae: AutoencoderKL | None, num_channels: int | N
             table.source, len(table), table.data_digest(), names, None, tuple(table.metadata["resolution"])
         )
     warn_about_narrow_levels(table)
-    num_channels = num_channels if vae is None else vae.config.in_channels
+    if vae is not None:
+        if num_channels is None and detect_num_channels(table) > vae.config.in_channels:
+            logger.warning(
+                f"{table.source} has more channels than the VAE ({vae.config.in_channels}): colors are dropped"
+            )
+        num_channels = vae.config.in_channels
     return DataFacts(table.source, len(table), table.data_digest(), names, num_channels or detect_num_channels(table))
 
 

@@ -6,6 +6,7 @@ it is, never its name.
 """
 
 import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
 
 from diffit.errors import UserError, user_errors
 from diffit.formulations import complete_scheduler_config
+from diffit.run_dir import MANIFEST, file_digest, manifest_files
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -58,15 +60,49 @@ def model_folder(path: str, flag: str = FLAG) -> str | None:
     folder = Path(path)
     if not folder.is_dir() or (folder / "scheduler").is_dir() or (folder / "model_index.json").is_file():
         return path
-    around = folder.absolute().parent
-    is_part = (around / "state.json").is_file() and folder.name.startswith(PARTS)
-    if not is_part and (around / "model_index.json").is_file():
-        with user_errors(f"{flag} {path}", OSError, ValueError):
-            index = DiffusionPipeline.load_config(str(around))
-        if not isinstance(index, dict):
-            raise UserError(f"{flag} {path}: {around / 'model_index.json'} must hold a JSON object")
-        is_part = folder.name in PARTS and (index.get(folder.name) or [None])[0] is not None
-    return str(around) if is_part else None
+    # A link to a network belongs to the folder that holds the link, otherwise to the one that its target is in.
+    for network in (folder.absolute(), folder.resolve()):
+        around = network.parent
+        is_part = (around / "state.json").is_file() and network.name.startswith(PARTS)
+        if not is_part and network.name in PARTS and (around / "model_index.json").is_file():
+            is_part = _has_component(read_index(str(around), flag), network.name)
+        if is_part:
+            return str(around)
+    return None
+
+
+def pipeline_folder(path: str) -> str | None:
+    """The pipeline that a path means, or that the run of a checkpoint has exported; None if there is none."""
+    home = model_folder(path)
+    if home is not None and Path(home, "state.json").is_file():
+        home = str(Path(home).absolute().parent)
+    if home is None or (Path(home).is_dir() and not Path(home, "model_index.json").is_file()):
+        return None
+    return home
+
+
+def read_index(pipeline: str, flag: str = FLAG) -> dict[str, Any]:
+    """Contents of a pipeline's `model_index.json`.
+
+    Raises:
+        UserError: names `flag`, if it cannot be read.
+    """
+    what = f"{flag}: cannot read the model_index.json of {pipeline}"
+    with user_errors(what, OSError, ValueError):
+        index = DiffusionPipeline.load_config(pipeline)
+    if not isinstance(index, dict):
+        raise UserError(f"{what}: it must hold a JSON object")
+    return index
+
+
+def _has_component(index: dict[str, Any], name: str) -> bool:
+    entry = index.get(name)
+    return isinstance(entry, list) and bool(entry) and entry[0] is not None
+
+
+def has_vae(pipeline: str) -> bool:
+    """Whether a pipeline has a VAE, so that its network denoises latents. For the errors see `read_index`."""
+    return _has_component(read_index(pipeline), "vae")
 
 
 def read_class_names(path: str) -> tuple[str, ...] | None:
@@ -74,17 +110,38 @@ def read_class_names(path: str) -> tuple[str, ...] | None:
 
     Those of a checkpoint are in the pipeline that its run has exported, if it has done so already.
     """
-    home = model_folder(path)
-    if home is not None and Path(home, "state.json").is_file():
-        home = str(Path(home).absolute().parent)
-    if home is None or (Path(home).is_dir() and not Path(home, "model_index.json").is_file()):
+    pipeline = pipeline_folder(path)
+    if pipeline is None:
         return None
-    with contextlib.suppress(OSError, ValueError):
-        id2label = DiffusionPipeline.load_config(home).get("id2label")
+    with contextlib.suppress(UserError):
+        id2label = read_index(pipeline).get("id2label")
         if isinstance(id2label, dict):
             names = [id2label.get(str(index)) for index in range(len(id2label))]
-            return None if None in names else tuple(names)
+            return tuple(names) if all(isinstance(name, str) for name in names) else None
     return None
+
+
+def check_weights(what: str, folder: Path) -> None:
+    """Refuses a checkpoint's weights that have changed since they were saved, which safetensors does not notice.
+
+    Args:
+        what: start of an error message: the flag and its value.
+        folder: folder of the weights. Without a manifest next to it, nothing is checked.
+
+    Raises:
+        UserError: names the file.
+    """
+    checkpoint = folder.parent
+    names = [name for name in manifest_files(checkpoint) if name.startswith(f"{folder.name}/")]
+    manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")) if names else {}
+    for name in names:
+        if not (checkpoint / name).is_file():
+            raise UserError(f"{what}: {checkpoint / name} is missing")
+        if file_digest(checkpoint / name) != manifest[name]:
+            raise UserError(
+                f"{what}: {checkpoint / name} is damaged (size or checksum differs from {MANIFEST}): use another "
+                "checkpoint"
+            )
 
 
 def read_pretrained_scheduler(path: str | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 Nothing here synchronizes with the accelerator's device.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -18,6 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
+import psutil
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, parse_flag_from_env
@@ -25,7 +27,7 @@ from torch.distributed import PrefixStore, TCPStore
 
 from diffit.config import PrecisionConfig, RunConfig
 from diffit.errors import RunError, UserError, message_of
-from diffit.launcher import EXIT_STOPPED, launcher_is_gone
+from diffit.launcher import EXIT_STOPPED, find_launcher, launcher_is_gone
 
 logger = logging.getLogger(__name__)
 
@@ -125,16 +127,30 @@ def check_launch(accelerator: Accelerator) -> None:
             f"the launcher started {world_size} processes (WORLD_SIZE), but accelerate sees "
             f"{accelerator.num_processes}; see the launch commands in README.md"
         )
-    # If more than one process is requested, `accelerate launch --cpu` sets MASTER_ADDR but starts only one.
-    alone = accelerator.num_processes == 1 and os.environ.get("ACCELERATE_USE_CPU") == "True"
-    if alone and "MASTER_ADDR" in os.environ:
+    if is_alone_of_several():
         raise UserError(
-            "accelerate launch --cpu starts only one process, regardless of --num_processes: use "
-            "--config_file configs/accelerate/cpu_multi_process.yaml"
+            "accelerate launch has started only one process, regardless of --num_processes, as it does with --cpu and "
+            "on machines with fewer than two GPUs: use --config_file configs/accelerate/cpu_multi_process.yaml, or "
+            "--num_processes 1"
         )
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     if restarts > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # pytorch/pytorch issue 135712
         logger.warning("torchrun --max_restarts may fail unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is exported")
+
+
+def is_alone_of_several() -> bool:
+    """Whether `accelerate launch` was asked for several processes, but has started this one only.
+
+    It then sets MASTER_ADDR and MASTER_PORT, but no rank. The user may have exported these for other runs: what the
+    launcher itself was given says nothing.
+    """
+    if "ACCELERATE_USE_CPU" not in os.environ or "WORLD_SIZE" in os.environ or "MASTER_ADDR" not in os.environ:
+        return False
+    launcher, given = find_launcher(), {}
+    if launcher is not None:
+        with contextlib.suppress(psutil.Error):
+            given = launcher.environ()
+    return any(os.environ.get(name) != given.get(name) for name in ("MASTER_ADDR", "MASTER_PORT"))
 
 
 def _did_not_meet(message: str) -> RunError:
@@ -299,6 +315,9 @@ class StopRequest:
     for other processes in C++. Therefore a separate thread sees every signal as well. It ends the process if it does
     not exit in time before training has begun, or `LAST_SECONDS` after its launcher's death.
 
+    Outside the main thread, as in a notebook or web application that trains in the background, no signal is handled,
+    and only the time limit stops the training.
+
     Args:
         max_train_time: time limit in minutes from now, or None for no limit.
     """
@@ -319,6 +338,12 @@ class StopRequest:
         self.group = None
         self.exchange = None
         self.closed = threading.Event()
+        self.sees_signals = threading.current_thread() is threading.main_thread()
+        if not self.sees_signals:  # Python allows no other thread to handle signals
+            logger.warning(
+                "training outside the main thread: signals such as SIGTERM end this process without a checkpoint"
+            )
+            return
         self.earlier = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         # Python's C-level handler writes the number of each signal here, whatever the main thread is doing.
         self.numbers, self.wakeup = socket.socketpair()
@@ -408,12 +433,16 @@ class StopRequest:
             self._result()
         finally:
             self.closed.set()
-            for number, handler in self.earlier.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(self.earlier_wakeup)
-            _wakeup_fds.discard(self.wakeup.fileno())
-            self.wakeup.shutdown(socket.SHUT_WR)  # ends the thread; `close` would not while a forked process is alive
-            self.wakeup.close()
+            if self.sees_signals:
+                self._release_signals()
+
+    def _release_signals(self) -> None:
+        for number, handler in self.earlier.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self.earlier_wakeup)
+        _wakeup_fds.discard(self.wakeup.fileno())
+        self.wakeup.shutdown(socket.SHUT_WR)  # ends the thread; `close` would not while a forked process is alive
+        self.wakeup.close()
 
 
 _wakeup_fds: set[int] = set()  # the file descriptors of this process's open StopRequests

@@ -43,6 +43,12 @@ def fingerprint(file: Path) -> str:
     return f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
 
 
+def file_digest(file: Path) -> dict[str, int | str]:
+    """Size in bytes and SHA-256 of a file."""
+    with file.open("rb") as handle:
+        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
+
+
 def files_below(path: Path) -> Iterator[Path]:
     """Yields a file or link itself, or all files and links below a folder. Links are not followed."""
     if path.is_symlink() or path.is_file():

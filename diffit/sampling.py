@@ -16,7 +16,7 @@ from diffit.errors import RunError, UserError, load_model, user_errors
 from diffit.formulations import Formulation, formulation_of
 from diffit.latents import load_vae
 from diffit.networks import choose_attention_backend, model_class, set_attention_backend
-from diffit.pretrained import checkpoint_weights
+from diffit.pretrained import check_weights, checkpoint_weights
 from diffit.sampling_config import SamplingConfig
 from diffit_pipeline import (
     FORWARD_PROCESS,
@@ -93,6 +93,7 @@ def _load_checkpoint(
 ) -> DiffiTPipeline:
     """The pipeline of a checkpoint, with the classes and the VAE of the run that it belongs to."""
     weights = weights or checkpoint_weights(Path(model_path))
+    check_weights(f"--model_path {model_path}", Path(model_path, weights).absolute())
     network_class = model_class(UNet2DModel.load_config(model_path, subfolder=weights))
     network = network_class.from_pretrained(
         model_path, subfolder=weights, torch_dtype=DTYPES[sampling.dtype], use_safetensors=True

@@ -158,8 +158,10 @@ def test_checkpoint_is_found_by_its_name_in_the_output_folder(flags, two_checkpo
     train([*arguments, *flags, "--max_train_steps=4"])
     expected = "checkpoint-2" if "checkpoint-2" in flags[0] else "checkpoint-4"
     assert mentions(run_dir / expected, f"step {expected[-1]}").search(caplog.text)
-    with pytest.raises(ValueError, match=mentions("--resume_from_checkpoint", run_dir / "checkpoint-9")):
-        train([*arguments, "--resume_from_checkpoint=checkpoint-9"])
+    for name, path in (("checkpoint-9", run_dir / "checkpoint-9"), (str(run_dir), run_dir), ("last", "last")):
+        words = mentions(f"--resume_from_checkpoint {path}", "checkpoint-4, checkpoint-2")
+        with pytest.raises(ValueError, match=words):
+            train([*arguments, f"--resume_from_checkpoint={name}"])
 
 
 def test_fewer_steps_than_the_checkpoint_has_are_refused(two_checkpoints):

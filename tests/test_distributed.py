@@ -1,5 +1,6 @@
 """Several processes: one run per folder, and agreement at the start."""
 
+import errno
 import json
 import os
 import shutil
@@ -81,6 +82,15 @@ def test_folder_that_cannot_be_created_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=mentions(f"--output_dir {tmp_path / 'file'}", "File exists")):
         OutputDirLock(tmp_path / "file").__enter__()
+
+
+def test_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+    def refuse(lock):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(OutputDirLock, "_create", refuse)
+    with pytest.raises(ValueError, match=mentions(f"--output_dir {tmp_path}", "Permission denied")):
+        OutputDirLock(tmp_path).__enter__()
 
 
 def test_killed_process_that_nobody_waited_for_is_dead(tmp_path):

@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler, EDMEulerScheduler
 
 from diffit.config import DiffusionConfig
 from diffit.errors import UserError
-from diffit.formulations import DDPM, EDM, choose_formulation, complete_scheduler_config, differences
+from diffit.formulations import DDPM, EDM, FORMULATIONS, choose_formulation, complete_scheduler_config, differences
 from diffit.networks import model_class
 from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import DiffiTPipeline
@@ -145,6 +145,26 @@ def test_sigmas_of_the_weights_are_taken_over():
 def test_noise_schedule_that_cannot_be_trained_is_refused(config, words):
     with pytest.raises(ValueError, match=mentions(*words)):
         choose_formulation(DiffusionConfig(), complete_scheduler_config(config), False)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+        {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+        {"_class_name": "ScoreSdeVeScheduler"},
+    ],
+    ids=lambda config: config["_class_name"],
+)
+def test_weights_of_a_foreign_formulation_train_if_asked_for_and_that_is_said(config):
+    config = complete_scheduler_config(config)
+    with pytest.raises(ValueError, match=mentions(config["_class_name"], "--formulation")):
+        choose_formulation(DiffusionConfig(), config, False)
+    for name, kind in FORMULATIONS.items():
+        formulation = choose_formulation(DiffusionConfig(formulation=name), config, False)
+        assert type(formulation) is kind and not formulation.inherited
+        ((theirs, ours),) = differences(formulation, config).values()
+        assert theirs.startswith(config["_class_name"]) and ours == name
 
 
 # --- EDM

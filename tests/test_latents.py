@@ -6,6 +6,7 @@ equality is exact.
 """
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -205,6 +206,13 @@ def test_mean_and_std_of_a_vae_are_part_of_its_description():
         ({"latents_mean": (0.1,)}, ["latents_mean", 1, 4]),
         ({"latents_std": (1.0, 1.0, 0.0, 1.0)}, ["latents_std"]),
         ({"latents_mean": (0.1,) * 4}, ["latents_mean", "shift_factor 0.25"]),
+        ({"latents_mean": 0.1}, ["latents_mean", 0.1]),
+        ({"latents_mean": ("a",) * 4, "shift_factor": None}, ["latents_mean", "'a'"]),
+        ({"latents_std": (1.0, math.nan, 1.0, 1.0)}, ["latents_std", "nan"]),
+        ({"scaling_factor": 0.0}, ["scaling_factor", "0.0"]),
+        ({"scaling_factor": "0.18"}, ["scaling_factor", "'0.18'"]),
+        ({"scaling_factor": None}, ["scaling_factor", None]),
+        ({"shift_factor": math.inf}, ["shift_factor", "inf"]),
     ],
 )
 def test_scaling_that_contradicts_itself_is_refused(config, words, tmp_path):
@@ -213,6 +221,33 @@ def test_scaling_that_contradicts_itself_is_refused(config, words, tmp_path):
         load_vae(str(tmp_path))
     with pytest.raises(ValueError, match=mentions("--vae_model_name_or_path", *words)):
         vae_on_meta(str(tmp_path))
+
+
+def test_pipeline_in_place_of_its_vae_is_refused_with_the_folder_to_give(vae_dir, tmp_path):
+    transformer = tiny_dit(num_embeds_ada_norm=3)
+    vae = load_vae(str(vae_dir))
+    DiffiTPipeline(None, DDIMScheduler(), transformer=transformer, vae=vae).save_pretrained(tmp_path)
+    for load in (load_vae, vae_on_meta):
+        with pytest.raises(ValueError, match=mentions(f"--vae_model_name_or_path {tmp_path}", tmp_path / "vae")):
+            load(str(tmp_path))
+        with pytest.raises(ValueError, match=mentions("--vae_model_name_or_path", vae_dir / "config.json", "file")):
+            load(str(vae_dir / "config.json"))
+
+
+@pytest.mark.parametrize("config", ["[]", "{}", '{"_class_name": "AutoencoderKL", "down_block_types": ["Unknown"]}'])
+def test_vae_config_that_makes_no_vae_is_refused(config, tmp_path):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=mentions(f"--vae_model_name_or_path {tmp_path}")):
+        vae_on_meta(str(tmp_path))
+
+
+def test_vae_with_weights_that_are_not_finite_is_refused(tmp_path):
+    vae = shifted_vae()
+    with torch.no_grad():
+        vae.quant_conv.bias[0] = torch.inf
+    vae.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=mentions(f"--vae_model_name_or_path {tmp_path}", 1, "quant_conv.bias")):
+        load_vae(str(tmp_path))
 
 
 def test_autoencoder_of_another_class_is_refused_with_its_name(tmp_path):

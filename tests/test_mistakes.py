@@ -1,6 +1,7 @@
 """A user's mistake ends every script with one line and exit code 2; a bug keeps its traceback."""
 
 import argparse
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from diffusers import DDPMPipeline, DDPMScheduler
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import convert_nvidia_checkpoint
@@ -270,6 +272,25 @@ def test_run_error_is_one_line_with_another_exit_code(capsys):
     with pytest.raises(SystemExit) as end:
         run_script(fail, argparse.Namespace(debug=False))
     assert end.value.code == 1 and capsys.readouterr().err.endswith("error: the disk is full\n")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "a/model.py", None, "out/unet"),
+        OSError(errno.EROFS, "Read-only file system", "out/unet"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28), out/unet"),
+    ],
+    ids=["full", "read-only", "safetensors"],
+)
+def test_full_disk_is_one_line_in_every_script(error, capsys):
+    def fail(args):
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        run_script(fail, argparse.Namespace(debug=False))
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 1 and len(lines) == 1 and mentions("disk", "out/unet").search(lines[0])
 
 
 def test_message_from_a_worker_is_that_of_the_error():

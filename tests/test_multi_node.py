@@ -106,12 +106,23 @@ def test_failing_scontrol_is_reported_with_a_remedy(slurm_task):
 # --- processes that do not see each other
 
 
+EXPORTED = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29400"}
+
+
 @pytest.mark.slow
-def test_accelerate_launch_that_starts_one_process_of_two_is_refused(train_args):
-    process = start([*LAUNCH, "--cpu", "--num_processes=2", "train_diffit.py", *train_args])
+@pytest.mark.parametrize("exported", [{}, EXPORTED], ids=["plain", "exported"])
+@pytest.mark.parametrize("flags", [["--cpu", "--num_processes=2"], ["--num_processes=2"]], ids=" ".join)
+def test_accelerate_launch_that_starts_one_process_of_two_is_refused(flags, exported, train_args):
+    process = start([*LAUNCH, *flags, "train_diffit.py", *train_args], **exported)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert mentions("--cpu", "--num_processes", "cpu_multi_process.yaml").search(output)
+
+
+@pytest.mark.slow
+def test_accelerate_launch_of_one_process_trains_whatever_address_is_exported(train_args, tmp_path):
+    run([*LAUNCH, "--cpu", "--num_processes=1", "train_diffit.py", *train_args, "--max_train_steps=1"], **EXPORTED)
+    assert (tmp_path / "run/checkpoint-1").is_dir()
 
 
 # --- processes that die

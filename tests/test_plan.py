@@ -11,9 +11,9 @@ from diffit.config import parse_args
 from diffit.errors import UserError
 from diffit.formulations import DDPM, EDM
 from diffit.networks import read_model_config
-from diffit.plan import DataFacts, Plan, VaeFacts, make_plan, plan_batch, plan_formulation, to_steps
+from diffit.plan import DataFacts, Plan, VaeFacts, describe_data, make_plan, plan_batch, plan_formulation, to_steps
 from diffit.pretrained import read_pretrained_scheduler
-from helpers import mentions, train
+from helpers import load_table, mentions, tiny_unet, tiny_vae, train
 
 FACTS = DataFacts("the data", 24, "digest", ("blue", "green", "red"), 3)
 VAE = VaeFacts(pixels_per_latent=2, image_channels=3, latent_channels=4)
@@ -155,11 +155,31 @@ def test_resolution_of_prepared_latents_is_used(plan):
         (["--model_kwargs", "num_class_embeds=5"], {}, "num_class_embeds 5, .* 3"),
         (["--class_conditional"], {"class_names": None}, "--class_conditional: the data"),
         (["--num_train_timesteps=20", "--validation_inference_steps=50"], {}, "--validation_inference_steps 50"),
+        (
+            ["--resolution=8", "--model_kwargs", "sample_size=16"],
+            {},
+            "--model_kwargs sample_size=16: .* sample_size=8",
+        ),
+        (
+            ["--model_kwargs", "num_augment_labels=4", "--augmentation_probability=0.1"],
+            {},
+            "=4: .* num_augment_labels=9",
+        ),
     ],
 )
 def test_settings_that_contradict_the_data_are_refused(flags, facts, words, plan):
     with pytest.raises(UserError, match=words):
         plan(*flags, **facts)
+
+
+def test_model_kwargs_that_fine_tuning_would_ignore_are_refused(plan, tmp_path):
+    PartialState()  # for the log
+    tiny_unet(num_class_embeds=10).save_pretrained(tmp_path)
+    source = f"--pretrained_model_name_or_path={tmp_path}"
+    assert plan(source).model_config["num_class_embeds"] == 3
+    assert plan(source, "--model_kwargs", "sample_size=[8, 8]", "num_class_embeds=3").model_config["sample_size"] == 8
+    with pytest.raises(UserError, match=mentions("--model_kwargs num_class_embeds=10", "num_class_embeds=3")):
+        plan(source, "--model_kwargs", "num_class_embeds=10")
 
 
 def test_channels_and_classes_are_those_of_the_data(plan):
@@ -224,6 +244,14 @@ def test_finetuned_pipeline_has_the_betas_of_its_source(train_args, tmp_path, ca
         UserError, match=mentions("--pretrained_model_name_or_path", "epsilon", "rescale_betas_zero_snr")
     ):
         train([*again, "--prediction_type=epsilon", f"--output_dir={tmp_path / 'other'}"])
+
+
+@pytest.mark.parametrize(("num_channels", "warned"), [(None, True), (1, False)])
+def test_colors_that_the_vae_drops_are_reported(num_channels, warned, image_folder, caplog):
+    PartialState()  # for the log
+    facts = describe_data(load_table(image_folder), tiny_vae(in_channels=1, out_channels=1), num_channels)
+    assert facts.num_channels == 1
+    assert bool(mentions(image_folder, "VAE (1)", "colors").search(caplog.text)) is warned
 
 
 def test_resolved_flags_hold_the_derived_values(plan):

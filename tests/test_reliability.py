@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -84,6 +85,27 @@ def test_time_limit_saves_and_exits_with_the_documented_code(long_args, tmp_path
     assert stopped.value.code == EXIT_STOPPED
     assert mentions("stopped", "--max_train_time").search(caplog.text)
     assert len(list_checkpoints(tmp_path / "run")) == 1
+
+
+def test_training_in_a_thread_is_the_same_and_keeps_its_time_limit(long_args, whole_run, tmp_path, caplog):
+    """As in a notebook's widget or a web application; only the main thread can handle signals."""
+    arguments = [*long_args, f"--output_dir={tmp_path / 'run'}", "--checkpointing_steps=1000"]
+    ends = []
+
+    def train_and_note_the_end(*flags: str) -> None:
+        try:
+            train([*arguments, *flags])
+            ends.append(0)
+        except BaseException as error:
+            ends.append(error)
+
+    for flags in (["--max_train_time=0.01"], ["--resume_from_checkpoint=latest"]):
+        thread = threading.Thread(target=train_and_note_the_end, args=flags)
+        thread.start()
+        thread.join()
+    assert isinstance(ends[0], SystemExit) and ends[0].code == EXIT_STOPPED and ends[1:] == [0]
+    assert mentions("main thread", "SIGTERM").search(caplog.text)
+    assert_same_files(whole_run, tmp_path / "run" / f"checkpoint-{STEPS}", STATES)
 
 
 def test_second_interrupt_exits_at_once():
@@ -231,6 +253,13 @@ def test_too_many_bad_steps_end_the_run_and_keep_the_checkpoint(train_args, tmp_
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
     monkeypatch.undo()
     train([*arguments, "--resume_from_checkpoint=latest"])
+
+
+def test_too_many_bad_steps_before_the_first_checkpoint_do_not_advise_to_resume(train_args, monkeypatch):
+    spoil_losses(monkeypatch, {0, 1})
+    with pytest.raises(RuntimeError, match=mentions("step 1", "no checkpoint", "--learning_rate")) as error:
+        train([*train_args, "--max_bad_steps=2"])
+    assert "--pretrained_model_name_or_path" not in str(error.value)
 
 
 def test_bad_loss_in_one_process_skips_the_step_in_all(long_args, tmp_path):
