@@ -118,10 +118,21 @@ def prepare_output_dir(
         folder.remove(list(folder.files))
     check_settings(folder.folder, settings)
     folder.announce(names)
-    file = folder.folder / "samples.json"
+    write_summary(folder.folder, rows, arguments | settings)
+
+
+def write_summary(folder: Path, rows: list[dict], arguments: dict) -> None:
+    """Writes `samples.json`: these images and those of earlier samplings with the same settings that are there.
+
+    Args:
+        folder: the folder of --output_dir.
+        rows: see `list_images`.
+        arguments: the command line and the settings that images depend on.
+    """
+    file, names = folder / "samples.json", {row["file"] for row in rows}
     earlier = json.loads(file.read_text(encoding="utf-8"))["images"] if file.is_file() else []  # of the same settings
-    earlier = [row for row in earlier if row["file"] not in names and (folder.folder / row["file"]).is_file()]
-    text = json.dumps({"arguments": arguments | settings, "images": earlier + rows}, indent=1) + "\n"
+    earlier = [row for row in earlier if row["file"] not in names and (folder / row["file"]).is_file()]
+    text = json.dumps({"arguments": arguments, "images": earlier + rows}, indent=1) + "\n"
     file.write_text(text, encoding="utf-8")
 
 
@@ -230,6 +241,7 @@ def main(config: SampleConfig) -> None:
         shown = files[: columns * grid_rows if config.grid else MAX_GRID_IMAGES]
         grid = image_grid([to_displayable(read_pixels(output_dir / file)) for file in shown], columns, grid_rows)
         grid.save(output_dir / "grid.png")
+        write_summary(output_dir, rows, arguments | settings)  # again: another sampling may have begun meanwhile
         OutputFolder(output_dir, "sample_diffit.py").record(names)
         print(f"{len(rows)} images ({len(missing)} new) and their grid: {output_dir / 'grid.png'}")
     processes.destroy_process_group()

@@ -291,6 +291,22 @@ def test_attention_backend_that_a_network_lacks_is_refused(tmp_path):
         sample(tmp_path / "model", tmp_path / "out", "--attention_backend=flex")
 
 
+def test_two_samplings_at_once_list_the_images_of_both(conditional, tmp_path, monkeypatch):
+    """Otherwise an evaluation of the folder would see half of them. The second begins before the first has images."""
+    sample_first = sample_diffit.sample_images
+
+    def overtaken(*arguments, **keywords) -> None:
+        monkeypatch.setattr(sample_diffit, "sample_images", sample_first)
+        sample(conditional, tmp_path, "--seeds=2-3", "--num_inference_steps=1")
+        sample_first(*arguments, **keywords)
+
+    monkeypatch.setattr(sample_diffit, "sample_images", overtaken)
+    sample(conditional, tmp_path, "--seeds=0-1", "--num_inference_steps=1")
+    rows = json.loads((tmp_path / "samples.json").read_text())["images"]
+    assert sorted(row["seed"] for row in rows) == [0, 1, 2, 3]
+    sample(conditional, tmp_path, "--seeds=0-5", "--num_inference_steps=1")  # our own change is no edit of the user's
+
+
 def test_scripts_check_exports_of_diffusers_own_pipeline(unconditional, tmp_path):
     """diffusers' DDPMPipeline itself would write the images as black ones."""
     shutil.copytree(unconditional, tmp_path / "model")
