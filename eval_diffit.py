@@ -30,6 +30,7 @@ import torch
 from accelerate import PartialState
 
 from diffit.command_line import run_script, to_flags
+from diffit.devices import warn_about_bfloat16
 from diffit.errors import UserError, user_errors
 from diffit.evaluation import Evaluation, measure_by_steps, measure_models
 from diffit.features import FeatureExtractor, TableImages, load_extractor
@@ -322,7 +323,8 @@ def compare_sets(
 
 def main(config: EvalConfig) -> None:
     """All processes sample and extract features; then the main process alone compares, prints, writes and plots."""
-    processes = join_processes()
+    processes = join_processes(config.device)
+    warn_about_bfloat16(processes.device, config.sampling.dtype == "bf16", "--dtype fp16")
     evaluated, metrics, plots, output = config.evaluated, config.metrics, config.plots, config.output
     run_on_main_and_broadcast(processes, check_outputs, output.output, plots.plots, output.work_dir)
 

@@ -131,7 +131,7 @@ def main(config: TrainConfig) -> None:
         resources.callback(stop.close)
         asked = resume_after_restart(config.run)
         network = read_model_config(config.model)
-        join_processes()
+        join_processes(config.precision)
         accelerator = build_accelerator(config.precision, asked)
         batch = plan_batch(config.batch, accelerator.num_processes)
         accelerator.gradient_accumulation_steps = batch.accumulation
