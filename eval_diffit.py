@@ -38,6 +38,7 @@ from diffit.formulations import NoisyBatch, denoising_losses, formulation_of
 from diffit.image_sets import (
     EvaluatedSet,
     ImageSource,
+    identify,
     image_set,
     load_statistics,
     natural_size,
@@ -253,7 +254,7 @@ def open_sources(processes: PartialState, config: EvalConfig) -> tuple[ImageSour
             raise UserError(f"--{flag} {value} has no effect: there are no {of} in {given}")
     needs_images = config.plots.plots is not None and config.plots.training_images is None
     check_reference(sources[0], config.metrics.metrics, needs_images)
-    return tuple(sources)
+    return tuple(None if source is None else identify(processes, source) for source in sources)
 
 
 def check_reference(source: ImageSource, metrics: tuple[str, ...], needs_images: bool) -> None:

@@ -164,7 +164,7 @@ def main(config: TrainConfig) -> None:
         extractor = build_extractor(accelerator, config.metrics, compared)
         state = build_state(run, networks, config.optimizer, config.schedule, config.ema, data)
         prepare_output_dir(accelerator, asked, folder, state.global_step)
-        evaluator = build_evaluator(accelerator, extractor, compared, plan, config.data, asked.output_dir)
+        evaluator = build_evaluator(accelerator, extractor, compared, plan, config.data, config.metrics, asked)
         name = pipeline_name(config.hub.hub_model_id, asked.output_dir)
         facts = RunFacts(name, data.source, run.flags, plan, config.ema, config.metrics)
         requests = (config.validation, config.metrics, config.data)
