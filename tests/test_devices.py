@@ -424,3 +424,12 @@ def test_flex_does_not_go_with_deterministic(train_args, capsys):
     message = refusal([*train_args, "--deterministic", "--attention_backend=flex"], capsys)
     assert mentions("--deterministic", "--attention_backend flex").search(message)
     parse_args([*train_args, "--deterministic", "--attention_backend=native"])
+
+
+def test_readme_and_scripts_name_what_a_gpu_needs():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    section = readme.split("## On a GPU")[1].split(" ## ")[0]
+    for word in ("driver", "580", "--cpu", "--allow_tf32", "TensorFloat-32", "--deterministic", "flex"):
+        assert word in section, word
+    for file in ("README.md", "configs/slurm/train.sbatch", "configs/slurm/train_preemptible.sbatch"):
+        assert "GLOO_SOCKET_IFNAME" in (ROOT / file).read_text()
