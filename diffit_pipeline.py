@@ -952,7 +952,9 @@ class DiffiTPipeline(DiffusionPipeline):
         if self.vae is not None:
             scale, shift = latent_scaling(self.vae, sample.device)
             latents = sample / scale + shift
-            sample = self.vae.decode(latents.to(self.vae.dtype)).sample.float()
+            # One by one, because decoding a batch at once takes more memory than denoising it.
+            parts = latents.to(self.vae.dtype).split(1)
+            sample = torch.cat([self.vae.decode(part).sample for part in parts]).float()
         return sample / 2 + 0.5
 
     def save_config(self, save_directory: str | Path, **kwargs) -> None:

@@ -30,6 +30,7 @@ import torch
 from accelerate import PartialState
 
 from diffit.command_line import run_script, to_flags
+from diffit.devices import warn_about_bfloat16
 from diffit.errors import UserError, user_errors
 from diffit.evaluation import Evaluation, measure_by_steps, measure_models
 from diffit.features import FeatureExtractor, TableImages, load_extractor
@@ -38,6 +39,7 @@ from diffit.image_sets import (
     READ_WITH,
     EvaluatedSet,
     ImageSource,
+    identify,
     image_set,
     load_statistics,
     natural_size,
@@ -253,7 +255,7 @@ def open_sources(processes: PartialState, config: EvalConfig) -> tuple[ImageSour
             raise UserError(f"{shown} has no effect: none of {given} is a {' or '.join(kinds)}")
     needs_images = config.plots.plots is not None and config.plots.training_images is None
     check_reference(sources[0], config.metrics.metrics, needs_images)
-    return tuple(sources)
+    return tuple(None if source is None else identify(processes, source) for source in sources)
 
 
 def check_numbers(config: EvalConfig, reference: ImageSource, given: ImageSource | None) -> None:
@@ -349,7 +351,8 @@ def compare_sets(
 
 def main(config: EvalConfig) -> None:
     """All processes sample and extract features; then the main process alone compares, prints, writes and plots."""
-    processes = join_processes()
+    processes = join_processes(config.device)
+    warn_about_bfloat16(processes.device, config.sampling.dtype == "bf16", "--dtype fp16")
     evaluated, metrics, plots, output = config.evaluated, config.metrics, config.plots, config.output
     run_on_main_and_broadcast(processes, check_outputs, output.output, plots.plots, output.work_dir)
 

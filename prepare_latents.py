@@ -48,6 +48,7 @@ from tqdm.auto import tqdm
 
 from diffit.command_line import run_script
 from diffit.decode import decode_image, warn_about_narrow_levels
+from diffit.devices import set_precision, tf32_settings
 from diffit.errors import BadImageError, UserError, user_errors
 from diffit.latents import (
     LATENTS_METADATA,
@@ -119,8 +120,8 @@ def check_metadata(output_dir: Path, metadata: dict) -> None:
         temporary = file.with_name(f".{file.name}.tmp")
         temporary.write_text(json.dumps(metadata, indent=2) + "\n")
         temporary.replace(file)
-    with user_errors(f"--output_dir {output_dir}: {LATENTS_METADATA} is damaged", ValueError):
-        earlier = json.loads(file.read_text())
+    with user_errors(f"--output_dir {output_dir}: {LATENTS_METADATA} is damaged", ValueError, TypeError):
+        earlier = {"allow_tf32": False} | json.loads(file.read_text())  # earlier versions did not record it
     differ = [name for name in metadata if name not in PATHS and earlier.get(name) != metadata[name]]
     if "data_digest" in differ and is_same_data(str(earlier.get("data_digest")), metadata["data_digest"]):
         differ.remove("data_digest")
@@ -200,6 +201,7 @@ def prepare(accelerator: Accelerator, config: LatentsConfig) -> None:
         "num_images": len(table),
         "data_digest": table.data_digest(),
         "images_per_shard": config.images_per_shard,
+        "allow_tf32": bool(tf32_settings(accelerator.device)),
     }
     check_agreement(accelerator, metadata)
     output_dir = Path(config.output_dir)
@@ -238,8 +240,10 @@ def main(config: LatentsConfig) -> None:
     """Locks `--output_dir`, then encodes."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     disable_datasets_progress_bars()
-    join_processes(timeout=timedelta(hours=12))  # at the end, all processes wait for the slowest one
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    # At the end, all processes wait for the slowest one.
+    processes = join_processes(config.device, timeout=timedelta(hours=12))
+    accelerator = Accelerator(cpu=processes.device.type == "cpu")
+    set_precision(config.device)
     lock = OutputDirLock(config.output_dir)
     with contextlib.ExitStack() as resources:
         token = run_on_main_and_broadcast(accelerator, resources.enter_context, lock)

@@ -26,6 +26,8 @@ from diffusers import ModelMixin
 from tqdm.auto import tqdm
 
 from diffit.command_line import run_script, to_flags
+from diffit.device_config import DeviceConfig
+from diffit.devices import tf32_settings, warn_about_bfloat16
 from diffit.errors import UserError, user_errors
 from diffit.features import weights_digest
 from diffit.processes import join_processes, run_on_main_and_broadcast
@@ -150,7 +152,8 @@ def check_settings(output_dir: Path, settings: dict) -> None:
         if not any((output_dir / row["file"]).is_file() for row in summary["images"]):
             return
         recorded = dict(summary["arguments"])
-    defaults = to_flags(SamplingConfig())  # a flag that did not exist yet had no effect, as its default has none
+    # A flag that did not exist yet had no effect, as its default has none.
+    defaults = to_flags(SamplingConfig()) | to_flags(DeviceConfig())
     earlier = {key: recorded.get(key, defaults.get(key)) for key in settings}
     differences = [f"--{key} {earlier[key]}, now {settings[key]}" for key in settings if settings[key] != earlier[key]]
     if differences:
@@ -203,15 +206,18 @@ def write_npz(file: Path, images: list[Path], labels: list[int | None]) -> None:
 
 def main(config: SampleConfig) -> None:
     """Loads the models, shards the images across processes, samples those that do not exist yet, and sums up."""
-    processes = join_processes()
+    processes = join_processes(config.device)
+    warn_about_bfloat16(processes.device, config.sampling.dtype == "bf16", "--dtype fp16")
 
     # 1. models
     sampling = resolve_scheduler(config.sampling, config.model_path)
     pipeline, guidance_model = load_sampler(config.model_path, sampling, processes.device)
     models = {"weights": pipeline.network, "vae": pipeline.vae, "guidance_model": guidance_model}
-    settings = sampling.image_settings() | {
-        f"{name}_sha256": None if model is None else weights_digest(model) for name, model in models.items()
-    }
+    settings = (
+        sampling.image_settings()
+        | {"allow_tf32": bool(tf32_settings(processes.device))}
+        | {f"{name}_sha256": None if model is None else weights_digest(model) for name, model in models.items()}
+    )
 
     # 2. files
     columns, grid_rows = grid_layout(config, pipeline.image_size or (0, 0))

@@ -131,7 +131,7 @@ def main(config: TrainConfig) -> None:
         resources.callback(stop.close)
         asked = resume_after_restart(config.run)
         network = read_model_config(config.model)
-        join_processes()
+        join_processes(config.precision)
         accelerator = build_accelerator(config.precision, asked)
         batch = plan_batch(config.batch, accelerator.num_processes)
         accelerator.gradient_accumulation_steps = batch.accumulation
@@ -164,7 +164,7 @@ def main(config: TrainConfig) -> None:
         extractor = build_extractor(accelerator, config.metrics, compared)
         state = build_state(run, networks, config.optimizer, config.schedule, config.ema, data)
         prepare_output_dir(accelerator, asked, folder, state.global_step)
-        evaluator = build_evaluator(accelerator, extractor, compared, plan, config.data, asked.output_dir)
+        evaluator = build_evaluator(accelerator, extractor, compared, plan, config.data, config.metrics, asked)
         name = pipeline_name(config.hub.hub_model_id, asked.output_dir)
         facts = RunFacts(name, data.source, run.flags, plan, config.ema, config.metrics)
         requests = (config.validation, config.metrics, config.data)

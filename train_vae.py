@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 
 from diffit.command_line import run_script
 from diffit.decode import normalize_pixels, warn_about_narrow_levels
+from diffit.devices import set_up_device, use_cpu
 from diffit.run_dir import OutputFolder
 from diffit.sources import ImageTable, detect_num_channels, load_image_table
 from diffit.stream import ImageDataset, PositionStream, StreamBatchSampler, collate, split_table
@@ -94,8 +95,8 @@ def measure_std(vae: AutoencoderKL, batches: Iterator[torch.Tensor]) -> float:
 def main(config: VaeConfig) -> None:
     """Trains and saves the VAE, and prints its PSNR on held-out images."""
     torch.manual_seed(config.seed)
-    # Without `check_available`, a CUDA build of torch reports an accelerator even if the machine has none.
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = torch.device("cpu") if use_cpu(config.device) else torch.accelerator.current_accelerator()
+    set_up_device(device, config.device)
     folder = OutputFolder(config.output_dir, Path(__file__).name)
     folder.check_free(("config.json", "*.safetensors"))
     folder.create()

@@ -39,8 +39,11 @@ from benchmarks.gpu_checks import (
     reason,
     why_not,
 )
+from benchmarks.gpu_inference import check_inference, inference_geometries
 from diffit.batches import BatchPreparer
 from diffit.config import DiffusionConfig, EmaConfig, ModelConfig, OptimizerConfig, ScheduleConfig
+from diffit.device_config import DeviceConfig
+from diffit.devices import set_up_device
 from diffit.formulations import choose_formulation, denoising_losses, nan_if_non_finite
 from diffit.logs import LossBins, peak_memory
 from diffit.networks import model_class, sample_shape, set_up_model, training_flops_per_image
@@ -278,6 +281,7 @@ def main(argv: list[str] | None = None) -> int:
         print("benchmarks/gpu.py needs a CUDA device, and torch finds none", file=sys.stderr)
         return 2
     device = torch.device(args.device)
+    set_up_device(device, DeviceConfig())  # as the scripts do
     torch._dynamo.config.recompile_limit = 64
     cases, report = read_cases(args.tiny), Report()
     report.add(*describe_machine(device, argv))
@@ -285,6 +289,7 @@ def main(argv: list[str] | None = None) -> int:
         geometries = TINY_GEOMETRIES if args.tiny else GEOMETRIES
         dtypes = [torch.float32, torch.bfloat16] if args.quick else list(TOLERANCES)
         check_backends(report, device, geometries, dtypes)
+        check_inference(report, device, geometries if args.tiny else inference_geometries(), dtypes)
     if "training" in args.sections:
         compiled = [False] if args.quick or args.tiny else [False, True]
         measure_training(report, device, cases, compiled, steps=2 if args.tiny else 10)

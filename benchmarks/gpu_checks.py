@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch.utils._triton import has_triton
 
-from diffit.config import OptimizerConfig
+from diffit.config import DiffusionConfig, OptimizerConfig
+from diffit.formulations import Formulation, NoisyBatch, choose_formulation, denoising_losses
 from diffit.networks import choose_attention_backend, model_class, sample_shape, set_attention_backend
 from diffit.optimization import build_optimizer
 from diffit_model import MAX_WINDOWS, TimeDependentSelfAttention
@@ -335,11 +336,20 @@ def check_graphs(report: Report, device: torch.device, cases: list[Case]) -> Non
 # 3. float16
 
 
+def noisy_batch(case: Case, formulation: Formulation, device: torch.device, seed: int) -> NoisyBatch:
+    """Two random images, as training gives them to `denoising_losses`, at the middle one of three noise levels."""
+    generator = torch.Generator().manual_seed(seed)
+    clean, noise = torch.randn(2, 2, *sample_shape(case.config), generator=generator).to(device).unbind()
+    levels = torch.full((2,), formulation.level_grid(3)[1], device=device)
+    return NoisyBatch(formulation.network_inputs(clean, noise, levels), clean, noise, levels, {"class_labels": None})
+
+
 def check_overflow(report: Report, device: torch.device, case: Case) -> None:
     """Checks that a step that overflows is skipped and halves the scale, and that the next step is taken."""
     row = report.table(
         "An overflowing step in fp16",
-        f"{case.name} with torch's GradScaler, as accelerate uses it; the loss of the second step is made infinite.",
+        f"{case.name}, trained with torch's GradScaler as accelerate uses it; the loss of the second step is made "
+        "infinite.",
         ["step", "scale before", "scale after", "weights", "verdict"],
     )
     asked = OptimizerConfig()
@@ -347,13 +357,13 @@ def check_overflow(report: Report, device: torch.device, case: Case) -> None:
     model = model_class(case.config).from_config(case.config).train().to(device)
     set_attention_backend(model, "native")
     optimizer = build_optimizer(asked, model)
+    formulation = choose_formulation(DiffusionConfig(formulation=case.formulation), pretrained={}, in_latents=False)
     scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
     for step, factor in enumerate((1.0, math.inf, 1.0), start=1):
-        inputs, scale = graph_inputs(case, device, seed=step), scaler.get_scale()
+        noisy, scale = noisy_batch(case, formulation, device, seed=step), scaler.get_scale()
         before = [parameter.detach().clone() for parameter in model.parameters()]
         with autocast(device, torch.float16):
-            model_pred = model(inputs["sample"], inputs["timesteps"]).sample
-        loss = (model_pred.float() - 1).square().mean() * factor
+            loss = denoising_losses(model, formulation, noisy).mean() * factor
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), asked.max_grad_norm)

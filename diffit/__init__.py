@@ -7,7 +7,8 @@
 
     config                            training flags, and which of them must not change when a run is resumed
     plan                              everything derived from the flags, the data and the processes
-    source_config, validation_config  flags of image sources, and of measurements during training
+    source_config, validation_config, flags of image sources, of measurements during training, and of the device
+        device_config
     config_file                       YAML lists of flags
     latents_config, vae_config,       flags of prepare_latents.py, train_vae.py and
     convert_config                        convert_nvidia_checkpoint.py
@@ -21,6 +22,7 @@
     cpu_kernels                       fast CPU layers that replace the reference ones
     optimization                      AdamW, Muon, learning-rate schedules, EMA, non-finite steps, the training state
     checkpoint, run_dir, lock         saving and resuming; which files in a folder are ours; which run owns a folder
+    devices                           a GPU that cannot be used, answers of `accelerate config`, TensorFloat-32
     processes, launcher               joining processes, agreement, stop signals; the death of a launcher
     logs, validation, export          trackers; held-out loss, metrics, previews; the pipeline folder and the hub
                                           (model_card.md is its template)

@@ -35,6 +35,7 @@ from diffit.command_line import (
     to_flags,
 )
 from diffit.config_file import config_file_argv
+from diffit.device_config import PrecisionConfig
 from diffit.errors import UserError, message_of
 from diffit.launcher import EXIT_STOPPED
 from diffit.source_config import SOURCES, SourceConfig
@@ -63,11 +64,12 @@ TITLES = {
     "batch": "batch and duration (exactly one of the three durations is required)",
     "schedule": "learning-rate schedule",
     "ema": "weight averages",
+    "precision": "device and precision",
     "metrics": "metrics during training",
     "run": "output, checkpoints and logs",
 }
 # Flags of a single start rather than of the run: they are not saved with it.
-OF_THIS_START = ("hub_token", "dry_run", "resume_from_checkpoint", "overwrite_output_dir")
+OF_THIS_START = ("cpu", "hub_token", "dry_run", "resume_from_checkpoint", "overwrite_output_dir")
 
 at_least_one, at_least_zero = number_type(int, 1), number_type(int, 0)
 positive_float, non_negative_float = number_type(float, 0, open_ends=True), number_type(float, 0)
@@ -406,22 +408,6 @@ class EmaConfig:
 
 
 @dataclass(frozen=True)
-class PrecisionConfig:
-    """Numeric precision and determinism."""
-
-    mixed_precision: str | None = flag(
-        None,
-        "autocast dtype of the forward pass; weights stay in fp32, and no means fp32 throughout (default: as in "
-        "accelerate's config)",
-        choices=("no", "fp16", "bf16"),
-    )
-    allow_tf32: bool = flag(
-        False, "allow TensorFloat-32 for fp32 matrix products and convolutions on NVIDIA GPUs: faster, less precise"
-    )
-    deterministic: bool = flag(False, "use only deterministic algorithms, which may be slower")
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """The run's folder, checkpoints and logs."""
 
@@ -519,6 +505,11 @@ class TrainConfig:
         if self.data.latents_dir is not None and not in_latents:
             raise UserError(
                 "--latents_dir needs --vae_model_name_or_path, which decodes previews and is exported with the model"
+            )
+        if self.precision.deterministic and self.model.attention_backend == "flex":
+            raise UserError(
+                "--deterministic does not go with --attention_backend flex, whose backward pass adds in any order: "
+                "use native"
             )
         if self.metrics.eval_steps is not None and self.data.latents_dir is not None:
             raise UserError("--eval_steps compares samples with real images, which --latents_dir does not contain")

@@ -20,6 +20,7 @@ from diffit.command_line import (
     resolution_type,
     to_flags,
 )
+from diffit.device_config import DeviceConfig
 from diffit.errors import UserError
 from diffit.sampling_config import MAX_IMAGES, SCHEDULERS, SamplingConfig
 from diffit.source_config import FolderConfig
@@ -190,6 +191,7 @@ class EvalConfig:
     metrics: EvalMetricsConfig = nested(EvalMetricsConfig)
     sampling: SamplingConfig = nested(SamplingConfig)
     plots: PlotsConfig = nested(PlotsConfig)
+    device: DeviceConfig = nested(DeviceConfig)
     output: OutputConfig = nested(OutputConfig)
     debug: bool = False
 
@@ -213,6 +215,7 @@ TITLES = {
     "metrics": "metrics",
     "sampling": "sampling from --model_path",
     "plots": "plots",
+    "device": "device and precision",
     "output": "output and speed",
 }
 

@@ -12,6 +12,7 @@ from accelerate import PartialState
 from diffusers import DDPMScheduler, ModelMixin
 from tqdm.auto import tqdm
 
+from diffit.devices import tf32_settings
 from diffit.errors import UserError, user_errors
 from diffit.eval_config import DEFAULT_NUM_IMAGES, EvaluatedConfig, PlotsConfig
 from diffit.features import FeatureExtractor, extract_features, fill_array, settings_folder, weights_digest
@@ -117,6 +118,7 @@ class Evaluation:
         # Settings of later versions are left out where they have no effect, so that earlier samples are found.
         if sampling.s_churn == 0:
             settings = {key: value for key, value in settings.items() if not key.startswith("s_")}
+        settings |= tf32_settings(self.processes.device)
         if guidance_model is not None:
             settings["guidance_model_sha256"] = weights_digest(guidance_model)
 

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from diffit.decode import decode_image
+from diffit.devices import tf32_settings
 from diffit.errors import UserError, user_errors
 from diffit.eval_config import EXTRACTORS
 from diffit.processes import run_on_main_and_broadcast
@@ -339,6 +340,7 @@ def extract_features(
         Shape (N, F), float32, mapped from a file.
     """
     settings = {"extractor": extractor.name, **extractor.settings, "images": images_settings}
+    settings |= tf32_settings(processes.device)
 
     def compute(ranges: list[range]) -> Iterator[np.ndarray]:
         loader = DataLoader(images, batch_sampler=[list(rows) for rows in ranges], num_workers=num_workers)

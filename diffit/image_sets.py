@@ -4,6 +4,8 @@
 Shapes: N images, C channels, H/W height/width, F features.
 """
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import re
@@ -13,14 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch.utils.data import Dataset, Subset
 
 from diffit.decode import image_size
-from diffit.errors import UserError
+from diffit.errors import BadImageError, UserError
 from diffit.eval_config import ReferenceConfig
 from diffit.features import FeatureExtractor, TableImages
 from diffit.listing import listed_samples
-from diffit.metrics import FeatureSet
+from diffit.metrics import FeatureSet, metrics_device
 from diffit.source_config import SOURCES, SourceConfig
 from diffit.sources import ImageTable, load_image_table
 
@@ -44,7 +48,7 @@ class ImageSource:
         array: uint8, shape (N, C, H, W); or None.
         statistics: `mu` (F) and `sigma` (F, F) of features, and the `extractor` that they are of, None if the file
             does not say; or None.
-        digest: identifies the images.
+        digest: identifies the images; that of a table is added by `identify`.
         reader: names of the flags in `READ_WITH` that chose what was read.
     """
 
@@ -103,8 +107,8 @@ class EvaluatedSet:
     nfe: int | None = None
 
     def feature_set(self, device: torch.device) -> FeatureSet:
-        """The features for the metrics. These are in float64, which Apple's devices do not have."""
-        return FeatureSet(torch.from_numpy(np.array(self.features)).to("cpu" if device.type == "mps" else device))
+        """The features for the metrics, on the device that computes them (see `metrics_device`)."""
+        return FeatureSet(torch.from_numpy(np.array(self.features)).to(metrics_device(device)))
 
 
 class ArrayImages(Dataset):
@@ -156,7 +160,33 @@ def open_source(flag: str, name: str, asked: ReferenceConfig) -> ImageSource:
         table = table.select([index for index, file in enumerate(files) if file in listed])
         if len(table) < len(listed):
             raise UserError(f"{flag} {name}: {len(listed) - len(table)} images of its samples.json are missing")
-    return ImageSource(flag, name, table=table, digest=table.digest(len(table)), reader=READ_WITH[kind])
+    return ImageSource(flag, name, table=table, reader=READ_WITH[kind])
+
+
+def identify(processes: PartialState, source: ImageSource) -> ImageSource:
+    """Adds the `digest` of all images to a source with a table. Must be called by all processes.
+
+    Each process reads its share, because reading all of ImageNet from a network disk may take hours.
+
+    Args:
+        processes: may be an `Accelerator`.
+        source: as `open_source` returned it in each process.
+    """
+    table = source.table
+    if table is None:
+        return source
+    mine = []
+    for index in range(processes.process_index, len(table), processes.num_processes):
+        content = b""
+        with contextlib.suppress(BadImageError):  # feature extraction will report it
+            content = table.content(index)
+        mine.append(hashlib.sha256(content).digest())
+    digests = np.empty((len(table), 32), np.uint8)
+    for rank, share in enumerate(gather_object([b"".join(mine)])):
+        digests[rank :: processes.num_processes] = np.frombuffer(share, np.uint8).reshape(-1, 32)
+    digest = hashlib.sha256(table.header())
+    digest.update(digests.tobytes())
+    return dataclasses.replace(source, digest=digest.hexdigest()[:16])
 
 
 def _open_npz(flag: str, path: Path) -> ImageSource:

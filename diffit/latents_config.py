@@ -18,6 +18,7 @@ from diffit.command_line import (
     require_one,
     resolution_type,
 )
+from diffit.device_config import DeviceConfig
 from diffit.source_config import SOURCES, SourceConfig
 
 
@@ -57,6 +58,7 @@ class LatentsConfig:
         "worker processes that decode images, per process; 0 decodes in the main process",
         type=number_type(int, 0),
     )
+    device: DeviceConfig = nested(DeviceConfig)
     source: SourceConfig = nested(SourceConfig, title="data: --dataset_name, --train_data_dir or --train_data_file")
     debug: bool = False
 

@@ -8,6 +8,7 @@ generator, and it has neither precision and recall nor distances to saved statis
 """
 
 import functools
+import itertools
 from collections.abc import Iterable
 
 import numpy as np
@@ -20,11 +21,16 @@ NUM_NEIGHBORS = 3  # neighbors that span the manifold of precision and recall, a
 INCEPTION_SPLITS = 10  # as in arXiv 1606.03498
 MIN_IMAGES = 10_000  # below, values are not comparable with published ones
 CHUNK_ROWS = 2048  # of a distance or kernel matrix that are in memory at once
+CHUNK_COLUMNS = 10_000  # of a kernel matrix; a block takes 164 MB
+MAX_KERNEL_REFERENCE = 10_000  # reference images of the kernel distance, whose time grows with their square
 
 # How each metric is computed, for the results file.
 METRIC_SETTINGS = {
     "frechet_distance": {"covariance": "unbiased", "dtype": "float64"},
-    "kernel_distance": {"kernel": "(x . y / F + 1)^3", "estimator": "unbiased, all pairs", "dtype": "float64"},
+    "kernel_distance": {
+        **{"kernel": "(x . y / F + 1)^3", "estimator": "unbiased, all pairs", "dtype": "float64"},
+        "max_reference": MAX_KERNEL_REFERENCE,
+    },
     "inception_score": {"splits": INCEPTION_SPLITS, "dtype": "float64"},
     "precision": {"neighbours": NUM_NEIGHBORS, "dtype": "float64"},
     "recall": {"neighbours": NUM_NEIGHBORS, "dtype": "float64"},
@@ -78,6 +84,17 @@ class FeatureSet:
         return values.clamp(min=0).sqrt()[:, None] * vectors.T
 
     @functools.cached_property
+    def kernel_reference(self) -> "FeatureSet":
+        """These images, or `MAX_KERNEL_REFERENCE` of them, for the kernel distance to them.
+
+        It stays unbiased, and its variance is that of the evaluated images if they are fewer. The random choice is the
+        same at every call.
+        """
+        if len(self) <= MAX_KERNEL_REFERENCE:
+            return self
+        return self.subset(shuffled_parts(len(self), 1)[0][:MAX_KERNEL_REFERENCE])
+
+    @functools.cached_property
     def kernel_mean(self) -> torch.Tensor:
         """Mean of the polynomial kernel over all pairs of distinct images; a scalar."""
         num_images = len(self)
@@ -89,6 +106,36 @@ class FeatureSet:
         """Distance of each image to its neighbor number `NUM_NEIGHBORS`; shape (N)."""
         distances, _ = nearest(self.features, self.features, NUM_NEIGHBORS + 1)  # the first is the image itself
         return distances[:, -1]
+
+
+def metrics_device(device: torch.device) -> torch.device:
+    """The device that computes metrics: this one, but the CPU instead of Apple's GPUs, which have no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def training_reference(features: np.ndarray, metrics: Iterable[str], device: torch.device) -> FeatureSet:
+    """The reference of metrics during training, which keeps on the device only what they need.
+
+    That is all features (8 F bytes for each image) for precision and recall, or of a small set. Otherwise it is the
+    mean and covariance of all features, computed in parts, and those that `kernel_reference` takes.
+
+    Args:
+        features: float32, shape (N, F); may be mapped from a file.
+        metrics: any of `METRICS` but `inception_score`.
+        device: for the features, without those of Apple (see `metrics_device`).
+    """
+    if len(features) <= MAX_KERNEL_REFERENCE or {"precision", "recall"} & set(metrics):
+        return FeatureSet(torch.from_numpy(np.array(features)).to(device))
+
+    def parts() -> Iterable[torch.Tensor]:
+        for start in range(0, len(features), MAX_KERNEL_REFERENCE):
+            part = np.array(features[start : start + MAX_KERNEL_REFERENCE])
+            yield torch.from_numpy(part).to(device).double()
+
+    mean = sum(part.sum(dim=0) for part in parts()) / len(features)
+    covariance = sum((part - mean).T @ (part - mean) for part in parts()) / (len(features) - 1)
+    chosen = shuffled_parts(len(features), 1)[0][:MAX_KERNEL_REFERENCE].numpy()
+    return FeatureSet(torch.from_numpy(features[chosen]).to(device), mean, covariance)
 
 
 def frechet_distance(images: FeatureSet, reference: FeatureSet) -> float:
@@ -106,15 +153,18 @@ def frechet_distance(images: FeatureSet, reference: FeatureSet) -> float:
 def kernel_sum(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Sum of KID's kernel `(x . y / F + 1)^3` over all pairs of rows of features (N, F) and (M, F)."""
     num_features = first.shape[1]
-    return sum(((rows @ second.T / num_features + 1) ** 3).sum() for rows in first.split(CHUNK_ROWS))
+    blocks = itertools.product(first.split(CHUNK_ROWS), second.split(CHUNK_COLUMNS))
+    return sum((rows @ columns.T).div_(num_features).add_(1).pow_(3).sum() for rows, columns in blocks)
 
 
 def kernel_distance(images: FeatureSet, reference: FeatureSet) -> float:
     """Unbiased squared maximum mean discrepancy under a polynomial kernel (KID, arXiv 1801.01401), over all pairs.
 
     The paper averages over random subsets of 1,000 images. Both estimators are unbiased, so they have the same
-    expectation, but all pairs have the lower variance and need no random numbers.
+    expectation, but all pairs have the lower variance and need no random numbers. A large reference is cut to a fixed
+    part (see `FeatureSet.kernel_reference`).
     """
+    reference = reference.kernel_reference
     across = kernel_sum(images.features, reference.features) / (len(images) * len(reference))
     return (images.kernel_mean + reference.kernel_mean - 2 * across).item()
 
@@ -208,7 +258,8 @@ def compare(
         `subset_mean` (Frechet distance and recall depend on the number of images);
         `floor`, the real-vs-real baseline: one half of the reference, cut to the number of images, against the other
         half (as that is fewer images, a Frechet distance can lie below it); None without reference images;
-        `counts`, the numbers of images in all of these.
+        `counts`, the numbers of images in all of these; the kernel distance takes at most `MAX_KERNEL_REFERENCE`
+        reference images.
 
     Raises:
         UserError: if there are too few images, or a metric needs images where the reference has statistics only.
@@ -238,13 +289,14 @@ def compare(
         real_vs_real = metric_values(metrics, reference.subset(half), reference.subset(other_half))
         counts |= {"floor_images": len(half), "floor_reference": len(other_half)}
     # Of how many images the statistics are, nobody knows.
-    unknown = {"frechet_distance": {"reference": None}} if reference.has_own_statistics else {}
-    return {
-        name: summarize(
-            values[name], [subset[name] for subset in by_subset], real_vs_real[name], counts | unknown.get(name, {})
-        )
-        for name in metrics
-    }
+    other_counts = {"frechet_distance": {"reference": None}} if reference.has_own_statistics else {}
+    references = {name: number for name, number in counts.items() if name.endswith("reference") and number}
+    other_counts["kernel_distance"] = {name: min(n, MAX_KERNEL_REFERENCE) for name, n in references.items()}
+    result = {}
+    for name in metrics:
+        of_subsets = [subset[name] for subset in by_subset]
+        result[name] = summarize(values[name], of_subsets, real_vs_real[name], counts | other_counts.get(name, {}))
+    return result
 
 
 def compare_classes(probabilities: torch.Tensor, reference_probabilities: torch.Tensor | None) -> dict:

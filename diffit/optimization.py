@@ -139,11 +139,82 @@ class MuonAdamW(torch.optim.Optimizer):
         torch._foreach_sub_(parameters, list(change))
 
 
+# Devices on which torch's fused optimizers skip a step where `found_inf` is set. On Apple's GPUs they did not until
+# pytorch/pytorch pull request 186360.
+OBEYING_DEVICES = ("cpu", "cuda")
+
+
+def obeys_found_inf(optimizer_class: type[torch.optim.AdamW], device: torch.device) -> bool:
+    """Whether the fused optimizer skips a step where `found_inf` is set, tried on one number.
+
+    Args:
+        optimizer_class: torch's AdamW.
+        device: of the number. The host waits for it.
+    """
+    parameter = nn.Parameter(torch.ones(1, device=device))
+    optimizer = optimizer_class([parameter], lr=0.5, fused=True)
+    parameter.grad = torch.full_like(parameter, torch.nan)
+    optimizer.found_inf = torch.ones((), device=device)
+    optimizer.step()
+    return parameter.item() == 1
+
+
+def skip_by_restoring(optimizer: torch.optim.Optimizer) -> None:
+    """Makes an optimizer that ignores `found_inf` skip such steps: it takes them, and gets its old values back.
+
+    The device chooses, without a synchronization. During a step, weights and moments are in memory twice. This relies
+    on moments that begin at zero.
+
+    Args:
+        optimizer: modified in place.
+    """
+    before: dict[int, torch.Tensor] = {}  # by the id of the tensor
+
+    def tensors() -> Iterator[torch.Tensor]:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                yield parameter
+                yield from (x for x in optimizer.state.get(parameter, {}).values() if isinstance(x, torch.Tensor))
+
+    @torch.no_grad()
+    def remember(*_) -> None:
+        before.update({id(tensor): tensor.clone() for tensor in tensors()})
+
+    @torch.no_grad()
+    def restore(*_) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is None or not before:
+            return
+        for tensor in tensors():
+            old = before.get(id(tensor))
+            is_bad = found_inf.to(tensor.device).bool()
+            tensor.copy_(torch.where(is_bad, torch.zeros_like(tensor) if old is None else old, tensor))
+        before.clear()
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(restore)
+
+
 DROPOUT = 3  # the stream of `position_generator` that seeds the network's dropout
 
 
 def build_optimizer(asked: OptimizerConfig, model: ModelMixin) -> torch.optim.Optimizer:
-    """AdamW, or Muon with AdamW. Both can skip a step without a synchronization with the host."""
+    """AdamW, or Muon with AdamW. Both can skip a step without a synchronization with the host.
+
+    Where torch's fused AdamW ignores `found_inf`, which is tried once, a warning is logged (see `skip_by_restoring`).
+    """
+    optimizer = _build_optimizer(asked, model)
+    device = next(model.parameters()).device
+    if device.type not in OBEYING_DEVICES and not obeys_found_inf(torch.optim.AdamW, device):
+        logger.warning(
+            f"the fused AdamW of torch {torch.__version__} does not skip non-finite steps on the device "
+            f"{device.type}: they are undone, which takes memory for another copy of the weights and moments"
+        )
+        skip_by_restoring(optimizer)
+    return optimizer
+
+
+def _build_optimizer(asked: OptimizerConfig, model: ModelMixin) -> torch.optim.Optimizer:
     settings = {
         "lr": asked.learning_rate,
         "betas": (asked.adam_beta1, asked.adam_beta2),

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -22,10 +22,19 @@ from typing import NoReturn
 import psutil
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, parse_flag_from_env
-from torch.distributed import PrefixStore, TCPStore
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
+from torch.distributed import PrefixStore, ProcessGroup, TCPStore
 
-from diffit.config import PrecisionConfig, RunConfig
+from diffit.config import RunConfig
+from diffit.device_config import DeviceConfig, PrecisionConfig
+from diffit.devices import (
+    refuse_unsupported_answers,
+    refuse_xla,
+    set_precision,
+    set_up_device,
+    use_cpu,
+    warn_about_bfloat16,
+)
 from diffit.errors import RunError, UserError, message_of
 from diffit.launcher import EXIT_STOPPED, find_launcher, launcher_is_gone
 
@@ -65,23 +74,34 @@ def join_slurm_step() -> None:
     os.environ["LOCAL_RANK"] = "0" if torch.accelerator.device_count() == 1 else os.environ["SLURM_LOCALID"]
 
 
-def join_processes(timeout: timedelta = TIMEOUT) -> PartialState:
-    """Joins all processes of this launch into one process group.
+def join_processes(asked: DeviceConfig | None = None, timeout: timedelta = TIMEOUT) -> PartialState:
+    """Joins all processes of this launch into one process group, and sets up the device of each.
 
     Every script must call this before it builds an `Accelerator`, which then uses this state.
 
     Args:
+        asked: the flags of the device; default: theirs.
         timeout: time-out of collectives. Waiting for processes to start has the shorter `START_TIMEOUT`.
 
     Raises:
+        UserError: if a GPU cannot be used, or an answer of `accelerate config` is not supported.
         RunError: names the processes that did not start.
     """
+    asked = asked or DeviceConfig()
     join_slurm_step()
+    refuse_unsupported_answers()
+    cpu = use_cpu(asked)
     store = meet()  # kept until the process group has its own store, since the main process may host this one
     # Without `cpu`, each of several CPU processes would believe that it is the only one.
-    cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    state = PartialState(cpu=cpu, timeout=timeout)
+    if cpu:
+        with gloo_errors():
+            state = PartialState(cpu=True, timeout=START_TIMEOUT)
+        set_gloo_timeout(None, timeout)
+    else:
+        state = PartialState(timeout=timeout)
     del store
+    refuse_xla(state.distributed_type)
+    set_up_device(state.device, asked, state.num_processes)
     return state
 
 
@@ -91,7 +111,8 @@ def build_accelerator(precision: PrecisionConfig, run: RunConfig) -> Accelerator
     Raises:
         UserError: if the launcher's processes do not see each other, or fp16 is requested on a CPU.
     """
-    if precision.mixed_precision == "fp16" and not torch.accelerator.is_available():
+    device = PartialState().device
+    if precision.mixed_precision == "fp16" and device.type == "cpu":
         raise UserError(
             "--mixed_precision fp16 is not supported on CPUs (accelerate would train in fp32): use bf16 or no"
         )
@@ -99,19 +120,18 @@ def build_accelerator(precision: PrecisionConfig, run: RunConfig) -> Accelerator
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    if precision.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
     logging_dir = str(Path(run.output_dir, run.logging_dir))
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # as in `join_processes`
+        cpu=device.type == "cpu",  # as in `join_processes`
         mixed_precision=precision.mixed_precision,
         log_with=None if run.report_to == "none" else run.report_to,
         project_config=ProjectConfiguration(project_dir=run.output_dir, logging_dir=logging_dir),
     )
     check_launch(accelerator)
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # from accelerate's own config
+    if accelerator.mixed_precision == "fp16" and device.type == "cpu":  # from accelerate's own config
         raise UserError("mixed precision fp16 is not supported on CPUs: give --mixed_precision bf16 or no")
+    set_precision(precision)
+    warn_about_bfloat16(device, accelerator.mixed_precision == "bf16", "--mixed_precision fp16")
     return accelerator
 
 
@@ -213,6 +233,38 @@ def meet(timeout: timedelta = START_TIMEOUT) -> TCPStore | None:
             problem = f"lost the connection to the store at {host}:{port}, through which processes meet: {error}"
         raise _did_not_meet(f"{me}: {problem}") from None
     return store
+
+
+@contextlib.contextmanager
+def gloo_errors() -> Iterator[None]:
+    """Says what helps if gloo cannot connect the processes in the `with` block.
+
+    gloo uses the network interface to which the machine's own name resolves. In containers and on Debian that may be
+    the loopback, where no other machine answers. NCCL finds its interfaces by itself.
+
+    Raises:
+        RunError: names GLOO_SOCKET_IFNAME.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        interface = os.environ.get("GLOO_SOCKET_IFNAME")
+        raise _did_not_meet(
+            f"{socket.gethostname()}: gloo cannot connect the processes on the network interface "
+            f"{interface or 'of the name of this machine'}: {message_of(error)}. Export GLOO_SOCKET_IFNAME="
+            f"INTERFACE with the one on which this machine reaches the others, as listed by `ip -brief address`"
+        ) from error
+
+
+def set_gloo_timeout(group: ProcessGroup | None, timeout: timedelta) -> None:
+    """Sets the time-out of a gloo group's collectives, which was that of its connecting until now.
+
+    Args:
+        group: the group, or None for the default one, if there is any.
+        timeout: for each collective from now on.
+    """
+    if torch.distributed.is_initialized():
+        (group or torch.distributed.group.WORLD).set_timeout(timeout)
 
 
 def raise_in_all(kind: type[UserError] | type[RunError], message: str, cause: BaseException | None = None) -> NoReturn:
@@ -355,7 +407,10 @@ class StopRequest:
     def begin(self) -> None:
         """Marks the beginning of training: from now on a stop saves a checkpoint. Must be called by all processes."""
         if torch.distributed.is_initialized():
-            self.group = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT)
+            PartialState().wait_for_everyone()  # so that the short time-out is for connecting alone
+            with gloo_errors():
+                self.group = torch.distributed.new_group(backend="gloo", timeout=START_TIMEOUT)
+            set_gloo_timeout(self.group, TIMEOUT)
         self.has_begun = True
 
     def _handle(self, number: int, frame) -> None:

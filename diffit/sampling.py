@@ -212,8 +212,6 @@ def load_sampler(
     )
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
-    if pipeline.vae is not None:
-        pipeline.vae.enable_slicing()  # decoding a whole batch at once takes more memory than denoising it
     for network in (pipeline.network, guidance_model):
         if network is None:
             continue

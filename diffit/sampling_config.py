@@ -22,6 +22,7 @@ from diffit.command_line import (
     positive_int,
     to_flags,
 )
+from diffit.device_config import DeviceConfig
 from diffit.errors import UserError
 
 SCHEDULERS = (
@@ -212,6 +213,7 @@ class SampleConfig:
         type=positive_int,
     )
     sampling: SamplingConfig = nested(SamplingConfig)
+    device: DeviceConfig = nested(DeviceConfig)
     batch_size: int = flag(64, "images per forward pass and process", type=positive_int)
     grid: tuple[int, int] | None = flag(
         None, "COLUMNSxROWS of grid.png (default: as square as possible, or a row per class)", type=grid_size

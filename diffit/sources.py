@@ -123,6 +123,11 @@ class Table(ABC):
         """A table of these images, in this order."""
         return replace(self, indices=self.indices[indices])
 
+    def header(self) -> bytes:
+        """The number of images, their labels and the class names, for digests."""
+        labels = None if self.labels is None else self.labels[self.indices].tolist()
+        return json.dumps([len(self), labels, self.class_names]).encode()
+
     def digest(self, num_images: int = 64) -> str:
         """A checksum of the number of images, their labels, the class names and the bytes of some images.
 
@@ -131,8 +136,7 @@ class Table(ABC):
         Args:
             num_images: evenly spaced images whose bytes are read.
         """
-        labels = None if self.labels is None else self.labels[self.indices].tolist()
-        digest = hashlib.sha256(json.dumps([len(self), labels, self.class_names]).encode())
+        digest = hashlib.sha256(self.header())
         for index in np.linspace(0, len(self) - 1, min(num_images, len(self))).astype(int):
             with contextlib.suppress(BadImageError):  # training will report it
                 digest.update(self.content(int(index)))

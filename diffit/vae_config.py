@@ -17,6 +17,7 @@ from diffit.command_line import (
     positive_int,
     require_one,
 )
+from diffit.device_config import DeviceConfig
 from diffit.errors import UserError
 from diffit.source_config import SOURCES, SourceConfig
 
@@ -52,6 +53,7 @@ class VaeConfig:
         type=number_type(float, 0),
     )
     seed: int = flag(0, "seed of weights, image order and noise", type=number_type(int, 0, 2**63 - 1))
+    device: DeviceConfig = nested(DeviceConfig)
     source: SourceConfig = nested(SourceConfig, title="data: --dataset_name, --train_data_dir or --train_data_file")
     debug: bool = False
 

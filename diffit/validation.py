@@ -19,14 +19,21 @@ from diffusers import AutoencoderKL, ModelMixin
 from torch.utils.data import DataLoader
 
 from diffit.batches import BatchPreparer, build_dataset
-from diffit.config import DataConfig, MetricsConfig, ValidationConfig
+from diffit.config import DataConfig, MetricsConfig, RunConfig, ValidationConfig
 from diffit.cpu_kernels import kernelize
 from diffit.errors import UserError
 from diffit.export import RunFacts, build_pipeline, save_pipeline
 from diffit.features import FeatureExtractor, TableImages, extract_features, load_extractor
 from diffit.formulations import Formulation, denoising_losses
 from diffit.logs import LossBins
-from diffit.metrics import NUM_NEIGHBORS, FeatureSet, metric_values
+from diffit.metrics import (
+    MAX_KERNEL_REFERENCE,
+    NUM_NEIGHBORS,
+    FeatureSet,
+    metric_values,
+    metrics_device,
+    training_reference,
+)
 from diffit.optimization import TrainingState, ema_weights
 from diffit.plan import Plan
 from diffit.processes import StopRequest, ignore_stop_signals, on_all_processes
@@ -46,11 +53,13 @@ class Evaluator:
 
     Attributes:
         extractor: the feature extractor.
-        reference: features of the held-out images, or of the training images if none are held out.
+        num_reference: number of held-out images, or of training images if none are held out.
+        reference: their features, in the main process; None in the others.
     """
 
     extractor: FeatureExtractor
-    reference: FeatureSet
+    num_reference: int
+    reference: FeatureSet | None
 
 
 def build_guidance_model(
@@ -92,7 +101,8 @@ def build_evaluator(
     source: Table,
     plan: Plan,
     data: DataConfig,
-    output_dir: str,
+    metrics: MetricsConfig,
+    run: RunConfig,
 ) -> Evaluator | None:
     """Computes the features of the real images, or reads those that an earlier run has cached in --output_dir.
 
@@ -102,20 +112,29 @@ def build_evaluator(
         source: images to compare with.
         plan: resolution and channels of the images.
         data: number of workers.
-        output_dir: the run's folder.
+        metrics: which ones are computed.
+        run: the run's folder.
     """
     if extractor is None:
         return None
     num_channels = plan.num_channels or detect_num_channels(source)
     features = extract_features(
         accelerator,
-        Path(output_dir, "eval"),
+        Path(run.output_dir, "eval"),
         TableImages(source, plan.resolution, num_channels),
         {"data": source.data_digest(), "resolution": list(plan.resolution), "channels": num_channels},
         extractor,
         num_workers=data.dataloader_num_workers,
     )
-    return Evaluator(extractor, FeatureSet(torch.from_numpy(np.array(features))))
+    reference = None
+    if accelerator.is_main_process:
+        reference = training_reference(features, metrics.eval_metrics, metrics_device(accelerator.device))
+    if "kernel_distance" in metrics.eval_metrics and len(features) > MAX_KERNEL_REFERENCE:
+        logger.info(
+            f"kernel_distance compares with {MAX_KERNEL_REFERENCE:,} of {len(features):,} reference images, a fixed "
+            "random choice: it stays unbiased"
+        )
+    return Evaluator(extractor, len(features), reference)
 
 
 @dataclass(frozen=True)
@@ -310,10 +329,11 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics of all processes' samples (see `sample_shard`) in the main process; an empty dict in the others."""
     features = torch.cat([evaluator.extractor(batch) for batch in pixels.split(64)])  # (B, F)
-    features = accelerator.gather(features)[: asked.eval_num_images].cpu()
+    features = accelerator.gather(features)[: asked.eval_num_images]
     if not accelerator.is_main_process:
         return {}
-    values = metric_values(asked.eval_metrics, FeatureSet(features), evaluator.reference)
+    features = FeatureSet(features.to(metrics_device(accelerator.device)))
+    values = metric_values(asked.eval_metrics, features, evaluator.reference)
     return {f"eval/{name}": value for name, value in values.items()}
 
 
@@ -383,8 +403,10 @@ def best_record(
         "extractor": evaluator.extractor.name,
         "metric": asked.eval_metrics[0],
         "images": asked.eval_num_images,
-        "reference_images": len(evaluator.reference),
+        "reference_images": evaluator.num_reference,
     }
+    if asked.eval_metrics[0] == "kernel_distance" and evaluator.num_reference > MAX_KERNEL_REFERENCE:
+        measured_with["kernel_reference_images"] = MAX_KERNEL_REFERENCE
     return {"global_step": global_step, "values": values, "measured_with": measured_with}
 
 

@@ -1,6 +1,8 @@
 """Computations of the benchmarks on their results, and short runs of them."""
 
+import contextlib
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 import diffit_model
-from benchmarks import gpu, loop, quality, quality_report, same_numbers
+from benchmarks import gpu, gpu_checks, gpu_inference, loop, quality, quality_report, same_numbers
+from benchmarks.gpu_inference import inference_geometries
+from diffit.formulations import denoising_losses
 from diffit.networks import training_flops_per_image
+from helpers import ROOT
 
 
 def test_cost_to_reach_is_straight_in_logarithms():
@@ -68,7 +73,7 @@ def test_gpu_benchmark_runs_and_finds_nothing_wrong(tmp_path, recompile_limit):
     assert gpu.main([*TINY_GPU, str(tmp_path / "gpu.md")]) == 0
     text = (tmp_path / "gpu.md").read_text()
     assert text.endswith("Nothing is wrong.\n") and "WRONG" not in text
-    assert text.count("## ") == 6 and "these figures are of no GPU" in text
+    assert text.count("## ") == 7 and "these figures are of no GPU" in text
 
 
 def test_gpu_benchmark_fails_on_a_wrong_value(tmp_path, recompile_limit, monkeypatch):
@@ -92,6 +97,45 @@ def test_gpu_benchmark_fails_on_a_wrong_gradient(tmp_path, recompile_limit, monk
     monkeypatch.setattr(diffit_model.DiffiTAttnProcessor, "__call__", tables_get_half_their_gradient)
     assert gpu.main([*TINY_GPU, str(tmp_path / "gpu.md"), "--sections", "backends"]) == 1
     assert "relative_position_bias_table | **WRONG**" in (tmp_path / "gpu.md").read_text()
+
+
+def test_gpu_benchmark_compares_inference_at_every_head_count():
+    found = {(math.prod(each.window), each.heads, each.head_dim) for each in inference_geometries()}
+    assert {(tokens, *heads) for tokens in (16, 64, 256, 1024) for heads in ((4, 32), (16, 72))} <= found
+    configs = [json.loads(file.read_text()) for file in (ROOT / "configs/model").glob("*.json")]
+    heads = [config["num_attention_heads"] for config in configs if "num_attention_heads" in config]
+    assert len(heads) > 5
+    assert {number for each in heads for number in (each if isinstance(each, list) else [each])} <= {
+        heads for _, heads, _ in found
+    }
+
+
+def test_gpu_benchmark_fails_on_a_wrong_kernel_of_inference(tmp_path, monkeypatch):
+    """Also if gradients are right; a fault of cuDNN's kernel does not count, because the scripts forbid it."""
+    right = gpu_inference.run_without_gradients
+
+    def wrong(attention, inputs):
+        factor = 1.0 if attention.qkv.weight.dtype == torch.float64 else 1.1
+        return {name: factor * tensor for name, tensor in right(attention, inputs).items()}
+
+    monkeypatch.setattr(gpu_inference, "run_without_gradients", wrong)
+    monkeypatch.setattr(gpu_inference, "sdpa_kernel", lambda backend: contextlib.nullcontext())  # there is no cuDNN
+    assert gpu.main([*TINY_GPU, str(tmp_path / "gpu.md"), "--quick", "--sections", "backends"]) == 1
+    rows = [line for line in (tmp_path / "gpu.md").read_text().splitlines() if line.startswith("|")]
+    assert len([row for row in rows if "WRONG" in row and "as in the scripts" in row]) == 4
+    assert len([row for row in rows if "wrong, but not used" in row and "cuDNN" in row]) == 4
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_gpu_benchmark_takes_the_steps_of_the_training(monkeypatch):
+    """The loss of every step is that of `denoising_losses`."""
+    calls = []
+    for module in (gpu, gpu_checks):
+        monkeypatch.setattr(module, "denoising_losses", lambda *args: calls.append(1) or denoising_losses(*args))
+    case = gpu.read_cases(tiny=True)[1]
+    gpu.build_training(case, "native", False, torch.device("cpu"))
+    gpu_checks.check_overflow(gpu_checks.Report(), torch.device("cpu"), case)
+    assert len(calls) == 6
 
 
 def test_gpu_benchmark_without_cuda_is_refused(capsys, monkeypatch):

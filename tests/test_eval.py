@@ -1,5 +1,6 @@
 """Evaluation: metrics against closed forms and independent code, extractors, kept work, the script, and plots."""
 
+import contextlib
 import json
 import math
 import re
@@ -7,6 +8,7 @@ import shutil
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -19,6 +21,8 @@ import torch
 from accelerate import PartialState
 from diffusers import DDPMScheduler, EDMEulerScheduler
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import poly_mmd
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
@@ -39,16 +43,22 @@ from diffit.features import (
     load_extractor,
     prepare,
 )
-from diffit.image_sets import ArrayImages, image_set, open_source
+from diffit.image_sets import ArrayImages, identify, image_set, open_source
 from diffit.metrics import (
+    CHUNK_COLUMNS,
+    CHUNK_ROWS,
     FeatureSet,
     compare,
     compare_classes,
     frechet_distance,
     inception_score,
     kernel_distance,
+    kernel_sum,
+    metric_values,
+    metrics_device,
     precision_recall,
     shuffled_parts,
+    training_reference,
 )
 from diffit.networks import model_class
 from diffit.plots import nearest_in_pixels
@@ -125,6 +135,7 @@ def test_frechet_distance_takes_statistics_for_features():
 
 def test_kernel_distance_equals_a_loop_over_pairs(monkeypatch):
     monkeypatch.setattr("diffit.metrics.CHUNK_ROWS", 7)  # several blocks, the last one smaller
+    monkeypatch.setattr("diffit.metrics.CHUNK_COLUMNS", 6)
     x, y = normal(20, 5), normal(16, 5, seed=1) + 0.3
 
     def mean_kernel(first, second, same):
@@ -147,6 +158,75 @@ def test_kernel_distance_is_the_expectation_of_that_of_subsets():
     subsets = [poly_mmd(y[rng.permutation(300)[:50]], x[rng.permutation(300)[:50]]).item() for _ in range(400)]
     error = np.std(subsets) / math.sqrt(len(subsets))
     assert abs(kernel_distance(FeatureSet(x), FeatureSet(y)) - np.mean(subsets)) < 4 * error
+
+
+def test_kernel_distance_of_a_large_reference_takes_a_fixed_part(monkeypatch):
+    """Unbiased: over many references, the mean is that of whole references, within four standard errors."""
+    x, references = normal(40, 5), [normal(60, 5, seed=seed) * 1.2 for seed in range(1, 200)]
+    whole = [kernel_distance(FeatureSet(x), FeatureSet(y)) for y in references]
+    frechet = frechet_distance(FeatureSet(x), FeatureSet(references[0]))
+    monkeypatch.setattr("diffit.metrics.MAX_KERNEL_REFERENCE", 60)
+    assert kernel_distance(FeatureSet(x), FeatureSet(references[0])) == whole[0]  # bitwise up to the limit
+    monkeypatch.setattr("diffit.metrics.MAX_KERNEL_REFERENCE", 20)
+    part = shuffled_parts(60, 1)[0][:20]
+    expected = poly_mmd_of_any_sizes(x, references[0][part])
+    capped = [kernel_distance(FeatureSet(x), FeatureSet(y)) for y in references]
+    assert capped[0] == pytest.approx(expected, rel=1e-9) and capped[0] != whole[0]
+    differences = np.array(capped) - np.array(whole)
+    assert abs(differences.mean()) < 4 * differences.std() / math.sqrt(len(differences))
+    assert frechet_distance(FeatureSet(x), FeatureSet(references[0])) == frechet  # of all images
+    rows = compare(["frechet_distance", "kernel_distance"], FeatureSet(x), FeatureSet(references[0]), 2)
+    assert [rows[name]["counts"]["reference"] for name in rows] == [60, 20]
+    assert [rows[name]["counts"]["floor_reference"] for name in rows] == [30, 20]
+    assert rows["kernel_distance"]["value"] == capped[0]
+
+
+def poly_mmd_of_any_sizes(x: torch.Tensor, y: torch.Tensor) -> float:
+    """The unbiased kernel distance by whole matrices."""
+    xx, yy, xy = (((a @ b.T) / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    within = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (xx, yy)]
+    return (sum(within) - 2 * xy.mean()).item()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the largest number of elements of a tensor that an operator returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not function.is_view:
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+def test_kernel_of_50000_pairs_takes_under_30_seconds_on_a_gpu_and_little_memory():
+    """By arithmetic, on the device without data: float64 products of an NVIDIA L4, at 0.47 TFLOP/s."""
+    features = torch.empty(50_000, 2048, dtype=torch.float64, device="meta")
+    with FlopCounterMode(display=False) as counter, LargestTensor() as tensors:
+        kernel_sum(features, features)
+    assert counter.get_total_flops() == 2 * 50_000**2 * 2048
+    assert counter.get_total_flops() / 0.47e12 < 30
+    assert 8 * tensors.largest == 8 * CHUNK_ROWS * CHUNK_COLUMNS < 2**28  # bytes
+
+
+def test_reference_of_a_training_keeps_what_its_metrics_need(monkeypatch):
+    x, y = FeatureSet(normal(40, 5)), normal(61, 5, seed=1).float().numpy() * 1.2
+    names = ["frechet_distance", "kernel_distance"]
+    whole = training_reference(y, names, CPU)
+    assert len(whole) == 61 and not whole.has_own_statistics
+    monkeypatch.setattr("diffit.metrics.MAX_KERNEL_REFERENCE", 20)  # three parts and a smaller one
+    small = training_reference(y, names, CPU)
+    assert len(small) == 20
+    torch.testing.assert_close(small.mean, whole.mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(small.covariance, whole.covariance, rtol=1e-12, atol=1e-12)
+    assert metric_values(names, x, small) == pytest.approx(metric_values(names, x, whole), rel=1e-9)
+    assert len(training_reference(y, [*names, "recall"], CPU)) == 61
+
+
+def test_metrics_are_computed_on_the_gpu_but_not_on_that_of_apple():
+    assert metrics_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    assert metrics_device(torch.device("mps")) == CPU
 
 
 def test_precision_and_recall_equal_a_loop_over_pairs(monkeypatch):
@@ -1129,6 +1209,42 @@ def test_loss_by_level_is_that_of_the_prediction(trained, image_folder):
 @pytest.mark.parametrize("arguments", readme_commands("eval_diffit.py"), ids=" ".join)
 def test_eval_command_of_the_readme_is_accepted(arguments):
     eval_diffit.parse_args(arguments)
+
+
+def test_each_process_hashes_its_share_of_the_images(image_folder, monkeypatch):
+    source = open_source("--reference", str(image_folder))
+    digest = identify(PartialState(cpu=True), source).digest
+    read, shares = [], []
+    content = type(source.table).content
+    monkeypatch.setattr(type(source.table), "content", lambda t, i: read.append(i) or content(t, i))
+
+    def gather(share: list[bytes]) -> list[bytes]:
+        shares.extend(share)
+        return shares if len(shares) == 5 else [b""] * 5
+
+    monkeypatch.setattr("diffit.image_sets.gather_object", gather)
+    for rank in range(5):  # of 24 images, so the shares differ by one
+        start = len(read)
+        with contextlib.suppress(ValueError):  # only the last of these processes has the shares of all
+            found = identify(SimpleNamespace(process_index=rank, num_processes=5), source)
+        assert read[start:] == list(range(rank, 24, 5))
+    assert found.digest == digest
+
+
+def test_digest_is_that_of_all_images_and_labels(image_folder, tmp_path):
+    def digest() -> str:
+        return identify(PartialState(cpu=True), open_source("--reference", str(tmp_path / "data"))).digest
+
+    shutil.copytree(image_folder, tmp_path / "data")
+    digests = [digest()]
+    image = tmp_path / "data/green/3.png"
+    image.write_bytes((tmp_path / "data/red/0.png").read_bytes())
+    digests.append(digest())
+    image.write_bytes(b"no image")  # still readable as bytes: feature extraction names it
+    digests.append(digest())
+    (tmp_path / "data/green").rename(tmp_path / "data/greenish")
+    digests.append(digest())
+    assert len(set(digests)) == 4
 
 
 @pytest.mark.slow

@@ -22,7 +22,18 @@ from diffit.sources import load_image_table
 from diffit.stream import ImageDataset, PositionStream, collate
 from diffit_model import DiffiTTransformer2DModel
 from diffit_pipeline import DiffiTPipeline
-from helpers import ROOT, assert_same_files, evaluate_folder, losses, mentions, nvidia_tensors, run, tiny_vae, train
+from helpers import (
+    ROOT,
+    assert_same_files,
+    evaluate_folder,
+    losses,
+    mentions,
+    nvidia_tensors,
+    run,
+    sample,
+    tiny_vae,
+    train,
+)
 
 TINY_TRANSFORMER = {
     "_class_name": "DiffiTTransformer2DModel",
@@ -164,6 +175,18 @@ def test_latent_run_is_saved_resumed_and_sampled(latent_args, vae_dir, tmp_path)
         "assert images[1].size == (8, 8)\n"
     )
     run(["-c", script], cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
+
+
+def test_previews_and_samples_are_decoded_one_by_one(latent_args, tmp_path, monkeypatch):
+    """Decoding a batch at once would take more memory than training: 12 GiB for 16 images of 512 pixels."""
+    decoded, encoded = [], []
+    decode, encode = AutoencoderKL.decode, AutoencoderKL.encode
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda vae, z, *args: decoded.append(len(z)) or decode(vae, z, *args))
+    monkeypatch.setattr(AutoencoderKL, "encode", lambda vae, x, *args: encoded.append(len(x)) or encode(vae, x, *args))
+    train([*latent_args, "--max_train_steps=1", "--num_validation_images=6", "--train_batch_size=3"])
+    assert decoded == [1] * 6 and set(encoded) == {3}
+    sample(tmp_path / "run", tmp_path / "samples", "--seeds=0-3", "--batch_size=4")
+    assert decoded == [1] * 10
 
 
 def test_prepared_latents_train_like_those_encoded_on_the_way(latent_args, converted, image_folder, vae_dir, tmp_path):

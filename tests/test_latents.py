@@ -393,6 +393,7 @@ def test_folder_holds_the_shards_and_the_metadata_and_nothing_else(prepared_dir,
         "num_images": NUM_IMAGES,
         "data_digest": load_image_table(SourceConfig(train_data_dir=str(image_folder))).data_digest(),
         "images_per_shard": 10,
+        "allow_tf32": False,
     }
 
 

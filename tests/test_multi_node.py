@@ -11,7 +11,7 @@ import pytest
 
 from diffit.config import parse_args
 from diffit.processes import build_accelerator, join_slurm_step
-from helpers import LAUNCH, STATES, assert_same_files, mentions, run, start, torchrun, wait_for_file
+from helpers import LAUNCH, ROOT, STATES, assert_same_files, mentions, run, start, torchrun, wait_for_file
 
 STEPS = 400
 
@@ -123,6 +123,53 @@ def test_accelerate_launch_that_starts_one_process_of_two_is_refused(flags, expo
 def test_accelerate_launch_of_one_process_trains_whatever_address_is_exported(train_args, tmp_path):
     run([*LAUNCH, "--cpu", "--num_processes=1", "train_diffit.py", *train_args, "--max_train_steps=1"], **EXPORTED)
     assert (tmp_path / "run/checkpoint-1").is_dir()
+
+
+# --- gloo's network interface
+
+
+GLOO_SCRIPT = """
+import os, sys, time
+from datetime import timedelta
+from types import SimpleNamespace
+import torch
+from diffit import processes
+from diffit.command_line import run_script
+
+def main(config):
+    processes.START_TIMEOUT = timedelta(seconds=4)
+    state = processes.join_processes()
+    if state.process_index == 1 and "LATER" in os.environ:
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["LATER"]
+    stop = processes.StopRequest()
+    stop.begin()
+    time.sleep(6 * state.process_index)  # longer than the time-out of connecting
+    stop.agreed()
+    stop.agreed()
+    stop.close()
+    print("met")
+
+run_script(main, SimpleNamespace(debug=False))
+"""
+
+
+def run_gloo_script(tmp_path, **environment: str) -> str:
+    script = tmp_path / "gloo.py"
+    script.write_text(GLOO_SCRIPT)
+    process = start([*torchrun(), str(script)], PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", **environment)
+    return process.communicate(timeout=120)[0]
+
+
+@pytest.mark.parametrize("moment", ["GLOO_SOCKET_IFNAME", "LATER"])  # of the process group, and of the stop signals
+def test_interface_that_gloo_cannot_use_is_named_with_the_remedy(moment, tmp_path):
+    output = run_gloo_script(tmp_path, **{moment: "nosuch0"})
+    assert mentions("gloo.py: error", "nosuch0", "GLOO_SOCKET_IFNAME=INTERFACE").search(output), output
+    assert "met" not in output.split()
+
+
+def test_short_time_out_of_connecting_does_not_end_slow_steps(tmp_path):
+    output = run_gloo_script(tmp_path)
+    assert output.split().count("met") == 2, output
 
 
 # --- processes that die

@@ -29,6 +29,7 @@ from diffit.optimization import (
     ema_weights,
     finish_step,
     muon_parameters,
+    obeys_found_inf,
     orthogonalize,
 )
 from diffit_model import DiffiTUNet2DModel
@@ -301,6 +302,55 @@ def test_fp16_overflow_moves_neither_schedule_nor_ema(kind):
             assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
         optimizer.zero_grad()
     assert outcomes == [False, True]
+
+
+class IgnoringAdamW(torch.optim.AdamW):
+    """Ignores `found_inf`, as torch's fused AdamW does on Apple's GPUs."""
+
+    def step(self, closure=None):
+        found_inf, self.found_inf = getattr(self, "found_inf", None), None
+        loss = super().step(closure)
+        self.found_inf = found_inf
+        return loss
+
+
+def test_fused_optimizer_is_asked_whether_it_skips():
+    assert obeys_found_inf(torch.optim.AdamW, torch.device("cpu"))
+    assert not obeys_found_inf(IgnoringAdamW, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("first_bad", [0, 1])  # a state that does not exist yet; one that does
+def test_steps_of_an_optimizer_that_ignores_found_inf_are_undone(kind, first_bad, monkeypatch, caplog):
+    """Weights and moments after two good steps are bitwise those without the bad one, as where torch skips it."""
+    PartialState(cpu=True)  # for the logs
+    asked = OptimizerConfig(optimizer=kind, learning_rate=1e-2, adam_weight_decay=0.1)
+    models = [DiffiTUNet2DModel(**TINY_CONFIG) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [build_optimizer(asked, models[0])]
+    assert caplog.text == ""
+    monkeypatch.setattr("torch.optim.AdamW", IgnoringAdamW)
+    monkeypatch.setattr("diffit.optimization.OBEYING_DEVICES", ())  # as if "cpu" were "mps"
+    optimizers.append(build_optimizer(asked, models[1]))
+    assert mentions("cpu", "AdamW", torch.__version__).search(caplog.text)
+    for side, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+        guard, taken = NonFiniteGuard(optimizer), []
+        for step in range(3):
+            is_bad = step == first_bad
+            if is_bad and side == 0:
+                continue
+            for index, parameter in enumerate(model.parameters()):
+                parameter.grad = torch.full_like(parameter, 0.1 * (1 + index % 3) * (1 + (step > first_bad)))
+                parameter.grad.fill_(torch.nan) if is_bad else None
+            guard.watch(torch.tensor(torch.nan if is_bad else 1.0))
+            optimizer.step()
+            taken.append(guard.outcome())
+        assert taken == ([True, True] if side == 0 else [step != first_bad for step in range(3)])
+    for first, second in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(first, second)
+        states = [optimizer.state[parameter] for optimizer, parameter in zip(optimizers, (first, second), strict=True)]
+        assert states[0].keys() == states[1].keys() and states[0]
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_optimizer_that_ignores_found_inf_is_refused():

@@ -1,25 +1,29 @@
 """Validation during training: the held-out loss, and metrics of generated images."""
 
 import json
+import logging
 import shutil
 from math import nan
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate import PartialState
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 
 from diffit.batches import open_tables
-from diffit.config import parse_args
+from diffit.config import MetricsConfig, parse_args
 from diffit.decode import normalize_pixels
 from diffit.errors import RunError
 from diffit.networks import model_class
 from diffit.source_config import SourceConfig
 from diffit.sources import load_image_table
 from diffit.stream import ImageDataset, PositionStream, split_table
-from diffit.validation import best_average
+from diffit.validation import best_average, build_evaluator
 from diffit_pipeline import DiffiTPipeline
 from helpers import ROOT, logged, mean_colours, mentions, run, torchrun, train
 
@@ -159,6 +163,32 @@ def test_metrics_are_logged_and_the_best_is_kept(train_args, tmp_path):
         "eval/frechet_distance",
         "eval/kernel_distance",
     }
+
+
+def test_reference_is_cut_for_the_kernel_distance_and_that_is_said(train_args, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    for module in ("metrics", "validation"):
+        monkeypatch.setattr(f"diffit.{module}.MAX_KERNEL_REFERENCE", 10)
+    train([*train_args, *EVAL, "--eval_metrics", "kernel_distance", "frechet_distance"])
+    assert mentions("kernel_distance", 10, 24).search(caplog.text)
+    measured_with = json.loads((tmp_path / "run/eval/best.json").read_text())["measured_with"]
+    assert (measured_with["reference_images"], measured_with["kernel_reference_images"]) == (24, 10)
+    assert all(event.value < 10 for event in logged(tmp_path / "run").Scalars("eval/kernel_distance"))
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_only_the_main_process_keeps_reference_features(is_main, monkeypatch):
+    PartialState(cpu=True)  # for the logs
+    features = np.arange(36, dtype=np.float32).reshape(12, 3)
+    monkeypatch.setattr("diffit.validation.extract_features", lambda *arguments, **keywords: features)
+    accelerator = SimpleNamespace(is_main_process=is_main, device=torch.device("cpu"))
+    plan, source = SimpleNamespace(resolution=(8, 8), num_channels=3), SimpleNamespace(digest=lambda: "a")
+    data, run = SimpleNamespace(dataloader_num_workers=0), SimpleNamespace(output_dir="run")
+    evaluator = build_evaluator(accelerator, object(), source, plan, data, MetricsConfig(), run)
+    assert evaluator.num_reference == 12
+    assert (evaluator.reference is not None) == is_main
+    if is_main:
+        assert torch.equal(evaluator.reference.features, torch.from_numpy(features).double())
 
 
 def test_best_of_another_metric_does_not_count(train_args, tmp_path):
