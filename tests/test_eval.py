@@ -1212,7 +1212,7 @@ def test_eval_command_of_the_readme_is_accepted(arguments):
 
 
 def test_each_process_hashes_its_share_of_the_images(image_folder, monkeypatch):
-    source = open_source("--reference", str(image_folder))
+    source = open_source("--reference", str(image_folder), ReferenceConfig(str(image_folder)))
     digest = identify(PartialState(cpu=True), source).digest
     read, shares = [], []
     content = type(source.table).content
@@ -1233,7 +1233,8 @@ def test_each_process_hashes_its_share_of_the_images(image_folder, monkeypatch):
 
 def test_digest_is_that_of_all_images_and_labels(image_folder, tmp_path):
     def digest() -> str:
-        return identify(PartialState(cpu=True), open_source("--reference", str(tmp_path / "data"))).digest
+        name = str(tmp_path / "data")
+        return identify(PartialState(cpu=True), open_source("--reference", name, ReferenceConfig(name))).digest
 
     shutil.copytree(image_folder, tmp_path / "data")
     digests = [digest()]
