@@ -29,10 +29,10 @@ from safetensors.torch import load_file, save_file
 
 from diffit.command_line import run_script
 from diffit.errors import UserError, user_errors
-from diffit.formulations import complete_scheduler_config
 from diffit.latents import load_vae
 from diffit.pretrained import model_folder
 from diffit.run_dir import OutputFolder
+from diffit.scheduler_configs import complete_scheduler_config
 from diffit_model import DiffiTTransformer2DModel, relative_position_index
 
 # Module names in NVIDIA's layout that differ in `DiffiTTransformer2DModel`; names inside the blocks are the same.

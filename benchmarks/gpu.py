@@ -40,7 +40,8 @@ from benchmarks.gpu_checks import (
     why_not,
 )
 from diffit.batches import BatchPreparer
-from diffit.config import DiffusionConfig, EmaConfig, ModelConfig, OptimizerConfig, ScheduleConfig
+from diffit.config import EmaConfig, ModelConfig, OptimizerConfig, ScheduleConfig
+from diffit.diffusion_config import DiffusionConfig
 from diffit.formulations import choose_formulation, denoising_losses, nan_if_non_finite
 from diffit.logs import LossBins, peak_memory
 from diffit.networks import model_class, sample_shape, set_up_model, training_flops_per_image

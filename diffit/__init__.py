@@ -5,7 +5,7 @@
     ../diffit_pipeline.py             samplers, schedulers, guidance   } nothing from this package
     ../train_diffit.py                the training loop
 
-    config                            training flags, and which of them must not change when a run is resumed
+    config, diffusion_config          training flags, and which of them must not change when a run is resumed
     plan                              everything derived from the flags, the data and the processes
     source_config, validation_config  flags of image sources, and of measurements during training
     config_file                       YAML lists of flags
@@ -15,7 +15,9 @@
     image_formats, colour_profiles    what the numbers in an image file mean; other color spaces to sRGB
     listing, labels                   the files in a folder or zip of images, and their classes
     batches, augment                  micro-batches on the device: VAE encoding, augmentation, noise
-    formulations                      DDPM and EDM: noise levels, network inputs, loss, schedulers
+    formulations                      DDPM, EDM and rectified flow: noise levels, network inputs, loss, schedulers
+    learned_variance                  the loss of a variance that the network predicts
+    scheduler_configs                 configs of saved schedulers, with their classes' defaults
     pretrained                        models to start from: which weights a path means, how they were trained
     networks                          building, loading, adapting and placing networks and VAEs; attention backends
     cpu_kernels                       fast CPU layers that replace the reference ones

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from diffit.errors import UserError, user_errors
 from diffit.eval_config import DEFAULT_NUM_IMAGES, EvaluatedConfig, PlotsConfig
 from diffit.features import FeatureExtractor, extract_features, fill_array, settings_folder, weights_digest
-from diffit.formulations import FORMULATIONS, formulation_name
+from diffit.formulations import FORMULATIONS
 from diffit.image_sets import ArrayImages, EvaluatedSet, ImageSet, check_resolution
 from diffit.processes import on_all_processes
 from diffit.run_dir import list_checkpoints
@@ -23,7 +23,7 @@ from diffit.sampling import check_steps, load_sampler, parse_class_labels, resol
 from diffit.sampling_config import SamplingConfig
 from diffit.sources import ImageTable
 from diffit.stream import PositionStream
-from diffit_pipeline import EDM_SCHEDULERS, DiffiTPipeline, choose_scheduler, null_label
+from diffit_pipeline import SAMPLERS, DiffiTPipeline, choose_scheduler, null_label, trained_with
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,8 @@ def measure_models(
 
 def plotted_samplings(plots: PlotsConfig, sampling: SamplingConfig, scheduler: str) -> list[SamplingConfig]:
     """The schedulers and steps of --plot_steps, for a model whose other samples are of `scheduler`."""
-    default = tuple(EDM_SCHEDULERS) if scheduler in EDM_SCHEDULERS else ("ddim", "dpmsolver++", "unipc")
-    schedulers = plots.plot_schedulers or default
+    default = next(tuple(names) for names in SAMPLERS.values() if scheduler in names)
+    schedulers = plots.plot_schedulers or (("ddim", "dpmsolver++", "unipc") if "ddim" in default else default)
     return [sampling.with_scheduler(scheduler, steps) for scheduler in schedulers for steps in plots.plot_steps or ()]
 
 
@@ -172,7 +172,7 @@ def check_plot_steps(model_path: str, sampling: SamplingConfig, plots: PlotsConf
     for plotted in plotted_samplings(plots, sampling, scheduler):
         with user_errors("--plot_schedulers", ValueError):
             choose_scheduler(model_path, plotted.scheduler)
-        formulation = FORMULATIONS[formulation_name(config)].from_scheduler_config(config)
+        formulation = FORMULATIONS[trained_with(config)].from_scheduler_config(config)
         check_steps(plotted.num_inference_steps, formulation, model_path, "--plot_steps")
 
 

@@ -16,8 +16,9 @@ from accelerate.logging import get_logger
 from diffusers import AutoencoderKL, ModelMixin
 
 from diffit.augment import NUM_AUGMENT_LABELS
-from diffit.config import BatchConfig, DiffusionConfig, ModelConfig, ScheduleConfig, TrainConfig, ValidationConfig
+from diffit.config import BatchConfig, ModelConfig, ScheduleConfig, TrainConfig, ValidationConfig
 from diffit.decode import warn_about_narrow_levels
+from diffit.diffusion_config import DiffusionConfig
 from diffit.errors import UserError, user_errors
 from diffit.formulations import Formulation, choose_formulation, differences, formulation_flags
 from diffit.latents import LatentTable, pixels_per_latent
@@ -298,7 +299,7 @@ def make_plan(
     check_network(complete, config.model, resolution, (height, width))
     return Plan(
         batch=batch,
-        formulation=formulation,
+        formulation=formulation.for_input(complete["in_channels"], height, width),
         resolution=resolution,
         num_channels=config.data.num_channels if vae is None else vae.image_channels,
         model_config=complete,

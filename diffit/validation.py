@@ -252,6 +252,7 @@ def sample_shard(accelerator: Accelerator, validation: Validation, num_images: i
     model, guidance_model = validation.state.model, validation.guidance_model
     pipeline = build_pipeline(model, validation.vae, validation.plan.formulation.preview_scheduler())
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.heun = False  # one forward pass per step, whatever the formulation
     shard = math.ceil(num_images / accelerator.num_processes)
     seeds = [min(accelerator.process_index * shard + i, num_images - 1) for i in range(shard)]
     null = null_label(model)
