@@ -5,9 +5,10 @@
     ../diffit_pipeline.py             samplers, schedulers, guidance   } nothing from this package
     ../train_diffit.py                the training loop
 
-    config, diffusion_config          training flags, and which of them must not change when a run is resumed
+    config                            training flags, and which of them must not change when a run is resumed
     plan                              everything derived from the flags, the data and the processes
-    source_config, validation_config  flags of image sources, and of measurements during training
+    diffusion_config, source_config,  flags of the formulation, of image sources, and of measurements during training
+    validation_config
     config_file                       YAML lists of flags
     latents_config, vae_config,       flags of prepare_latents.py, train_vae.py and
     convert_config                        convert_nvidia_checkpoint.py
