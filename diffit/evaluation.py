@@ -94,7 +94,7 @@ class Evaluation:
             name=model_path,
             kimg=checkpoint_kimg(model_path),
             scheduler=sampling.scheduler,
-            nfe=2 * num_timesteps - 1 if sampling.scheduler == "edm_heun" else num_timesteps,
+            nfe=2 * num_timesteps - 1 if sampling.scheduler.endswith("_heun") else num_timesteps,
         )
 
     def _sample(
