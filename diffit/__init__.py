@@ -29,7 +29,7 @@
                                           (model_card.md is its template)
     sampling_config, sampling         sampling flags and their rules; loading a pipeline, sampling seeds (the samplers
                                           themselves are in diffit_pipeline.py)
-    eval_config, evaluation           evaluation flags; cached samples and features
+    eval_config, evaluation, sweep    evaluation flags; cached samples and features; combinations of settings
     image_sets, features              images from folders, zips, npz, ...; feature extractors
     metrics, plots                    Frechet distance, kernel distance and others; plots of an evaluation
     command_line, errors              parsing flags; reporting errors

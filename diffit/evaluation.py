@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler, ModelMixin
 from tqdm.auto import tqdm
 
 from diffit.errors import UserError, user_errors
-from diffit.eval_config import DEFAULT_NUM_IMAGES, EvaluatedConfig, PlotsConfig
+from diffit.eval_config import DEFAULT_NUM_IMAGES, EvaluatedConfig, PlotsConfig, SweepPoint
 from diffit.features import FeatureExtractor, extract_features, fill_array, settings_folder, weights_digest
 from diffit.formulations import FORMULATIONS
 from diffit.image_sets import ArrayImages, EvaluatedSet, ImageSet, check_resolution
@@ -137,15 +137,17 @@ def measure_models(
     sampling: SamplingConfig,
     plots: PlotsConfig,
     table: ImageTable | None,
+    sweep: tuple[SweepPoint, ...] = (),
 ) -> list[EvaluatedSet]:
-    """Samples and measures the models of --model_path.
+    """Samples and measures the models of --model_path, each with all points of a sweep.
 
     Raises:
         UserError: if their images have different shapes, or the last one cannot be sampled for the plots as well.
     """
     paths = expand_checkpoints(evaluated.model_path, evaluated.all_checkpoints)
     on_all_processes(evaluation.processes, check_plot_steps, paths[-1], sampling, plots)  # not when all is sampled
-    sets = [evaluation.measure_model(path, sampling, evaluated, table) for path in paths]
+    points = [(point.sampling, point.evaluated) for point in sweep] or [(sampling, evaluated)]
+    sets = [evaluation.measure_model(path, *point, table) for path in paths for point in points]
     shapes = {tuple(one.images.images[0].shape) for one in sets}
     if len(shapes) > 1:
         raise UserError(f"the models of --model_path sample images of different shapes (C, H, W): {sorted(shapes)}")
