@@ -23,7 +23,7 @@ import re
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, DiTPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -278,6 +278,10 @@ def main(config: ConvertConfig) -> None:
     vae = None
     if config.vae is not None:
         vae = load_vae(config.vae, "--vae")
+        if not isinstance(vae, AutoencoderKL):
+            raise UserError(
+                f"--vae {config.vae} is an {type(vae).__name__}: a DiTPipeline decodes with an AutoencoderKL"
+            )
         if vae.config.latent_channels != model.config.in_channels:
             raise UserError(
                 f"--vae {config.vae} has {vae.config.latent_channels} latent channels, "

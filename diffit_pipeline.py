@@ -22,7 +22,9 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDIMScheduler,
     DDPMScheduler,
     DEISMultistepScheduler,
@@ -75,6 +77,10 @@ DEFAULT_SAMPLERS = {"ddpm": "ddim", "edm": "edm_heun", "flow": "flow_heun"}
 FORMULATION_TITLES = {"ddpm": "DDPM", "edm": "EDM", "flow": "rectified flow"}
 # A setting that only the schedulers of a formulation have.
 MARKS = {"ddpm": "beta_schedule", "edm": "sigma_data", "flow": "shift"}
+AUTOENCODERS = {
+    autoencoder.__name__: autoencoder for autoencoder in (AutoencoderKL, AutoencoderDC, AutoencoderKLFlux2)
+}
+Autoencoder = AutoencoderKL | AutoencoderDC | AutoencoderKLFlux2
 GUIDANCE_SCHEDULES = ("constant", "power_cosine")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -160,24 +166,71 @@ def null_label(network: torch.nn.Module) -> int | None:
     return num_class_embeds - 1 if type(network).__name__ == "UNet2DModel" else num_class_embeds
 
 
+def latent_channels(vae: Autoencoder) -> int:
+    """Number of channels of the latents that a network denoises; FLUX.2 folds patches of them into channels."""
+    return vae.config.latent_channels * math.prod(patch_size(vae))
+
+
+def pixels_per_latent(vae: Autoencoder) -> int:
+    """Pixels per latent along each side."""
+    if isinstance(vae, AutoencoderDC):
+        return vae.spatial_compression_ratio
+    return 2 ** (len(vae.config.block_out_channels) - 1) * patch_size(vae)[0]
+
+
+def image_channels(vae: Autoencoder) -> int:
+    """Number of channels of the images that a VAE decodes."""
+    return vae.config.in_channels if isinstance(vae, AutoencoderDC) else vae.config.out_channels
+
+
+def patch_size(vae: Autoencoder) -> tuple[int, int]:
+    """Height and width of the patches that are folded into channels, after encoding."""
+    return tuple(vae.config.patch_size) if isinstance(vae, AutoencoderKLFlux2) else (1, 1)
+
+
+def fold_patches(vae: Autoencoder, latents: torch.Tensor) -> torch.Tensor:
+    """Folds patches into channels as diffusers' FLUX.2 does: (B, c, h p, w q) to (B, c p q, h, w)."""
+    return torch.nn.functional.pixel_unshuffle(latents, side) if (side := patch_size(vae)[0]) > 1 else latents
+
+
+def decode_latents(vae: Autoencoder, latents: torch.Tensor) -> torch.Tensor:
+    """Decodes denoised latents, shape (B, c, h, w), to images in about [-1, 1], shape (B, C, H, W), float32."""
+    scale, shift = latent_scaling(vae, latents.device)
+    latents = latents / scale + shift
+    if (side := patch_size(vae)[0]) > 1:
+        latents = torch.nn.functional.pixel_shuffle(latents, side)
+    return vae.decode(latents.to(vae.dtype)).sample.float()
+
+
 def latent_scaling(
-    vae: AutoencoderKL, device: torch.device | str = "cpu"
+    vae: Autoencoder, device: torch.device | str = "cpu"
 ) -> tuple[float | torch.Tensor, float | torch.Tensor]:
     """Scale and shift of a VAE: a network denoises `(z - shift) * scale` of the encoder's latents z.
 
-    With `latents_mean` and `latents_std` in the VAE's config these are one number per channel, shape (1, c, 1, 1):
-    `scaling_factor / latents_std` and `latents_mean`, as in diffusers' Stable Diffusion XL. Otherwise they are
-    `scaling_factor` and `shift_factor`.
+    An `AutoencoderKL` with `latents_mean` and `latents_std` in its config has one number per channel, shape
+    (1, c, 1, 1): `scaling_factor / latents_std` and `latents_mean`, as in diffusers' Stable Diffusion XL. Otherwise
+    they are `scaling_factor` and `shift_factor`. An `AutoencoderDC` has a `scaling_factor` only. FLUX.2's keeps mean
+    and variance of the folded channels in a batch norm.
 
     Args:
         vae: the VAE.
         device: for the tensors.
 
     Raises:
-        ValueError: if the VAE is not an `AutoencoderKL`, or its config contradicts itself.
+        ValueError: if the VAE is not one of `AUTOENCODERS`, or its config contradicts itself.
     """
-    if not isinstance(vae, AutoencoderKL):
-        raise ValueError(f"the vae must be an AutoencoderKL, got {type(vae).__name__}: its scaling is not known here")
+    if not isinstance(vae, tuple(AUTOENCODERS.values())):
+        raise ValueError(
+            f"the vae must be one of {', '.join(AUTOENCODERS)}, got {type(vae).__name__}, whose scaling is not known"
+        )
+    if isinstance(vae, AutoencoderDC):
+        return vae.config.scaling_factor, 0.0
+    if isinstance(vae, AutoencoderKLFlux2):
+        if len(set(patch_size(vae))) > 1:
+            raise ValueError(f"the vae's patch_size must be square, got {patch_size(vae)}")
+        mean, variance = (one.reshape(1, -1, 1, 1) for one in (vae.bn.running_mean, vae.bn.running_var))
+        shift, scale = mean.float(), torch.rsqrt(variance.float() + vae.config.batch_norm_eps)
+        return (scale, shift) if shift.is_meta else (scale.to(device), shift.to(device))
     config, scale, shift = vae.config, vae.config.scaling_factor, vae.config.shift_factor or 0.0
     mean, std = config.latents_mean, config.latents_std
     for name, values in (("latents_mean", mean), ("latents_std", std)):
@@ -467,7 +520,7 @@ class DiffiTPipeline(DiffusionPipeline):
         transformer: latent-space network with the interface of `DiTTransformer2DModel`; None for a pixel-space model.
             If it predicts a variance in the second half of its output channels, a `DDPMScheduler` with
             `variance_type="learned_range"` or `"learned"` uses it; any other scheduler gets the first half only.
-        vae: `AutoencoderKL` that decodes the latents; without one, a latent-space model returns latents only.
+        vae: one of `AUTOENCODERS`, which decodes the latents; without one, a latent-space model returns latents only.
         heun: with an `EDMEulerScheduler` or a `FlowMatchEulerDiscreteScheduler`, correct each Euler step by Heun's
             method, see `edm_heun`.
 
@@ -487,14 +540,9 @@ class DiffiTPipeline(DiffusionPipeline):
             raise ValueError("a pipeline has exactly one network: give either unet or transformer")
         if vae is not None:
             latent_scaling(vae)  # for its checks
-        if (
-            vae is not None
-            and transformer is not None
-            and vae.config.latent_channels != transformer.config.in_channels
-        ):
+        if vae is not None and transformer is not None and latent_channels(vae) != transformer.config.in_channels:
             raise ValueError(
-                f"the VAE has {vae.config.latent_channels} latent channels, the transformer "
-                f"{transformer.config.in_channels}"
+                f"the VAE has {latent_channels(vae)} latent channels, the transformer {transformer.config.in_channels}"
             )
         self.register_modules(unet=unet, transformer=transformer, vae=vae, scheduler=scheduler)
         self.register_to_config(id2label=id2label, heun=heun)
@@ -507,7 +555,7 @@ class DiffiTPipeline(DiffusionPipeline):
         model_class: Callable[[dict], type],
         scheduler: str | None = None,
         dtype=torch.float32,
-        vae: AutoencoderKL | None = None,
+        vae: Autoencoder | None = None,
         network: torch.nn.Module | None = None,
     ):
         """Loads a pipeline folder written by training, or a `DiTPipeline` folder, without running any code in it.
@@ -538,9 +586,10 @@ class DiffiTPipeline(DiffusionPipeline):
             return cls(network, scheduler, index.get("id2label"), heun=heun)
 
         if vae is None and (index.get("vae") or [None])[0] is not None:
-            if index["vae"][1] != "AutoencoderKL":
-                raise ValueError(f"{model_path}: the vae must be an AutoencoderKL, it is a {index['vae'][1]}")
-            vae = AutoencoderKL.from_pretrained(model_path, subfolder="vae", use_safetensors=True)
+            if index["vae"][1] not in AUTOENCODERS:
+                names = ", ".join(AUTOENCODERS)
+                raise ValueError(f"{model_path}: the vae must be one of {names}, it is a {index['vae'][1]}")
+            vae = AUTOENCODERS[index["vae"][1]].from_pretrained(model_path, subfolder="vae", use_safetensors=True)
         settings = {"clip_sample": False}
         if scheduler_class is not DDPMScheduler:
             settings["variance_type"] = None  # otherwise DPM solvers keep only three channels of the prediction
@@ -568,12 +617,12 @@ class DiffiTPipeline(DiffusionPipeline):
     @property
     def image_channels(self) -> int:
         """Channels of the images, or of the latents if there is no VAE to decode them."""
-        return self.network.config.in_channels if self.vae is None else self.vae.config.out_channels
+        return self.network.config.in_channels if self.vae is None else image_channels(self.vae)
 
     @property
     def pixels_per_latent(self) -> int:
         """Height and width in pixels of what the VAE decodes from one latent; 1 without a VAE."""
-        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return 1 if self.vae is None else pixels_per_latent(self.vae)
 
     @property
     def image_size(self) -> tuple[int, int] | None:
@@ -925,9 +974,7 @@ class DiffiTPipeline(DiffusionPipeline):
     def _decode(self, sample: torch.Tensor) -> torch.Tensor:
         """Converts a denoised sample to images, in [0, 1] once clipped; shape (B, C, H, W). A VAE decodes latents."""
         if self.vae is not None:
-            scale, shift = latent_scaling(self.vae, sample.device)
-            latents = sample / scale + shift
-            sample = self.vae.decode(latents.to(self.vae.dtype)).sample.float()
+            sample = decode_latents(self.vae, sample)
         return sample / 2 + 0.5
 
     def save_config(self, save_directory: str | Path, **kwargs) -> None:

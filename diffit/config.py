@@ -107,8 +107,8 @@ class ModelConfig:
     )
     vae_model_name_or_path: str | None = flag(
         None,
-        "train in the latent space of this diffusers AutoencoderKL, a folder or hub name (default: train in pixel "
-        "space)",
+        "train in the latent space of this autoencoder of diffusers (AutoencoderKL, AutoencoderDC or "
+        "AutoencoderKLFlux2), a folder or hub name (default: train in pixel space)",
         type=path_type,
     )
     attention_backend: str = flag(

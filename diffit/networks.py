@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers import AutoencoderKL, ModelMixin, UNet2DModel
+from diffusers import ModelMixin, UNet2DModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,7 +34,7 @@ from diffit_model import (
     align_bias_for_xformers,
     xformers_unsupported_reasons,
 )
-from diffit_pipeline import latent_scaling
+from diffit_pipeline import AUTOENCODERS, Autoencoder, latent_scaling
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -120,7 +120,7 @@ def fits(value, annotation) -> bool:
     return isinstance(value, int | float if annotation is float else annotation)
 
 
-def vae_on_meta(path: str | None) -> AutoencoderKL | None:
+def vae_on_meta(path: str | None) -> Autoencoder | None:
     """The VAE of --vae_model_name_or_path on the meta device, without weights; None without a path.
 
     Raises:
@@ -130,13 +130,13 @@ def vae_on_meta(path: str | None) -> AutoencoderKL | None:
         return None
     config = read_vae_config(path)
     with torch.device("meta"):
-        vae = AutoencoderKL.from_config(config)
+        vae = AUTOENCODERS[config["_class_name"]].from_config(config)
     with user_errors(f"--vae_model_name_or_path {path}", ValueError):
         latent_scaling(vae)
     return vae
 
 
-def build_vae(path: str | None, table: Table, device: torch.device) -> AutoencoderKL | None:
+def build_vae(path: str | None, table: Table, device: torch.device) -> Autoencoder | None:
     """Loads the frozen VAE of --vae_model_name_or_path in float32; None without a path.
 
     Raises:
@@ -147,7 +147,7 @@ def build_vae(path: str | None, table: Table, device: torch.device) -> Autoencod
     vae = load_vae(path)
     if isinstance(table, LatentTable):
         description = vae_description(vae)
-        for key in dict.fromkeys([*description, *CHANNEL_STATISTICS]):
+        for key in dict.fromkeys([*description, *CHANNEL_STATISTICS, "vae_class"]):
             then, now = (values.get(key) for values in (table.metadata, description))
             if then != now:
                 raise UserError(
@@ -161,7 +161,7 @@ class Networks:
     """The networks on the device: the trained model and, in latent space, the frozen VAE."""
 
     model: ModelMixin
-    vae: AutoencoderKL | None
+    vae: Autoencoder | None
 
 
 def build_networks(

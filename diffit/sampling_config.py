@@ -116,7 +116,7 @@ class SamplingConfig:
     guidance: GuidanceConfig = nested(GuidanceConfig, "guidance_")
     vae: str | None = flag(
         None,
-        "folder or hub name of the AutoencoderKL that decodes a latent-space model (default: vae/ of the model)",
+        "folder or hub name of the autoencoder that decodes a latent-space model (default: vae/ of the model)",
         type=path_type,
     )
     dtype: str = flag("fp32", "dtype of the denoising network; the VAE stays in fp32", choices=DTYPES)

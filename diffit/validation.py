@@ -14,7 +14,7 @@ import PIL.Image
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers import AutoencoderKL, ModelMixin
+from diffusers import ModelMixin
 from torch.utils.data import DataLoader
 
 from diffit.batches import BatchPreparer, build_dataset
@@ -34,7 +34,7 @@ from diffit.sampling import load_guidance_model, sample_seeds
 from diffit.sampling_config import GuidanceConfig, SamplingConfig
 from diffit.sources import Table, detect_num_channels
 from diffit.stream import PositionStream, collate
-from diffit_pipeline import image_grid, null_label, to_displayable
+from diffit_pipeline import Autoencoder, image_grid, null_label, to_displayable
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -141,7 +141,7 @@ class Validation:
     metrics: MetricsConfig
     data: DataConfig
     state: TrainingState
-    vae: AutoencoderKL | None
+    vae: Autoencoder | None
     guidance_model: ModelMixin | None
     held_out: Table | None
     evaluator: Evaluator | None
