@@ -23,16 +23,16 @@ import re
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, DiTPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from diffit.command_line import run_script
 from diffit.errors import UserError, user_errors
-from diffit.formulations import complete_scheduler_config
 from diffit.latents import load_vae
 from diffit.pretrained import model_folder, network_subfolder
 from diffit.run_dir import OutputFolder, listed
+from diffit.scheduler_configs import complete_scheduler_config
 from diffit_model import DiffiTTransformer2DModel, relative_position_index
 
 # Module names in NVIDIA's layout that differ in `DiffiTTransformer2DModel`; names inside the blocks are the same.
@@ -305,6 +305,10 @@ def main(config: ConvertConfig) -> None:
     vae = None
     if config.vae is not None:
         vae = load_vae(config.vae, "--vae")
+        if not isinstance(vae, AutoencoderKL):
+            raise UserError(
+                f"--vae {config.vae} is an {type(vae).__name__}: a DiTPipeline decodes with an AutoencoderKL"
+            )
         if vae.config.latent_channels != model.config.in_channels:
             raise UserError(
                 f"--vae {config.vae} has {vae.config.latent_channels} latent channels, "

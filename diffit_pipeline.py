@@ -23,7 +23,9 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDIMScheduler,
     DDPMScheduler,
     DEISMultistepScheduler,
@@ -34,6 +36,8 @@ from diffusers import (
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
     ImagePipelineOutput,
     KDPM2DiscreteScheduler,
@@ -63,10 +67,25 @@ EDM_SCHEDULERS = {
     "edm_euler": EDMEulerScheduler,
     "edm_heun": EDMEulerScheduler,  # the same noise levels as edm_euler; the pipeline corrects each step
 }
+FLOW_SCHEDULERS = {
+    "flow_euler": FlowMatchEulerDiscreteScheduler,
+    "flow_heun": FlowMatchEulerDiscreteScheduler,  # as for EDM
+}
+EULER_SCHEDULERS = (EDMEulerScheduler, FlowMatchEulerDiscreteScheduler)  # whose steps Heun's method can correct
+# By the formulation that a model was trained with; the default sampler of each.
+SAMPLERS = {"ddpm": SCHEDULERS, "edm": EDM_SCHEDULERS, "flow": FLOW_SCHEDULERS}
+DEFAULT_SAMPLERS = {"ddpm": "ddim", "edm": "edm_heun", "flow": "flow_heun"}
+FORMULATION_TITLES = {"ddpm": "DDPM", "edm": "EDM", "flow": "rectified flow"}
+# A setting that only the schedulers of a formulation have.
+MARKS = {"ddpm": "beta_schedule", "edm": "sigma_data", "flow": "shift"}
 # Highest ratio of the first two noise levels that `HeunDiscreteScheduler` can step over. Measured with the exact
 # denoiser of two narrow modes: with cosine betas, 41 % of the samples miss both in 20 steps (ratio 1,666), 5 % in 30
 # (1,090), 0.4 % in 40 (810); with linear betas the ratio is below 4.
 MAX_HEUN_RATIO = 850
+AUTOENCODERS = {
+    autoencoder.__name__: autoencoder for autoencoder in (AutoencoderKL, AutoencoderDC, AutoencoderKLFlux2)
+}
+Autoencoder = AutoencoderKL | AutoencoderDC | AutoencoderKLFlux2
 GUIDANCE_SCHEDULES = ("constant", "power_cosine")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -174,24 +193,84 @@ def null_label(network: torch.nn.Module) -> int | None:
     return num_class_embeds - 1 if type(network).__name__ == "UNet2DModel" else num_class_embeds
 
 
+def latent_channels(vae: Autoencoder) -> int:
+    """Number of channels of the latents that a network denoises; FLUX.2 folds patches of them into channels."""
+    return vae.config.latent_channels * math.prod(patch_size(vae))
+
+
+def pixels_per_latent(vae: Autoencoder) -> int:
+    """Pixels per latent along each side."""
+    if isinstance(vae, AutoencoderDC):
+        return vae.spatial_compression_ratio
+    return 2 ** (len(vae.config.block_out_channels) - 1) * patch_size(vae)[0]
+
+
+def image_channels(vae: Autoencoder) -> int:
+    """Number of channels of the images that a VAE decodes."""
+    return vae.config.in_channels if isinstance(vae, AutoencoderDC) else vae.config.out_channels
+
+
+def patch_size(vae: Autoencoder) -> tuple[int, int]:
+    """Height and width of the patches that are folded into channels, after encoding."""
+    return tuple(vae.config.patch_size) if isinstance(vae, AutoencoderKLFlux2) else (1, 1)
+
+
+def fold_patches(vae: Autoencoder, latents: torch.Tensor) -> torch.Tensor:
+    """Folds patches into channels as diffusers' FLUX.2 does: (B, c, h p, w q) to (B, c p q, h, w)."""
+    return torch.nn.functional.pixel_unshuffle(latents, side) if (side := patch_size(vae)[0]) > 1 else latents
+
+
+def decode_latents(vae: Autoencoder, latents: torch.Tensor) -> torch.Tensor:
+    """Decodes denoised latents, shape (B, c, h, w), to images in about [-1, 1], shape (B, C, H, W), float32."""
+    scale, shift = latent_scaling(vae, latents.device)
+    latents = latents / scale + shift
+    if (side := patch_size(vae)[0]) > 1:
+        latents = torch.nn.functional.pixel_shuffle(latents, side)
+    # One by one, because decoding a batch at once takes more memory than denoising it.
+    return torch.cat([vae.decode(part).sample for part in latents.to(vae.dtype).split(1)]).float()
+
+
+def check_scaling(name: str, value: float, is_scale: bool) -> None:
+    """Refuses a number in a VAE's config that would scale its latents to nothing, or to nonsense.
+
+    Raises:
+        ValueError: names the setting and its value.
+    """
+    if not isinstance(value, int | float) or not math.isfinite(value) or (is_scale and value <= 0):
+        wanted = "a finite number above 0" if is_scale else "a finite number"
+        raise ValueError(f"the vae's {name} must be {wanted}, got {value!r}")
+
+
 def latent_scaling(
-    vae: AutoencoderKL, device: torch.device | str = "cpu"
+    vae: Autoencoder, device: torch.device | str = "cpu"
 ) -> tuple[float | torch.Tensor, float | torch.Tensor]:
     """Scale and shift of a VAE: a network denoises `(z - shift) * scale` of the encoder's latents z.
 
-    With `latents_mean` and `latents_std` in the VAE's config these are one number per channel, shape (1, c, 1, 1):
-    `scaling_factor / latents_std` and `latents_mean`, as in diffusers' Stable Diffusion XL. Otherwise they are
-    `scaling_factor` and `shift_factor`.
+    An `AutoencoderKL` with `latents_mean` and `latents_std` in its config has one number per channel, shape
+    (1, c, 1, 1): `scaling_factor / latents_std` and `latents_mean`, as in diffusers' Stable Diffusion XL. Otherwise
+    they are `scaling_factor` and `shift_factor`. An `AutoencoderDC` has a `scaling_factor` only. FLUX.2's keeps mean
+    and variance of the folded channels in a batch norm.
 
     Args:
         vae: the VAE.
         device: for the tensors.
 
     Raises:
-        ValueError: if the VAE is not an `AutoencoderKL`, or its config contradicts itself.
+        ValueError: if the VAE is not one of `AUTOENCODERS`, or its config contradicts itself.
     """
-    if not isinstance(vae, AutoencoderKL):
-        raise ValueError(f"the vae must be an AutoencoderKL, got {type(vae).__name__}: its scaling is not known here")
+    if not isinstance(vae, tuple(AUTOENCODERS.values())):
+        raise ValueError(
+            f"the vae must be one of {', '.join(AUTOENCODERS)}, got {type(vae).__name__}, whose scaling is not known"
+        )
+    if isinstance(vae, AutoencoderDC):
+        check_scaling("scaling_factor", vae.config.scaling_factor, True)
+        return vae.config.scaling_factor, 0.0
+    if isinstance(vae, AutoencoderKLFlux2):
+        if len(set(patch_size(vae))) > 1:
+            raise ValueError(f"the vae's patch_size must be square, got {patch_size(vae)}")
+        mean, variance = (one.reshape(1, -1, 1, 1) for one in (vae.bn.running_mean, vae.bn.running_var))
+        shift, scale = mean.float(), torch.rsqrt(variance.float() + vae.config.batch_norm_eps)
+        return (scale, shift) if shift.is_meta else (scale.to(device), shift.to(device))
     config, scale, shift = vae.config, vae.config.scaling_factor, vae.config.shift_factor or 0.0
     mean, std = config.latents_mean, config.latents_std
     for name, values in (("latents_mean", mean), ("latents_std", std)):
@@ -203,11 +282,8 @@ def latent_scaling(
         *(("scaling_factor", [scale]), ("shift_factor", [shift])),
         *(("latents_mean", mean or []), ("latents_std", std or [])),
     ):
-        is_scale = name in ("scaling_factor", "latents_std")
         for value in values:
-            if not isinstance(value, int | float) or not math.isfinite(value) or (is_scale and value <= 0):
-                wanted = "a finite number above 0" if is_scale else "a finite number"
-                raise ValueError(f"the vae's {name} must be {wanted}, got {value!r}")
+            check_scaling(name, value, is_scale=name in ("scaling_factor", "latents_std"))
     if std is not None:
         scale = scale / torch.tensor(std, device=device).reshape(1, -1, 1, 1)
     if mean is not None:
@@ -317,15 +393,28 @@ def guidance_weight(
     return 1 + (scale - 1) * (1 - math.cos(math.pi * (1 - time) ** power)) / 2
 
 
-def is_edm(scheduler) -> bool:
-    """Whether a scheduler is for EDM models, which are conditioned on noise levels rather than timesteps."""
-    return isinstance(scheduler, tuple(EDM_SCHEDULERS.values()))
+def trained_with(scheduler_config: dict) -> str:
+    """The formulation of the models that a scheduler is for: a key of `SAMPLERS`.
+
+    Args:
+        scheduler_config: the scheduler's config; `_class_name` tells the formulation.
+    """
+    name = str(scheduler_config.get("_class_name"))
+    if name in (FlowMatchEulerDiscreteScheduler.__name__, FlowMatchHeunDiscreteScheduler.__name__):
+        return "flow"
+    return "edm" if name.startswith("EDM") else "ddpm"
 
 
-def is_flow_matching(config: dict) -> bool:
-    """Whether a scheduler's config is for flow-matching models, which no network of this project is."""
-    by_name = str(config.get("_class_name")).startswith(("FlowMatch", "FlowMap"))
-    return by_name or bool(config.get("use_flow_sigmas")) or config.get("prediction_type") == "flow_prediction"
+def formulation_of(scheduler) -> str:
+    """`trained_with` of a scheduler."""
+    return trained_with({"_class_name": type(scheduler).__name__})
+
+
+def is_foreign_flow(config: dict) -> bool:
+    """Whether a scheduler's config is for flow matching in a form that this pipeline does not sample."""
+    foreign = str(config.get("_class_name")).startswith(("FlowMatch", "FlowMap")) and trained_with(config) != "flow"
+    unsupported = any(config.get(name) for name in ("use_flow_sigmas", "use_dynamic_shifting", "invert_sigmas"))
+    return foreign or unsupported or config.get("prediction_type") == "flow_prediction"
 
 
 def check_scheduler(scheduler, trained_with) -> None:
@@ -345,19 +434,21 @@ def check_scheduler(scheduler, trained_with) -> None:
     if not step or required or "Inverse" in name:
         needs = f": its step needs {', '.join(required)}" if required else ""
         raise ValueError(f"scheduler {name} is not for sampling images from noise{needs}")
-    if is_flow_matching({**config, "_class_name": name}):
-        raise ValueError(f"scheduler {name} is for flow matching, and the model was not trained with that")
-    # `from_config` keeps settings of the other formulation, so a saved scheduler may reveal one from the wrong folder.
-    edm, trained_edm = is_edm(scheduler), is_edm(trained_with)
-    foreign = "beta_schedule" if edm else "sigma_data"
-    if edm != trained_edm or (foreign in config and foreign not in own):
-        names = [scheduler_class.__name__ for scheduler_class in (SCHEDULERS if edm else EDM_SCHEDULERS).values()]
+    if is_foreign_flow({**config, "_class_name": name}):
+        raise ValueError(f"scheduler {name} is for a kind of flow matching that the model was not trained with")
+    # `from_config` keeps settings of other formulations, so a saved scheduler may reveal one from the wrong folder.
+    kind, wanted = formulation_of(scheduler), formulation_of(trained_with)
+    wanted = next(
+        (other for other, mark in MARKS.items() if other != kind and mark in config and mark not in own), wanted
+    )
+    if kind != wanted:
+        names = [scheduler_class.__name__ for scheduler_class in SAMPLERS[wanted].values()]
         raise ValueError(
-            f"scheduler {name} does not suit a model trained with {'DDPM' if edm else 'EDM'}: choose one of "
+            f"scheduler {name} does not suit a model trained with {FORMULATION_TITLES[wanted]}: choose one of "
             f"{', '.join(dict.fromkeys(names))}"
         )
     helps = f"make it with {name}.from_pretrained(<folder of the model>, subfolder='scheduler')"
-    for key in ("prediction_type", "sigma_data"):
+    for key in ("prediction_type", "sigma_data", "shift", *(["num_train_timesteps"] if kind == "flow" else [])):
         if config.get(key) != expected.get(key):
             values = f"{key} {config.get(key)}, the model was trained with {expected.get(key)}"
             raise ValueError(f"scheduler {name} has {values}: {helps}")
@@ -438,8 +529,7 @@ def choose_scheduler(model_path: str, scheduler: str | None = None) -> str:
 
     Args:
         model_path: local folder or hub name with `scheduler/`.
-        scheduler: a name in `SCHEDULERS`, or in `EDM_SCHEDULERS` for an EDM model. Default: `"ddim"`, or `"edm_heun"`
-            for an EDM model.
+        scheduler: a name in `SAMPLERS` of the model's formulation. Default: that of `DEFAULT_SAMPLERS`.
 
     Returns:
         The name of the scheduler.
@@ -448,9 +538,9 @@ def choose_scheduler(model_path: str, scheduler: str | None = None) -> str:
         ValueError: if the scheduler is unknown or does not suit the model, or the model's config is damaged.
     """
     config = DDPMScheduler.load_config(model_path, subfolder="scheduler")
-    if is_flow_matching(config):
+    if is_foreign_flow(config):
         raise ValueError(
-            f"{model_path} is a flow-matching model ({config.get('_class_name')}), which is not supported"
+            f"{model_path} is a flow-matching model of a kind that is not supported ({config.get('_class_name')})"
         )
     if "_class_name" not in config:
         raise ValueError(f"{model_path}: scheduler_config.json has no _class_name, so it says nothing about the model")
@@ -459,14 +549,13 @@ def choose_scheduler(model_path: str, scheduler: str | None = None) -> str:
         raise ValueError(
             f"{model_path} has prediction_type {config['prediction_type']!r}, expected {', '.join(known[1:])}"
         )
-    edm = config.get("_class_name") in {scheduler_class.__name__ for scheduler_class in EDM_SCHEDULERS.values()}
-    names = sorted(EDM_SCHEDULERS if edm else SCHEDULERS)
-    scheduler = scheduler or ("edm_heun" if edm else "ddim")
+    formulation = trained_with(config)
+    names = sorted(SAMPLERS[formulation])
+    scheduler = scheduler or DEFAULT_SAMPLERS[formulation]
     if scheduler not in names:
-        formulation = "EDM" if edm else "DDPM"
         raise ValueError(
-            f"scheduler {scheduler!r} does not suit {model_path}, a model trained with {formulation}: choose one of "
-            f"{', '.join(names)}"
+            f"scheduler {scheduler!r} does not suit {model_path}, a model trained with "
+            f"{FORMULATION_TITLES[formulation]}: choose one of {', '.join(names)}"
         )
     return scheduler
 
@@ -489,6 +578,27 @@ def load_network(model_path: str, model_class: Callable[[dict], type], dtype=tor
     return network_class.from_pretrained(model_path, subfolder=part, torch_dtype=dtype, use_safetensors=True)
 
 
+def load_scheduler(scheduler_class: type, model_path: str, **settings):
+    """Loads a scheduler of another class with the settings of the one in a pipeline folder.
+
+    diffusers' schedulers of flows do not know a `prediction_type`, and warn of one; it is kept for this pipeline.
+
+    Args:
+        scheduler_class: class of the scheduler.
+        model_path: local folder or hub name with `scheduler/`.
+        settings: settings that replace the saved ones.
+    """
+    config = dict(scheduler_class.load_config(model_path, subfolder="scheduler"))
+    kept = (
+        {"prediction_type": config.pop("prediction_type")}
+        if trained_with(config) == "flow" and "prediction_type" in config
+        else {}
+    )
+    scheduler = scheduler_class.from_config(config, **settings)
+    scheduler.register_to_config(**kept)
+    return scheduler
+
+
 class DiffiTPipeline(DiffusionPipeline):
     """Samples images with a `DiffiTUNet2DModel`, a `DiffiTTransformer2DModel`, or a network with such an interface.
 
@@ -502,8 +612,9 @@ class DiffiTPipeline(DiffusionPipeline):
         transformer: latent-space network with the interface of `DiTTransformer2DModel`; None for a pixel-space model.
             If it predicts a variance in the second half of its output channels, a `DDPMScheduler` with
             `variance_type="learned_range"` or `"learned"` uses it; any other scheduler gets the first half only.
-        vae: `AutoencoderKL` that decodes the latents; without one, a latent-space model returns latents only.
-        heun: with an `EDMEulerScheduler`, correct each Euler step by Heun's method, see `edm_heun`.
+        vae: one of `AUTOENCODERS`, which decodes the latents; without one, a latent-space model returns latents only.
+        heun: with an `EDMEulerScheduler` or a `FlowMatchEulerDiscreteScheduler`, correct each Euler step by Heun's
+            method, see `edm_heun`.
 
     Raises:
         ValueError: unless exactly one of `unet` and `transformer` is given, or if the VAE has another number of
@@ -521,14 +632,9 @@ class DiffiTPipeline(DiffusionPipeline):
             raise ValueError("a pipeline has exactly one network: give either unet or transformer")
         if vae is not None:
             latent_scaling(vae)  # for its checks
-        if (
-            vae is not None
-            and transformer is not None
-            and vae.config.latent_channels != transformer.config.in_channels
-        ):
+        if vae is not None and transformer is not None and latent_channels(vae) != transformer.config.in_channels:
             raise ValueError(
-                f"the VAE has {vae.config.latent_channels} latent channels, the transformer "
-                f"{transformer.config.in_channels}"
+                f"the VAE has {latent_channels(vae)} latent channels, the transformer {transformer.config.in_channels}"
             )
         check_id2label(id2label)
         self.register_modules(unet=unet, transformer=transformer, vae=vae, scheduler=scheduler)
@@ -542,7 +648,7 @@ class DiffiTPipeline(DiffusionPipeline):
         model_class: Callable[[dict], type],
         scheduler: str | None = None,
         dtype=torch.float32,
-        vae: AutoencoderKL | None = None,
+        vae: Autoencoder | None = None,
         network: torch.nn.Module | None = None,
     ):
         """Loads a pipeline folder written by training, or a `DiTPipeline` folder, without running any code in it.
@@ -565,17 +671,18 @@ class DiffiTPipeline(DiffusionPipeline):
         """
         index = cls.load_config(model_path) if network is None else {}
         scheduler = choose_scheduler(model_path, scheduler)
-        heun = scheduler == "edm_heun"
-        scheduler_class = (SCHEDULERS | EDM_SCHEDULERS)[scheduler]
+        heun = scheduler.endswith("_heun")
+        scheduler_class = (SCHEDULERS | EDM_SCHEDULERS | FLOW_SCHEDULERS)[scheduler]
         network = load_network(model_path, model_class, dtype) if network is None else network
         if component_name(network) == "unet":
-            scheduler = scheduler_class.from_pretrained(model_path, subfolder="scheduler")
+            scheduler = load_scheduler(scheduler_class, model_path)
             return cls(network, scheduler, index.get("id2label"), heun=heun)
 
         if vae is None and (index.get("vae") or [None])[0] is not None:
-            if index["vae"][1] != "AutoencoderKL":
-                raise ValueError(f"{model_path}: the vae must be an AutoencoderKL, it is a {index['vae'][1]}")
-            vae = AutoencoderKL.from_pretrained(model_path, subfolder="vae", use_safetensors=True)
+            if index["vae"][1] not in AUTOENCODERS:
+                names = ", ".join(AUTOENCODERS)
+                raise ValueError(f"{model_path}: the vae must be one of {names}, it is a {index['vae'][1]}")
+            vae = AUTOENCODERS[index["vae"][1]].from_pretrained(model_path, subfolder="vae", use_safetensors=True)
         settings = {"clip_sample": False}
         if scheduler_class is not DDPMScheduler:
             settings["variance_type"] = None  # otherwise DPM solvers keep only three channels of the prediction
@@ -583,12 +690,12 @@ class DiffiTPipeline(DiffusionPipeline):
             settings |= {"variance_type": "learned_range", "timestep_spacing": "linspace"}
         accepted = inspect.signature(scheduler_class).parameters
         settings = {key: value for key, value in settings.items() if key in accepted}
-        scheduler = scheduler_class.from_pretrained(model_path, subfolder="scheduler", **settings)
+        scheduler = load_scheduler(scheduler_class, model_path, **settings)
         return cls(None, scheduler, index.get("id2label"), network, vae, heun)
 
     @property
     def heun(self) -> bool:
-        """Whether Euler steps of an `EDMEulerScheduler` are corrected by Heun's method; it is saved."""
+        """Whether Euler steps of an EDM or a flow scheduler are corrected by Heun's method; it is saved."""
         return self.config.heun
 
     @heun.setter
@@ -603,12 +710,12 @@ class DiffiTPipeline(DiffusionPipeline):
     @property
     def image_channels(self) -> int:
         """Channels of the images, or of the latents if there is no VAE to decode them."""
-        return self.network.config.in_channels if self.vae is None else self.vae.config.out_channels
+        return self.network.config.in_channels if self.vae is None else image_channels(self.vae)
 
     @property
     def pixels_per_latent(self) -> int:
         """Height and width in pixels of what the VAE decodes from one latent; 1 without a VAE."""
-        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return 1 if self.vae is None else pixels_per_latent(self.vae)
 
     @property
     def image_size(self) -> tuple[int, int] | None:
@@ -760,8 +867,8 @@ class DiffiTPipeline(DiffusionPipeline):
             raise ValueError(f"PIL has no images with {self.image_channels} channels: give output_type='np' or 'pt'")
         self.check_guidance(guidance_channels, guidance_model)
         self._check_steps(num_inference_steps, eta)
-        uses_heun = self.heun and isinstance(self.scheduler, EDMEulerScheduler)
-        if s_churn != 0 and not uses_heun:
+        uses_heun = self.heun and isinstance(self.scheduler, EULER_SCHEDULERS)
+        if s_churn != 0 and not (uses_heun and isinstance(self.scheduler, EDMEulerScheduler)):
             raise ValueError(f"s_churn {s_churn} needs Heun's method: an EDMEulerScheduler, and heun=True")
         labels, batch_size = self._labels(class_labels, batch_size)
         if isinstance(generator, list) and len(generator) != batch_size:
@@ -772,7 +879,7 @@ class DiffiTPipeline(DiffusionPipeline):
         sample = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)  # (B, C, H, W)
 
         # 2. scheduler
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self._set_timesteps(num_inference_steps)
         self._warn_of_heun(num_inference_steps)
         step_kwargs = self._step_kwargs(eta, generator)
         uses_variance = isinstance(self.scheduler, DDPMScheduler) and self.scheduler.config.variance_type in (
@@ -796,11 +903,14 @@ class DiffiTPipeline(DiffusionPipeline):
             if uses_heun:
                 sample = self._heun(predict, sample, s_churn, s_tmin, s_tmax, s_noise, generator)
             else:
-                sample = sample * self.scheduler.init_noise_sigma
+                flow = formulation_of(self.scheduler) == "flow"
+                sample = sample if flow else sample * self.scheduler.init_noise_sigma
                 timesteps = self.scheduler.timesteps
                 for timestep, time in zip(self.progress_bar(timesteps), self._times(), strict=True):
-                    model_input = self.scheduler.scale_model_input(sample, timestep)
+                    model_input = sample if flow else self.scheduler.scale_model_input(sample, timestep)
                     prediction = predict(model_input, timestep, time)
+                    if self._predicts_flow_images:
+                        prediction = (sample - prediction) / time  # the velocity, which flow schedulers take
                     sample = self.scheduler.step(prediction, timestep, sample, **step_kwargs).prev_sample
 
         # 4. images
@@ -822,7 +932,7 @@ class DiffiTPipeline(DiffusionPipeline):
         if eta != 0 and "eta" not in inspect.signature(scheduler.step).parameters:
             raise ValueError(f"eta {eta} needs a DDIMScheduler, {type(scheduler).__name__} has none")
         most = scheduler.config.num_train_timesteps
-        if num_inference_steps > most and not is_edm(scheduler):
+        if num_inference_steps > most and formulation_of(scheduler) == "ddpm":
             raise ValueError(f"num_inference_steps {num_inference_steps} exceeds the {most} timesteps of the model")
 
     def _warn_of_heun(self, num_inference_steps: int) -> None:
@@ -838,6 +948,21 @@ class DiffiTPipeline(DiffusionPipeline):
                 "another scheduler, such as UniPCMultistepScheduler (unipc)",
                 stacklevel=4,  # the caller of the decorated `__call__`
             )
+
+    def _set_timesteps(self, num_inference_steps: int) -> None:
+        """Sets the scheduler's timesteps; those of a flow are evenly spaced before the shift, which applies once."""
+        scheduler, device = self.scheduler, self._execution_device
+        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            # By default diffusers' steps end at the lowest fraction of training after the shift, and shift it again.
+            sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+            scheduler.set_timesteps(num_inference_steps, device=device, sigmas=sigmas)
+        else:
+            scheduler.set_timesteps(num_inference_steps, device=device)
+
+    @property
+    def _predicts_flow_images(self) -> bool:
+        """Whether the network of a flow predicts the image rather than the velocity."""
+        return formulation_of(self.scheduler) == "flow" and self.scheduler.config.get("prediction_type") == "sample"
 
     def _labels(
         self, class_labels: int | str | list[int | str] | torch.Tensor | None, batch_size: int | None
@@ -883,9 +1008,9 @@ class DiffiTPipeline(DiffusionPipeline):
         return step_kwargs
 
     def _times(self) -> list[float]:
-        """Time in [0, 1] of each timestep of the scheduler: t / T, or `edm_time`."""
+        """Time in [0, 1] of each timestep of the scheduler: t / T, or `edm_time`; for flow the fraction of noise."""
         config = self.scheduler.config
-        if not is_edm(self.scheduler):
+        if formulation_of(self.scheduler) != "edm":
             # One transfer from the device for all steps.
             return [timestep / config.num_train_timesteps for timestep in self.scheduler.timesteps.tolist()]
         sigmas = self.scheduler.sigmas[:-1].tolist()
@@ -909,7 +1034,15 @@ class DiffiTPipeline(DiffusionPipeline):
         """
         scheduler, config = self.scheduler, self.scheduler.config
         sigmas = scheduler.sigmas.tolist()
+        flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
         with self.progress_bar(total=2 * (len(sigmas) - 1) - 1) as progress:
+
+            def denoise_flow(sample: torch.Tensor, fraction: float) -> torch.Tensor:
+                """D(x_t; t) = x_t - t v: paths of a flow have the slope (x_t - D) / t, as those of EDM in sigma."""
+                timestep = torch.full((), fraction * config.num_train_timesteps, device=sample.device)
+                prediction = predict(sample, timestep, fraction)
+                progress.update()
+                return prediction if self._predicts_flow_images else sample - fraction * prediction
 
             def denoise(sample: torch.Tensor, sigma: float) -> torch.Tensor:
                 """D(x; sigma) of EDM Eq. 7: the scheduler turns the network into a denoiser."""
@@ -920,7 +1053,7 @@ class DiffiTPipeline(DiffusionPipeline):
                 progress.update()
                 return scheduler.precondition_outputs(sample, prediction, level)
 
-            return edm_heun(denoise, noise * sigmas[0], sigmas, *churn).float()
+            return edm_heun(denoise_flow if flow else denoise, noise * sigmas[0], sigmas, *churn).float()
 
     def _predict(
         self,
@@ -950,11 +1083,7 @@ class DiffiTPipeline(DiffusionPipeline):
     def _decode(self, sample: torch.Tensor) -> torch.Tensor:
         """Converts a denoised sample to images, in [0, 1] once clipped; shape (B, C, H, W). A VAE decodes latents."""
         if self.vae is not None:
-            scale, shift = latent_scaling(self.vae, sample.device)
-            latents = sample / scale + shift
-            # One by one, because decoding a batch at once takes more memory than denoising it.
-            parts = latents.to(self.vae.dtype).split(1)
-            sample = torch.cat([self.vae.decode(part).sample for part in parts]).float()
+            sample = decode_latents(self.vae, sample)
         return sample / 2 + 0.5
 
     def save_config(self, save_directory: str | Path, **kwargs) -> None:
@@ -964,7 +1093,7 @@ class DiffiTPipeline(DiffusionPipeline):
         index = json.loads(index_file.read_text())
         index["_class_name"] = ["diffit_pipeline", "DiffiTPipeline"]
         index = {key: value for key, value in index.items() if value != [None, None]}  # drops missing components
-        if self.heun or not isinstance(self.scheduler, EDMEulerScheduler):
+        if self.heun or not isinstance(self.scheduler, EULER_SCHEDULERS):
             index.pop("heun", None)  # it is the default, or has no effect
         index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         target = Path(save_directory, "diffit_pipeline.py")

@@ -20,6 +20,7 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import platform
 from collections.abc import Iterable
@@ -52,6 +53,7 @@ from diffit.processes import join_processes, on_all_processes, run_on_main_and_b
 from diffit.run_dir import OutputFolder
 from diffit.sampling import load_sampler
 from diffit.sampling_config import GuidanceConfig
+from diffit.sweep import Measured, best_of, format_sweep, plot_sweep, sweep_results, swept_values
 from diffit_pipeline import DiffiTPipeline, null_label
 
 SCRIPT = "eval_diffit.py"  # in the marks of output folders
@@ -150,9 +152,11 @@ def format_table(name: str, result: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def print_results(evaluated: list[tuple[EvaluatedSet, dict]]) -> None:
-    """Prints a table for each set of images, and a warning if there are too few of them."""
-    for images, result in evaluated:
+def print_results(evaluated: list[tuple[EvaluatedSet, dict]], sweep: list[Measured]) -> None:
+    """Prints a table of a sweep, or one for each set of images; and a warning if there are too few of them."""
+    if sweep:
+        print(format_sweep(sweep))
+    for images, result in evaluated if not sweep else ():
         print(format_table(images.name, result))
     counts = [row["counts"] for row in evaluated[0][1].values()]
     num_images = min(n for row in counts for n in (row["images"], row["reference"]) if n is not None)
@@ -164,15 +168,21 @@ def print_results(evaluated: list[tuple[EvaluatedSet, dict]]) -> None:
 
 
 def write_results(
-    output: str, evaluated: list[tuple[EvaluatedSet, dict]], by_steps: list[tuple[EvaluatedSet, dict]], settings: dict
+    output: str,
+    evaluated: list[tuple[EvaluatedSet, dict]],
+    by_steps: list[tuple[EvaluatedSet, dict]],
+    sweep: list[Measured],
+    settings: dict,
 ) -> None:
     """Writes the file of --output: the metrics of the only set of images, or a list `models`; and `by_steps`.
+
+    Of a sweep, it has a list `sweep` with settings and metrics of each combination, and the settings of the `best`.
 
     Raises:
         UserError: if another program changed the file since the start.
     """
     rows = [{"name": images.name, "kimg": images.kimg} | result for images, result in evaluated]
-    contents = rows[0] if len(rows) == 1 else {"models": rows}
+    contents = sweep_results(sweep) if sweep else rows[0] if len(rows) == 1 else {"models": rows}
     if by_steps:
         contents["by_steps"] = [
             {"name": images.name, "scheduler": images.scheduler, "evaluations": images.nfe} | result
@@ -372,7 +382,7 @@ def main(config: EvalConfig) -> None:
         if asked is not None and found < asked and processes.is_main_process:
             print(f"Warning: --num_images {asked}, but --images {evaluated.images} has {found} images only")
     else:
-        sets = measure_models(evaluation, evaluated, config.sampling, plots, source.table)
+        sets = measure_models(evaluation, evaluated, config.sampling, plots, source.table, config.sweep)
         step_sets = measure_by_steps(evaluation, sets[-1], evaluated, config.sampling, plots, source.table)
         size = sets[0].images.images[0].shape[1:]
     reference = training = None
@@ -389,22 +399,28 @@ def main(config: EvalConfig) -> None:
     # 3. metrics
     real = real_features(source, reference, evaluation, sets[0].features.shape[1])
     results, step_results = (compare_sets(metrics, group, real, reference) for group in (sets, step_sets))
-    print_results(results)
+    sweep = [(*one, point) for one, point in zip(results, itertools.cycle(config.sweep), strict=False)]
+    print_results(results, sweep)
     if output.output is not None:
-        arguments = to_flags(config)
-        write_results(output.output, results, step_results, describe(extractors[0], size, arguments))
+        arguments = to_flags(config) | swept_values(config.sweep)
+        write_results(output.output, results, step_results, sweep, describe(extractors[0], size, arguments))
 
     # 4. plots
     if plots.plots is not None:
         folder = OutputFolder(plots.plots, SCRIPT, "--plots")
         folder.announce(PLOTS)
-        plot_models(folder.folder, results, step_results)
+        if sweep:
+            plot_sweep(folder.folder, sweep)
+        else:
+            plot_models(folder.folder, results, step_results)
+        shown = best_of(sweep)[0] if sweep else sets[-1]
         held_out = None if training_source is None else reference
-        plot_neighbors(folder.folder, sets[-1], training, held_out, metrics.feature_extractor, output.batch_size)
+        plot_neighbors(folder.folder, shown, training, held_out, metrics.feature_extractor, output.batch_size)
         if evaluated.model_path is not None:
             plain = dataclasses.replace(config.sampling, scheduler=None, guidance=GuidanceConfig())
             load = functools.partial(load_sampler, sampling=plain, device=processes.device, weights=evaluated.weights)
-            pipelines = ((images.name, load(images.name)[0]) for images in sets)  # one after the other
+            names = dict.fromkeys(images.name for images in sets)
+            pipelines = ((name, load(name)[0]) for name in names)  # one after the other
             curves = loss_curves(pipelines, training_source or source, size, output.batch_size)
             plot_losses(folder.folder / "loss_by_timestep.png", *curves)
         folder.record(PLOTS)

@@ -42,7 +42,6 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset, Features
 from datasets import disable_progress_bars as disable_datasets_progress_bars
-from diffusers import AutoencoderKL
 from torch.utils.data import BatchSampler, DataLoader
 from tqdm.auto import tqdm
 
@@ -65,7 +64,7 @@ from diffit.lock import OutputDirLock
 from diffit.processes import check_agreement, join_processes, on_all_processes, run_on_main_and_broadcast
 from diffit.run_dir import OutputFolder
 from diffit.sources import ImageTable, detect_num_channels, is_same_data, load_image_table
-from diffit_pipeline import latent_scaling
+from diffit_pipeline import Autoencoder, latent_scaling
 
 logger = logging.getLogger("prepare_latents")
 
@@ -139,7 +138,7 @@ def missing_shards(output_dir: Path, names: list[str]) -> list[int]:
 
 
 def encode(
-    vae: AutoencoderKL, batches: Iterator[tuple[torch.Tensor, list[str | None]]], mirror: bool, check_scale: bool
+    vae: Autoencoder, batches: Iterator[tuple[torch.Tensor, list[str | None]]], mirror: bool, check_scale: bool
 ) -> dict[str, list]:
     """Encodes batches of `CenterCrops` into the columns of one shard, except the labels.
 

@@ -159,7 +159,7 @@ def main(config: TrainConfig) -> None:
 
         # 4. the networks and the training state, new or resumed
         networks = build_networks(accelerator, plan.model_config, config.model, table, config.batch.seed)
-        guide = build_guidance_model(accelerator, config.validation.guidance.model, networks.model, formulation)
+        guide = build_guidance_model(accelerator, config.validation.guidance.model, networks.model, plan.formulation)
         compared = table if held_out is None else held_out
         extractor = build_extractor(accelerator, config.metrics, compared)
         state = build_state(run, networks, config.optimizer, config.schedule, config.ema, data)
@@ -176,7 +176,7 @@ def main(config: TrainConfig) -> None:
         batches = with_checked_latents(batches, networks.vae, accelerator.device)
         probabilities = (config.diffusion.label_dropout, config.data.augmentation_probability)
         null = null_label(networks.model)
-        preparer = BatchPreparer(formulation, accelerator.device, networks.vae, null, *probabilities)
+        preparer = BatchPreparer(plan.formulation, accelerator.device, networks.vae, null, *probabilities)
         start_trackers(run, asked, state.global_step)
         logger.info(describe_run(plan, state.model, table, 0 if held_out is None else len(held_out)))
         validated = train(run, state, batches, preparer, validation, config.optimizer, config.batch.seed)

@@ -41,9 +41,10 @@ from benchmarks.gpu_checks import (
 )
 from benchmarks.gpu_inference import check_inference, inference_geometries
 from diffit.batches import BatchPreparer
-from diffit.config import DiffusionConfig, EmaConfig, ModelConfig, OptimizerConfig, ScheduleConfig
+from diffit.config import EmaConfig, ModelConfig, OptimizerConfig, ScheduleConfig
 from diffit.device_config import DeviceConfig
 from diffit.devices import set_up_device
+from diffit.diffusion_config import DiffusionConfig
 from diffit.formulations import choose_formulation, denoising_losses, nan_if_non_finite
 from diffit.logs import LossBins, peak_memory
 from diffit.networks import model_class, sample_shape, set_up_model, training_flops_per_image

@@ -7,8 +7,8 @@
 
     config                            training flags, and which of them must not change when a run is resumed
     plan                              everything derived from the flags, the data and the processes
-    source_config, validation_config, flags of image sources, of measurements during training, and of the device
-        device_config
+    diffusion_config, source_config,  flags of the formulation, of image sources, of measurements during training, and
+    validation_config, device_config      of the device
     config_file                       YAML lists of flags
     latents_config, vae_config,       flags of prepare_latents.py, train_vae.py and
     convert_config                        convert_nvidia_checkpoint.py
@@ -16,7 +16,9 @@
     image_formats, colour_profiles    what the numbers in an image file mean; other color spaces to sRGB
     listing, labels                   the files in a folder or zip of images, and their classes
     batches, augment                  micro-batches on the device: VAE encoding, augmentation, noise
-    formulations                      DDPM and EDM: noise levels, network inputs, loss, schedulers
+    formulations                      DDPM, EDM and rectified flow: noise levels, network inputs, loss, schedulers
+    learned_variance                  the loss of a variance that the network predicts
+    scheduler_configs                 configs of saved schedulers, with their classes' defaults
     pretrained                        models to start from: which weights a path means, how they were trained
     networks                          building, loading, adapting and placing networks and VAEs; attention backends
     cpu_kernels                       fast CPU layers that replace the reference ones
@@ -28,7 +30,7 @@
                                           (model_card.md is its template)
     sampling_config, sampling         sampling flags and their rules; loading a pipeline, sampling seeds (the samplers
                                           themselves are in diffit_pipeline.py)
-    eval_config, evaluation           evaluation flags; cached samples and features
+    eval_config, evaluation, sweep    evaluation flags; cached samples and features; combinations of settings
     image_sets, features              images from folders, zips, npz, ...; feature extractors
     metrics, plots                    Frechet distance, kernel distance and others; plots of an evaluation
     command_line, errors              parsing flags; reporting errors

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers import AutoencoderKL
 from torch.utils.data import DataLoader
 
 from diffit.augment import augment
@@ -28,7 +27,7 @@ from diffit.plan import Plan
 from diffit.processes import ignore_stop_signals
 from diffit.sources import Table, load_image_table
 from diffit.stream import ImageDataset, PositionStream, StreamBatchSampler, StreamDataset, collate, split_table
-from diffit_pipeline import latent_scaling
+from diffit_pipeline import Autoencoder, latent_scaling
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -124,7 +123,7 @@ class BatchPreparer:
 
     formulation: Formulation
     device: torch.device
-    vae: AutoencoderKL | None = None
+    vae: Autoencoder | None = None
     null: int | None = None
     label_dropout: float = 0.0
     augmentation_probability: float = 0.0
@@ -162,7 +161,7 @@ def batch_labels(batch: dict, label_dropout: float, null: int | None) -> torch.T
     return torch.where(batch["dropout_uniform"] < label_dropout, null, batch["class_labels"])
 
 
-def encode_images(batch: dict, vae: AutoencoderKL | None, device: torch.device) -> torch.Tensor:
+def encode_images(batch: dict, vae: Autoencoder | None, device: torch.device) -> torch.Tensor:
     """Moves clean images to the device, as pixels in [-1, 1] or as latents if there is a VAE; shape (B, C, H, W).
 
     Latents are sampled from the encoder's Gaussian with noise from the batch, so they are a function of the position,
@@ -179,7 +178,7 @@ def encode_images(batch: dict, vae: AutoencoderKL | None, device: torch.device) 
     return sample_latents(moments, posterior_noise, *latent_scaling(vae, device))
 
 
-def with_checked_latents(batches: Iterator[dict], vae: AutoencoderKL | None, device: torch.device) -> Iterator[dict]:
+def with_checked_latents(batches: Iterator[dict], vae: Autoencoder | None, device: torch.device) -> Iterator[dict]:
     """The same batches; once the first is asked for, the scale of its latents is checked (see `warn_of_scale`)."""
     first = next(batches)
     if vae is not None:

@@ -11,7 +11,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -138,7 +138,13 @@ def flag(default: Any, help: str, *, fixed: bool = False, fixed_if: tuple[str, s
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def add_flags(parser: argparse.ArgumentParser, config_class: type, title: str | None = None, prefix: str = "") -> None:
+def add_flags(
+    parser: argparse.ArgumentParser,
+    config_class: type,
+    title: str | None = None,
+    prefix: str = "",
+    several: Container[str] = (),
+) -> None:
     """Adds the flags of a config dataclass, including those of nested configs, to a parser.
 
     Args:
@@ -146,15 +152,19 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type, title: str | 
         config_class: a dataclass whose fields are defined by `flag` or `nested`.
         title: title of a separate section in `--help`, or None for no section.
         prefix: prepended to the name of each flag, such as `validation_`.
+        several: names of flags that take one or more values; given on the command line, they are parsed as lists.
     """
     group = parser if title is None else parser.add_argument_group(title)
     for field in dataclasses.fields(config_class):
         if not field.metadata:  # `debug`, which `Parser` defines
             continue
         if "options" not in field.metadata:
-            add_flags(group, field.type, field.metadata["title"], prefix + field.metadata["prefix"])
+            add_flags(group, field.type, field.metadata["title"], prefix + field.metadata["prefix"], several)
             continue
         options, text = dict(field.metadata["options"]), field.metadata["help"]
+        if prefix + field.name in several:
+            options["nargs"] = "+"
+            text += "; several values: see above"
         if isinstance(field.default, bool):
             options["action"] = argparse.BooleanOptionalAction
             text += f" (default: {'on' if field.default else 'off'})"

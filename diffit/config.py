@@ -9,7 +9,6 @@ Units: images, optimizer steps, pixels, thousands of images (kimg).
 import argparse
 import dataclasses
 import importlib.util
-import math
 import re
 import sys
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from diffit.command_line import (
 )
 from diffit.config_file import config_file_argv
 from diffit.device_config import PrecisionConfig
+from diffit.diffusion_config import DiffusionConfig
 from diffit.errors import UserError, message_of
 from diffit.launcher import EXIT_STOPPED
 from diffit.source_config import SOURCES, SourceConfig
@@ -46,7 +46,6 @@ LR_SCHEDULES = (
     *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
     *("piecewise_constant", "warmup_stable_decay"),
 )
-FORMULATIONS = ("ddpm", "edm")  # the keys of `diffit.formulations.FORMULATIONS`, whose import is slow
 DURATIONS = ("max_train_steps", "num_train_epochs", "max_train_kimg")
 DATA_SOURCES = (*SOURCES, "latents_dir")
 # A flag on the command line replaces the other flags of its group in the config file.
@@ -110,8 +109,8 @@ class ModelConfig:
     )
     vae_model_name_or_path: str | None = flag(
         None,
-        "train in the latent space of this diffusers AutoencoderKL, a folder or hub name (default: train in pixel "
-        "space)",
+        "train in the latent space of this autoencoder of diffusers (AutoencoderKL, AutoencoderDC or "
+        "AutoencoderKLFlux2), a folder or hub name (default: train in pixel space)",
         type=path_type,
     )
     attention_backend: str = flag(
@@ -181,59 +180,6 @@ class DataConfig:
 
     def __post_init__(self):
         require_one(self, DATA_SOURCES)
-
-
-@dataclass(frozen=True)
-class DiffusionConfig:
-    """The training formulation. If --pretrained_model_name_or_path has a scheduler, the defaults are taken from it."""
-
-    formulation: str | None = flag(
-        None,
-        "ddpm: discrete timesteps; edm: continuous noise levels with preconditioning, arXiv 2206.00364 (default: that "
-        "of --pretrained_model_name_or_path, otherwise ddpm)",
-        choices=FORMULATIONS,
-        fixed=True,
-    )
-    sigma_mean: float | None = flag(
-        None,
-        "EDM only: mean of ln sigma (default: -1.2)",
-        type=number_type(float, -math.inf, open_ends=True),
-        fixed=True,
-    )
-    sigma_std: float | None = flag(
-        None, "EDM only: standard deviation of ln sigma (default: 1.2)", type=positive_float, fixed=True
-    )
-    prediction_type: str | None = flag(
-        None,
-        "DDPM only: prediction target (default: that of --pretrained_model_name_or_path, otherwise v_prediction)",
-        choices=("epsilon", "sample", "v_prediction"),
-        fixed=True,
-    )
-    beta_schedule: str | None = flag(
-        None,
-        "DDPM only: noise schedule (default: that of --pretrained_model_name_or_path, otherwise squaredcos_cap_v2)",
-        choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
-        fixed=True,
-    )
-    num_train_timesteps: int | None = flag(
-        None,
-        "DDPM only: number of timesteps (default: that of --pretrained_model_name_or_path, otherwise 1000)",
-        type=at_least_one,
-        fixed=True,
-    )
-    snr_gamma: float | None = flag(
-        None,
-        "DDPM only: cap of the signal-to-noise ratio in the min-SNR loss weights (arXiv 2303.09556); 0 disables the "
-        "weighting (default: 5 for v_prediction, otherwise 0)",
-        type=non_negative_float,
-        fixed=True,
-    )
-    label_dropout: float = flag(
-        0.1,
-        "fraction of class labels replaced by the null class, which classifier-free guidance needs",
-        type=fraction,
-        fixed=True,
-    )
 
 
 @dataclass(frozen=True)

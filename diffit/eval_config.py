@@ -6,28 +6,31 @@ The script parses its flags before its slow imports, so nothing slow is imported
 
 import argparse
 import dataclasses
+import itertools
 from dataclasses import dataclass
+from typing import Any
 
 from diffit.command_line import (
     Parser,
     add_flags,
     flag,
+    from_flags,
     nested,
     number_type,
-    parse_config,
     path_type,
     positive_int,
     resolution_type,
     to_flags,
 )
 from diffit.device_config import DeviceConfig
-from diffit.errors import UserError
-from diffit.sampling_config import MAX_IMAGES, SCHEDULERS, SamplingConfig
+from diffit.errors import UserError, message_of
+from diffit.sampling_config import MAX_IMAGES, SCHEDULERS, GuidanceConfig, SamplingConfig
 from diffit.source_config import FolderConfig
 
 METRICS = ("frechet_distance", "kernel_distance", "inception_score", "precision", "recall")
 EXTRACTORS = ("inception", "dinov2", "clip", "efficientnet_lite0")
 DEFAULT_NUM_IMAGES = 50_000  # sampled from a model
+SWEPT = ("guidance_scale", "weights", "num_inference_steps")  # flags that take several values
 
 
 @dataclass(frozen=True)
@@ -179,8 +182,25 @@ class OutputConfig:
 
 
 @dataclass(frozen=True)
+class SweepPoint:
+    """One combination of the values of flags that were given several.
+
+    Attributes:
+        settings: the values by flag.
+        sampling: settings of the sampling, with these values.
+        evaluated: models and weights, with these values.
+    """
+
+    settings: dict[str, Any]
+    sampling: SamplingConfig
+    evaluated: EvaluatedConfig
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """A request to eval_diffit.py.
+
+    `sweep` has all combinations if flags of `SWEPT` were given several values; the other fields hold their last ones.
 
     Raises:
         UserError: names the flag that another one does not go with.
@@ -194,6 +214,7 @@ class EvalConfig:
     device: DeviceConfig = nested(DeviceConfig)
     output: OutputConfig = nested(OutputConfig)
     debug: bool = False
+    sweep: tuple[SweepPoint, ...] = ()
 
     def __post_init__(self):
         if self.evaluated.model_path is None:
@@ -213,7 +234,8 @@ TITLES = {
     "evaluated": "evaluated images, or models to sample from",
     "reference": "reference images",
     "metrics": "metrics",
-    "sampling": "sampling from --model_path",
+    "sampling": "sampling from --model_path; of --guidance_scale, --num_inference_steps and --weights with several "
+    "values, all combinations are measured",
     "plots": "plots",
     "device": "device and precision",
     "output": "output and speed",
@@ -225,7 +247,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     parser = Parser(description)
     for field in dataclasses.fields(EvalConfig):
         if field.name in TITLES:
-            add_flags(parser, field.type, TITLES[field.name])
+            add_flags(parser, field.type, TITLES[field.name], several=SWEPT)
     return parser
 
 
@@ -236,4 +258,35 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         argv: the flags; default: `sys.argv`.
         description: for `--help`.
     """
-    return parse_config(build_parser(description), EvalConfig, argv)
+    parser = build_parser(description)
+    try:
+        return build_config(vars(parser.parse_args(argv)))
+    except UserError as error:
+        parser.error(message_of(error))
+
+
+def build_config(values: dict[str, Any]) -> EvalConfig:
+    """The config of parsed flags, with all combinations if some flags of `SWEPT` have several values.
+
+    Raises:
+        UserError: names the flag that has a value twice, or that another one does not go with.
+    """
+    lists = {name: values[name] for name in SWEPT if isinstance(values[name], list)}
+    values = values | {"sweep": ()} | {name: listed[-1] for name, listed in lists.items()}
+    swept = {name: listed for name, listed in lists.items() if len(listed) > 1}
+    if not swept:
+        return from_flags(EvalConfig, values)
+    for name, listed in swept.items():
+        if len(set(listed)) < len(listed):
+            raise UserError(f"--{name} {' '.join(map(str, listed))} has a value twice")
+    if values["plot_steps"] is not None:
+        names = " and ".join(f"--{name}" for name in swept)
+        raise UserError(f"--plot_steps {' '.join(map(str, values['plot_steps']))}: give only one value of {names}")
+    points = []
+    for combination in itertools.product(*swept.values()):
+        settings = dict(zip(swept, combination, strict=True))
+        # Without guidance, the other flags of guidance would be refused.
+        unguided = to_flags(GuidanceConfig(), "guidance_") if settings.get("guidance_scale") == 1 else {}
+        config = from_flags(EvalConfig, values | settings | unguided)
+        points.append(SweepPoint(settings, config.sampling, config.evaluated))
+    return dataclasses.replace(config, sweep=tuple(points))

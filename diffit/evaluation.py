@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 
 from diffit.devices import tf32_settings
 from diffit.errors import UserError, user_errors
-from diffit.eval_config import DEFAULT_NUM_IMAGES, EvaluatedConfig, PlotsConfig
+from diffit.eval_config import DEFAULT_NUM_IMAGES, EvaluatedConfig, PlotsConfig, SweepPoint
 from diffit.features import FeatureExtractor, extract_features, fill_array, settings_folder, weights_digest
-from diffit.formulations import FORMULATIONS, formulation_name
+from diffit.formulations import FORMULATIONS
 from diffit.image_sets import ArrayImages, EvaluatedSet, ImageSet, check_resolution
 from diffit.processes import on_all_processes
 from diffit.run_dir import list_checkpoints
@@ -24,7 +24,7 @@ from diffit.sampling import check_steps, load_sampler, parse_class_labels, resol
 from diffit.sampling_config import SamplingConfig
 from diffit.sources import ImageTable
 from diffit.stream import PositionStream
-from diffit_pipeline import EDM_SCHEDULERS, DiffiTPipeline, choose_scheduler, null_label
+from diffit_pipeline import SAMPLERS, DiffiTPipeline, choose_scheduler, null_label, trained_with
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Evaluation:
             name=model_path,
             kimg=checkpoint_kimg(model_path),
             scheduler=sampling.scheduler,
-            nfe=2 * num_timesteps - 1 if sampling.scheduler == "edm_heun" else num_timesteps,
+            nfe=2 * num_timesteps - 1 if sampling.scheduler.endswith("_heun") else num_timesteps,
         )
 
     def _sample(
@@ -139,15 +139,17 @@ def measure_models(
     sampling: SamplingConfig,
     plots: PlotsConfig,
     table: ImageTable | None,
+    sweep: tuple[SweepPoint, ...] = (),
 ) -> list[EvaluatedSet]:
-    """Samples and measures the models of --model_path.
+    """Samples and measures the models of --model_path, each with all points of a sweep.
 
     Raises:
         UserError: if their images have different shapes, or the last one cannot be sampled for the plots as well.
     """
     paths = expand_checkpoints(evaluated.model_path, evaluated.all_checkpoints)
     on_all_processes(evaluation.processes, check_plot_steps, paths[-1], sampling, plots)  # not when all is sampled
-    sets = [evaluation.measure_model(path, sampling, evaluated, table) for path in paths]
+    points = [(point.sampling, point.evaluated) for point in sweep] or [(sampling, evaluated)]
+    sets = [evaluation.measure_model(path, *point, table) for path in paths for point in points]
     shapes = {tuple(one.images.images[0].shape) for one in sets}
     if len(shapes) > 1:
         raise UserError(f"the models of --model_path sample images of different shapes (C, H, W): {sorted(shapes)}")
@@ -156,8 +158,8 @@ def measure_models(
 
 def plotted_samplings(plots: PlotsConfig, sampling: SamplingConfig, scheduler: str) -> list[SamplingConfig]:
     """The schedulers and steps of --plot_steps, for a model whose other samples are of `scheduler`."""
-    default = tuple(EDM_SCHEDULERS) if scheduler in EDM_SCHEDULERS else ("ddim", "dpmsolver++", "unipc")
-    schedulers = plots.plot_schedulers or default
+    default = next(tuple(names) for names in SAMPLERS.values() if scheduler in names)
+    schedulers = plots.plot_schedulers or (("ddim", "dpmsolver++", "unipc") if "ddim" in default else default)
     return [sampling.with_scheduler(scheduler, steps) for scheduler in schedulers for steps in plots.plot_steps or ()]
 
 
@@ -174,7 +176,7 @@ def check_plot_steps(model_path: str, sampling: SamplingConfig, plots: PlotsConf
     for plotted in plotted_samplings(plots, sampling, scheduler):
         with user_errors("--plot_schedulers", ValueError):
             choose_scheduler(model_path, plotted.scheduler)
-        formulation = FORMULATIONS[formulation_name(config)].from_scheduler_config(config)
+        formulation = FORMULATIONS[trained_with(config)].from_scheduler_config(config)
         check_steps(plotted.num_inference_steps, formulation, model_path, "--plot_steps")
 
 

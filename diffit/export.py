@@ -12,7 +12,7 @@ from typing import Any
 import PIL.Image
 import yaml
 from accelerate.logging import get_logger
-from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, ModelMixin, SchedulerMixin
+from diffusers import DDPMPipeline, DDPMScheduler, ModelMixin, SchedulerMixin
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from diffit.config import EmaConfig, HubConfig, MetricsConfig
@@ -20,14 +20,14 @@ from diffit.errors import RunError, UserError
 from diffit.optimization import TrainingState
 from diffit.plan import Plan
 from diffit.run_dir import PIPELINE_FILES, PIPELINE_FOLDERS, OutputFolder
-from diffit_pipeline import DiffiTPipeline, component_name
+from diffit_pipeline import Autoencoder, DiffiTPipeline, component_name
 
 logger = get_logger(__name__, log_level="INFO")
 
 
 def build_pipeline(
     model: ModelMixin,
-    vae: AutoencoderKL | None,
+    vae: Autoencoder | None,
     scheduler: SchedulerMixin,
     id2label: dict[str, str] | None = None,
 ) -> DiffiTPipeline:
@@ -70,7 +70,7 @@ def save_pipeline(
     facts: RunFacts,
     run_dir: OutputFolder,
     state: TrainingState,
-    vae: AutoencoderKL | None,
+    vae: Autoencoder | None,
     average: str,
     validation: dict[str, float],
     grid: PIL.Image.Image | None,

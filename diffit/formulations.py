@@ -1,21 +1,20 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The training formulations, DDPM and EDM: noise-level sampling, input preconditioning, loss and schedulers.
+"""The training formulations DDPM, EDM and rectified flow: noise levels, network inputs, loss and schedulers.
 
-A formulation is one class here and one choice of `--formulation` in `diffit.config`; its fields are flags of
-`DiffusionConfig`. Training, validation and evaluation call its methods and never check which formulation it is.
+A formulation is one class here and one choice of `--formulation` in `diffit.diffusion_config`; its fields are flags
+of `DiffusionConfig`. Training, validation and evaluation call its methods and never check which formulation it is.
 
 Shapes: B batch, C channels, H/W height/width (pixels or latents), T number of training timesteps.
 """
 
+import copy
 import dataclasses
 import functools
-import inspect
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
-import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -24,13 +23,17 @@ from diffusers import (
     DDPMScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
     ModelMixin,
     SchedulerMixin,
 )
 from diffusers.training_utils import compute_snr
 
-from diffit.config import DiffusionConfig
+from diffit.diffusion_config import DiffusionConfig
 from diffit.errors import UserError
+from diffit.learned_variance import variance_bound
+from diffit.scheduler_configs import complete_scheduler_config
+from diffit_pipeline import trained_with
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class Formulation(ABC):
             ValueError: names a setting of the scheduler that this formulation does not have.
         """
         given = {name: getattr(asked, name) for name in cls.flag_names()}
-        theirs = {name: pretrained[name] for name, value in given.items() if value is None and name in pretrained}
+        recorded = cls.flags_of(pretrained) if pretrained else {}
+        theirs = {name: value for name, value in recorded.items() if given[name] is None}
         for name, value in theirs.items():
             choices = DiffusionConfig.__dataclass_fields__[name].metadata["options"].get("choices")
             if choices is not None and value not in choices:
@@ -83,7 +87,7 @@ class Formulation(ABC):
         Args:
             config: config of the pipeline's scheduler, which may be of any class.
         """
-        formulation = cls(**{name: config[name] for name in cls.flag_names() if name in config})
+        formulation = cls(**cls.flags_of(config))
         vars(formulation)["scheduler"] = cls.scheduler_class.from_config(config)  # keeps all its other settings
         return formulation
 
@@ -91,6 +95,15 @@ class Formulation(ABC):
     def flag_names(cls) -> tuple[str, ...]:
         """The flags of `DiffusionConfig` that apply to this formulation."""
         return tuple(field.name for field in dataclasses.fields(cls) if not field.kw_only)
+
+    @classmethod
+    def flags_of(cls, scheduler_config: dict[str, Any]) -> dict[str, Any]:
+        """The values of those flags that the config of this formulation's scheduler records."""
+        return {name: scheduler_config[name] for name in cls.flag_names() if name in scheduler_config}
+
+    def for_input(self, channels: int, height: int, width: int) -> Self:
+        """The formulation with the defaults that depend on the size of the network's input."""
+        return self
 
     @property
     @abstractmethod
@@ -191,6 +204,8 @@ class DDPM(Formulation):
     @classmethod
     def from_flags(cls, asked: DiffusionConfig, pretrained: dict[str, Any], in_latents: bool) -> Self:
         formulation = super().from_flags(asked, pretrained, in_latents)
+        if formulation.prediction_type == "flow":
+            raise UserError("--prediction_type flow is for --formulation flow, not ddpm")
         formulation.check_inherited()
         if formulation.snr_gamma is None and formulation.prediction_type == "v_prediction":
             return dataclasses.replace(formulation, snr_gamma=5.0)
@@ -377,7 +392,112 @@ class EDM(Formulation):
         return 18
 
 
-FORMULATIONS: dict[str, type[Formulation]] = {"ddpm": DDPM, "edm": EDM}
+@dataclass(frozen=True)
+class RectifiedFlow(Formulation):
+    """Straight paths x_t = (1 - t) x + t e from an image x to noise e, t in [0, 1] (arXiv 2209.03003, 2403.03206).
+
+    The network sees x_t and 1000 t, as diffusers' flow-matching models do. Its loss is that of the velocity e - x.
+
+    Attributes:
+        prediction_type: the network predicts the velocity (`flow`) or the image (`sample`).
+        timestep_sampling: distribution of t before the shift: `logit_normal` or `uniform`.
+        logit_mean: mean of logit t.
+        logit_std: standard deviation of logit t.
+        flow_shift: shift s of t in training and of the sampler's steps, `s t / (1 + (s - 1) t)` (arXiv 2403.03206,
+            Eq. 23); None until `for_input`.
+    """
+
+    scheduler_class = FlowMatchEulerDiscreteScheduler
+    without_flag = ("num_train_timesteps",)
+
+    prediction_type: str = "flow"
+    timestep_sampling: str = "logit_normal"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    flow_shift: float | None = None
+
+    lowest_fraction: ClassVar[float] = 0.05  # below it, the weight 1 / t^2 of an error of the image stops growing
+    base_size: ClassVar[int] = 4 * 32 * 32  # numbers in the latents of a 256-pixel image, which need no shift
+
+    @classmethod
+    def from_flags(cls, asked: DiffusionConfig, pretrained: dict[str, Any], in_latents: bool) -> Self:
+        for name in ("use_dynamic_shifting", "shift_terminal", "invert_sigmas"):
+            if pretrained.get(name):
+                raise ValueError(f"its scheduler has {name} {pretrained[name]}, which is not supported")
+        for name in ("logit_mean", "logit_std"):
+            if asked.timestep_sampling == "uniform" and (value := getattr(asked, name)) is not None:
+                raise UserError(f"--{name} {value} has no effect with --timestep_sampling uniform")
+        formulation = super().from_flags(asked, pretrained, in_latents)
+        if formulation.prediction_type not in ("flow", "sample"):
+            raise UserError(f"--prediction_type {formulation.prediction_type} is for --formulation ddpm, not flow")
+        return formulation
+
+    @classmethod
+    def flags_of(cls, scheduler_config: dict[str, Any]) -> dict[str, Any]:
+        prediction_type = scheduler_config.get("prediction_type", "flow")
+        return {"prediction_type": prediction_type, "flow_shift": scheduler_config.get("shift", 1.0)}
+
+    def for_input(self, channels: int, height: int, width: int) -> Self:
+        """The default shift is that of arXiv 2403.03206, Eq. 23, but it never moves t toward the image."""
+        if self.flow_shift is not None:
+            return self
+        return dataclasses.replace(self, flow_shift=max(1.0, math.sqrt(channels * height * width / self.base_size)))
+
+    @functools.cached_property
+    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=self.flow_shift or 1.0, **dict(self.inherited))
+        if self.prediction_type == "sample":
+            scheduler.register_to_config(prediction_type="sample")  # for `DiffiTPipeline`; the scheduler has no such
+        return scheduler
+
+    def preview_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        return copy.deepcopy(self.scheduler)
+
+    def noise_levels(self, uniform: torch.Tensor) -> torch.Tensor:
+        """Fractions of noise t in [0, 1] after the shift; float32."""
+        fraction = uniform.double() + 2**-25  # as in EDM's
+        if self.timestep_sampling == "logit_normal":
+            normal = torch.special.ndtri(fraction.clamp(max=1 - 2**-25))
+            fraction = torch.sigmoid(self.logit_mean + self.logit_std * normal)
+        shift = self.flow_shift or 1.0
+        return (shift * fraction / (1 + (shift - 1) * fraction)).float()
+
+    def network_inputs(
+        self, clean_images: torch.Tensor, noise: torch.Tensor, levels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        fraction = levels[:, None, None, None]  # (B, 1, 1, 1)
+        noisy_images = (1 - fraction) * clean_images + fraction * noise
+        return noisy_images, levels * self.scheduler.config.num_train_timesteps
+
+    def losses(
+        self, model_pred: torch.Tensor, clean_images: torch.Tensor, noise: torch.Tensor, levels: torch.Tensor
+    ) -> torch.Tensor:
+        """Squared error of the velocity: that of a predicted image divided by t^2, as x_t - t v = x."""
+        if self.prediction_type == "flow":
+            return (model_pred.float() - (noise - clean_images)).square().mean(dim=(1, 2, 3))
+        error = (model_pred.float() - clean_images).square().mean(dim=(1, 2, 3))  # (B)
+        return error / levels.clamp(min=self.lowest_fraction).square()
+
+    def level_grid(self, count: int) -> list[float]:
+        return ((np.arange(count) + 0.5) / count).tolist()
+
+    def axes(self) -> dict[str, str]:
+        return {"xlabel": "fraction of noise (0 = image, 1 = noise)", "ylabel": "mean squared error of the velocity"}
+
+    def describe(self) -> str:
+        predicted = {"flow": "the velocity", "sample": "the image"}[self.prediction_type]
+        levels = self.timestep_sampling
+        if levels == "logit_normal":
+            levels += f" with mean {self.logit_mean:g} and standard deviation {self.logit_std:g}"
+        text = f"rectified flow that predicts {predicted}, fractions of noise {levels}, shift {self.flow_shift:.4g}"
+        return text + describe_inherited(self)
+
+    @property
+    def num_sampling_steps(self) -> int:
+        return 25
+
+
+FORMULATIONS: dict[str, type[Formulation]] = {"ddpm": DDPM, "edm": EDM, "flow": RectifiedFlow}
 
 
 def describe_inherited(formulation: Formulation) -> str:
@@ -388,40 +508,20 @@ def describe_inherited(formulation: Formulation) -> str:
     )
 
 
-def scheduler_defaults(scheduler_config: dict[str, Any]) -> dict[str, Any]:
-    """The defaults of a saved scheduler's class for the settings that its config leaves out; empty if unknown."""
-    name = scheduler_config.get("_class_name", "DDPMScheduler")
-    scheduler_class = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
-        return {}
-    parameters = inspect.signature(scheduler_class.__init__).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
-
-
-def complete_scheduler_config(scheduler_config: dict[str, Any]) -> dict[str, Any]:
-    """A saved scheduler's config with its class's defaults: diffusers reads a config that leaves them out."""
-    return scheduler_defaults(scheduler_config) | scheduler_config
-
-
-def formulation_name(scheduler_config: dict[str, Any]) -> str:
-    """The key in `FORMULATIONS` that matches the class of a saved scheduler."""
-    return "edm" if scheduler_config.get("_class_name", "").startswith("EDM") else "ddpm"
-
-
 def trained_formulation(pretrained: dict[str, Any]) -> str | None:
     """The key in `FORMULATIONS` of a saved scheduler; None for one that belongs to no formulation here.
 
     Args:
         pretrained: config of the scheduler, or empty.
     """
-    name = formulation_name(pretrained)
+    name = trained_with(pretrained)
     is_ddpm = "beta_schedule" in complete_scheduler_config(pretrained) and not pretrained.get("use_flow_sigmas")
     return name if pretrained and (name != "ddpm" or is_ddpm) else None
 
 
 def formulation_of(scheduler: SchedulerMixin) -> Formulation:
     """The formulation that a saved pipeline was trained with, derived from its scheduler."""
-    name = formulation_name({**scheduler.config, "_class_name": type(scheduler).__name__})
+    name = trained_with({**scheduler.config, "_class_name": type(scheduler).__name__})
     return FORMULATIONS[name].from_scheduler_config(scheduler.config)
 
 
@@ -468,9 +568,10 @@ def differences(formulation: Formulation, pretrained: dict[str, Any]) -> dict[st
     if pretrained and trained_formulation(pretrained) is None:
         theirs = {"formulation": _foreign(pretrained)}
     else:
-        theirs = pretrained | ({"formulation": formulation_name(pretrained)} if pretrained else {})
+        theirs = pretrained | ({"formulation": trained_with(pretrained)} if pretrained else {})
     ours = formulation_flags(formulation)
     if theirs.get("formulation") == ours["formulation"]:
+        theirs |= formulation.flags_of(pretrained)
         ours |= {name: formulation.scheduler.config[name] for name in formulation.without_flag}
     theirs = {name: tuple(value) if isinstance(value, list) else value for name, value in theirs.items()}
     return {name: (theirs[name], ours[name]) for name in ours if theirs.get(name, ours[name]) != ours[name]}
@@ -519,66 +620,3 @@ def nan_if_non_finite(losses: torch.Tensor) -> torch.Tensor:
     Finite losses are unchanged. Shape (B) to shape (B).
     """
     return losses * torch.where(losses.detach().isfinite(), 1.0, math.nan)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# DDPM's learned variance
-
-
-@functools.lru_cache(maxsize=2)
-def bound_tables(noise_scheduler: DDPMScheduler, device: torch.device) -> torch.Tensor:
-    """The constants of `variance_bound` at each timestep, computed in float64.
-
-    Returns:
-        Shape (3, T), float32. Row 0: the factor that turns an error of the noise into an error of the mean of x_{t-1}
-        (DDPM, Eq. 11). Row 1: the log of the lowest variance that can be learned, that of q(x_{t-1} | x_t, x_0)
-        (Eq. 7); it is 0 at t = 0, where that of t = 1 is used. Row 2: the log of the highest one, beta_t.
-    """
-    betas = noise_scheduler.betas.double()
-    alphas_bar = torch.cumprod(1 - betas, 0)
-    factor = betas / ((1 - alphas_bar) * (1 - betas)).sqrt()
-    variance = betas[1:] * (1 - alphas_bar[:-1]) / (1 - alphas_bar[1:])
-    variance = torch.cat([variance[:1], variance])
-    return torch.stack([factor, variance.log(), betas.log()]).float().to(device)
-
-
-def variance_bound(
-    noise_error: torch.Tensor,
-    variance: torch.Tensor,
-    noise_scheduler: DDPMScheduler,
-    clean_images: torch.Tensor,
-    timesteps: torch.Tensor,
-) -> torch.Tensor:
-    """The loss that trains the variance: the variational bound of each image at its timestep, in bits per dimension.
-
-    See arXiv 2102.09672, Eq. 4-6 and 15. For t > 0 it is the KL divergence of q(x_{t-1} | x_t, x_0) from the network's
-    Gaussian; for t = 0 the negative log-likelihood of the image, discretized into bins that extend 1 / 255 to both
-    sides of each value, and to infinity at -1 and 1.
-
-    Args:
-        noise_error: predicted minus true noise, detached, so that the bound trains only the variance; shape
-            (B, C, H, W).
-        variance: the network's output, which interpolates the log-variance from that of q at -1 to beta_t at 1; shape
-            (B, C, H, W).
-        noise_scheduler: the forward process.
-        clean_images: images in [-1, 1] or latents; shape (B, C, H, W).
-        timesteps: int in [0, number of training timesteps); shape (B).
-
-    Returns:
-        Shape (B), float32.
-    """
-    tables = bound_tables(noise_scheduler, timesteps.device)[:, timesteps, None, None, None]  # (3, B, 1, 1, 1)
-    factor, lowest, highest = tables  # 3 x (B, 1, 1, 1)
-    error = factor * noise_error.float()  # error of the mean, which is the image at t = 0; (B, C, H, W)
-    fraction = (variance.float() + 1) / 2
-    log_variance = fraction * highest + (1 - fraction) * lowest  # (B, C, H, W)
-
-    spread = lowest - log_variance
-    divergence = 0.5 * (spread.exp() - spread - 1 + error.square() * torch.exp(-log_variance))  # (B, C, H, W)
-    inverse_deviation = torch.exp(-0.5 * log_variance)
-    above = torch.special.ndtr((error + 1 / 255) * inverse_deviation).where(clean_images < 0.999, 1)
-    below = torch.special.ndtr((error - 1 / 255) * inverse_deviation).where(clean_images > -0.999, 0)
-    surprise = -(above - below).clamp(min=1e-12).log()  # (B, C, H, W)
-
-    nats = torch.where(timesteps[:, None, None, None] == 0, surprise, divergence)
-    return nats.mean(dim=(1, 2, 3)) / math.log(2)

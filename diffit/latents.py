@@ -13,18 +13,19 @@ import numpy as np
 import torch
 from accelerate.logging import get_logger
 from datasets import Array3D, ClassLabel, Features, Value
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2
 
 from diffit.errors import BadImageError, UserError, check_finite_weights, load_model, message_of, user_errors
 from diffit.labels import parse_json
 from diffit.sources import Table, read_parquet
 from diffit.stream import PositionStream, StreamDataset
-from diffit_pipeline import latent_scaling
+from diffit_pipeline import AUTOENCODERS, Autoencoder, fold_patches, latent_channels, latent_scaling, pixels_per_latent
 
 logger = get_logger(__name__, log_level="INFO")
 
 LATENTS_METADATA = "latents.json"  # metadata of a folder written by `prepare_latents.py`
 CHANNEL_STATISTICS = ("latents_mean", "latents_std")  # of a VAE's config, None in most
+LOWEST_LOG_VARIANCE = -30.0  # of a posterior, in diffusers
 USUAL_STD = (0.5, 2.0)  # standard deviation of scaled latents that a noise schedule expects to be about 1
 LATENTS_METADATA_TYPES = {
     **{"encoder_digest": str, "scaling_factor": float, "shift_factor": float, "resolution": list},
@@ -32,7 +33,7 @@ LATENTS_METADATA_TYPES = {
 }
 
 
-def load_vae(name_or_path: str, flag: str = "--vae_model_name_or_path", subfolder: str | None = None) -> AutoencoderKL:
+def load_vae(name_or_path: str, flag: str = "--vae_model_name_or_path", subfolder: str | None = None) -> Autoencoder:
     """Loads a VAE from a folder or the hub, frozen and in float32.
 
     Args:
@@ -41,12 +42,12 @@ def load_vae(name_or_path: str, flag: str = "--vae_model_name_or_path", subfolde
         subfolder: folder of the VAE in a pipeline, or None.
 
     Raises:
-        UserError: names the flag, if it does not hold an `AutoencoderKL` in safetensors with finite weights whose
+        UserError: names the flag, if it does not hold one of `AUTOENCODERS` in safetensors with finite weights whose
             scaling is known.
     """
-    read_vae_config(name_or_path, flag, subfolder)
-    what = f"{flag} {name_or_path}: cannot read an AutoencoderKL in safetensors"
-    vae = load_model(what, AutoencoderKL.from_pretrained, name_or_path, subfolder=subfolder, use_safetensors=True)
+    name = read_vae_config(name_or_path, flag, subfolder)["_class_name"]
+    what = f"{flag} {name_or_path}: cannot read an {name} in safetensors"
+    vae = load_model(what, AUTOENCODERS[name].from_pretrained, name_or_path, subfolder=subfolder, use_safetensors=True)
     with user_errors(f"{flag} {name_or_path}", ValueError):
         latent_scaling(vae)
     check_finite_weights(f"{flag} {name_or_path}", vae)
@@ -75,18 +76,13 @@ def read_vae_config(
         ) from error
     if not isinstance(config, dict):
         raise UserError(f"{flag} {name_or_path}: its config.json must hold a JSON object")
-    if config.get("_class_name") != "AutoencoderKL":
+    if config.get("_class_name") not in AUTOENCODERS:
         kind = config.get("_class_name", "model without a _class_name")
-        raise UserError(f"{flag} {name_or_path} is a {kind}, not an AutoencoderKL")
+        raise UserError(f"{flag} {name_or_path} is a {kind}, not one of {', '.join(AUTOENCODERS)}")
     return config
 
 
-def pixels_per_latent(vae: AutoencoderKL) -> int:
-    """Downsampling factor of the VAE: pixels per latent along each side."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
-
-
-def vae_latent_shape(vae: AutoencoderKL, resolution: tuple[int, int]) -> tuple[int, int, int]:
+def vae_latent_shape(vae: Autoencoder, resolution: tuple[int, int]) -> tuple[int, int, int]:
     """Shape (c, h, w) of the latents for images of `resolution` (H, W).
 
     Raises:
@@ -96,31 +92,33 @@ def vae_latent_shape(vae: AutoencoderKL, resolution: tuple[int, int]) -> tuple[i
     height, width = resolution
     if height % factor or width % factor:
         raise UserError(f"--resolution {height}x{width}: the VAE needs multiples of {factor}")
-    return vae.config.latent_channels, height // factor, width // factor
+    return latent_channels(vae), height // factor, width // factor
 
 
-def vae_description(vae: AutoencoderKL) -> dict:
+def vae_description(vae: Autoencoder) -> dict:
     """Everything in a VAE that latents depend on: `encoder_digest`, `scaling_factor`, `shift_factor` (0 if absent).
 
-    And `latents_mean` and `latents_std`, if it has them.
+    And `latents_mean` and `latents_std`, if it has them; and the name of its class unless it is an `AutoencoderKL`.
 
     The decoder is left out on purpose: Stable Diffusion's improved decoders read the latents of the original encoder.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(vae.state_dict().items()):
-        if name.startswith(("encoder.", "quant_conv.")):
+        if name.startswith(("encoder.", "quant_conv.", "bn.")):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.float().cpu().numpy().tobytes())
+    config, is_kl = vae.config, isinstance(vae, AutoencoderKL)
     return {
         "encoder_digest": digest.hexdigest()[:16],
-        "scaling_factor": float(vae.config.scaling_factor),
-        "shift_factor": float(vae.config.shift_factor or 0.0),
-        **{name: list(vae.config[name]) for name in CHANNEL_STATISTICS if vae.config[name] is not None},
+        "scaling_factor": float(config.get("scaling_factor", 1.0)),
+        "shift_factor": float(config.get("shift_factor") or 0.0),
+        **{name: list(config[name]) for name in CHANNEL_STATISTICS if config.get(name) is not None},
+        **({} if is_kl else {"vae_class": type(vae).__name__}),
     }
 
 
-def encode_moments(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """Encodes images into the mean and log-variance of the VAE's posterior.
+def encode_moments(vae: Autoencoder, images: torch.Tensor) -> torch.Tensor:
+    """Encodes images into the mean and log-variance of the VAE's posterior; without one, the variance is negligible.
 
     Args:
         vae: the encoder.
@@ -130,7 +128,14 @@ def encode_moments(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
         Shape (B, 2c, h, w), float32: c channels of means, then c channels of log-variances.
     """
     with torch.no_grad():
-        return vae.encode(images.to(vae.dtype)).latent_dist.parameters.float()
+        encoded = vae.encode(images.to(vae.dtype))
+        if isinstance(vae, AutoencoderDC):
+            latents = encoded.latent.float()
+            return torch.cat([latents, torch.full_like(latents, LOWEST_LOG_VARIANCE)], dim=1)
+        moments = encoded.latent_dist.parameters.float()
+        if not isinstance(vae, AutoencoderKLFlux2):
+            return moments
+        return torch.cat([fold_patches(vae, part) for part in moments.chunk(2, dim=1)], dim=1)
 
 
 def sample_latents(
@@ -152,11 +157,11 @@ def sample_latents(
         Shape (B, c, h, w).
     """
     mean, logvar = moments.chunk(2, dim=1)  # (B, c, h, w) each
-    latents = mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * posterior_noise
+    latents = mean + torch.exp(0.5 * logvar.clamp(LOWEST_LOG_VARIANCE, 20.0)) * posterior_noise
     return (latents - shift_factor) * scaling_factor
 
 
-def warn_of_scale(latents: torch.Tensor, vae: AutoencoderKL) -> None:
+def warn_of_scale(latents: torch.Tensor, vae: Autoencoder) -> None:
     """Logs a warning if the standard deviation of scaled latents is far from 1, which noise schedules take it for.
 
     Args:

@@ -32,7 +32,8 @@ class LatentsConfig:
 
     vae_model_name_or_path: str = flag(
         None,
-        "folder or hub name of the AutoencoderKL that encodes the images (required)",
+        "folder or hub name of the AutoencoderKL, AutoencoderDC or AutoencoderKLFlux2 that encodes the images "
+        "(required)",
         type=path_type,
         required=True,
     )

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers import AutoencoderKL, ModelMixin, UNet2DModel
+from diffusers import ModelMixin, UNet2DModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -41,7 +41,7 @@ from diffit_model import (
     align_bias_for_xformers,
     xformers_unsupported_reasons,
 )
-from diffit_pipeline import latent_scaling
+from diffit_pipeline import AUTOENCODERS, Autoencoder, latent_scaling
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -137,7 +137,7 @@ def fits(value, annotation) -> bool:
     return isinstance(value, int | float if annotation is float else annotation)
 
 
-def vae_on_meta(path: str | None) -> AutoencoderKL | None:
+def vae_on_meta(path: str | None) -> Autoencoder | None:
     """The VAE of --vae_model_name_or_path on the meta device, without weights; None without a path.
 
     Raises:
@@ -147,13 +147,13 @@ def vae_on_meta(path: str | None) -> AutoencoderKL | None:
         return None
     config = read_vae_config(path)
     with torch.device("meta"), user_errors(f"--vae_model_name_or_path {path}", Exception):
-        vae = AutoencoderKL.from_config(config)
+        vae = AUTOENCODERS[config["_class_name"]].from_config(config)
     with user_errors(f"--vae_model_name_or_path {path}", ValueError):
         latent_scaling(vae)
     return vae
 
 
-def build_vae(path: str | None, table: Table, device: torch.device) -> AutoencoderKL | None:
+def build_vae(path: str | None, table: Table, device: torch.device) -> Autoencoder | None:
     """Loads the frozen VAE of --vae_model_name_or_path in float32; None without a path.
 
     Raises:
@@ -164,7 +164,7 @@ def build_vae(path: str | None, table: Table, device: torch.device) -> Autoencod
     vae = load_vae(path)
     if isinstance(table, LatentTable):
         description = vae_description(vae)
-        for key in dict.fromkeys([*description, *CHANNEL_STATISTICS]):
+        for key in dict.fromkeys([*description, *CHANNEL_STATISTICS, "vae_class"]):
             then, now = (values.get(key) for values in (table.metadata, description))
             if then != now:
                 raise UserError(
@@ -178,7 +178,7 @@ class Networks:
     """The networks on the device: the trained model and, in latent space, the frozen VAE."""
 
     model: ModelMixin
-    vae: AutoencoderKL | None
+    vae: Autoencoder | None
 
 
 def build_networks(
@@ -203,7 +203,7 @@ def build_networks(
     return Networks(model, vae)
 
 
-def warn_of_other_latents(pretrained: str, vae: AutoencoderKL | None) -> None:
+def warn_of_other_latents(pretrained: str, vae: Autoencoder | None) -> None:
     """Logs a warning if pretrained weights denoise other latents than those of this training, or pixels.
 
     Args:

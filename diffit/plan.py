@@ -13,18 +13,20 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers import AutoencoderKL, ModelMixin
+from diffusers import ModelMixin
 
 from diffit.augment import NUM_AUGMENT_LABELS
-from diffit.config import BatchConfig, DiffusionConfig, ModelConfig, ScheduleConfig, TrainConfig, ValidationConfig
+from diffit.config import BatchConfig, ModelConfig, ScheduleConfig, TrainConfig, ValidationConfig
 from diffit.decode import warn_about_narrow_levels
+from diffit.diffusion_config import DiffusionConfig
 from diffit.errors import UserError, user_errors
 from diffit.formulations import Formulation, choose_formulation, differences, formulation_flags
-from diffit.latents import LatentTable, pixels_per_latent
+from diffit.latents import LatentTable
 from diffit.networks import model_class, model_overrides, training_flops_per_image
 from diffit.run_dir import listed
 from diffit.sources import Table, detect_num_channels
 from diffit_model import DiffiTModelMixin, DiffiTTransformer2DModel, DiffiTUNet2DModel
+from diffit_pipeline import Autoencoder, latent_channels, pixels_per_latent
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -298,7 +300,7 @@ def make_plan(
     check_network(complete, config.model, resolution, (height, width))
     return Plan(
         batch=batch,
-        formulation=formulation,
+        formulation=formulation.for_input(complete["in_channels"], height, width),
         resolution=resolution,
         num_channels=config.data.num_channels if vae is None else vae.image_channels,
         model_config=complete,
@@ -453,7 +455,7 @@ def check_network(
 # Facts about the data and the VAE; descriptions for people
 
 
-def describe_data(table: Table, vae: AutoencoderKL | None, num_channels: int | None) -> DataFacts:
+def describe_data(table: Table, vae: Autoencoder | None, num_channels: int | None) -> DataFacts:
     """The facts about training data. Opens some images to detect their channels unless --num_channels gives them.
 
     Args:
@@ -476,11 +478,11 @@ def describe_data(table: Table, vae: AutoencoderKL | None, num_channels: int | N
     return DataFacts(table.source, len(table), table.data_digest(), names, num_channels or detect_num_channels(table))
 
 
-def describe_vae(vae: AutoencoderKL | None) -> VaeFacts | None:
+def describe_vae(vae: Autoencoder | None) -> VaeFacts | None:
     """The facts about a VAE, which may be on the meta device; None without a VAE."""
     if vae is None:
         return None
-    return VaeFacts(pixels_per_latent(vae), vae.config.in_channels, vae.config.latent_channels)
+    return VaeFacts(pixels_per_latent(vae), vae.config.in_channels, latent_channels(vae))
 
 
 def describe_run(plan: Plan, model: ModelMixin, table: Table, num_held_out: int) -> str:

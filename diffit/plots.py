@@ -15,7 +15,7 @@ from diffit_pipeline import to_displayable
 # Files that these functions write.
 PLOTS = (
     *("metrics_by_kimg.png", "metrics_by_steps.png", "neighbours.png", "neighbour_distances.png"),
-    "loss_by_timestep.png",
+    *("loss_by_timestep.png", "sweep.png"),
 )
 NUM_SHOWN_SAMPLES = 8  # rows of neighbours.png
 NUM_SHOWN_NEIGHBORS = 3  # of each kind in a row

@@ -14,8 +14,8 @@ from accelerate.logging import get_logger
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
 
 from diffit.errors import UserError, user_errors
-from diffit.formulations import complete_scheduler_config
 from diffit.run_dir import MANIFEST, file_digest, manifest_files
+from diffit.scheduler_configs import complete_scheduler_config
 
 logger = get_logger(__name__, log_level="INFO")
 

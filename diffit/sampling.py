@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, UNet2DModel
+from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 
 from diffit.cpu_kernels import kernelize
 from diffit.errors import RunError, UserError, load_model, user_errors
@@ -20,6 +20,7 @@ from diffit.pretrained import check_weights, checkpoint_weights
 from diffit.sampling_config import SamplingConfig
 from diffit_pipeline import (
     FORWARD_PROCESS,
+    Autoencoder,
     DiffiTPipeline,
     NonFiniteImagesError,
     check_id2label,
@@ -89,7 +90,7 @@ def load_pipeline(model_path: str, sampling: SamplingConfig, weights: str | None
 
 
 def _load_checkpoint(
-    model_path: str, sampling: SamplingConfig, weights: str | None, vae: AutoencoderKL | None
+    model_path: str, sampling: SamplingConfig, weights: str | None, vae: Autoencoder | None
 ) -> DiffiTPipeline:
     """The pipeline of a checkpoint, with the classes and the VAE of the run that it belongs to."""
     weights = weights or checkpoint_weights(Path(model_path))
@@ -100,7 +101,7 @@ def _load_checkpoint(
     )
     run = Path(model_path).parent  # holds the trained pipeline, which has the names of the classes and the VAE
     if vae is None and (run / "vae").is_dir():
-        vae = AutoencoderKL.from_pretrained(run, subfolder="vae", use_safetensors=True)
+        vae = load_vae(str(run / "vae"), f"--model_path {model_path}: vae")
     pipeline = DiffiTPipeline.from_folder(model_path, model_class, sampling.scheduler, vae=vae, network=network)
     index = run / "model_index.json"
     id2label = json.loads(index.read_text()).get("id2label") if index.is_file() else None

@@ -27,7 +27,7 @@ from diffit.errors import UserError
 
 SCHEDULERS = (
     *("ddim", "ddpm", "deis", "dpmsolver++", "dpmsolver++_singlestep", "edm_dpmsolver++", "edm_euler", "edm_heun"),
-    *("euler", "euler_ancestral", "heun", "kdpm2", "unipc"),
+    *("euler", "euler_ancestral", "flow_euler", "flow_heun", "heun", "kdpm2", "unipc"),
 )
 DTYPES = ("bf16", "fp16", "fp32")
 ATTENTION_BACKENDS = ("auto", "native", "_native_math", "xformers", "flex")
@@ -55,7 +55,7 @@ class GuidanceConfig:
     interval: tuple[float, float] = flag(
         (0.0, 1.0),
         "guide only these timesteps: fractions of the training timesteps (for EDM models, of the path of sigmas that "
-        "sampling takes), where 0 is the image and 1 is pure noise",
+        "sampling takes; for rectified flow, of noise), where 0 is the image and 1 is pure noise",
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
@@ -100,7 +100,8 @@ class SamplingConfig:
 
     scheduler: str | None = flag(
         None,
-        "sampler; edm_* for EDM models, the others for all other models (default: ddim, edm_heun for EDM models)",
+        "sampler; edm_* for EDM models, flow_* for rectified flow, the others for DDPM (default: ddim, edm_heun or "
+        "flow_heun)",
         choices=SCHEDULERS,
     )
     num_inference_steps: int = flag(50, "sampling steps", type=positive_int)
@@ -116,7 +117,7 @@ class SamplingConfig:
     guidance: GuidanceConfig = nested(GuidanceConfig, "guidance_")
     vae: str | None = flag(
         None,
-        "folder or hub name of the AutoencoderKL that decodes a latent-space model (default: vae/ of the model)",
+        "folder or hub name of the autoencoder that decodes a latent-space model (default: vae/ of the model)",
         type=path_type,
     )
     dtype: str = flag("fp32", "dtype of the denoising network; the VAE stays in fp32", choices=DTYPES)

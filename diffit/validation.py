@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
-from diffusers import AutoencoderKL, ModelMixin
+from diffusers import ModelMixin
 from torch.utils.data import DataLoader
 
 from diffit.batches import BatchPreparer, build_dataset
@@ -42,7 +42,7 @@ from diffit.sampling import NonFiniteSamplesError, load_guidance_model, sample_s
 from diffit.sampling_config import GuidanceConfig, SamplingConfig
 from diffit.sources import Table, detect_num_channels
 from diffit.stream import PositionStream, collate
-from diffit_pipeline import image_grid, null_label, to_displayable
+from diffit_pipeline import Autoencoder, image_grid, null_label, to_displayable
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -161,7 +161,7 @@ class Validation:
     metrics: MetricsConfig
     data: DataConfig
     state: TrainingState
-    vae: AutoencoderKL | None
+    vae: Autoencoder | None
     guidance_model: ModelMixin | None
     held_out: Table | None
     evaluator: Evaluator | None
@@ -299,6 +299,7 @@ def sample_shard(accelerator: Accelerator, validation: Validation, num_images: i
     model, guidance_model = validation.state.model, validation.guidance_model
     pipeline = build_pipeline(model, validation.vae, validation.plan.formulation.preview_scheduler())
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.heun = False  # one forward pass per step, whatever the formulation
     shard = math.ceil(num_images / accelerator.num_processes)
     seeds = [min(accelerator.process_index * shard + i, num_images - 1) for i in range(shard)]
     null = null_label(model)

@@ -12,13 +12,13 @@ from diffusers.optimization import SchedulerType
 from diffit import formulations
 from diffit.command_line import flag_fields
 from diffit.config import (
-    FORMULATIONS,
     LR_SCHEDULES,
     TrainConfig,
     args_to_config,
     build_parser,
     parse_args,
 )
+from diffit.diffusion_config import FORMULATIONS
 from helpers import ROOT, mentions, refusal
 
 QUICKSTART = ["--config", str(ROOT / "configs/train/quickstart.yaml")]

@@ -12,7 +12,7 @@ from diffusers import (
     DiffusionPipeline,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
-    FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
     UniPCMultistepScheduler,
 )
 
@@ -340,7 +340,7 @@ def test_folder_loaded_with_the_scheduler_of_the_other_formulation_is_refused(dd
 @pytest.mark.parametrize(
     "scheduler",
     [
-        FlowMatchEulerDiscreteScheduler(),
+        FlowMatchLCMScheduler(),
         UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
     ],
 )
@@ -354,8 +354,8 @@ def test_flow_matching_schedulers_are_refused(scheduler, edm_folder, ddpm_folder
 
 def test_script_refuses_a_flow_matching_folder(ddpm_folder, tmp_path):
     shutil.copytree(ddpm_folder, tmp_path / "flow")
-    FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "flow/scheduler")
-    with pytest.raises(UserError, match=mentions(tmp_path / "flow", "FlowMatchEulerDiscreteScheduler")):
+    FlowMatchLCMScheduler().save_pretrained(tmp_path / "flow/scheduler")
+    with pytest.raises(UserError, match=mentions(tmp_path / "flow", "FlowMatchLCMScheduler")):
         sample(tmp_path / "flow", tmp_path / "out", "--seeds=0")
 
 

@@ -8,10 +8,11 @@ import torch
 import yaml
 from diffusers import DDPMScheduler, EDMEulerScheduler
 
-from diffit.config import DiffusionConfig
+from diffit.diffusion_config import DiffusionConfig
 from diffit.errors import UserError
-from diffit.formulations import DDPM, EDM, FORMULATIONS, choose_formulation, complete_scheduler_config, differences
+from diffit.formulations import DDPM, EDM, FORMULATIONS, choose_formulation, differences
 from diffit.networks import model_class
+from diffit.scheduler_configs import complete_scheduler_config
 from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import DiffiTPipeline
 from helpers import STATES, TINY_CONFIG, assert_same_files, evaluate_folder, mentions, train
@@ -138,7 +139,7 @@ def test_sigmas_of_the_weights_are_taken_over():
         ({"rescale_betas_zero_snr": True}, ["rescale_betas_zero_snr", "epsilon", "--prediction_type v_prediction"]),
         ({"trained_betas": [0.1] * 10}, [10, "trained_betas", "--num_train_timesteps 1000"]),
         ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, ["use_flow_sigmas"]),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, ["FlowMatchEulerDiscreteScheduler", "--formulation"]),
+        ({"_class_name": "FlowMatchLCMScheduler"}, ["FlowMatchLCMScheduler", "--formulation"]),
         ({"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"}, ["v_prediction"]),
     ],
 )
@@ -151,7 +152,7 @@ def test_noise_schedule_that_cannot_be_trained_is_refused(config, words):
     "config",
     [
         {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True, "prediction_type": "flow_prediction"},
-        {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+        {"_class_name": "FlowMatchLCMScheduler"},
         {"_class_name": "ScoreSdeVeScheduler"},
     ],
     ids=lambda config: config["_class_name"],

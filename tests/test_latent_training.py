@@ -15,7 +15,8 @@ from torch.distributions import Normal, kl_divergence
 import convert_nvidia_checkpoint
 import prepare_latents
 from diffit.decode import normalize_pixels
-from diffit.formulations import DDPM, variance_bound
+from diffit.formulations import DDPM
+from diffit.learned_variance import variance_bound
 from diffit.networks import model_class
 from diffit.source_config import SourceConfig
 from diffit.sources import load_image_table

@@ -42,7 +42,15 @@ from diffit.run_dir import MARK
 from diffit.sampling import load_guidance_model, load_pipeline, load_sampler, parse_class_labels, sample_seeds
 from diffit.sampling_config import GuidanceConfig, SamplingConfig
 from diffit_model import DiffiTUNet2DModel
-from diffit_pipeline import EDM_SCHEDULERS, SCHEDULERS, DiffiTPipeline, NonFiniteImagesError, image_grid, null_label
+from diffit_pipeline import (
+    EDM_SCHEDULERS,
+    FLOW_SCHEDULERS,
+    SCHEDULERS,
+    DiffiTPipeline,
+    NonFiniteImagesError,
+    image_grid,
+    null_label,
+)
 from helpers import (
     ROOT,
     TINY_CONFIG,
@@ -832,7 +840,7 @@ def test_plotted_schedulers_keep_only_the_stochasticity_they_have():
 
 def test_names_in_the_settings_are_those_of_the_code():
     """They are repeated there, because the code is slow to import."""
-    assert sampling_config.SCHEDULERS == tuple(sorted(SCHEDULERS | EDM_SCHEDULERS))
+    assert sampling_config.SCHEDULERS == tuple(sorted(SCHEDULERS | EDM_SCHEDULERS | FLOW_SCHEDULERS))
     assert sampling_config.DTYPES == tuple(sorted(diffit.sampling.DTYPES))
 
 
