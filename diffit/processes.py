@@ -23,7 +23,7 @@ import psutil
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
-from torch.distributed import PrefixStore, ProcessGroup, TCPStore
+from torch.distributed import PrefixStore, ProcessGroup, Store, TCPStore
 
 from diffit.config import RunConfig
 from diffit.device_config import DeviceConfig, PrecisionConfig
@@ -92,6 +92,9 @@ def join_processes(asked: DeviceConfig | None = None, timeout: timedelta = TIMEO
     refuse_unsupported_answers()
     cpu = use_cpu(asked)
     store = meet()  # kept until the process group has its own store, since the main process may host this one
+    if store is not None:
+        device = "cpu" if cpu else torch.accelerator.current_accelerator().type
+        check_devices(store, device, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     # Without `cpu`, each of several CPU processes would believe that it is the only one.
     if cpu:
         with gloo_errors():
@@ -233,6 +236,35 @@ def meet(timeout: timedelta = START_TIMEOUT) -> TCPStore | None:
             problem = f"lost the connection to the store at {host}:{port}, through which processes meet: {error}"
         raise _did_not_meet(f"{me}: {problem}") from None
     return store
+
+
+def check_devices(store: Store, device: str, rank: int, world_size: int) -> None:
+    """Refuses processes that would compute on different kinds of devices. Must be called by all processes.
+
+    They would choose different backends and wait for each other in vain, so this comes before the process group.
+
+    Args:
+        store: in which the processes have met.
+        device: kind of this process's device, such as `cuda` or `cpu`.
+        rank: of this process.
+        world_size: number of processes.
+
+    Raises:
+        UserError: in all processes, names the first one with another device than process 0, and its machine.
+    """
+    answers = PrefixStore("diffit-devices", store)
+    answers.set(str(rank), f"{device} on {socket.gethostname()}")
+    if rank == 0:
+        found = [answers.get(str(index)).decode() for index in range(world_size)]
+        other = next((index for index, answer in enumerate(found) if answer.split()[0] != device), None)
+        refusal = "" if other is None else f"process {other} would compute on {found[other]}, process 0 on {found[0]}"
+        answers.set("refusal", refusal)
+    refusal = answers.get("refusal").decode()
+    if refusal:
+        answers.set(f"read by {rank}", "")
+        if rank == 0:  # it may host the store
+            answers.wait([f"read by {index}" for index in range(world_size)], START_TIMEOUT)
+        raise_in_all(UserError, f"{refusal}: give --cpu to all of them, or none")
 
 
 @contextlib.contextmanager

@@ -4,13 +4,15 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed import HashStore
 
 from diffit.config import parse_args
-from diffit.processes import build_accelerator, join_slurm_step
+from diffit.processes import build_accelerator, check_devices, join_slurm_step
 from helpers import LAUNCH, ROOT, STATES, assert_same_files, mentions, run, start, torchrun, wait_for_file
 
 STEPS = 400
@@ -123,6 +125,33 @@ def test_accelerate_launch_that_starts_one_process_of_two_is_refused(flags, expo
 def test_accelerate_launch_of_one_process_trains_whatever_address_is_exported(train_args, tmp_path):
     run([*LAUNCH, "--cpu", "--num_processes=1", "train_diffit.py", *train_args, "--max_train_steps=1"], **EXPORTED)
     assert (tmp_path / "run/checkpoint-1").is_dir()
+
+
+# --- devices
+
+
+@pytest.mark.parametrize("devices", [["cuda", "cuda", "cpu"], ["cpu", "cuda", "cpu"], ["cuda"] * 3, ["cpu"] * 2])
+def test_processes_with_different_devices_are_refused_in_all_of_them(devices):
+    """They would wait for each other over different backends, for hours."""
+    store, errors = HashStore(), {}
+
+    def check(rank: int) -> None:
+        try:
+            check_devices(store, devices[rank], rank, len(devices))
+        except ValueError as error:
+            errors[rank] = str(error)
+
+    threads = [threading.Thread(target=check, args=(rank,)) for rank in reversed(range(len(devices)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    if len(set(devices)) == 1:
+        assert errors == {}
+    else:
+        other = next(rank for rank, device in enumerate(devices) if device != devices[0])
+        expected = mentions(f"process {other}", devices[other], "process 0", devices[0], socket.gethostname(), "--cpu")
+        assert len(errors) == len(devices) and all(expected.search(message) for message in errors.values())
 
 
 # --- gloo's network interface
