@@ -690,7 +690,8 @@ class DiffiTPipeline(DiffusionPipeline):
         sample = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)  # (B, C, H, W)
 
         # 2. scheduler
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        # On the CPU, because schedulers look up each timestep, and a look-up on an accelerator would wait for it.
+        self.scheduler.set_timesteps(num_inference_steps, device="cpu")
         step_kwargs = self._step_kwargs(eta, generator)
         uses_variance = isinstance(self.scheduler, DDPMScheduler) and self.scheduler.config.variance_type in (
             "learned",
@@ -788,7 +789,6 @@ class DiffiTPipeline(DiffusionPipeline):
         """Time in [0, 1] of each timestep of the scheduler: t / T, or `edm_time`."""
         config = self.scheduler.config
         if not is_edm(self.scheduler):
-            # One transfer from the device for all steps.
             return [timestep / config.num_train_timesteps for timestep in self.scheduler.timesteps.tolist()]
         sigmas = self.scheduler.sigmas[:-1].tolist()
         return [edm_time(sigma, config.sigma_min, config.sigma_max, config.rho) for sigma in sigmas]
@@ -816,7 +816,7 @@ class DiffiTPipeline(DiffusionPipeline):
             def denoise(sample: torch.Tensor, sigma: float) -> torch.Tensor:
                 """D(x; sigma) of EDM Eq. 7: the scheduler turns the network into a denoiser."""
                 time = edm_time(sigma, config.sigma_min, config.sigma_max, config.rho)
-                level = torch.full((), sigma, dtype=sample.dtype, device=sample.device)
+                level = torch.full((), sigma, dtype=sample.dtype)  # on the CPU, and so can be read without waiting
                 model_input = scheduler.precondition_inputs(sample, level)
                 prediction = predict(model_input, scheduler.precondition_noise(level).float(), time)
                 progress.update()
@@ -837,7 +837,8 @@ class DiffiTPipeline(DiffusionPipeline):
         if weight != 1 and guidance_model is None:
             labels = torch.cat([labels, torch.full_like(labels, null_label(self.network))])  # (2B)
             sample = sample.repeat(2, 1, 1, 1)  # (2B, C, H, W)
-        timesteps = timestep.expand(len(sample))  # (B) or (2B)
+        # `timestep` is on the CPU; filling a tensor with it does not wait for the device, as copying it would.
+        timesteps = sample.new_full((len(sample),), timestep.item(), dtype=timestep.dtype)  # (B) or (2B)
         prediction = self.network(sample, timesteps, class_labels=labels).sample
         if weight == 1:
             return prediction
