@@ -27,6 +27,7 @@ from diffit.latents import CHANNEL_STATISTICS, LatentTable, load_vae, read_vae_c
 from diffit.pretrained import network_subfolder, read_class_names
 from diffit.processes import on_all_processes
 from diffit.sources import Table
+from diffit.weight_copies import WeightCopies
 from diffit_model import (
     DiffiTTransformer2DModel,
     DiffiTUNet2DModel,
@@ -37,6 +38,8 @@ from diffit_model import (
 from diffit_pipeline import latent_scaling
 
 logger = get_logger(__name__, log_level="INFO")
+
+AUTOCAST_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def read_model_config(asked: ModelConfig) -> dict[str, Any]:
@@ -280,6 +283,8 @@ def set_up_model(model: ModelMixin, asked: ModelConfig, device: torch.device, mi
     if asked.compile:  # in place, which keeps the names of the weights
         # With static shapes: otherwise the second resolution would recompile a block for symbolic ones.
         model.compile_repeated_blocks(dynamic=False) if model._repeated_blocks else model.compile()
+    elif mixed_precision in AUTOCAST_DTYPES and model._repeated_blocks:  # compiled blocks fuse the conversions
+        WeightCopies(model, AUTOCAST_DTYPES[mixed_precision])
     kernelize(model)
 
 
