@@ -84,6 +84,24 @@ def partition_windows(feature_map: torch.Tensor, window: tuple[int, int]) -> tor
     return feature_map.permute(0, 2, 4, 3, 5, 1).reshape(batch * rows * columns, window[0] * window[1], channels)
 
 
+def add_windows(feature_map: torch.Tensor, tokens: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
+    """`feature_map + merge_windows(tokens)` in one pass, without merging the windows first.
+
+    Args:
+        feature_map: shape (B, C, H, W), in any memory layout.
+        tokens: shape (B * G, N, C); the windows of an image are consecutive.
+        window: height and width of a window; they divide H and W.
+
+    Returns:
+        Feature map, shape (B, C, H, W), in the memory layout of `feature_map`.
+    """
+    batch, channels, height, width = feature_map.shape
+    rows, columns = height // window[0], width // window[1]
+    tokens = tokens.reshape(batch, rows, columns, *window, channels).permute(0, 5, 1, 3, 2, 4)
+    feature_map = feature_map.view(batch, channels, rows, window[0], columns, window[1])
+    return (feature_map + tokens).reshape(batch, channels, height, width)  # the first term determines the layout
+
+
 def merge_windows(tokens: torch.Tensor, window: tuple[int, int], height: int, width: int) -> torch.Tensor:
     """Merges windows of tokens into a feature map: the inverse of `partition_windows`.
 
@@ -292,11 +310,20 @@ class DiffiTAttnProcessor:
         self._attention_backend = None
         self._parallel_config = None  # read by diffusers' set_attention_backend
         self.attention_op = None  # (forward, backward) operators of xformers; None lets xformers choose
+        self._xformers_reasons = {}  # why xformers does not support an attention, by everything that it may depend on
 
     @property
     def backend(self) -> str:
         """The backend in use: the one that was set, or diffusers' process-wide default."""
         return self._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
+
+    def _reasons_against_xformers(self, *tensors: torch.Tensor | None) -> list[str]:
+        """As `xformers_unsupported_reasons`, but asks xformers only once about tensors of the same description."""
+        described = [x if x is None else (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in tensors]
+        key = (*described, self.attention_op)
+        if key not in self._xformers_reasons:
+            self._xformers_reasons[key] = xformers_unsupported_reasons(*tensors, self.attention_op)
+        return self._xformers_reasons[key]
 
     def __call__(
         self,
@@ -314,7 +341,7 @@ class DiffiTAttnProcessor:
             bias = bias.to(query.dtype)
         if backend == AttentionBackendName.XFORMERS:
             aligned_bias = None if bias is None else align_bias_for_xformers(bias, query.shape[0])
-            reasons = xformers_unsupported_reasons(query, key, value, aligned_bias, self.attention_op)
+            reasons = self._reasons_against_xformers(query, key, value, aligned_bias)
             if not reasons:
                 import xformers.ops
 
@@ -330,8 +357,49 @@ class DiffiTAttnProcessor:
 # Layers of a block
 
 
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """Disables autocast inside a `with` block: for layers whose kernels accumulate in float32 in any case.
+
+    Autocast would convert their input and output to float32 as well, two more passes over the activations.
+    """
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+class ChannelNorm(nn.GroupNorm):
+    """GroupNorm in the dtype of its input, also under autocast."""
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        """Maps a feature map of shape (B, C, H, W) to one of the same shape, normalized in groups of channels."""
+        dtype = feature_map.dtype
+        with without_autocast(feature_map.device.type):
+            return F.group_norm(feature_map, self.num_groups, self.weight.to(dtype), self.bias.to(dtype), self.eps)
+
+
+class Upsampler(Upsample2D):
+    """Doubles height and width by repetition, followed by a 3x3 convolution, in the dtype of the input.
+
+    Args:
+        in_channels, out_channels: channels of the input and of the output.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, use_conv=True, out_channels=out_channels)
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        """Maps a feature map of shape (B, C_in, H, W) to one of shape (B, C_out, 2H, 2W)."""
+        if len(feature_map) >= 64 or feature_map.numel() > 2**30:  # too large for torch's channels-last kernel
+            feature_map = feature_map.contiguous()
+        with without_autocast(feature_map.device.type):
+            feature_map = F.interpolate(feature_map, scale_factor=2.0, mode="nearest")  # (B, C_in, 2H, 2W)
+        return self.conv(feature_map)  # (B, C_out, 2H, 2W)
+
+
 class TokenNorm(nn.LayerNorm):
     """LayerNorm with `elementwise_affine=False`, as in NVIDIA's checkpoints; the next linear layer absorbs the affine.
+
+    It works in the dtype of its input, also under autocast.
 
     Args:
         hidden_size: hidden size D.
@@ -339,6 +407,11 @@ class TokenNorm(nn.LayerNorm):
 
     def __init__(self, hidden_size: int):
         super().__init__(hidden_size, eps=1e-6, elementwise_affine=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Maps tokens of shape (..., D) to tokens of mean 0 and variance 1."""
+        with without_autocast(tokens.device.type):
+            return super().forward(tokens)
 
 
 class DiffiTMLP(nn.Module):
@@ -363,6 +436,18 @@ class DiffiTMLP(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Time-dependent multi-head self-attention
+
+
+class RelativePositions(nn.Module):
+    """Holds `relative_position_index(window)`, so that all attentions with the same window can share one table.
+
+    Args:
+        window: height and width of a window.
+    """
+
+    def __init__(self, window: tuple[int, int]):
+        super().__init__()
+        self.register_buffer("index", relative_position_index(window), persistent=False)  # derived
 
 
 class TimeDependentSelfAttention(nn.Module, AttentionModuleMixin):
@@ -406,7 +491,7 @@ class TimeDependentSelfAttention(nn.Module, AttentionModuleMixin):
 
         num_relative_positions = (2 * window[0] - 1) * (2 * window[1] - 1)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(num_relative_positions, num_attention_heads))
-        self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)  # derived
+        self.relative_positions = RelativePositions(window)  # a network replaces it by a shared one
         self.set_processor(DiffiTAttnProcessor())
 
     def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: tuple | None = None) -> None:
@@ -425,11 +510,19 @@ class TimeDependentSelfAttention(nn.Module, AttentionModuleMixin):
         self.processor.attention_op = attention_op if valid else None
         self.set_attention_backend("xformers" if valid else "native")
 
-    def relative_position_bias(self) -> torch.Tensor:
-        """The bias B of Eq. 6, shape (1, h, N, N), contiguous; it does not depend on time."""
+    def relative_position_bias(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The bias B of Eq. 6, shape (1, h, N, N), contiguous; it does not depend on time.
+
+        Args:
+            dtype: of the bias; None means that of the table, in which its gradient is summed in any case.
+        """
+        table = self.relative_position_bias_table
+        index = self.relative_positions.index.to(table.device)  # a `device_map` may put the shared index elsewhere
         # As an embedding, whose gradient is summed faster than that of indexing.
-        bias = F.embedding(self.relative_position_index, self.relative_position_bias_table)  # (N, N, h)
-        return bias.permute(2, 0, 1).contiguous()[None]  # (1, h, N, N)
+        bias = F.embedding(index, table).permute(2, 0, 1)  # (h, N, N)
+        # The conversion and the copy are one pass; `to` ignores the memory format if the dtype is the same.
+        bias = bias.to(dtype or table.dtype, memory_format=torch.contiguous_format).contiguous()
+        return bias[None]  # (1, h, N, N)
 
     def forward(self, spatial_tokens: torch.Tensor, time_token: torch.Tensor) -> torch.Tensor:
         """Attends within each window.
@@ -463,17 +556,20 @@ class TimeDependentSelfAttention(nn.Module, AttentionModuleMixin):
         temporal_qkv = temporal_qkv.reshape(batch, 1, 1, 3, *heads)  # (B, 1, 1, 3, h, d)
         query_shift, _, value_shift = temporal_qkv.unbind(3)  # 3 x (B, 1, 1, h, d)
         scale = self.attention_head_dim**-0.5
-        query = torch.add(scale * query_shift, query, alpha=scale)  # shift and scale in one pass: (B, G, N, h, d)
+        if query.device.type == "cpu":  # shift and scale in one pass; the kernels of accelerators scale at no cost
+            query, scale = torch.add(scale * query_shift, query, alpha=scale), 1.0  # (B, G, N, h, d)
+        else:
+            query = query + query_shift  # (B, G, N, h, d)
 
         # DiffiT v3, Eq. 6
         query, key, value = (x.flatten(0, 1) for x in (query, key, value))  # (B * G, N, h, d)
         if self.processor.backend == AttentionBackendName.FLEX:
             table = self.relative_position_bias_table
-            hidden_states = flex_attention_with_table(query, key, value, table, self.window, scale=1.0)
+            hidden_states = flex_attention_with_table(query, key, value, table, self.window, scale)
         else:
             cached = cached_while_sampling(self, "bias")
-            bias = self.relative_position_bias() if cached is None else cached  # (1, h, N, N)
-            hidden_states = self.processor(query, key, value, bias, scale=1.0)  # (B * G, N, h, d)
+            bias = self.relative_position_bias(query.dtype) if cached is None else cached  # (1, h, N, N)
+            hidden_states = self.processor(query, key, value, bias, scale)  # (B * G, N, h, d)
         hidden_states = hidden_states.unflatten(0, (batch, -1)) + value_shift  # (B, G, N, h, d)
         return self.proj(hidden_states.reshape(num_windows, num_tokens, -1))  # (B * G, N, D)
 
@@ -542,7 +638,7 @@ class DiffiTResBlock(nn.Module):
     ):
         super().__init__()
         self.window = window
-        self.norm = nn.GroupNorm(norm_num_groups, in_channels, eps=norm_eps)
+        self.norm = ChannelNorm(norm_num_groups, in_channels, eps=norm_eps)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
         self.block = DiffiTBlock(
             out_channels, time_embed_dim, num_attention_heads, attention_head_dim, window, mlp_ratio, dropout
@@ -553,12 +649,10 @@ class DiffiTResBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, time_token: torch.Tensor) -> torch.Tensor:
         """Maps a feature map of shape (B, C_in, H, W) and time tokens of shape (B, T) to one of (B, C_out, H, W)."""
-        height, width = hidden_states.shape[-2:]
         residual = self.conv_shortcut(hidden_states)  # (B, C_out, H, W)
         hidden_states = self.conv(F.silu(self.norm(hidden_states)))  # (B, C_out, H, W), Eq. 9
         tokens = self.block(partition_windows(hidden_states, self.window), time_token)  # (B * G, N, D)
-        # The residual comes first because the sum takes its memory layout.
-        return residual + merge_windows(tokens, self.window, height, width)  # (B, C_out, H, W), Eq. 10
+        return add_windows(residual, tokens, self.window)  # (B, C_out, H, W), Eq. 10
 
 
 class DiffiTStage(nn.Module):
@@ -610,6 +704,13 @@ class DiffiTModelMixin(ModelMixin, ConfigMixin, AttentionMixin):
                 nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)  # as in Swin
         if self.class_embedding is not None:
             nn.init.normal_(self.class_embedding.weight, std=0.02)
+
+    def _share_relative_positions(self) -> None:
+        """Leaves one `RelativePositions` per window size. At 1,024 tokens a window, each takes 8 MB."""
+        shared = {}
+        for module in self.modules():
+            if isinstance(module, TimeDependentSelfAttention):
+                module.relative_positions = shared.setdefault(module.window, module.relative_positions)
 
     @contextlib.contextmanager
     @torch.no_grad()
@@ -664,7 +765,7 @@ class DiffiTModelMixin(ModelMixin, ConfigMixin, AttentionMixin):
 
         Raises:
             ValueError: if the number of timesteps is neither 1 nor B, if labels are given to an unconditional network
-                or are out of range, or if they are not integers of shape (B,).
+                or (on a CPU) are out of range, or if they are not integers of shape (B,).
         """
         batch = sample.shape[0]
         timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1)  # (1) or (B)
@@ -684,8 +785,8 @@ class DiffiTModelMixin(ModelMixin, ConfigMixin, AttentionMixin):
                 f"`class_labels` must be integers of shape ({batch},), got {class_labels.dtype} of shape "
                 f"{tuple(class_labels.shape)}"
             )
-        # Reading labels back from an accelerator stalls it, so there they are only checked at inference.
-        if (class_labels.device.type == "cpu" or not self.training) and not torch.compiler.is_compiling():
+        # Reading labels back from an accelerator would stall it. The scripts and the pipeline check them on the host.
+        if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
             if class_labels.min() < 0 or class_labels.max() > null_label:
                 raise ValueError(
                     f"`class_labels` must be in [0, {null_label}] ({null_label} is the null class), "
@@ -873,10 +974,11 @@ class DiffiTUNet2DModel(DiffiTModelMixin):
         self._build_stages(layers, heads, windows, time_embed_dim)
 
         # head
-        self.conv_norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[0], eps=norm_eps)
+        self.conv_norm_out = ChannelNorm(norm_num_groups, block_out_channels[0], eps=norm_eps)
         self.conv_out = nn.Conv2d(block_out_channels[0], out_channels, kernel_size=3, padding=1)
 
         self._initialize_weights()
+        self._share_relative_positions()
 
     def _build_stages(
         self, layers: tuple[int, ...], heads: tuple[int, ...], windows: list[tuple[int, int]], time_embed_dim: int
@@ -911,7 +1013,7 @@ class DiffiTUNet2DModel(DiffiTModelMixin):
         self.up_blocks = nn.ModuleList()
         for i in reversed(range(len(widths) - 1)):
             width, previous_width = widths[i : i + 2]
-            self.upsamplers.append(Upsample2D(previous_width, use_conv=True, out_channels=width))
+            self.upsamplers.append(Upsampler(previous_width, width))
             self.up_blocks.append(build_stage(i, 2 * width if config.skip_merge == "concat" else width))
 
     def _check_config(self) -> None:
@@ -1147,6 +1249,7 @@ class DiffiTTransformer2DModel(DiffiTModelMixin):
         self.proj_out = nn.Linear(hidden_size, patch_size**2 * out_channels)
 
         self._initialize_weights()
+        self._share_relative_positions()
 
     def _check_config(self) -> None:
         config = self.config

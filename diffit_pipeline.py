@@ -951,13 +951,14 @@ class DiffiTPipeline(DiffusionPipeline):
 
     def _set_timesteps(self, num_inference_steps: int) -> None:
         """Sets the scheduler's timesteps; those of a flow are evenly spaced before the shift, which applies once."""
-        scheduler, device = self.scheduler, self._execution_device
+        scheduler = self.scheduler
+        # On the CPU, because schedulers look up each timestep, and a look-up on an accelerator would wait for it.
         if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
             # By default diffusers' steps end at the lowest fraction of training after the shift, and shift it again.
             sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-            scheduler.set_timesteps(num_inference_steps, device=device, sigmas=sigmas)
+            scheduler.set_timesteps(num_inference_steps, device="cpu", sigmas=sigmas)
         else:
-            scheduler.set_timesteps(num_inference_steps, device=device)
+            scheduler.set_timesteps(num_inference_steps, device="cpu")
 
     @property
     def _predicts_flow_images(self) -> bool:
@@ -1011,7 +1012,6 @@ class DiffiTPipeline(DiffusionPipeline):
         """Time in [0, 1] of each timestep of the scheduler: t / T, or `edm_time`; for flow the fraction of noise."""
         config = self.scheduler.config
         if formulation_of(self.scheduler) != "edm":
-            # One transfer from the device for all steps.
             return [timestep / config.num_train_timesteps for timestep in self.scheduler.timesteps.tolist()]
         sigmas = self.scheduler.sigmas[:-1].tolist()
         return [edm_time(sigma, config.sigma_min, config.sigma_max, config.rho) for sigma in sigmas]
@@ -1039,7 +1039,7 @@ class DiffiTPipeline(DiffusionPipeline):
 
             def denoise_flow(sample: torch.Tensor, fraction: float) -> torch.Tensor:
                 """D(x_t; t) = x_t - t v: paths of a flow have the slope (x_t - D) / t, as those of EDM in sigma."""
-                timestep = torch.full((), fraction * config.num_train_timesteps, device=sample.device)
+                timestep = torch.full((), fraction * config.num_train_timesteps)
                 prediction = predict(sample, timestep, fraction)
                 progress.update()
                 return prediction if self._predicts_flow_images else sample - fraction * prediction
@@ -1047,7 +1047,7 @@ class DiffiTPipeline(DiffusionPipeline):
             def denoise(sample: torch.Tensor, sigma: float) -> torch.Tensor:
                 """D(x; sigma) of EDM Eq. 7: the scheduler turns the network into a denoiser."""
                 time = edm_time(sigma, config.sigma_min, config.sigma_max, config.rho)
-                level = torch.full((), sigma, dtype=sample.dtype, device=sample.device)
+                level = torch.full((), sigma, dtype=sample.dtype)  # on the CPU, and so can be read without waiting
                 model_input = scheduler.precondition_inputs(sample, level)
                 prediction = predict(model_input, scheduler.precondition_noise(level).float(), time)
                 progress.update()
@@ -1068,7 +1068,8 @@ class DiffiTPipeline(DiffusionPipeline):
         if weight != 1 and guidance_model is None:
             labels = torch.cat([labels, torch.full_like(labels, null_label(self.network))])  # (2B)
             sample = sample.repeat(2, 1, 1, 1)  # (2B, C, H, W)
-        timesteps = timestep.expand(len(sample))  # (B) or (2B)
+        # `timestep` is on the CPU; filling a tensor with it does not wait for the device, as copying it would.
+        timesteps = sample.new_full((len(sample),), timestep.item(), dtype=timestep.dtype)  # (B) or (2B)
         prediction = self.network(sample, timesteps, class_labels=labels).sample
         if weight == 1:
             return prediction

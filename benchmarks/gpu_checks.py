@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch.utils._triton import has_triton
 
-from diffit.config import DiffusionConfig, OptimizerConfig
+from diffit.config import OptimizerConfig
+from diffit.diffusion_config import DiffusionConfig
 from diffit.formulations import Formulation, NoisyBatch, choose_formulation, denoising_losses
-from diffit.networks import choose_attention_backend, model_class, sample_shape, set_attention_backend
+from diffit.networks import model_class, sample_shape, set_attention_backend, why_not_xformers
 from diffit.optimization import build_optimizer
 from diffit_model import MAX_WINDOWS, TimeDependentSelfAttention
 
@@ -145,8 +146,7 @@ def why_not(
         return None
     if num_windows > MAX_WINDOWS:
         return f"takes {MAX_WINDOWS} windows at most"
-    chosen, why = choose_attention_backend(model, device, dtype)
-    return None if chosen == "xformers" else why
+    return why_not_xformers(model, device, dtype)
 
 
 def outputs_and_gradients(

@@ -19,8 +19,8 @@ class PlainAttention(TimeDependentSelfAttention):
 
     def plain_bias(self, num_windows: int) -> torch.Tensor:
         """The bias, shape (1, h, N, N)."""
-        num_tokens = len(self.relative_position_index)
-        bias = self.relative_position_bias_table[self.relative_position_index.flatten()]  # (N * N, h)
+        num_tokens = len(self.relative_positions.index)
+        bias = self.relative_position_bias_table[self.relative_positions.index.flatten()]  # (N * N, h)
         return bias.view(num_tokens, num_tokens, -1).permute(2, 0, 1).contiguous()[None]
 
     def forward(self, spatial_tokens: torch.Tensor, time_token: torch.Tensor) -> torch.Tensor:
@@ -41,7 +41,7 @@ class PlainWindowAttention(PlainAttention):
 
     def plain_bias(self, num_windows: int) -> torch.Tensor:
         """The biases, shape (B * G, h, N, N)."""
-        index = self.relative_position_index.expand(num_windows, -1, -1)  # (B * G, N, N)
+        index = self.relative_positions.index.expand(num_windows, -1, -1)  # (B * G, N, N)
         return self.relative_position_bias_table[index].permute(0, 3, 1, 2)
 
 

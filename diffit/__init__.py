@@ -22,6 +22,7 @@
     pretrained                        models to start from: which weights a path means, how they were trained
     networks                          building, loading, adapting and placing networks and VAEs; attention backends
     cpu_kernels                       fast CPU layers that replace the reference ones
+    weight_copies                     weights in low precision for training under autocast
     optimization                      AdamW, Muon, learning-rate schedules, EMA, non-finite steps, the training state
     checkpoint, run_dir, lock         saving and resuming; which files in a folder are ours; which run owns a folder
     devices                           a GPU that cannot be used, answers of `accelerate config`, TensorFloat-32
@@ -36,17 +37,11 @@
     command_line, errors              parsing flags; reporting errors
 
 The imports form no cycle. A script must import this package before diffusers, because diffusers imports xformers if it
-is installed, whose warning is filtered below.
+is installed, whose warnings are filtered below.
 """
 
 import logging
 
-
-def _has_cuda(record: logging.LogRecord) -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-# Without CUDA nothing uses xformers, and its "Please reinstall xformers" would be the first output that a user sees.
-logging.getLogger("xformers").addFilter(_has_cuda)
+# xformers warns when it is imported, by diffusers, that it was built for another torch. Nobody needs its own kernels:
+# the operator that takes our bias is torch's. If even that is missing, `--attention_backend xformers` says why.
+logging.getLogger("xformers").setLevel(logging.ERROR)

@@ -60,11 +60,11 @@ def augment(images: torch.Tensor, numbers: torch.Tensor, probability: float) -> 
         raise ValueError(f"numbers must have the shape {(batch, NUM_AUGMENT_NUMBERS)}, got {tuple(numbers.shape)}")
 
     # 1. transforms of each image, all of shape (B); nothing is read back from the device
-    x_flip, y_flip, scaled, rotated, angle, squeezed, axis, moved = numbers[:, :8].unbind(1)
+    x_flip, y_flip, _, _, angle, _, axis, _ = numbers[:, :8].unbind(1)
+    _, _, scaled, rotated, _, squeezed, _, moved = (numbers[:, :8] < probability).unbind(1)
     log_scale, log_stretch, right, down = numbers[:, 8:].unbind(1)
     x_flip = x_flip < (0.5 if probability > 0 else 0.0)
     y_flip = y_flip < probability / 2
-    scaled, rotated, squeezed, moved = (uniform < probability for uniform in (scaled, rotated, squeezed, moved))
     angle, axis = (math.pi * (2 * uniform - 1) for uniform in (angle, axis))
     angle, log_scale, log_stretch = angle * rotated, log_scale * scaled, log_stretch * squeezed
     right, down = right * moved, down * moved
@@ -112,7 +112,8 @@ def _warp(
     x, y = _rotate(x, y, -axis)  # (B, 2H, 2W) each
     x, y = x * 2 ** (-0.2 * log_stretch), y * 2 ** (0.2 * log_stretch)
     x, y = _rotate(x, y, axis - angle)
-    x, y = x * 2 ** (-0.2 * log_scale), y * 2 ** (-0.2 * log_scale)
+    scale = 2 ** (-0.2 * log_scale)
+    x, y = x * scale, y * scale
     grid = torch.stack([2 * x / width, 2 * y / height], dim=-1)  # (B, 2H, 2W, 2), -1 to 1 from edge to edge
     warped = F.grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
     return F.avg_pool2d(warped, SUPERSAMPLING).clamp(-1, 1)  # (B, C, H, W)

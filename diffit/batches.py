@@ -155,9 +155,18 @@ class BatchPreparer:
 
 
 def batch_labels(batch: dict, label_dropout: float, null: int | None) -> torch.Tensor | None:
-    """Class labels, a fraction of them replaced by the null class; shape (B). None for an unconditional network."""
+    """Class labels, a fraction of them replaced by the null class; shape (B). None for an unconditional network.
+
+    They are checked here, on the CPU: the network on an accelerator cannot read them without waiting for the device.
+
+    Raises:
+        ValueError: if there are labels outside of [0, null).
+    """
     if null is None:
         return None
+    labels = batch["class_labels"]
+    if labels.min() < 0 or labels.max() >= null:
+        raise ValueError(f"class labels must be in [0, {null}), got {int(labels.min())} to {int(labels.max())}")
     return torch.where(batch["dropout_uniform"] < label_dropout, null, batch["class_labels"])
 
 

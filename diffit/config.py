@@ -115,7 +115,7 @@ class ModelConfig:
     )
     attention_backend: str = flag(
         "auto",
-        "attention kernel; auto selects xformers where it supports the network, otherwise native",
+        "attention kernel; auto means native, PyTorch's SDPA",
         choices=("auto", "native", "_native_math", "xformers", "flex"),
     )
     gradient_checkpointing: bool = flag(
@@ -225,7 +225,7 @@ class OptimizerConfig:
 
     optimizer: str = flag(
         "adamw",
-        "adamw: AdamW for all parameters; muon: Muon for the weight matrices in the blocks, AdamW for the rest",
+        "adamw; or muon, for small networks: Muon for the weight matrices in the blocks, AdamW for the rest",
         choices=("adamw", "muon"),
         fixed=True,
     )

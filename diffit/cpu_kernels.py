@@ -18,14 +18,15 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
 
 from diffit_model import (
+    ChannelNorm,
     DiffiTAttnProcessor,
     DiffiTBlock,
     DiffiTMLP,
     DiffiTResBlock,
     TimeDependentSelfAttention,
     TokenNorm,
+    add_windows,
     is_exactly,
-    merge_windows,
     partition_windows,
 )
 
@@ -303,17 +304,16 @@ class CPUResBlock(DiffiTResBlock):
     def forward(self, hidden_states: torch.Tensor, time_token: torch.Tensor) -> torch.Tensor:
         """Maps a feature map of shape (B, C_in, H, W) and time tokens of shape (B, T) to one of (B, C_out, H, W)."""
         norm, conv = self.norm, self.conv
-        is_reference = is_exactly(norm, nn.GroupNorm) and is_exactly(conv, nn.Conv2d)
+        is_reference = is_exactly(norm, ChannelNorm) and is_exactly(conv, nn.Conv2d)
         if not is_reference or not is_eager_float32(hidden_states) or not torch.is_grad_enabled():
             return super().forward(hidden_states, time_token)
-        height, width = hidden_states.shape[-2:]
         residual = self.conv_shortcut(hidden_states)  # (B, C_out, H, W)
         if not hidden_states.is_contiguous(memory_format=torch.channels_last):
             hidden_states = hidden_states.contiguous()
         affine = (norm.weight, norm.bias, norm.num_groups, norm.eps)
         hidden_states = GroupNormSiLUConv.apply(hidden_states, *affine, conv.weight, conv.bias)  # (B, C_out, H, W)
         tokens = self.block(partition_windows(hidden_states, self.window), time_token)  # (B * G, N, D)
-        return residual + merge_windows(tokens, self.window, height, width)  # (B, C_out, H, W)
+        return add_windows(residual, tokens, self.window)  # (B, C_out, H, W)
 
 
 KERNELS = {TokenNorm: CPUTokenNorm, DiffiTMLP: CPUMLP, DiffiTResBlock: CPUResBlock}

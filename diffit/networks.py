@@ -34,6 +34,7 @@ from diffit.pretrained import (
 )
 from diffit.processes import on_all_processes
 from diffit.sources import Table
+from diffit.weight_copies import WeightCopies
 from diffit_model import (
     DiffiTTransformer2DModel,
     DiffiTUNet2DModel,
@@ -44,6 +45,8 @@ from diffit_model import (
 from diffit_pipeline import AUTOENCODERS, Autoencoder, latent_scaling
 
 logger = get_logger(__name__, log_level="INFO")
+
+AUTOCAST_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def read_model_config(asked: ModelConfig) -> dict[str, Any]:
@@ -310,20 +313,18 @@ def set_up_model(model: ModelMixin, asked: ModelConfig, device: torch.device, mi
         model: the network; modified in place.
         asked: the flags of the network.
         device: device to train on.
-        mixed_precision: `"no"`, `"fp16"` or `"bf16"`.
+        mixed_precision: `"no"`, `"fp16"` or `"bf16"`, the autocast that the network will be trained under.
 
     Raises:
         UserError: if the attention backend cannot train on the device.
     """
     model.to(device)
     backend = asked.attention_backend
-    if backend == "auto":
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
-        backend, reason = choose_attention_backend(model, device, dtype)
-        logger.info(f"attention backend: {backend} ({reason})")
-    elif backend == "xformers" and device.type != "cuda":
+    if backend == "xformers" and device.type != "cuda":
         raise UserError(f"--attention_backend xformers needs CUDA, but the device is {device.type}")
-    elif backend == "flex" and device.type in ("cpu", "mps"):
+    if backend == "xformers" and asked.compile:
+        logger.warning("--compile: --attention_backend xformers cannot be compiled, so each attention runs eagerly")
+    if backend == "flex" and device.type in ("cpu", "mps"):
         raise UserError(
             f"--attention_backend flex cannot train on the device {device.type}, where it has no backward pass: use "
             "native"
@@ -335,7 +336,10 @@ def set_up_model(model: ModelMixin, asked: ModelConfig, device: torch.device, mi
         # One variant per resolution, width and mode (training, validation); torch's default limit is 8 variants.
         torch._dynamo.config.recompile_limit = 64
     if asked.compile:  # in place, which keeps the names of the weights
-        model.compile_repeated_blocks() if model._repeated_blocks else model.compile()
+        # With static shapes: otherwise the second resolution would recompile a block for symbolic ones.
+        model.compile_repeated_blocks(dynamic=False) if model._repeated_blocks else model.compile()
+    elif mixed_precision in AUTOCAST_DTYPES and model._repeated_blocks:  # compiled blocks fuse the conversions
+        WeightCopies(model, AUTOCAST_DTYPES[mixed_precision])
     kernelize(model)
 
 
@@ -364,30 +368,27 @@ def model_class(config: dict) -> type[ModelMixin]:
     return MODEL_CLASSES[name]
 
 
-def choose_attention_backend(model: nn.Module, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """Resolves the backend `auto`: xformers if its operators support all attentions of this model, otherwise native.
+def why_not_xformers(model: nn.Module, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why xformers' operators cannot run all attentions of a model, forward and backward, or None.
 
     Args:
         model: a network with DiffiT attention, or any other module.
         device: the device it will run on.
         dtype: float type of queries, keys and values.
-
-    Returns:
-        The backend, `"xformers"` or `"native"`, and the reason.
     """
     if device.type != "cuda":
-        return "native", f"xformers needs CUDA, but the device is {device.type}"
+        return f"xformers needs CUDA, but the device is {device.type}"
     attentions = [module for module in model.modules() if isinstance(module, TimeDependentSelfAttention)]
     if not attentions:
-        return "native", "the model has no DiffiT attention"
-    for attention in attentions:
-        shape = (1, math.prod(attention.window), attention.num_attention_heads, attention.attention_head_dim)
+        return "the model has no DiffiT attention"
+    shapes = {(1, math.prod(each.window), each.num_attention_heads, each.attention_head_dim) for each in attentions}
+    for shape in sorted(shapes):
         probe = torch.empty(shape, device=device, dtype=dtype, requires_grad=True)
         bias = torch.empty(1, shape[2], shape[1], shape[1], device=device, dtype=dtype, requires_grad=True)
         reasons = xformers_unsupported_reasons(probe, probe, probe, align_bias_for_xformers(bias, 1))
         if reasons:
-            return "native", "; ".join(reasons)
-    return "xformers", "its operators support this model's attention"
+            return "; ".join(reasons)
+    return None
 
 
 def set_attention_backend(model: ModelMixin, backend: str) -> None:
@@ -395,11 +396,13 @@ def set_attention_backend(model: ModelMixin, backend: str) -> None:
 
     Args:
         model: network whose attention modules get the backend; `UNet2DModel` supports only `native` and `xformers`.
-        backend: a backend of diffusers' dispatcher.
+        backend: a backend of diffusers' dispatcher, or `auto`, which means `native`: on CUDA, xformers' only operators
+            that take a bias are the kernel of torch's memory-efficient SDPA, with more work for the host.
 
     Raises:
         ValueError: if the model does not support the backend.
     """
+    backend = "native" if backend == "auto" else backend
     if isinstance(model, UNet2DModel):
         if backend not in ("native", "xformers"):
             raise ValueError(f"UNet2DModel supports the attention backends native and xformers, got {backend!r}")

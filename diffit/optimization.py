@@ -26,6 +26,7 @@ logger = get_logger(__name__, log_level="INFO")
 A, B, C = 3.4445, -4.7750, 2.0315
 ITERATIONS = 5
 MOMENTUM = 0.95
+MANY_MUON_WEIGHTS = 100_000_000  # DiffiT-XL/2 has 500 million: 15 TFLOP per step and process
 
 
 def muon_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -132,7 +133,9 @@ class MuonAdamW(torch.optim.Optimizer):
 
         lr, decay = self.param_groups[1]["lr"], self.param_groups[1]["weight_decay"]
         size = 0.2 * max(update.shape[-2:]) ** 0.5  # matches the RMS of AdamW's updates (arXiv 2502.16982)
-        change = lr * size * update + lr * decay * torch.stack(list(parameters))
+        change = lr * size * update
+        if decay:
+            change = change + lr * decay * torch.stack(parameters)
         if found_inf is not None:
             change = change * (1 - found_inf)
         torch._foreach_copy_(buffers, list(momentum))
@@ -224,6 +227,12 @@ def _build_optimizer(asked: OptimizerConfig, model: ModelMixin) -> torch.optim.O
     if asked.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), fused=True, **settings)
     matrices = muon_parameters(model)
+    num_weights = sum(matrix.numel() for matrix in matrices)
+    if num_weights > MANY_MUON_WEIGHTS:
+        logger.warning(
+            f"--optimizer muon is for small networks: each process orthogonalizes all {num_weights:,} weights of the "
+            "matrices in each step, which may take as long as the rest of the step. Try --optimizer adamw"
+        )
     are_matrices = set(map(id, matrices))
     others = [parameter for parameter in model.parameters() if id(parameter) not in are_matrices]
     return MuonAdamW(matrices, others, muon_lr_ratio=asked.muon_lr_ratio, **settings)
@@ -394,7 +403,7 @@ class NonFiniteGuard:
 
     def watch(self, grad_norm: torch.Tensor) -> None:
         """Must be called before each `optimizer.step()` with the norm of its gradient, shape ()."""
-        is_bad = ~grad_norm.isfinite()
+        is_bad = (grad_norm - grad_norm) != 0  # the difference is 0, or NaN; `isfinite` launches five kernels
         self.optimizer.found_inf = is_bad.float()
         self.is_bad = is_bad.to("cpu", non_blocking=is_bad.device.type == "cuda")
         if is_bad.device.type == "cuda":

@@ -22,7 +22,12 @@ from typing import NoReturn
 import psutil
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
 from torch.distributed import PrefixStore, ProcessGroup, Store, TCPStore
 
 from diffit.config import RunConfig
@@ -129,6 +134,8 @@ def build_accelerator(precision: PrecisionConfig, run: RunConfig) -> Accelerator
         mixed_precision=precision.mixed_precision,
         log_with=None if run.report_to == "none" else run.report_to,
         project_config=ProjectConfiguration(project_dir=run.output_dir, logging_dir=logging_dir),
+        # The buffers are constants, and each step would broadcast them; views save a second copy of the gradients.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     check_launch(accelerator)
     if accelerator.mixed_precision == "fp16" and device.type == "cpu":  # from accelerate's own config

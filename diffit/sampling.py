@@ -15,7 +15,7 @@ from diffit.cpu_kernels import kernelize
 from diffit.errors import RunError, UserError, load_model, user_errors
 from diffit.formulations import Formulation, formulation_of
 from diffit.latents import load_vae
-from diffit.networks import choose_attention_backend, model_class, set_attention_backend
+from diffit.networks import model_class, set_attention_backend
 from diffit.pretrained import check_weights, checkpoint_weights
 from diffit.sampling_config import SamplingConfig
 from diffit_pipeline import (
@@ -217,11 +217,8 @@ def load_sampler(
         if network is None:
             continue
         network.to(device)
-        backend = sampling.attention_backend
-        if backend == "auto":
-            backend, _ = choose_attention_backend(network, device, DTYPES[sampling.dtype])
-        with user_errors(f"--attention_backend {backend}", ValueError, ImportError):
-            set_attention_backend(network, backend)
+        with user_errors(f"--attention_backend {sampling.attention_backend}", ValueError, ImportError):
+            set_attention_backend(network, sampling.attention_backend)
         kernelize(network)
     return pipeline, guidance_model
 

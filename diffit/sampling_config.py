@@ -123,7 +123,7 @@ class SamplingConfig:
     dtype: str = flag("fp32", "dtype of the denoising network; the VAE stays in fp32", choices=DTYPES)
     attention_backend: str = flag(
         "auto",
-        "attention kernels; auto = xformers where it supports the model, else native",
+        "attention kernels; auto = native, PyTorch's SDPA",
         choices=ATTENTION_BACKENDS,
     )
 

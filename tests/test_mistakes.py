@@ -330,6 +330,19 @@ def test_each_mistake_is_told_once_by_several_processes(flags, words, base_args,
     assert process.stderr.count("Traceback") == 1 and "ChildFailedError" in process.stderr  # the launcher's own report
 
 
+def test_importing_xformers_says_nothing_with_cuda_either():
+    pytest.importorskip("xformers")
+    code = "import torch; torch.cuda.is_available = lambda: True; import xformers"
+    loud, quiet = (
+        subprocess.run([sys.executable, "-c", before + code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        for before in ("", "import diffit; ")
+    )
+    assert loud.returncode == quiet.returncode == 0, loud.stderr + quiet.stderr
+    if "xformers" not in loud.stderr.lower():
+        pytest.skip("this xformers was built for this torch, so it has nothing to say")
+    assert "xformers" not in quiet.stderr.lower() and "triton" not in quiet.stderr.lower()
+
+
 def test_first_screen_says_nothing_of_xformers(base_args, tmp_path):
     output = run(["train_diffit.py", *base_args, f"--output_dir={tmp_path}/r", "--dry_run"], CUDA_VISIBLE_DEVICES="")
     assert "xformers" not in output.lower().replace("attention_backend", "")

@@ -21,7 +21,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import diffit_model
-from diffit.networks import choose_attention_backend, model_class
+from diffit.networks import model_class, why_not_xformers
 from diffit_model import (
     DiffiTBlock,
     DiffiTMLP,
@@ -29,6 +29,8 @@ from diffit_model import (
     DiffiTStage,
     DiffiTUNet2DModel,
     TimeDependentSelfAttention,
+    Upsampler,
+    add_windows,
     align_bias_for_xformers,
     flex_attention_with_table,
     merge_windows,
@@ -519,6 +521,21 @@ def test_xformers_on_a_newer_gpu_falls_back_to_native_and_warns_once(contract, c
     assert len([record for record in caplog.records if "too new" in record.message]) == 1
 
 
+def test_xformers_is_asked_once_about_each_attention_and_batch_size(contract):
+    unet = build_unet()
+    unet.set_attention_backend("xformers")
+    asked = mock.patch.object(diffit_model, "xformers_unsupported_reasons", wraps=xformers_unsupported_reasons)
+    with contract.spoofed_cuda() as kernel, asked as ask:
+        for batch_sizes, expected in (((2, 2, 2), 1), ((3, 2), 2)):
+            for batch_size in batch_sizes:
+                with torch.no_grad():
+                    unet(torch.zeros(batch_size, 3, 16, 16), 10)
+            assert ask.call_count == expected * len(attentions(unet))
+        assert kernel.call_count == 5 * len(attentions(unet))
+        predict(unet)  # with gradients, which is another question
+        assert ask.call_count > 2 * len(attentions(unet))
+
+
 def test_xformers_on_cpu_falls_back_to_native(contract):
     unet = build_unet()
     expected = predict(unet)
@@ -572,14 +589,12 @@ def test_disable_xformers_sets_native_against_the_process_wide_default(contract)
     assert kernel.call_count == 0
 
 
-def test_choose_attention_backend_on_cpu_is_native():
-    backend, reason = choose_attention_backend(build_unet(), torch.device("cpu"), torch.float32)
-    assert backend == "native" and "cpu" in reason
+def test_why_not_xformers_names_the_device():
+    assert "cpu" in why_not_xformers(build_unet(), torch.device("cpu"), torch.float32)
 
 
-def test_choose_attention_backend_of_another_network_is_native():
-    backend, reason = choose_attention_backend(nn.Linear(1, 1), torch.device("cuda"), torch.float32)
-    assert backend == "native" and "no DiffiT attention" in reason
+def test_why_not_xformers_without_diffit_attention():
+    assert "no DiffiT attention" in why_not_xformers(nn.Linear(1, 1), torch.device("cuda"), torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1016,6 +1031,57 @@ def test_merge_windows_is_the_inverse_of_partition_windows(window):
 def test_merge_windows_gives_channels_last(window):
     tokens = partition_windows(torch.randn(2, 5, 4, 9), window).contiguous()
     assert merge_windows(tokens, window, 4, 9).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("window", [(2, 3), (4, 9), (1, 1)])
+def test_add_windows_adds_merged_windows_in_the_layout_of_the_feature_map(window, layout):
+    torch.manual_seed(0)
+    feature_map, other = torch.randn(2, 2, 5, 4, 9)
+    feature_map = feature_map.contiguous(memory_format=layout)
+    total = add_windows(feature_map, partition_windows(other, window), window)
+    torch.testing.assert_close(total, feature_map + other, **EXACT)
+    assert total.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("window_size, expected", [(4, 1), (None, 2)])
+def test_attentions_of_equal_windows_share_one_table_of_positions(window_size, expected):
+    unet = build_unet(window_size=window_size, sample_size=16)
+    for network in (unet, copy.deepcopy(unet), unet.to(torch.float64)):
+        tables = {id(attention.relative_positions.index) for attention in attentions(network)}
+        assert len(tables) == len(list(network.buffers())) == expected
+    windows = [attention.window for attention in attentions(unet)]
+    assert [len(attention.relative_positions.index) for attention in attentions(unet)] == [h * w for h, w in windows]
+    assert not [name for name in unet.state_dict() if "relative_positions" in name]
+
+
+def test_relative_position_bias_is_converted_after_the_sum_of_its_gradient():
+    """A gradient summed in bfloat16 would stop growing at 256."""
+    attention = attentions(build_unet())[0]
+    bias = attention.relative_position_bias(torch.bfloat16)
+    assert bias.dtype == torch.bfloat16 and bias.is_contiguous()
+    expected = attention.relative_position_bias().bfloat16()
+    torch.testing.assert_close(bias, expected, **EXACT)
+    bias.backward(torch.full_like(bias, 1.0 + 2**-7))
+    counts = torch.bincount(attention.relative_positions.index.flatten())
+    exact = counts[:, None].expand_as(attention.relative_position_bias_table) * (1.0 + 2**-7)
+    torch.testing.assert_close(attention.relative_position_bias_table.grad, exact, **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_and_upsampling_keep_their_dtype_under_autocast(dtype):
+    """GroupNorm and LayerNorm accumulate in float32 in any case; autocast would store it, too."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 4, 4, dtype=dtype)
+    norm, token_norm, upsampler = diffit_model.ChannelNorm(2, 8), diffit_model.TokenNorm(4), Upsampler(8, 8)
+    nn.init.normal_(norm.weight)
+    with torch.autocast("cpu", dtype):
+        outputs = norm(x), token_norm(x), upsampler(x)
+    assert [output.dtype for output in outputs] == 3 * [dtype]
+    exact = nn.functional.group_norm(x.float(), 2, norm.weight.to(dtype).float(), norm.bias), token_norm(x.float())
+    torch.testing.assert_close(outputs[:2], tuple(each.to(dtype) for each in exact), rtol=2**-7, atol=2**-7)
+    expected = upsampler.conv.to(dtype)(x.repeat_interleave(2, -1).repeat_interleave(2, -2))
+    torch.testing.assert_close(outputs[2], expected, rtol=2**-6, atol=2**-6)
 
 
 def test_relative_position_index_has_the_stated_shape_and_range():

@@ -1,6 +1,7 @@
 """Muon and AdamW as one optimizer, learning-rate schedules, averages of the weights, and the guard."""
 
 import copy
+import logging
 import math
 from unittest import mock
 
@@ -97,6 +98,32 @@ def test_step_with_found_inf_changes_nothing(value):
             assert all(map(torch.equal, tensors, before))
             optimizer.found_inf = torch.tensor(0.0)
     assert all(map(torch.equal, tensors, others))
+
+
+def test_muon_without_weight_decay_copies_no_weights():
+    tensors = parameters()
+    optimizer = MuonAdamW(tensors[:3], tensors[3:], lr=0.01, muon_lr_ratio=1.0, **ADAMW | {"weight_decay": 0.0})
+    set_gradients(tensors, 1)
+    stacked = []
+
+    def stack(tensors, *arguments):
+        stacked.extend(tensors)
+        return real(tensors, *arguments)
+
+    real = torch.stack
+    with mock.patch.object(torch, "stack", stack):
+        optimizer.step()
+    assert stacked and not any(isinstance(tensor, nn.Parameter) for tensor in stacked)
+
+
+@pytest.mark.parametrize("rows, warns", [(100, False), (9_000, True)])
+def test_muon_says_that_it_is_for_small_networks(rows, warns, caplog):
+    PartialState()  # for accelerate's logger
+    with torch.device("meta"):
+        model = nn.ModuleDict({"block": nn.Linear(rows, 12_000), "head": nn.Linear(1, 1)})
+    with caplog.at_level(logging.WARNING):
+        build_optimizer(OptimizerConfig(optimizer="muon"), model)
+    assert bool(mentions("--optimizer muon", f"{rows * 12_000:,}").search(caplog.text)) == warns
 
 
 def test_gradients_are_unscaled():

@@ -19,7 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffit_model
-from diffit.networks import adapt_weights, choose_attention_backend, model_class, resize_grid, set_attention_backend
+from diffit.networks import adapt_weights, model_class, resize_grid, set_attention_backend
 from diffit_model import DiffiTTransformer2DModel, DiffiTUNet2DModel, sincos_position_embedding
 from helpers import ROOT
 
@@ -283,9 +283,11 @@ def test_xformers_equals_native_in_value_and_gradient():
     assert kernel.call_count == len(model.blocks)
 
 
-def test_choose_attention_backend_takes_the_network():
-    backend, reason = choose_attention_backend(build_transformer(), torch.device("cpu"), torch.float32)
-    assert backend == "native" and "cpu" in reason
+def test_automatic_attention_backend_is_native():
+    model = build_transformer()
+    set_attention_backend(model, "xformers")
+    set_attention_backend(model, "auto")
+    assert {block.attn.processor.backend for block in model.blocks} == {"native"}
 
 
 def test_every_parameter_receives_a_gradient():
