@@ -17,6 +17,7 @@
     batches, augment                  micro-batches on the device: VAE encoding, augmentation, noise
     formulations                      DDPM and EDM: noise levels, network inputs, loss, schedulers
     pretrained                        models to start from: which weights a path means, how they were trained
+    sharding                          weights, optimizer and averages sharded by FSDP2
     networks                          building, loading, adapting and placing networks and VAEs; attention backends
     cpu_kernels                       fast CPU layers that replace the reference ones
     optimization                      AdamW, Muon, learning-rate schedules, EMA, non-finite steps, the training state

@@ -29,7 +29,7 @@ from diffit.config import FIXED, RunConfig
 from diffit.errors import RunError, UserError
 from diffit.lock import OutputDirLock
 from diffit.logs import PROJECT
-from diffit.optimization import TrainingState, ema_weights
+from diffit.optimization import TrainingState, ema_weights, gather_state
 from diffit.plan import Plan
 from diffit.processes import is_restarted, raise_in_all
 from diffit.run_dir import (
@@ -46,6 +46,7 @@ from diffit.run_dir import (
     remove_empty_folders,
     remove_whole_folder,
 )
+from diffit.sharding import shard_all, shard_like, shard_optimizer_state
 from diffit_pipeline import component_name
 
 logger = get_logger(__name__, log_level="INFO")
@@ -147,6 +148,7 @@ def save_checkpoint(
         RunError: in all processes, if it could not be written; earlier checkpoints are kept.
     """
     accelerator.wait_for_everyone()
+    state = gather_state(state, keep=accelerator.is_main_process)
     failed = torch.zeros(1, device=accelerator.device)
     reason = "see the main process"
     if accelerator.is_main_process:
@@ -317,7 +319,7 @@ def load_checkpoint(path: Path, accelerator: Accelerator, flags: dict, state: Tr
     if numbers["data_digest"] != state.data_digest:
         raise UserError(f"{path} was trained on different images or labels, or with a different VAE")
     load_network_weights(path, state, numbers["ema_steps"])
-    state.optimizer.load_state_dict(optimizer_state)
+    state.optimizer.load_state_dict(shard_optimizer_state(optimizer_state, state.optimizer))
     state.lr_scheduler.load_state_dict(numbers["lr_scheduler"])
     if numbers["scaler"] is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(numbers["scaler"])
@@ -378,12 +380,12 @@ def load_network_weights(path: Path, state: TrainingState, ema_steps: dict[str, 
     weights, wanted = load_weights(path / part), state.model.state_dict()
     if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in wanted.items()}:
         raise UserError(f"{path} contains a different network than --model_config and --model_kwargs describe")
-    state.model.load_state_dict(weights)
+    state.model.load_state_dict(shard_all(weights, wanted))
     for ema_name, ema_model in state.ema_models.items():
         weights = load_weights(path / f"{part}_{ema_name}")
         with torch.no_grad():
             for (name, _), shadow in zip(state.model.named_parameters(), ema_model.shadow_params, strict=True):
-                shadow.copy_(weights[name])
+                shadow.copy_(shard_like(weights[name], shadow))
         ema_model.optimization_step = ema_steps[ema_name]
 
 

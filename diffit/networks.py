@@ -26,6 +26,7 @@ from diffit.errors import UserError, load_model, user_errors
 from diffit.latents import CHANNEL_STATISTICS, LatentTable, load_vae, read_vae_config, vae_description
 from diffit.pretrained import network_subfolder, read_class_names
 from diffit.processes import on_all_processes
+from diffit.sharding import shard
 from diffit.sources import Table
 from diffit_model import (
     DiffiTTransformer2DModel,
@@ -167,7 +168,9 @@ class Networks:
 def build_networks(
     accelerator: Accelerator, model_config: dict[str, Any], asked: ModelConfig, table: Table, seed: int
 ) -> Networks:
-    """Builds or loads the networks and moves them to the device. Must be called by all processes.
+    """Builds or loads the networks, moves them to the device and shards the model if asked to.
+
+    Must be called by all processes.
 
     Args:
         accelerator: this process and its device.
@@ -180,6 +183,7 @@ def build_networks(
     pretrained = (asked.pretrained_model_name_or_path, asked.reset_class_embeddings, table.class_names)
     model = on_all_processes(accelerator, build_model, model_config, *pretrained)
     set_up_model(model, asked, accelerator.device, accelerator.mixed_precision)
+    shard(accelerator, model)
     vae = on_all_processes(accelerator, build_vae, asked.vae_model_name_or_path, table, accelerator.device)
     return Networks(model, vae)
 

@@ -26,7 +26,7 @@ from diffit.features import FeatureExtractor, TableImages, extract_features, loa
 from diffit.formulations import Formulation, denoising_losses
 from diffit.logs import LossBins
 from diffit.metrics import NUM_NEIGHBORS, FeatureSet, metric_values
-from diffit.optimization import TrainingState, ema_weights
+from diffit.optimization import TrainingState, ema_weights, gather_state
 from diffit.plan import Plan
 from diffit.processes import StopRequest, ignore_stop_signals, on_all_processes
 from diffit.run_dir import OutputFolder
@@ -173,12 +173,13 @@ def validate_and_export(accelerator: Accelerator, validation: Validation, with_m
             break
         results[name] = result
     finished = len(results) == len(averages)
+    whole = gather_state(state, keep=accelerator.is_main_process) if finished else None
     if finished and accelerator.is_main_process:
         log_results(accelerator, results, state.global_step, validation.run_dir)
         metric = validation.metrics.eval_metrics[0]
         best = min(results, key=lambda name: selection_score(metric, results[name][0]))  # ties: the first one
-        with ema_weights(averages[best], model):
-            export(validation, best, *results[best])
+        with ema_weights(whole.ema_models.get(best), whole.model):
+            export(dataclasses.replace(validation, state=whole), best, *results[best])
     model.train()
     accelerator.wait_for_everyone()
     return finished
