@@ -46,7 +46,7 @@ from diffit.run_dir import (
     remove_empty_folders,
     remove_whole_folder,
 )
-from diffit.sharding import shard_all, shard_like, shard_optimizer_state
+from diffit.sharding import is_sharded, shard_all, shard_like, shard_optimizer_state
 from diffit_pipeline import component_name
 
 logger = get_logger(__name__, log_level="INFO")
@@ -304,7 +304,8 @@ def load_checkpoint(path: Path, accelerator: Accelerator, flags: dict, state: Tr
     """
     numbers = read_data(path / "state.json", lambda file: json.loads(file.read_text()))
     earlier = read_data(path / "training_args.yaml", lambda file: yaml.safe_load(file.read_text()))
-    read_tensors = functools.partial(torch.load, map_location="cpu", weights_only=True)
+    # Processes that keep only their shards need not hold the whole file each.
+    read_tensors = functools.partial(torch.load, map_location="cpu", weights_only=True, mmap=is_sharded(state.model))
     optimizer_state = read_data(path / "optimizer.pt", read_tensors)
     check_same_run(path, earlier, flags)
     check_noise_schedule(path, plan)

@@ -110,7 +110,8 @@ def shard(accelerator: Accelerator, model: ModelMixin) -> None:
     plugin.transformer_cls_names_to_wrap = sorted({type(module).__name__ for module in unit_modules(model)})
     plugin.mixed_precision_policy = None  # accelerate has set one for bf16; autocast takes its place
     if accelerator.mixed_precision == "bf16":  # as accelerate does for DDP
-        autocast = torch.autocast(accelerator.device.type, dtype=torch.bfloat16)
+        # Without its cache, which would hold the whole network in bf16 until the end of the forward pass.
+        autocast = torch.autocast(accelerator.device.type, dtype=torch.bfloat16, cache_enabled=False)
         model.forward = convert_outputs_to_fp32(autocast(model.forward))
     name = type(model).__name__
     fsdp2_prepare_model(accelerator, model)
@@ -175,7 +176,8 @@ def shard_like(tensor: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
     """The tensor, or this process's shard of it if `example`, of the same shape, is sharded. Communicates nothing."""
     if not isinstance(example, DTensor):
         return tensor
-    return distribute_tensor(tensor, example.device_mesh, example.placements, src_data_rank=None)
+    shard = distribute_tensor(tensor, example.device_mesh, example.placements, src_data_rank=None)
+    return shard.clone()  # torch does not promise a copy, and a view would keep the whole tensor on the device
 
 
 def shard_all(tensors: Mapping[str, torch.Tensor], examples: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -46,16 +46,20 @@ def take_cpus_for_gpus() -> None:
 
 
 def report_shards(state: TrainingState) -> TrainingState:
-    """Prints this process's share of the weights, of what the optimizer updates and of the averages."""
+    """Prints this process's share of the memory of weights, optimizer and averages."""
     parts = {
         "weights": list(state.model.parameters()),
         "optimizer": [parameter for group in state.optimizer.param_groups for parameter in group["params"]],
     }
+    if state.optimizer.state:  # of a resumed run
+        moments = [values[name] for values in state.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        parts["moments"] = moments
     for name, average in state.ema_models.items():
         parts[name] = average.shadow_params
     for name, tensors in parts.items():
         held = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-        share = sum(tensor.numel() for tensor in held) / sum(tensor.numel() for tensor in tensors)
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
+        share = sum(storages.values()) / sum(tensor.numel() * tensor.itemsize for tensor in tensors)
         print(f"shard of {name}: {share:.2f}", flush=True)
     return state
 
