@@ -93,6 +93,7 @@ from diffit.processes import (
     run_on_main_and_broadcast,
 )
 from diffit.run_dir import CODE_FOLDER, OutputFolder, files_below
+from diffit.sharding import check_sharding, prepare, whole
 from diffit.validation import Validation, build_evaluator, build_extractor, build_guidance_model, validate_and_export
 from diffit_pipeline import null_label
 
@@ -133,6 +134,7 @@ def main(config: TrainConfig) -> None:
         network = read_model_config(config.model)
         join_processes(config.precision)
         accelerator = build_accelerator(config.precision, asked)
+        check_sharding(accelerator, config.optimizer.optimizer, config.model.compile)
         batch = plan_batch(config.batch, accelerator.num_processes)
         accelerator.gradient_accumulation_steps = batch.accumulation
         vae = vae_on_meta(config.model.vae_model_name_or_path)
@@ -277,7 +279,7 @@ def train(
         seed: seed of dropout.
     """
     accelerator, plan = run.accelerator, run.plan
-    model, optimizer = accelerator.prepare(state.model, state.optimizer)
+    model, optimizer = prepare(accelerator, state.model, state.optimizer)
     guard = NonFiniteGuard(state.optimizer, asked.max_bad_steps, plan.batch.total, run.folder.folder)
     meter = Meter(accelerator.device, state.position)
     progress = tqdm(total=plan.max_train_steps, initial=state.global_step, disable=not accelerator.is_main_process)
@@ -293,7 +295,7 @@ def train(
                 losses = denoising_losses(model, plan.formulation, noisy)  # (B)
                 accelerator.backward(nan_if_non_finite(losses).mean())
                 if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), asked.max_grad_norm)
+                    grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), asked.max_grad_norm))
                     finish_step(state, guard)  # schedule, EMA and count of the previous step
                     guard.watch(grad_norm)  # the device skips the coming update if the norm is non-finite
                     lr = state.lr_scheduler.get_last_lr()[0]

@@ -20,6 +20,7 @@
     learned_variance                  the loss of a variance that the network predicts
     scheduler_configs                 configs of saved schedulers, with their classes' defaults
     pretrained                        models to start from: which weights a path means, how they were trained
+    sharding                          weights, optimizer and averages sharded by FSDP2
     networks                          building, loading, adapting and placing networks and VAEs; attention backends
     cpu_kernels                       fast CPU layers that replace the reference ones
     weight_copies                     weights in low precision for training under autocast

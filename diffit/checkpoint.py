@@ -28,7 +28,7 @@ from diffit.config import FIXED, RunConfig
 from diffit.errors import RunError, UserError
 from diffit.lock import OutputDirLock
 from diffit.logs import PROJECT
-from diffit.optimization import TrainingState, ema_weights
+from diffit.optimization import TrainingState, ema_weights, gather_state
 from diffit.plan import Plan
 from diffit.processes import is_restarted, raise_in_all
 from diffit.run_dir import (
@@ -47,6 +47,7 @@ from diffit.run_dir import (
     remove_empty_folders,
     remove_whole_folder,
 )
+from diffit.sharding import is_sharded, shard_all, shard_like, shard_optimizer_state
 from diffit.sources import is_same_data
 from diffit_pipeline import component_name
 
@@ -143,6 +144,7 @@ def save_checkpoint(
         RunError: in all processes, if it could not be written; earlier checkpoints are kept.
     """
     accelerator.wait_for_everyone()
+    state = gather_state(state, keep=accelerator.is_main_process)
     failed = torch.zeros(1, device=accelerator.device)
     reason = "see the main process"
     if accelerator.is_main_process:
@@ -304,7 +306,8 @@ def load_checkpoint(path: Path, accelerator: Accelerator, flags: dict, state: Tr
     """
     numbers = read_data(path / "state.json", lambda file: json.loads(file.read_text()))
     earlier = read_data(path / "training_args.yaml", lambda file: yaml.safe_load(file.read_text()))
-    read_tensors = functools.partial(torch.load, map_location="cpu", weights_only=True)
+    # Processes that keep only their shards need not hold the whole file each.
+    read_tensors = functools.partial(torch.load, map_location="cpu", weights_only=True, mmap=is_sharded(state.model))
     optimizer_state = read_data(path / "optimizer.pt", read_tensors)
     check_same_run(path, earlier, flags)
     check_noise_schedule(path, plan)
@@ -319,7 +322,7 @@ def load_checkpoint(path: Path, accelerator: Accelerator, flags: dict, state: Tr
     if not is_same_data(numbers["data_digest"], state.data_digest):
         raise UserError(f"{path} was trained on different images or labels, or with a different VAE")
     load_network_weights(path, state, numbers["ema_steps"])
-    state.optimizer.load_state_dict(optimizer_state)
+    state.optimizer.load_state_dict(shard_optimizer_state(optimizer_state, state.optimizer))
     state.lr_scheduler.load_state_dict(numbers["lr_scheduler"])
     if numbers["scaler"] is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(numbers["scaler"])
@@ -380,12 +383,12 @@ def load_network_weights(path: Path, state: TrainingState, ema_steps: dict[str, 
     weights, wanted = load_weights(path / part), state.model.state_dict()
     if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in wanted.items()}:
         raise UserError(f"{path} contains a different network than --model_config and --model_kwargs describe")
-    state.model.load_state_dict(weights)
+    state.model.load_state_dict(shard_all(weights, wanted))
     for ema_name, ema_model in state.ema_models.items():
         weights = load_weights(path / f"{part}_{ema_name}")
         with torch.no_grad():
             for (name, _), shadow in zip(state.model.named_parameters(), ema_model.shadow_params, strict=True):
-                shadow.copy_(weights[name])
+                shadow.copy_(shard_like(weights[name], shadow))
         ema_model.optimization_step = ema_steps[ema_name]
 
 

@@ -37,6 +37,8 @@ UNSUPPORTED_ANSWERS = {
 def refuse_unsupported_answers() -> None:
     """Refuses answers of `accelerate config` with which a training would fail later, or compute something else.
 
+    Answers about FSDP are for `diffit.sharding`.
+
     Raises:
         UserError: names the question.
     """
@@ -47,18 +49,6 @@ def refuse_unsupported_answers() -> None:
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower() == "fp8":
         question = "Do you wish to use mixed precision?"
         raise UserError(_unsupported("ACCELERATE_MIXED_PRECISION", "fp8", question, "bf16, fp16 or no"))
-    refuse_fsdp()
-
-
-def refuse_fsdp() -> None:
-    """Refuses sharding.
-
-    Raises:
-        UserError: names the question of `accelerate config`.
-    """
-    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        question = "Do you want to use FullyShardedDataParallel?"
-        raise UserError(_unsupported("ACCELERATE_USE_FSDP", "true", question, "no"))
 
 
 def _unsupported(variable: str, value: str, question: str, answer: str) -> str:

@@ -33,6 +33,7 @@ from diffit.pretrained import (
     read_class_names,
 )
 from diffit.processes import on_all_processes
+from diffit.sharding import shard
 from diffit.sources import Table
 from diffit.weight_copies import WeightCopies
 from diffit_model import (
@@ -187,7 +188,9 @@ class Networks:
 def build_networks(
     accelerator: Accelerator, model_config: dict[str, Any], asked: ModelConfig, table: Table, seed: int
 ) -> Networks:
-    """Builds or loads the networks and moves them to the device. Must be called by all processes.
+    """Builds or loads the networks, moves them to the device and shards the model if asked to.
+
+    Must be called by all processes.
 
     Args:
         accelerator: this process and its device.
@@ -200,6 +203,7 @@ def build_networks(
     pretrained = (asked.pretrained_model_name_or_path, asked.reset_class_embeddings, table.class_names)
     model = on_all_processes(accelerator, build_model, model_config, *pretrained)
     set_up_model(model, asked, accelerator.device, accelerator.mixed_precision)
+    shard(accelerator, model)
     vae = on_all_processes(accelerator, build_vae, asked.vae_model_name_or_path, table, accelerator.device)
     if asked.pretrained_model_name_or_path is not None and accelerator.is_main_process:
         warn_of_other_latents(asked.pretrained_model_name_or_path, vae)

@@ -2,6 +2,8 @@
 """Optimizers, learning-rate schedules, weight averages, and the guard against non-finite steps."""
 
 import contextlib
+import copy
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -11,6 +13,7 @@ from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import get_wsd_schedule
 
@@ -18,6 +21,15 @@ from diffit.config import EmaConfig, OptimizerConfig, ScheduleConfig
 from diffit.errors import RunError
 from diffit.processes import raise_in_all
 from diffit.run_dir import list_checkpoints
+from diffit.sharding import (
+    exchange_contents,
+    gather,
+    gather_model,
+    gather_optimizer,
+    gathered,
+    is_sharded,
+    local,
+)
 from diffit.stream import position_generator
 
 logger = get_logger(__name__, log_level="INFO")
@@ -276,7 +288,7 @@ class InPlaceEMA(EMAModel):
         self.optimization_step += 1
         self.cur_decay_value = self.get_decay(self.optimization_step)
         # Frozen parameters need no special case: their average equals the weight and stays that way.
-        torch._foreach_lerp_(self.shadow_params, list(parameters), 1 - self.cur_decay_value)
+        torch._foreach_lerp_(local(self.shadow_params), local(parameters), 1 - self.cur_decay_value)
 
 
 class HalfLifeEMA(InPlaceEMA):
@@ -351,24 +363,48 @@ class TrainingState:
     bad_steps_in_a_row: int = 0
 
 
+def gather_state(state: TrainingState, keep: bool) -> TrainingState:
+    """The state to write to files: the same one, or a copy on the CPU with whole tensors if the network is sharded.
+
+    Must be called by all processes.
+
+    Args:
+        state: the training state.
+        keep: whether this process writes the files. Otherwise the copy of a sharded state is empty.
+    """
+    if not is_sharded(state.model):
+        return state
+    model = gather_model(state.model, keep)
+    averages = {name: copy.copy(average) for name, average in state.ema_models.items()}
+    for average in averages.values():
+        average.shadow_params = gather(average.shadow_params, keep)
+    optimizer = gather_optimizer(state.optimizer, model, keep)
+    return dataclasses.replace(state, model=model, ema_models=averages, optimizer=optimizer)
+
+
 @contextlib.contextmanager
 def ema_weights(ema_model: EMAModel | None, model: ModelMixin) -> Iterator[None]:
     """Puts the EMA weights into the network for the duration of a `with` block. Does nothing without EMA.
 
     The network and the average swap tensors, so nothing is copied, and the average must not be used inside the block.
+    With or without EMA, a sharded network is whole inside the block, which all processes must enter.
     """
     exchange_weights(ema_model, model)
     try:
-        yield
+        with gathered(model):
+            yield
     finally:
         exchange_weights(ema_model, model)
 
 
 def exchange_weights(ema_model: EMAModel | None, model: ModelMixin) -> None:
-    """Swaps the tensors of the network and the average."""
+    """Swaps the tensors of the network and the average; those of a sharded network swap their values."""
     if ema_model is not None:
         for parameter, average in zip(model.parameters(), ema_model.shadow_params, strict=True):
-            parameter.data, average.data = average.data, parameter.data
+            if isinstance(parameter, DTensor):  # FSDP gathers from the memory of the weight
+                exchange_contents(parameter, average)
+            else:
+                parameter.data, average.data = average.data, parameter.data
 
 
 class NonFiniteGuard:

@@ -34,7 +34,7 @@ from diffit.metrics import (
     metrics_device,
     training_reference,
 )
-from diffit.optimization import TrainingState, ema_weights
+from diffit.optimization import TrainingState, ema_weights, gather_state
 from diffit.plan import Plan
 from diffit.processes import StopRequest, ignore_stop_signals, on_all_processes
 from diffit.run_dir import OutputFolder
@@ -193,11 +193,12 @@ def validate_and_export(accelerator: Accelerator, validation: Validation, with_m
             break
         results[name] = result
     finished = len(results) == len(averages)
+    whole = gather_state(state, keep=accelerator.is_main_process) if finished else None
     if finished and accelerator.is_main_process:
         log_results(accelerator, results, state.global_step, validation.run_dir)
         best = best_average(validation.metrics.eval_metrics[0], results)
-        with ema_weights(averages[best], model):
-            export(validation, best, *results[best])
+        with ema_weights(whole.ema_models.get(best), whole.model):
+            export(dataclasses.replace(validation, state=whole), best, *results[best])
     model.train()
     accelerator.wait_for_everyone()
     return finished

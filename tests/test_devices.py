@@ -258,7 +258,6 @@ def test_only_one_place_joins_processes_and_asks_for_a_gpu():
     [
         ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed"),
         ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron-LM"),
-        ("ACCELERATE_USE_FSDP", "true", "FullyShardedDataParallel"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "parallelism config"),
         ("ACCELERATE_USE_SAGEMAKER", "true", "compute environment"),
         ("ACCELERATE_MIXED_PRECISION", "fp8", "mixed precision"),

@@ -24,9 +24,10 @@ ACCELERATE = sorted((ROOT / "configs/accelerate").glob("*.yaml"))
 @pytest.mark.parametrize("file", ACCELERATE, ids=lambda file: file.stem)
 def test_accelerate_config_loads_with_its_own_loader(file):
     config = load_config_from_file(str(file))
-    processes = {"cpu": 1, "cpu_multi_process": 2, "single_gpu": 1, "multi_gpu": 4, "multi_node": 16}
+    processes = {"cpu": 1, "cpu_multi_process": 2, "single_gpu": 1, "multi_gpu": 4, "multi_node": 16, "fsdp2": 4}
     assert config.num_processes == processes[file.stem]
-    assert config.distributed_type == ("NO" if config.num_processes == 1 else "MULTI_GPU")
+    kinds = {"cpu": "NO", "single_gpu": "NO", "fsdp2": "FSDP"}
+    assert config.distributed_type == kinds.get(file.stem, "MULTI_GPU")
     assert config.num_machines == (2 if file.stem == "multi_node" else 1)
     assert config.mixed_precision == ("no" if "cpu" in file.stem else "bf16")
 
