@@ -35,7 +35,7 @@ from diffit.devices import warn_about_bfloat16
 from diffit.errors import UserError, user_errors
 from diffit.evaluation import Evaluation, measure_by_steps, measure_models
 from diffit.features import FeatureExtractor, TableImages, load_extractor
-from diffit.formulations import NoisyBatch, denoising_losses, formulation_of
+from diffit.formulations import formulation_of
 from diffit.image_sets import (
     READ_WITH,
     EvaluatedSet,
@@ -47,6 +47,7 @@ from diffit.image_sets import (
     open_source,
     save_statistics,
 )
+from diffit.losses import NoisyBatch, denoising_losses
 from diffit.metrics import MIN_IMAGES, FeatureSet, compute_metrics, images_needed
 from diffit.plots import PLOTS, plot_losses, plot_models, plot_neighbors
 from diffit.processes import join_processes, on_all_processes, run_on_main_and_broadcast

@@ -51,11 +51,11 @@ from diffit.config import (
 )
 from diffit.errors import RunError
 from diffit.export import RunFacts, pipeline_name, push_to_hub
-from diffit.formulations import denoising_losses, nan_if_non_finite
 from diffit.latents import vae_description
 from diffit.launcher import EXIT_STOPPED
 from diffit.lock import OutputDirLock
 from diffit.logs import PROJECT, Meter, log_training
+from diffit.losses import denoising_losses, nan_if_non_finite
 from diffit.networks import (
     Networks,
     build_networks,

@@ -45,8 +45,9 @@ from diffit.config import EmaConfig, ModelConfig, OptimizerConfig, ScheduleConfi
 from diffit.device_config import DeviceConfig
 from diffit.devices import set_up_device
 from diffit.diffusion_config import DiffusionConfig
-from diffit.formulations import choose_formulation, denoising_losses, nan_if_non_finite
+from diffit.formulations import choose_formulation
 from diffit.logs import LossBins, peak_memory
+from diffit.losses import denoising_losses, nan_if_non_finite
 from diffit.networks import model_class, sample_shape, set_up_model, training_flops_per_image
 from diffit.optimization import (
     NonFiniteGuard,

@@ -13,7 +13,8 @@ from torch.utils._triton import has_triton
 
 from diffit.config import OptimizerConfig
 from diffit.diffusion_config import DiffusionConfig
-from diffit.formulations import Formulation, NoisyBatch, choose_formulation, denoising_losses
+from diffit.formulations import Formulation, choose_formulation
+from diffit.losses import NoisyBatch, denoising_losses
 from diffit.networks import model_class, sample_shape, set_attention_backend, why_not_xformers
 from diffit.optimization import build_optimizer
 from diffit_model import MAX_WINDOWS, TimeDependentSelfAttention

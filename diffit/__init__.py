@@ -17,7 +17,7 @@
     listing, labels                   the files in a folder or zip of images, and their classes
     batches, augment                  micro-batches on the device: VAE encoding, augmentation, noise
     formulations                      DDPM, EDM and rectified flow: noise levels, network inputs, loss, schedulers
-    learned_variance                  the loss of a variance that the network predicts
+    losses, learned_variance          the loss of a batch; that of a variance which the network predicts
     scheduler_configs                 configs of saved schedulers, with their classes' defaults
     pretrained                        models to start from: which weights a path means, how they were trained
     sharding                          weights, optimizer and averages sharded by FSDP2

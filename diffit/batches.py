@@ -13,7 +13,7 @@ from diffit.augment import augment
 from diffit.config import DataConfig, ValidationConfig
 from diffit.decode import normalize_pixels
 from diffit.errors import UserError
-from diffit.formulations import Formulation, NoisyBatch
+from diffit.formulations import Formulation
 from diffit.latents import (
     LatentDataset,
     LatentTable,
@@ -22,6 +22,7 @@ from diffit.latents import (
     sample_latents,
     warn_of_scale,
 )
+from diffit.losses import NoisyBatch
 from diffit.networks import sample_shape
 from diffit.plan import Plan
 from diffit.processes import ignore_stop_signals

@@ -24,8 +24,9 @@ from diffit.cpu_kernels import kernelize
 from diffit.errors import UserError
 from diffit.export import RunFacts, build_pipeline, save_pipeline
 from diffit.features import FeatureExtractor, TableImages, extract_features, load_extractor
-from diffit.formulations import Formulation, denoising_losses
+from diffit.formulations import Formulation
 from diffit.logs import LossBins
+from diffit.losses import denoising_losses
 from diffit.metrics import (
     MAX_KERNEL_REFERENCE,
     NUM_NEIGHBORS,

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import diffit_model
 from benchmarks import gpu, gpu_checks, gpu_inference, loop, quality, quality_report, same_numbers
 from benchmarks.gpu_inference import inference_geometries
-from diffit.formulations import denoising_losses
+from diffit.losses import denoising_losses
 from diffit.networks import training_flops_per_image
 from helpers import ROOT
 

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 
 import diffit_pipeline
 from diffit.batches import batch_labels
-from diffit.formulations import nan_if_non_finite
+from diffit.losses import nan_if_non_finite
 from diffit.optimization import NonFiniteGuard
 from diffit_pipeline import EDM_SCHEDULERS, SCHEDULERS, DiffiTPipeline
 from helpers import generators, quiet, tiny_unet
