@@ -48,7 +48,7 @@ from diffit.image_sets import (
     save_statistics,
 )
 from diffit.losses import NoisyBatch, denoising_losses
-from diffit.metrics import MIN_IMAGES, FeatureSet, compute_metrics, images_needed
+from diffit.metrics import MIN_IMAGES, FeatureSet, compute_metrics, images_needed, metrics_device
 from diffit.plots import PLOTS, plot_losses, plot_models, plot_neighbors
 from diffit.processes import join_processes, on_all_processes, run_on_main_and_broadcast
 from diffit.run_dir import OutputFolder
@@ -332,7 +332,7 @@ def real_features(
     extractor = evaluation.extractors[0]
     if reference is None:
         return load_statistics(source, extractor, num_features)
-    features = reference.feature_set(evaluation.processes.device)
+    features = reference.feature_set(metrics_device(evaluation.processes.device, reference.features.size))
     if source.statistics is not None:
         try:
             statistics = load_statistics(source, extractor, num_features)
@@ -340,7 +340,7 @@ def real_features(
             print(f"Warning: {error}: all metrics are computed with its {len(features)} images")
             return features
         print(f"Frechet distances are to the statistics in {source.name}, other metrics to its {len(features)} images")
-        mean, covariance = (values.to(features.features.device) for values in (statistics.mean, statistics.covariance))
+        mean, covariance = (values.to(features.device) for values in (statistics.mean, statistics.covariance))
         return FeatureSet(features.features, mean, covariance)
     file = Path(reference.features.filename).with_name("statistics.npz")
     save_statistics(file, features, extractor)
@@ -354,7 +354,7 @@ def compare_sets(
     """The metrics of each set; see `diffit.metrics.compute_metrics`."""
     results = []
     for images in sets:
-        features = images.feature_set(real.mean.device)
+        features = images.feature_set(real.device)
         probabilities = (images.probabilities, None if reference is None else reference.probabilities)
         results.append((images, compute_metrics(config.metrics, features, real, *probabilities, config.num_subsets)))
     return results

@@ -24,7 +24,7 @@ from diffit.errors import BadImageError, UserError
 from diffit.eval_config import ReferenceConfig
 from diffit.features import FeatureExtractor, TableImages
 from diffit.listing import listed_samples
-from diffit.metrics import FeatureSet, metrics_device
+from diffit.metrics import FeatureSet
 from diffit.source_config import SOURCES, SourceConfig
 from diffit.sources import ImageTable, load_image_table
 
@@ -107,8 +107,8 @@ class EvaluatedSet:
     nfe: int | None = None
 
     def feature_set(self, device: torch.device) -> FeatureSet:
-        """The features for the metrics, on the device that computes them (see `metrics_device`)."""
-        return FeatureSet(torch.from_numpy(np.array(self.features)).to(metrics_device(device)))
+        """The features for the metrics, on a device (see `metrics_device`)."""
+        return FeatureSet(torch.from_numpy(np.array(self.features)).to(device))
 
 
 class ArrayImages(Dataset):

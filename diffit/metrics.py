@@ -60,6 +60,11 @@ class FeatureSet:
     def __len__(self) -> int:
         return 0 if self.features is None else len(self.features)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the metrics are computed; sets that are compared must share it."""
+        return (self.mean if self.features is None else self.features).device
+
     def subset(self, indices: torch.Tensor) -> "FeatureSet":
         """The features of the images with these indices."""
         return FeatureSet(self.features[indices])
@@ -108,9 +113,23 @@ class FeatureSet:
         return distances[:, -1]
 
 
-def metrics_device(device: torch.device) -> torch.device:
-    """The device that computes metrics: this one, but the CPU instead of Apple's GPUs, which have no float64."""
-    return torch.device("cpu") if device.type == "mps" else device
+def metrics_device(device: torch.device, num_values: int = 0) -> torch.device:
+    """The device that computes metrics: this one, or the CPU.
+
+    The CPU replaces Apple's GPUs, which have no float64, and a GPU without memory for three copies of the features.
+
+    Args:
+        device: of this process.
+        num_values: number of values of the features that would be moved there.
+    """
+    if device.type == "mps":
+        return torch.device("cpu")
+    if device.type == "cuda" and num_values > 0:
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(device)
+        if 3 * 8 * num_values > free:
+            return torch.device("cpu")
+    return device
 
 
 def training_reference(features: np.ndarray, metrics: Iterable[str], device: torch.device) -> FeatureSet:
@@ -122,10 +141,11 @@ def training_reference(features: np.ndarray, metrics: Iterable[str], device: tor
     Args:
         features: float32, shape (N, F); may be mapped from a file.
         metrics: any of `METRICS` but `inception_score`.
-        device: for the features, without those of Apple (see `metrics_device`).
+        device: of this process; see `metrics_device`.
     """
     if len(features) <= MAX_KERNEL_REFERENCE or {"precision", "recall"} & set(metrics):
-        return FeatureSet(torch.from_numpy(np.array(features)).to(device))
+        return FeatureSet(torch.from_numpy(np.array(features)).to(metrics_device(device, features.size)))
+    device = metrics_device(device)
 
     def parts() -> Iterable[torch.Tensor]:
         for start in range(0, len(features), MAX_KERNEL_REFERENCE):

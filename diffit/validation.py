@@ -32,7 +32,6 @@ from diffit.metrics import (
     NUM_NEIGHBORS,
     FeatureSet,
     metric_values,
-    metrics_device,
     training_reference,
 )
 from diffit.optimization import TrainingState, ema_weights, gather_state
@@ -129,7 +128,7 @@ def build_evaluator(
     )
     reference = None
     if accelerator.is_main_process:
-        reference = training_reference(features, metrics.eval_metrics, metrics_device(accelerator.device))
+        reference = training_reference(features, metrics.eval_metrics, accelerator.device)
     if "kernel_distance" in metrics.eval_metrics and len(features) > MAX_KERNEL_REFERENCE:
         logger.info(
             f"kernel_distance compares with {MAX_KERNEL_REFERENCE:,} of {len(features):,} reference images, a fixed "
@@ -335,7 +334,7 @@ def evaluate(
     features = accelerator.gather(features)[: asked.eval_num_images]
     if not accelerator.is_main_process:
         return {}
-    features = FeatureSet(features.to(metrics_device(accelerator.device)))
+    features = FeatureSet(features.to(evaluator.reference.device))
     values = metric_values(asked.eval_metrics, features, evaluator.reference)
     return {f"eval/{name}": value for name, value in values.items()}
 

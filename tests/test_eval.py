@@ -226,7 +226,15 @@ def test_reference_of_a_training_keeps_what_its_metrics_need(monkeypatch):
 
 def test_metrics_are_computed_on_the_gpu_but_not_on_that_of_apple():
     assert metrics_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
-    assert metrics_device(torch.device("mps")) == CPU
+    assert metrics_device(torch.device("mps"), 100) == CPU
+
+
+def test_metrics_of_features_that_do_not_fit_the_gpu_are_computed_on_the_cpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (24 * 2**30, 80 * 2**30))
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+    cuda = torch.device("cuda", 0)
+    assert metrics_device(cuda, 2**30) == cuda
+    assert metrics_device(cuda, 2**30 + 1) == CPU
 
 
 def test_precision_and_recall_equal_a_loop_over_pairs(monkeypatch):
