@@ -134,7 +134,7 @@ def main(config: TrainConfig) -> None:
         network = read_model_config(config.model)
         join_processes()
         accelerator = build_accelerator(config.precision, asked)
-        check_sharding(accelerator, config.optimizer.optimizer, config.model.compile)
+        check_sharding(accelerator, config.optimizer.optimizer, config.model.compile, config.model.attention_backend)
         batch = plan_batch(config.batch, accelerator.num_processes)
         accelerator.gradient_accumulation_steps = batch.accumulation
         vae = vae_on_meta(config.model.vae_model_name_or_path)
