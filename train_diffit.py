@@ -170,8 +170,7 @@ def main(config: TrainConfig) -> None:
         name = pipeline_name(config.hub.hub_model_id, asked.output_dir)
         facts = RunFacts(name, data.source, run.flags, plan, config.ema, config.metrics)
         requests = (config.validation, config.metrics, config.data)
-        frozen = (networks.vae, guide)
-        validation = Validation(plan, *requests, state, *frozen, held_out, evaluator, facts, folder, stop)
+        validation = Validation(plan, *requests, state, networks.vae, guide, held_out, evaluator, facts, folder, stop)
 
         # 5. train and finish
         batches = build_batches(table, plan, config.data, config.batch.seed, state.position, accelerator)
