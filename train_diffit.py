@@ -134,7 +134,7 @@ def main(config: TrainConfig) -> None:
         network = read_model_config(config.model)
         join_processes(config.precision)
         accelerator = build_accelerator(config.precision, asked)
-        check_sharding(accelerator, config.optimizer.optimizer, config.model.compile)
+        check_sharding(accelerator, config.optimizer.optimizer, config.model.compile, config.model.attention_backend)
         batch = plan_batch(config.batch, accelerator.num_processes)
         accelerator.gradient_accumulation_steps = batch.accumulation
         vae = vae_on_meta(config.model.vae_model_name_or_path)
@@ -170,8 +170,7 @@ def main(config: TrainConfig) -> None:
         name = pipeline_name(config.hub.hub_model_id, asked.output_dir)
         facts = RunFacts(name, data.source, run.flags, plan, config.ema, config.metrics)
         requests = (config.validation, config.metrics, config.data)
-        frozen = (networks.vae, guide)
-        validation = Validation(plan, *requests, state, *frozen, held_out, evaluator, facts, folder, stop)
+        validation = Validation(plan, *requests, state, networks.vae, guide, held_out, evaluator, facts, folder, stop)
 
         # 5. train and finish
         batches = build_batches(table, plan, config.data, config.batch.seed, state.position, accelerator)

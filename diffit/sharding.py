@@ -41,13 +41,14 @@ EXAMPLE = "see configs/accelerate/fsdp2.yaml"
 UNITS = ["ResnetBlock2D", "Attention"]
 
 
-def check_sharding(accelerator: Accelerator, optimizer: str, compiles: bool) -> None:
+def check_sharding(accelerator: Accelerator, optimizer: str, compiles: bool, attention_backend: str) -> None:
     """Refuses answers to `accelerate config` and flags that sharding does not support.
 
     Args:
         accelerator: this run's accelerator.
         optimizer: --optimizer.
         compiles: --compile.
+        attention_backend: --attention_backend.
 
     Raises:
         UserError: names the answer or the flag.
@@ -82,8 +83,9 @@ def check_sharding(accelerator: Accelerator, optimizer: str, compiles: bool) -> 
         raise UserError(f"--mixed_precision {accelerator.mixed_precision} is not supported with FSDP: use bf16")
     if optimizer != "adamw":
         raise UserError(f"--optimizer {optimizer} needs whole matrices, which FSDP shards: use --optimizer adamw")
-    if compiles:
-        raise UserError("--compile is not supported with FSDP")
+    if compiles or attention_backend == "flex":
+        flag = "--compile" if compiles else "--attention_backend flex, which is compiled,"
+        raise UserError(f"{flag} is not supported with FSDP")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -268,7 +268,7 @@ def accelerator_of(answers: dict[str, str], monkeypatch, **settings) -> SimpleNa
 
 
 def test_answers_of_the_shipped_config_are_accepted(monkeypatch):
-    check_sharding(accelerator_of({}, monkeypatch), "adamw", compiles=False)
+    check_sharding(accelerator_of({}, monkeypatch), "adamw", compiles=False, attention_backend="native")
 
 
 REFUSED = {
@@ -285,34 +285,36 @@ REFUSED = {
 def test_answer_that_sharding_does_not_support_is_named(answer, monkeypatch):
     accelerator = accelerator_of({answer.upper(): REFUSED[answer]}, monkeypatch)
     with pytest.raises(UserError, match=mentions(answer, "configs/accelerate/fsdp2.yaml")):
-        check_sharding(accelerator, "adamw", compiles=False)
+        check_sharding(accelerator, "adamw", compiles=False, attention_backend="native")
 
 
 def test_class_names_to_wrap_are_refused(monkeypatch):
     accelerator = accelerator_of({"FSDP_TRANSFORMER_CLS_TO_WRAP": "DiffiTBlock"}, monkeypatch)
     with pytest.raises(UserError, match=mentions("fsdp_transformer_layer_cls_to_wrap")):
-        check_sharding(accelerator, "adamw", compiles=False)
+        check_sharding(accelerator, "adamw", compiles=False, attention_backend="native")
 
 
 def test_fsdp1_is_refused(monkeypatch):
     fsdp1 = {"FSDP_VERSION": "1", "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD", "FSDP_SYNC_MODULE_STATES": "false"}
     with pytest.raises(UserError, match=mentions("fsdp_version 1", 2, "configs/accelerate/fsdp2.yaml")):
-        check_sharding(accelerator_of(fsdp1, monkeypatch), "adamw", compiles=False)
+        check_sharding(accelerator_of(fsdp1, monkeypatch), "adamw", compiles=False, attention_backend="native")
 
 
 @pytest.mark.parametrize(
-    ("words", "optimizer", "compiles", "settings"),
+    ("words", "flags", "settings"),
     [
-        (["--optimizer muon", "adamw"], "muon", False, {}),
-        (["--compile"], "adamw", True, {}),
-        (["--mixed_precision fp16", "bf16"], "adamw", False, {"mixed_precision": "fp16"}),
-        (["dynamo_config"], "adamw", False, {"dynamo": "INDUCTOR"}),
-        (["parallelism_config"], "adamw", False, {"parallelism_config": SimpleNamespace(tp_size=2)}),
+        (["--optimizer muon", "adamw"], {"optimizer": "muon"}, {}),
+        (["--compile"], {"compiles": True}, {}),
+        (["--attention_backend flex"], {"attention_backend": "flex"}, {}),
+        (["--mixed_precision fp16", "bf16"], {}, {"mixed_precision": "fp16"}),
+        (["dynamo_config"], {}, {"dynamo": "INDUCTOR"}),
+        (["parallelism_config"], {}, {"parallelism_config": SimpleNamespace(tp_size=2)}),
     ],
 )
-def test_setting_that_sharding_does_not_support_is_named(words, optimizer, compiles, settings, monkeypatch):
+def test_setting_that_sharding_does_not_support_is_named(words, flags, settings, monkeypatch):
+    flags = {"optimizer": "adamw", "compiles": False, "attention_backend": "native"} | flags
     with pytest.raises(UserError, match=mentions(*words)):
-        check_sharding(accelerator_of({}, monkeypatch, **settings), optimizer, compiles)
+        check_sharding(accelerator_of({}, monkeypatch, **settings), **flags)
 
 
 def test_fsdp_that_accelerate_would_ignore_is_refused(train_args, monkeypatch):
