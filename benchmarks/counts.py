@@ -30,7 +30,7 @@ before; the one event, which is recorded a step earlier, is not among them. Live
 without what libraries allocate for themselves."""
 SAMPLING_NOTE = """\
 `DiffiTPipeline` with class labels, 8 images. Per evaluation: the difference between 4 and 2 steps of the sampler,
-divided by the further evaluations of the network. Per batch: what does not depend on the number of steps."""
+divided by the further evaluations of the network."""
 DECODING_NOTE = "The decoder of `stabilityai/sd-vae-ft-ema` in float32."
 
 
@@ -72,7 +72,7 @@ def training_tables(names: list[str]) -> list[str]:
 def sampling_table() -> list[str]:
     """A table of samplers: per evaluation of the network, and per batch."""
     lines = ["", "### Sampling", "", SAMPLING_NOTE, ""]
-    lines += head("network and sampler", "operators", "casts", "GB", "waits", "waits per batch", "attention kernels")
+    lines += head("network and sampler", "operators", "casts", "GB", "waits", "waits of 4 steps", "attention kernels")
     pixels = {"in_channels": 3, "out_channels": 3}
     for title, name, more, scheduler, call in (
         ("emoji32, DDIM", "emoji32", pixels | {"num_class_embeds": 9}, "ddim", {}),
@@ -85,13 +85,11 @@ def sampling_table() -> list[str]:
         options = {"dtype": "bfloat16", "guidance_scale": 4.0} if call else {}
         few, many = (fake_gpu.run(scripts.sample_shipped, name, more, scheduler, 8, n, options) for n in (2, 4))
         per_step = 2 if scheduler == "edm_heun" else 1
-        evaluations, first = 2 * per_step, 2 * per_step - (per_step - 1)
         operators, casts, size, waits = (
-            (getattr(many, field) - getattr(few, field)) / evaluations
+            (getattr(many, field) - getattr(few, field)) / (2 * per_step)
             for field in ("num_operators", "casts", "bytes", "num_synchronizations")
         )
-        once = few.num_synchronizations - waits * first
-        cells = [f"{operators:g}", f"{casts:g}", f"{size / 1e9:.1f}", f"{waits:g}", f"{once:g}"]
+        cells = [f"{operators:g}", f"{casts:g}", f"{size / 1e9:.1f}", f"{waits:g}", many.num_synchronizations]
         lines.append(row(title, *cells, kernels(many)))
     return lines
 

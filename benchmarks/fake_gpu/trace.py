@@ -4,7 +4,7 @@ import gc
 import sys
 import weakref
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.fake_gpu import ROOT, device
 
@@ -23,7 +23,11 @@ VIEWS = set(
     "_unsafe_view".split()
 )
 ALLOCATIONS = set("empty empty_like empty_strided new_empty new_empty_strided resize_ set_ set_data".split())
-SYNCHRONIZING = set("equal is_nonzero nonzero masked_select _unique2 unique_dim _linalg_eigh _linalg_svd".split())
+SYNCHRONIZING = set(
+    "_local_scalar_dense equal nonzero masked_select _unique2 unique_dim _linalg_eigh _linalg_svd".split()
+)
+EMPTY = {f"aten::{name}" for name in ALLOCATIONS}
+SMALL = 2048  # elements of a tensor whose values are known
 BLOCK = 512  # bytes, by which torch's allocator rounds
 PAGEABLE = 2**16  # bytes; CUDA stages smaller copies out of pageable memory at once
 
@@ -83,8 +87,8 @@ class Trace(TorchDispatchMode):
 
     def __enter__(self):
         self.modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        FakeTensor.numpy = lambda tensor, force=False: self.to_numpy(tensor)
-        FakeTensor.tolist = lambda tensor: self.to_numpy(tensor.cpu()).tolist()
+        FakeTensor.numpy = lambda tensor, force=False: to_numpy(tensor)
+        FakeTensor.tolist = lambda tensor: to_numpy(tensor.cpu()).tolist()
         torch.cuda.max_memory_allocated = lambda *args: self.now.peak
         return super().__enter__()
 
@@ -123,18 +127,19 @@ class Trace(TorchDispatchMode):
             with unset_fake_temporarily():
                 return function(*args, **kwargs)
         on_device = any(x.device.type == "cuda" for x in inputs)
-        if name == "_local_scalar_dense":
-            return self.read(inputs[0], "item")
         if on_device and (name in SYNCHRONIZING or name.startswith("index") and _has_mask(inputs[1:])):
-            self.now.synchronizations[f"{name}: {place()}"] += 1
-            if name in ("equal", "is_nonzero"):
-                return True
-            if name == "nonzero":
-                return torch.zeros(1, inputs[0].dim(), dtype=torch.long, device="cuda")
+            self.now.synchronizations[f"{name.removeprefix('_')}: {place()}"] += 1
+        if name == "_local_scalar_dense":
+            return to_numpy(inputs[0]).item()
+        if name == "nonzero":  # the shape of the result depends on values
+            rows = np.argwhere(to_numpy(inputs[0]))
+            output = torch.empty(rows.shape, dtype=torch.int64, device=inputs[0].device)
+            output.value = torch.from_numpy(rows)
+            return output
         crosses = name in ("_to_copy", "copy_") and self.copy(name, inputs, args, kwargs)
         outputs = function(*args, **kwargs)
         tensors = [x for x in tree_leaves(outputs) if isinstance(x, torch.Tensor)]
-        _note_truth(name, inputs, args, tensors)
+        _follow_values(function, args, kwargs, inputs, tensors)
         if on_device or any(x.device.type == "cuda" for x in tensors):
             self.count(name, inputs, tensors, launches=not crosses and name not in VIEWS | ALLOCATIONS)
         return outputs
@@ -198,21 +203,6 @@ class Trace(TorchDispatchMode):
         self.live[key] = weakref.ref(storage, gone)
         self.bytes += size
 
-    def read(self, tensor: FakeTensor, how: str) -> float | int | bool:
-        """The value of a tensor without data, as the host reads it."""
-        if tensor.device.type == "cuda":
-            self.now.synchronizations[f"{how}: {place()}"] += 1
-        if tensor.dtype == torch.bool:
-            return getattr(tensor, "truth", False)
-        return 0.0 if tensor.dtype.is_floating_point else 0
-
-    def to_numpy(self, tensor: FakeTensor) -> np.ndarray:
-        if tensor.device.type == "cuda":
-            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
-        with unset_fake_temporarily():
-            dtype = torch.empty(0, dtype=tensor.dtype, device="cpu").numpy().dtype
-        return np.full(tuple(tensor.shape), getattr(tensor, "truth", False), dtype)
-
 
 def place() -> str:
     """The innermost line of this project, or of a library called by it, in whose name an operator runs."""
@@ -246,16 +236,63 @@ def _has_mask(indices: list[torch.Tensor]) -> bool:
     return any(x.dtype in (torch.bool, torch.uint8) for x in indices)
 
 
-def _note_truth(name: str, inputs: list[torch.Tensor], args: tuple, outputs: list[torch.Tensor]) -> None:
+# ---------------------------------------------------------------------------------------------------------------------
+# Values
+#
+# Control flow of the host may depend on what it reads back, such as the noise levels of a scheduler. So small tensors
+# carry the values that they would have, as long as these come from the host. All else reads as zero, and is finite.
+
+
+def value_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The values of a tensor on the CPU; None if they are not known."""
+    if not isinstance(tensor, FakeTensor):
+        return tensor if tensor.device.type == "cpu" else None
+    value = getattr(tensor, "value", None)
+    return None if value is None or getattr(value.untyped_storage(), "is_stale", False) else value
+
+
+def to_numpy(tensor: FakeTensor) -> np.ndarray:
+    """What the host reads."""
+    value = value_of(tensor)
+    with unset_fake_temporarily():
+        if value is not None:
+            return value.detach().numpy().copy()
+        dtype = torch.empty(0, dtype=tensor.dtype, device="cpu").numpy().dtype
+    return np.full(tuple(tensor.shape), getattr(tensor, "is_finite", False), dtype)
+
+
+def _follow_values(
+    function: torch._ops.OpOverload, args: tuple, kwargs: dict, inputs: list[torch.Tensor], outputs: list[torch.Tensor]
+) -> None:
+    """Computes the values of small outputs from those of the inputs, or forgets what is overwritten."""
+    known = [value_of(x) for x in inputs]
+    is_random = torch.Tag.nondeterministic_seeded in function.tags
+    is_small = bool(outputs) and all(x.numel() <= SMALL for x in outputs) and function._schema.name not in EMPTY
+    if is_small and not is_random and all(x is not None for x in known):
+        on_host = {"device": torch.device("cpu")} if kwargs.get("device") is not None else {}
+        with unset_fake_temporarily(), suppress(NotImplementedError):  # by an operator that only a GPU has
+            values = tree_map_only(torch.Tensor, value_of, (args, kwargs))
+            values = tree_leaves(function(*values[0], **values[1] | on_host))
+            for output, value in zip(outputs, values, strict=True):
+                output.value = value
+    elif function._schema.is_mutable:
+        for tensor, value in zip(inputs, known, strict=True):
+            if isinstance(tensor, FakeTensor) and value is not None:
+                value.untyped_storage().is_stale = True
+    _follow_finiteness(function.overloadpacket.__name__, args, inputs, outputs)
+
+
+def _follow_finiteness(name: str, args: tuple, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
     """Follows whether a bool says that values are finite, as all on this device are."""
     if not outputs or outputs[0].dtype != torch.bool or not inputs:
         return
-    truth = getattr(inputs[0], "truth", False)
+    finite = getattr(inputs[0], "is_finite", False)
     if name in ("eq", "ne") and inputs[0].dtype.is_floating_point:  # the parts of `isfinite`: x == x, abs(x) != inf
-        truth = (args[0] is args[1]) if name == "eq" else args[1] == float("inf")
+        finite = (args[0] is args[1]) if name == "eq" else args[1] == float("inf")
     elif name in ("bitwise_not", "logical_not"):
-        truth = not truth
+        finite = not finite
     elif name in ("mul", "bitwise_and", "logical_and"):
-        truth = truth and getattr(inputs[-1], "truth", False)
+        finite = finite and getattr(inputs[-1], "is_finite", False)
     for output in outputs:
-        output.truth = truth
+        if isinstance(output, FakeTensor):
+            output.is_finite = finite
