@@ -21,7 +21,7 @@ from benchmarks.fake_gpu import scripts
 from benchmarks.fake_gpu.trace import Counts
 
 CONFIGS = sorted(file.stem for file in (fake_gpu.ROOT / "configs/train").glob("*.yaml"))
-PHASES = {"step 2": "a step", "step 3": "a step that logs", "preview": "preview, 2 sampler steps"}
+PHASES = {"step 2": "a step", "step 3": "a step that logs", "preview": "preview, one sampler step"}
 TRAINING_NOTE = """\
 One process with its own batch of each config in `configs/train`, through `train_diffit.main`. An operator is a call
 that launches kernels on the device, without copies to and from the host; a cast is one of them that only changes the

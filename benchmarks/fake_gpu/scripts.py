@@ -43,14 +43,13 @@ NUM_ROWS = 8  # images of a generated data set, which training reads again and a
 # Data
 
 
-def write_images(folder: Path, size: tuple[int, int], channels: int = 3, num_classes: int = 2) -> list[str]:
-    """Writes a folder of random images with classes; the flag that names it."""
+def write_images(folder: Path, size: tuple[int, int], number: int = NUM_ROWS) -> list[str]:
+    """Writes a folder of random color images in two classes; the flag that names it."""
     rng = np.random.default_rng(0)
-    for index in range(NUM_ROWS):
-        shape = (*size, channels) if channels > 1 else size
-        file = folder / f"class_{index % num_classes}" / f"{index}.png"
+    for index in range(number):
+        file = folder / f"class_{index % 2}" / f"{index}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        PIL.Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(file)
+        PIL.Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(file)
     return [f"--train_data_dir={folder}"]
 
 
@@ -112,8 +111,8 @@ def shipped_flags(config: Path, folder: Path, *flags: str) -> list[str]:
 def train(flags: list[str], sabotage: Callable | None = None) -> dict[str, Counts]:
     """Runs `train_diffit.main`, and returns the counts of its phases.
 
-    These are "setup", "step 1", "step 2", ..., and after the last step "checkpoint" and "validation", and in it
-    "preview", the sampling. What follows a step without a wait, such as its EMA, belongs to the next one, as on a GPU.
+    These are "setup", "step 1", "step 2", ..., and after the last step "checkpoint", "validation" and, in it, the
+    sampling: "preview". What follows a step without a wait, such as its EMA, belongs to the next one, as on a GPU.
     Neither checkpoints nor pipelines are written, because a file needs numbers.
 
     Args:
@@ -142,17 +141,18 @@ def train(flags: list[str], sabotage: Callable | None = None) -> dict[str, Count
     return trace.phases
 
 
-def train_shipped(name: str, *flags: str) -> dict[str, Counts]:
-    """Trains four steps by a shipped config: only the third step logs; the preview takes 2 steps of the sampler.
+def train_shipped(name: str, num_steps: int = 3, sabotage: Callable | None = None) -> dict[str, Counts]:
+    """Trains some steps by a shipped config: only the last one logs, and the sampler of its preview takes one step.
 
     Args:
         name: of a file in `configs/train`, without `.yaml`.
-        flags: further flags.
+        num_steps: optimizer steps. The first one is not like the others, because it allocates the optimizer's state.
+        sabotage: see `train`.
     """
-    short = ["--max_train_steps=4", "--logging_steps=3", "--checkpointing_steps=4", "--validation_steps=4"]
-    short += ["--lr_warmup_steps=0", "--validation_inference_steps=2", *flags]
+    periods = ("max_train_steps", "logging_steps", "checkpointing_steps", "validation_steps")
+    short = [f"--{name}={num_steps}" for name in periods] + ["--lr_warmup_steps=0", "--validation_inference_steps=1"]
     with tempfile.TemporaryDirectory(prefix="diffit-fake-gpu-") as folder:
-        return train(shipped_flags(ROOT / f"configs/train/{name}.yaml", Path(folder), *short))
+        return train(shipped_flags(ROOT / f"configs/train/{name}.yaml", Path(folder), *short), sabotage)
 
 
 def _watch_batches(trace: Trace, build_batches: Callable, *arguments) -> Iterator[dict]:
@@ -197,19 +197,22 @@ def _load_vae(path: str, flag: str = "") -> AutoencoderKL:
 # Sampling
 
 
-def sample_shipped(name: str, more: dict, scheduler: str, batch_size: int, num_steps: int, options: dict) -> Counts:
-    """Samples a batch by a network of `configs/model`, with classes if it has them, and returns the counts.
+def sample_shipped(name: str, more: dict, *arguments) -> Counts:
+    """Samples by a network of `configs/model`; `more` are fields on top. For the other arguments see `sample`."""
+    return sample(json.loads((ROOT / f"configs/model/{name}.json").read_text()) | more, *arguments)
+
+
+def sample(config: dict, scheduler: str, batch_size: int, num_steps: int, options: dict | None = None) -> Counts:
+    """Samples a batch with a pipeline, with classes if the network has them, and returns the counts.
 
     Args:
-        name: of the network's config, without `.json`.
-        more: fields on top of it.
+        config: the network's complete config.
         scheduler: a name in `SCHEDULERS` or `EDM_SCHEDULERS`.
         batch_size: images.
         num_steps: steps of the scheduler.
         options: arguments of the call, such as `guidance_scale`; and `dtype` of the weights, by its name.
     """
-    config = json.loads((ROOT / f"configs/model/{name}.json").read_text()) | more
-    options = dict(options)
+    options = dict(options or {})
     dtype = getattr(torch, options.pop("dtype", "float32"))
     trace = Trace()
     with trace, torch.device("cuda"):

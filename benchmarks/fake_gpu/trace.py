@@ -115,10 +115,10 @@ class Trace(TorchDispatchMode):
         device.EVENTS.clear()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
         kwargs = kwargs or {}
         name = function.overloadpacket.__name__
-        if function.namespace == "prim":
-            return function(*args, **kwargs)
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         target = kwargs.get("device")
         if name in ("_pin_memory", "is_pinned"):
@@ -131,6 +131,8 @@ class Trace(TorchDispatchMode):
             self.now.synchronizations[f"{name.removeprefix('_')}: {place()}"] += 1
         if name == "_local_scalar_dense":
             return to_numpy(inputs[0]).item()
+        if name == "equal":
+            return bool(np.array_equal(*map(to_numpy, inputs)))
         if name == "nonzero":  # the shape of the result depends on values
             rows = np.argwhere(to_numpy(inputs[0]))
             output = torch.empty(rows.shape, dtype=torch.int64, device=inputs[0].device)
