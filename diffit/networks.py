@@ -33,7 +33,7 @@ from diffit.pretrained import (
     read_class_names,
 )
 from diffit.processes import on_all_processes
-from diffit.sharding import shard
+from diffit.sharding import shard, wants_sharding
 from diffit.sources import Table
 from diffit.weight_copies import WeightCopies
 from diffit_model import (
@@ -202,7 +202,9 @@ def build_networks(
     torch.manual_seed(seed)
     pretrained = (asked.pretrained_model_name_or_path, asked.reset_class_embeddings, table.class_names)
     model = on_all_processes(accelerator, build_model, model_config, *pretrained)
-    set_up_model(model, asked, accelerator.device, accelerator.mixed_precision)
+    # Copies of all weights in low precision would undo the sharding.
+    precision = "no" if wants_sharding(accelerator) else accelerator.mixed_precision
+    set_up_model(model, asked, accelerator.device, precision)
     shard(accelerator, model)
     vae = on_all_processes(accelerator, build_vae, asked.vae_model_name_or_path, table, accelerator.device)
     if asked.pretrained_model_name_or_path is not None and accelerator.is_main_process:

@@ -41,6 +41,11 @@ EXAMPLE = "see configs/accelerate/fsdp2.yaml"
 UNITS = ["ResnetBlock2D", "Attention"]
 
 
+def wants_sharding(accelerator: Accelerator) -> bool:
+    """Whether the answers to `accelerate config` ask for FSDP, and accelerate follows them."""
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
 def check_sharding(accelerator: Accelerator, optimizer: str, compiles: bool, attention_backend: str) -> None:
     """Refuses answers to `accelerate config` and flags that sharding does not support.
 
@@ -106,7 +111,7 @@ def shard(accelerator: Accelerator, model: ModelMixin) -> None:
         accelerator: this run's accelerator, which `check_sharding` has accepted.
         model: the network, the same in all processes, on the device.
     """
-    if accelerator.distributed_type != DistributedType.FSDP:
+    if not wants_sharding(accelerator):
         return
     plugin = accelerator.state.fsdp_plugin
     plugin.transformer_cls_names_to_wrap = sorted({type(module).__name__ for module in unit_modules(model)})

@@ -142,6 +142,16 @@ def test_sharded_checkpoint_resumes_unsharded(runs, base_args, tmp_path):
         assert max(relative_differences(weights, expected).values()) < 1e-3
 
 
+def test_sharded_training_in_bf16_has_the_losses_of_an_unsharded_one(base_args, tmp_path):
+    flags = ["--mixed_precision=bf16", "--global_batch_size=8", "--max_train_steps=3"]
+    output = train_ranks(base_args, tmp_path / "sharded", *flags, "--gradient_checkpointing")
+    assert_sharded(shards(output), "weights", "optimizer", "ema")
+    train([*base_args, *flags, f"--output_dir={tmp_path / 'unsharded'}"])
+    np.testing.assert_allclose(losses(tmp_path / "sharded"), losses(tmp_path / "unsharded"), rtol=1e-3)
+    weights = load_file(tmp_path / "sharded/checkpoint-3" / STATES[0])
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
 @pytest.mark.slow
 def test_unsharded_checkpoint_resumes_sharded(runs, base_args, tmp_path):
     folder = tmp_path / "sharded"
