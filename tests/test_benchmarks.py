@@ -89,10 +89,10 @@ def test_gpu_benchmark_fails_on_a_wrong_value(tmp_path, recompile_limit, monkeyp
 def test_gpu_benchmark_fails_on_a_wrong_gradient(tmp_path, recompile_limit, monkeypatch):
     right = diffit_model.DiffiTAttnProcessor.__call__
 
-    def tables_get_half_their_gradient(self, query, key, value, bias, **kwargs):
+    def tables_get_half_their_gradient(self, query, key, value, bias, scale):
         if self.backend != "_native_math":  # the definition stays right
             bias = (bias + bias.detach()) / 2
-        return right(self, query, key, value, bias, **kwargs)
+        return right(self, query, key, value, bias, scale)
 
     monkeypatch.setattr(diffit_model.DiffiTAttnProcessor, "__call__", tables_get_half_their_gradient)
     assert gpu.main([*TINY_GPU, str(tmp_path / "gpu.md"), "--sections", "backends"]) == 1
