@@ -547,7 +547,7 @@ def test_new_class_rows_are_initialized():
     [
         ({"num_layers": 3}, r"blocks\.2\.attn\.proj\.bias \(has nothing, needs \(16,\)\)"),
         ({"in_channels": 3}, r"patch_embedding\.weight \(has \(16, 4, 2, 2\), needs \(16, 3, 2, 2\)\)"),
-        ({"out_channels": 4}, r"2 weights do not fit the network: proj_out\.bias"),
+        ({"out_channels": 12}, r"2 weights do not fit the network: proj_out\.bias"),
         ({"attention_head_dim": 6}, "do not fit the network"),
     ],
     ids=str,
