@@ -17,7 +17,7 @@ import eval_diffit
 import sample_diffit
 import train_diffit
 from benchmarks import counts, fake_gpu, gpu, gpu_checks
-from benchmarks.fake_gpu import scripts
+from benchmarks.fake_gpu import device, scripts
 from benchmarks.fake_gpu.trace import Counts, Trace
 from diffit_model import DiffiTResBlock
 from diffit_pipeline import EDM_SCHEDULERS, SCHEDULERS, DiffiTPipeline
@@ -157,7 +157,7 @@ MATRIX = {
 }
 
 
-def train_tiny(config: dict, flags: list[str], folder: Path, sabotage=None) -> dict[str, Counts]:
+def train_tiny(config: dict, flags: list[str], folder: Path, prepare=None) -> dict[str, Counts]:
     """Trains three steps, of which the last one logs, on 8 x 8 pixels."""
     (folder / "model.json").write_text(json.dumps(config))
     data = scripts.write_images(folder / "images", (8, 8))
@@ -170,7 +170,7 @@ def train_tiny(config: dict, flags: list[str], folder: Path, sabotage=None) -> d
         "--num_validation_images=2",
         "--validation_inference_steps=2",
     ]
-    return scripts.train([*fixed, *data, *flags], sabotage)
+    return scripts.train([*fixed, *data, *flags], prepare)
 
 
 def assert_never_waits(phases: dict[str, Counts]) -> None:
@@ -212,6 +212,17 @@ def test_a_training_runs_on_the_device_and_does_not_wait_for_it(name, matrix):
     assert_never_waits(phases)
     assert_logging_waits_only(phases["step 3"])
     assert phases["preview"].num_operators > 0 and phases["step 2"].operators["_fused_adamw_"] >= 1
+
+
+def test_xformers_attention_trains_on_the_device(tmp_path):
+    """Which `auto` takes if it is there."""
+    pytest.importorskip("xformers")
+    config = NARROW | {"block_out_channels": [16]}  # heads of 8 channels
+    phases = fake_gpu.run(train_tiny, config, ["--mixed_precision=bf16"], tmp_path, device.enable_xformers)
+    assert_never_waits(phases)
+    step = phases["step 2"]
+    names = ("_efficient_attention_forward", "_efficient_attention_backward")
+    assert step.operators[names[0]] == step.operators[names[1]] > 0 and not step.attention
 
 
 def within_budget(name: str, phases: dict[str, Counts]) -> dict[str, bool]:
