@@ -71,6 +71,7 @@ from diffit.optimization import (
     finish_step,
     seed_dropout,
 )
+from diffit.packing import Batch
 from diffit.plan import (
     DataFacts,
     Plan,
@@ -261,7 +262,7 @@ def start_trackers(run: Run, asked: RunConfig, global_step: int) -> None:
 def train(
     run: Run,
     state: TrainingState,
-    batches: Iterator[dict],
+    batches: Iterator[Batch],
     prepare_batch: BatchPreparer,
     validation: Validation,
     asked: OptimizerConfig,

@@ -1,7 +1,7 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
 """Micro-batches: opening the data, loading it, and preparing a batch on the device (VAE, augmentation, noise)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,10 +24,11 @@ from diffit.latents import (
     warn_of_scale,
 )
 from diffit.networks import sample_shape
+from diffit.packing import Batch
 from diffit.plan import Plan
 from diffit.processes import ignore_stop_signals
 from diffit.sources import Table, load_image_table
-from diffit.stream import ImageDataset, PositionStream, StreamBatchSampler, StreamDataset, collate, split_table
+from diffit.stream import ImageDataset, PositionStream, StreamBatchSampler, StreamDataset, split_table
 from diffit_pipeline import latent_scaling
 
 logger = get_logger(__name__, log_level="INFO")
@@ -63,7 +64,7 @@ def open_tables(data: DataConfig, validation: ValidationConfig) -> tuple[Table, 
 
 def build_batches(
     table: Table, plan: Plan, data: DataConfig, seed: int, start_position: int, accelerator: Accelerator
-) -> Iterator[dict]:
+) -> Iterator[Batch]:
     """Iterates endlessly over this process's micro-batches.
 
     Args:
@@ -77,16 +78,38 @@ def build_batches(
     stream = PositionStream(len(table), seed)
     dataset = build_dataset(table, stream, plan, data)
     shard = (accelerator.num_processes, accelerator.process_index)
+    sampler = StreamBatchSampler(stream, plan.batch.per_process, start_position, *shard)
     return iter(
-        DataLoader(
-            dataset,
-            batch_sampler=StreamBatchSampler(stream, plan.batch.per_process, start_position, *shard),
-            num_workers=data.dataloader_num_workers,
-            collate_fn=collate,
-            worker_init_fn=ignore_stop_signals,
-            pin_memory=accelerator.device.type == "cuda",
-        )
+        load_batches(dataset, sampler, data.dataloader_num_workers, pin_memory=accelerator.device.type == "cuda")
     )
+
+
+def load_batches(
+    dataset: StreamDataset,
+    positions: Iterable[list[tuple[int, int]]],
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """A loader of `Batch`es.
+
+    Args:
+        dataset: builds them.
+        positions: (position, index) of each image in each batch.
+        num_workers: processes that build batches; 0 builds them in this one.
+        pin_memory: whether to copy them into pinned memory.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=positions,
+        num_workers=num_workers,
+        collate_fn=_already_collated,
+        worker_init_fn=ignore_stop_signals,
+        pin_memory=pin_memory,
+    )
+
+
+def _already_collated(batch: Batch) -> Batch:
+    return batch
 
 
 def build_dataset(table: Table, stream: PositionStream, plan: Plan, data: DataConfig) -> StreamDataset:
@@ -128,59 +151,60 @@ class BatchPreparer:
     augmentation_probability: float = 0.0
     bad_images: set[str] = field(default_factory=set)
 
-    def __call__(self, batch: dict) -> NoisyBatch:
+    def __call__(self, batch: Batch) -> NoisyBatch:
         """Moves a batch to the device, encodes it with the VAE, augments it and adds noise.
 
         Args:
-            batch: output of `diffit.stream.collate`. It is augmented if it has random numbers for that.
+            batch: output of a `StreamDataset`. It is augmented if it has random numbers for that.
         """
-        for message in batch["bad_images"]:
+        for message in batch.bad_images:
             if message not in self.bad_images:
                 self.bad_images.add(message)
                 logger.warning(f"skipped ({len(self.bad_images)} so far): {message}", main_process_only=False)
-        levels = self.formulation.noise_levels(batch["time_uniform"])
-        level_bins = (batch["time_uniform"] * LEVEL_BINS).long()
-        labels = batch_labels(batch, self.label_dropout, self.null)
-        clean_images = encode_images(batch, self.vae, self.device)
-        tensors = (batch["noise"], levels, level_bins)
-        noise, levels, level_bins = (tensor.to(self.device, non_blocking=True) for tensor in tensors)
-        conditions = {"class_labels": None if labels is None else labels.to(self.device, non_blocking=True)}
-        if "augmentation" in batch:
-            numbers = batch["augmentation"].to(self.device, non_blocking=True)
-            clean_images, conditions["augment_labels"] = augment(clean_images, numbers, self.augmentation_probability)
-        network_inputs = self.formulation.network_inputs(clean_images, noise, levels)
+        # 1. on the host: numbers that are the same on every kind of device
         first_position = int(batch["position"][0])
-        return NoisyBatch(network_inputs, clean_images, noise, levels, conditions, level_bins, first_position)
+        levels = self.formulation.noise_levels(batch["time_uniform"])
+        batch = batch.fill(levels=levels, level_bins=(batch["time_uniform"] * LEVEL_BINS).long())
+        if self.null is not None:
+            batch = batch.fill(labels=batch_labels(batch, self.label_dropout, self.null))
+
+        # 2. on the device
+        batch = batch.to(self.device)
+        clean_images = encode_images(batch, self.vae)
+        conditions = {"class_labels": None if self.null is None else batch["labels"]}
+        if "augmentation" in batch:
+            augmentation = (batch["augmentation"], self.augmentation_probability)
+            clean_images, conditions["augment_labels"] = augment(clean_images, *augmentation)
+        noise, levels = batch["noise"], batch["levels"]
+        network_inputs = self.formulation.network_inputs(clean_images, noise, levels)
+        return NoisyBatch(network_inputs, clean_images, noise, levels, conditions, batch["level_bins"], first_position)
 
 
-def batch_labels(batch: dict, label_dropout: float, null: int | None) -> torch.Tensor | None:
-    """Class labels, a fraction of them replaced by the null class; shape (B). None for an unconditional network."""
-    if null is None:
-        return None
+def batch_labels(batch: Batch, label_dropout: float, null: int) -> torch.Tensor:
+    """Class labels, a fraction of them replaced by the null class; shape (B)."""
     return torch.where(batch["dropout_uniform"] < label_dropout, null, batch["class_labels"])
 
 
-def encode_images(batch: dict, vae: AutoencoderKL | None, device: torch.device) -> torch.Tensor:
-    """Moves clean images to the device, as pixels in [-1, 1] or as latents if there is a VAE; shape (B, C, H, W).
+def encode_images(batch: Batch, vae: AutoencoderKL | None) -> torch.Tensor:
+    """The clean images, as pixels in [-1, 1] or as latents if there is a VAE; shape (B, C, H, W).
 
     Latents are sampled from the encoder's Gaussian with noise from the batch, so they are a function of the position,
     too.
     """
     if "moments" in batch:
-        moments = batch["moments"].to(device, non_blocking=True)  # (B, 2C, H, W)
+        moments = batch["moments"]  # (B, 2C, H, W)
     else:
-        images = normalize_pixels(batch["pixel_values"].to(device, non_blocking=True))
+        images = normalize_pixels(batch["pixel_values"])
         if vae is None:
             return images
         moments = encode_moments(vae, images)  # (B, 2C, H, W)
-    posterior_noise = batch["posterior_noise"].to(device, non_blocking=True)
-    return sample_latents(moments, posterior_noise, *latent_scaling(vae, device))
+    return sample_latents(moments, batch["posterior_noise"], *latent_scaling(vae, moments.device))
 
 
-def with_checked_latents(batches: Iterator[dict], vae: AutoencoderKL | None, device: torch.device) -> Iterator[dict]:
+def with_checked_latents(batches: Iterator[Batch], vae: AutoencoderKL | None, device: torch.device) -> Iterator[Batch]:
     """The same batches; once the first is asked for, the scale of its latents is checked (see `warn_of_scale`)."""
     first = next(batches)
     if vae is not None:
-        warn_of_scale(encode_images(first, vae, device), vae)
+        warn_of_scale(encode_images(first.to(device), vae), vae)
     yield first
     yield from batches

@@ -15,9 +15,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import AutoencoderKL, ModelMixin
-from torch.utils.data import DataLoader
 
-from diffit.batches import BatchPreparer, build_dataset
+from diffit.batches import BatchPreparer, build_dataset, load_batches
 from diffit.config import DataConfig, MetricsConfig, ValidationConfig
 from diffit.cpu_kernels import kernelize
 from diffit.errors import UserError
@@ -28,12 +27,12 @@ from diffit.logs import LossBins
 from diffit.metrics import NUM_NEIGHBORS, FeatureSet, metric_values
 from diffit.optimization import TrainingState, ema_weights
 from diffit.plan import Plan
-from diffit.processes import StopRequest, ignore_stop_signals, on_all_processes
+from diffit.processes import StopRequest, on_all_processes
 from diffit.run_dir import OutputFolder
 from diffit.sampling import load_guidance_model, sample_seeds
 from diffit.sampling_config import GuidanceConfig, SamplingConfig
 from diffit.sources import Table, detect_num_channels
-from diffit.stream import PositionStream, collate
+from diffit.stream import PositionStream
 from diffit_pipeline import image_grid, null_label, to_displayable
 
 logger = get_logger(__name__, log_level="INFO")
@@ -224,14 +223,9 @@ def validation_loss(accelerator: Accelerator, validation: Validation) -> dict[st
     batches = [positions[i : i + size] for i in range(0, num_positions, size)]
     prepare = BatchPreparer(plan.formulation, accelerator.device, validation.vae, null_label(model))
     losses = LossBins(accelerator.device)
-    for batch in DataLoader(
-        build_dataset(table, stream, plan, data),
-        batch_sampler=batches[accelerator.process_index :: accelerator.num_processes],
-        num_workers=data.dataloader_num_workers,
-        collate_fn=collate,
-        worker_init_fn=ignore_stop_signals,
-    ):
-        batch["time_uniform"] = (batch["position"] + 0.5) / num_positions
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    for batch in load_batches(build_dataset(table, stream, plan, data), mine, data.dataloader_num_workers):
+        batch["time_uniform"].copy_((batch["position"] + 0.5) / num_positions)
         noisy = prepare(batch)
         losses.add(denoising_losses(model, plan.formulation, noisy), noisy.level_bins)
         if validation.stop.is_wanted():

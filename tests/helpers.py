@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +30,10 @@ import train_diffit
 from diffit.config import parse_args
 from diffit.decode import decode_image, normalize_pixels
 from diffit.networks import model_class
+from diffit.packing import Batch
 from diffit.source_config import SourceConfig
 from diffit.sources import ImageTable, load_image_table
-from diffit.stream import ImageDataset, PositionStream
+from diffit.stream import ImageDataset, PositionStream, StreamDataset
 from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import DiffiTPipeline
 from warm_start import WarmProcess
@@ -391,3 +393,7 @@ def make_dataset(source: Path, seed: int = 0, resolution: tuple[int, int] = (6, 
 
 def item_at(dataset: ImageDataset, position: int) -> dict:
     return dataset[position, dataset.stream.index(position)]
+
+
+def batch_at(dataset: StreamDataset, positions: Iterable[int]) -> Batch:
+    return dataset.__getitems__([(position, dataset.stream.index(position)) for position in positions])

@@ -19,10 +19,21 @@ from diffit.formulations import DDPM, variance_bound
 from diffit.networks import model_class
 from diffit.source_config import SourceConfig
 from diffit.sources import load_image_table
-from diffit.stream import ImageDataset, PositionStream, collate
+from diffit.stream import ImageDataset, PositionStream
 from diffit_model import DiffiTTransformer2DModel
 from diffit_pipeline import DiffiTPipeline
-from helpers import ROOT, assert_same_files, evaluate_folder, losses, mentions, nvidia_tensors, run, tiny_vae, train
+from helpers import (
+    ROOT,
+    assert_same_files,
+    batch_at,
+    evaluate_folder,
+    losses,
+    mentions,
+    nvidia_tensors,
+    run,
+    tiny_vae,
+    train,
+)
 
 TINY_TRANSFORMER = {
     "_class_name": "DiffiTTransformer2DModel",
@@ -374,7 +385,7 @@ def test_finetuning_starts_from_the_loss_of_the_converted_model(finetuning_args,
     table = load_image_table(SourceConfig(train_data_file=str(ROOT / "data/digits.parquet")))
     stream = PositionStream(len(table), seed=0)
     dataset = ImageDataset(table, stream, (8, 8), 3, latent_shape=(2, 4, 4))
-    batch = collate([dataset[(p, stream.index(p))] for p in range(16)])
+    batch = batch_at(dataset, range(16))
     with torch.no_grad():
         posterior = vae.encode(normalize_pixels(batch["pixel_values"])).latent_dist
         clean = 0.7 * (posterior.mean + posterior.std * batch["posterior_noise"])

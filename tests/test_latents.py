@@ -40,9 +40,15 @@ from diffit.latents import (
 from diffit.networks import vae_on_meta
 from diffit.source_config import SourceConfig
 from diffit.sources import load_image_table
-from diffit.stream import DIFFUSION, ImageDataset, PositionStream, collate, position_generator, split_table
+from diffit.stream import DIFFUSION, ImageDataset, PositionStream, position_generator, split_table
 from diffit_pipeline import DiffiTPipeline, latent_scaling
-from helpers import ROOT, mentions, tiny_dit, tiny_vae
+from helpers import (
+    ROOT,
+    batch_at,
+    mentions,
+    tiny_dit,
+    tiny_vae,
+)
 from warm_start import WarmProcess, run_ranks
 
 NUM_IMAGES = 24
@@ -110,7 +116,8 @@ def datasets_of_both_kinds(
 
 
 def read_batch(dataset: ImageDataset | LatentDataset, positions: range) -> dict:
-    return collate([dataset[(position, dataset.stream.index(position))] for position in positions])
+    batch = batch_at(dataset, positions)
+    return batch.tensors() | {"bad_images": batch.bad_images}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
