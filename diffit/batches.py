@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from diffit.augment import augment
 from diffit.config import DataConfig, ValidationConfig
 from diffit.decode import normalize_pixels
+from diffit.decoded_images import share_decoded_images
 from diffit.errors import UserError
 from diffit.formulations import Formulation, NoisyBatch
 from diffit.latents import (
@@ -65,7 +66,7 @@ def open_tables(data: DataConfig, validation: ValidationConfig) -> tuple[Table, 
 def build_batches(
     table: Table, plan: Plan, data: DataConfig, seed: int, start_position: int, accelerator: Accelerator
 ) -> Iterator[Batch]:
-    """Iterates endlessly over this process's micro-batches.
+    """Iterates endlessly over this process's micro-batches. Must be called by all processes.
 
     Args:
         table: the training images or latents.
@@ -77,6 +78,9 @@ def build_batches(
     """
     stream = PositionStream(len(table), seed)
     dataset = build_dataset(table, stream, plan, data)
+    if isinstance(dataset, ImageDataset):  # prepared latents are mapped from a file, so they are shared already
+        shape = (dataset.num_channels, *plan.resolution)
+        dataset.decoded = share_decoded_images(accelerator, len(table), shape)
     shard = (accelerator.num_processes, accelerator.process_index)
     sampler = StreamBatchSampler(stream, plan.batch.per_process, start_position, *shard)
     return iter(

@@ -15,7 +15,8 @@ import torch
 from torch.utils.data import Sampler
 
 from diffit.augment import NUM_AUGMENT_NUMBERS, sample_augmentation
-from diffit.decode import decode_pixels
+from diffit.decode import decode_cropped
+from diffit.decoded_images import DecodedImages
 from diffit.errors import BadImageError, UserError
 from diffit.packing import Batch
 from diffit.sources import ImageTable, Table, detect_num_channels
@@ -287,6 +288,9 @@ class ImageDataset(StreamDataset):
             one's name.
         latent_shape: shape (c, h, w) of the latents to train on; None for pixel-space training.
         augment: draw the random numbers of `diffit.augment`, which transforms the images on the device.
+
+    Attributes:
+        decoded: images of shape (C, H, W) that stay decoded, by index in the table; None decodes each one anew.
     """
 
     image_name = "pixel_values"
@@ -308,13 +312,24 @@ class ImageDataset(StreamDataset):
         self.keep_colour = num_channels is None
         self.num_channels = num_channels or detect_num_channels(table)
         self.center_crop = center_crop
+        self.decoded: DecodedImages | None = None
 
     def _load(self, index: int, flip: bool, crop_position: tuple[float, float]) -> np.ndarray:
-        pixels = decode_pixels(
+        pixels = None if self.decoded is None else self.decoded.get(index)
+        if pixels is None:
+            pixels = self._decode(index, crop_position)
+        return pixels[..., ::-1] if flip else pixels
+
+    def _decode(self, index: int, crop_position: tuple[float, float]) -> np.ndarray:
+        """Decodes an image, and keeps it unless its next crop may be another or it has more than 8 bits."""
+        pixels, is_cropped = decode_cropped(
             *self.table.read(index),
             self.resolution,
             self.num_channels,
             (0.5, 0.5) if self.center_crop else crop_position,
             keep_colour=self.keep_colour,
-        ).numpy()
-        return pixels[..., ::-1] if flip else pixels
+        )
+        pixels = pixels.numpy()
+        if self.decoded is not None and pixels.dtype == np.uint8 and (self.center_crop or not is_cropped):
+            self.decoded.put(index, pixels)
+        return pixels
