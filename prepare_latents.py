@@ -4,8 +4,7 @@
     python prepare_latents.py --vae_model_name_or_path outputs/vae-digits --resolution 32 --no-mirror \\
         --train_data_file data/digits.parquet --output_dir outputs/latents-digits
     torchrun --nproc_per_node 8 prepare_latents.py --vae_model_name_or_path stabilityai/sd-vae-ft-ema \\
-        --train_data_dir imagenet/train --resolution 256 --batch_size 64 --dataloader_num_workers 12 \\
-        --output_dir imagenet-latents
+        --train_data_dir imagenet/train --resolution 256 --batch_size 64 --output_dir imagenet-latents
 
 Images are center-cropped. The script stores the moments of the VAE's posterior (means and log-variances, float32), so
 that training still samples from it: 64 KiB for a 256x256 image and its mirror image.
@@ -61,7 +60,13 @@ from diffit.latents import (
     warn_of_scale,
 )
 from diffit.lock import OutputDirLock
-from diffit.processes import check_agreement, join_processes, on_all_processes, run_on_main_and_broadcast
+from diffit.processes import (
+    check_agreement,
+    count_workers,
+    join_processes,
+    on_all_processes,
+    run_on_main_and_broadcast,
+)
 from diffit.run_dir import OutputFolder
 from diffit.sources import ImageTable, detect_num_channels, load_image_table
 from diffit_pipeline import latent_scaling
@@ -214,7 +219,7 @@ def prepare(accelerator: Accelerator, config: LatentsConfig) -> None:
         DataLoader(
             CenterCrops(table, config.resolution, num_channels, config.on_bad_image),
             batch_sampler=[batch for of_shard in batches for batch in of_shard],
-            num_workers=config.dataloader_num_workers,
+            num_workers=count_workers(config.dataloader_num_workers),
             collate_fn=collate_crops,
         )
     )

@@ -88,6 +88,7 @@ from diffit.processes import (
     StopRequest,
     build_accelerator,
     check_agreement,
+    count_workers,
     is_restarted,
     join_processes,
     on_all_processes,
@@ -152,7 +153,8 @@ def main(config: TrainConfig) -> None:
         # 3. the data, and the plan
         table, held_out = on_all_processes(accelerator, open_tables, config.data, config.validation)
         data = on_all_processes(accelerator, describe_data, table, vae, config.data.num_channels)
-        plan = make_plan(config, network, batch, formulation, data, describe_vae(vae))
+        workers = count_workers(config.data.dataloader_num_workers)
+        plan = make_plan(config, network, batch, formulation, data, describe_vae(vae), workers)
         run = Run(accelerator, stop, lock, folder, checkpoint, plan, args_to_config(config, plan.resolved_flags()))
         check_agreement(accelerator, plan.agreement(data))
         if asked.dry_run:
@@ -165,7 +167,7 @@ def main(config: TrainConfig) -> None:
         extractor = build_extractor(accelerator, config.metrics, compared)
         state = build_state(run, networks, config.optimizer, config.schedule, config.ema, data)
         prepare_output_dir(accelerator, asked, folder, state.global_step)
-        evaluator = build_evaluator(accelerator, extractor, compared, plan, config.data, asked.output_dir)
+        evaluator = build_evaluator(accelerator, extractor, compared, plan, asked.output_dir)
         name = pipeline_name(config.hub.hub_model_id, asked.output_dir)
         facts = RunFacts(name, data.source, run.flags, plan, config.ema, config.metrics)
         requests = (config.validation, config.metrics, config.data)

@@ -83,9 +83,7 @@ def build_batches(
         dataset.decoded = share_decoded_images(accelerator, len(table), shape)
     shard = (accelerator.num_processes, accelerator.process_index)
     sampler = StreamBatchSampler(stream, plan.batch.per_process, start_position, *shard)
-    return iter(
-        load_batches(dataset, sampler, data.dataloader_num_workers, pin_memory=accelerator.device.type == "cuda")
-    )
+    return iter(load_batches(dataset, sampler, plan.num_workers, pin_memory=accelerator.device.type == "cuda"))
 
 
 def load_batches(

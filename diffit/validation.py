@@ -89,7 +89,6 @@ def build_evaluator(
     extractor: FeatureExtractor | None,
     source: Table,
     plan: Plan,
-    data: DataConfig,
     output_dir: str,
 ) -> Evaluator | None:
     """Computes the features of the real images, or reads those that an earlier run has cached in --output_dir.
@@ -98,8 +97,7 @@ def build_evaluator(
         accelerator: distributes the work over the processes.
         extractor: see `build_extractor`; None for no metrics.
         source: images to compare with.
-        plan: resolution and channels of the images.
-        data: number of workers.
+        plan: resolution and channels of the images, and the number of workers.
         output_dir: the run's folder.
     """
     if extractor is None:
@@ -111,7 +109,7 @@ def build_evaluator(
         TableImages(source, plan.resolution, num_channels),
         {"data": source.digest(), "resolution": list(plan.resolution), "channels": num_channels},
         extractor,
-        num_workers=data.dataloader_num_workers,
+        num_workers=plan.num_workers,
     )
     return Evaluator(extractor, FeatureSet(torch.from_numpy(np.array(features))))
 
@@ -224,7 +222,7 @@ def validation_loss(accelerator: Accelerator, validation: Validation) -> dict[st
     prepare = BatchPreparer(plan.formulation, accelerator.device, validation.vae, null_label(model))
     losses = LossBins(accelerator.device)
     mine = batches[accelerator.process_index :: accelerator.num_processes]
-    for batch in load_batches(build_dataset(table, stream, plan, data), mine, data.dataloader_num_workers):
+    for batch in load_batches(build_dataset(table, stream, plan, data), mine, plan.num_workers):
         batch["time_uniform"].copy_((batch["position"] + 0.5) / num_positions)
         noisy = prepare(batch)
         losses.add(denoising_losses(model, plan.formulation, noisy), noisy.level_bins)

@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from diffit.decode import decode_pixels
 from diffit.decoded_images import DecodedImages, available_memory, share_decoded_images
 from diffit.formulations import DDPM, EDM
 from diffit.packing import ALIGNMENT, Batch
+from diffit.processes import MAX_WORKERS, count_workers
 from diffit.stream import AUGMENTATION, DIFFUSION, ImageDataset, PositionGenerator, position_generator
 from helpers import batch_at, encode, encode_npy, losses, make_dataset, mentions, noise_image, train, write_files
 from warm_start import run_ranks
@@ -325,3 +327,28 @@ def test_training_is_the_same_with_and_without_decoded_images_and_after_a_resume
     train([*arguments, "--max_train_steps=9", f"--output_dir={tmp_path / 'decoded'}"])
     assert mentions("decoded in each epoch").search(caplog.text)
     assert losses(tmp_path / "resumed") == losses(tmp_path / "decoded")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The number of workers
+
+
+@dataclass
+class Case:
+    """Cores of a process, processes of the machine, and the expected number of workers."""
+
+    cores: int
+    processes: int | None
+    expected: int
+
+
+@pytest.mark.parametrize(
+    "case", [Case(2, None, 2), Case(64, None, MAX_WORKERS), Case(64, 16, 4), Case(4, 8, 0), Case(1, None, 1)]
+)
+def test_workers_are_the_cores_of_a_process_unless_given(monkeypatch, case):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(case.cores)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if case.processes is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(case.processes))
+    assert count_workers(None) == case.expected
+    assert count_workers(0) == 0 and count_workers(12) == 12

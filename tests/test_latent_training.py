@@ -23,6 +23,7 @@ from diffit.stream import ImageDataset, PositionStream
 from diffit_model import DiffiTTransformer2DModel
 from diffit_pipeline import DiffiTPipeline
 from helpers import (
+    NO_WORKERS,
     ROOT,
     assert_same_files,
     batch_at,
@@ -184,7 +185,7 @@ def test_prepared_latents_train_like_those_encoded_on_the_way(latent_args, conve
     flags += [f"--pretrained_model_name_or_path={converted}"]
     train([*latent_args, *flags])
     prepared = tmp_path / "latents"
-    source = [f"--train_data_dir={image_folder}", "--resolution=8", f"--output_dir={prepared}"]
+    source = [f"--train_data_dir={image_folder}", "--resolution=8", f"--output_dir={prepared}", NO_WORKERS]
     prepare_latents.main(prepare_latents.parse_args([f"--vae_model_name_or_path={vae_dir}", *source]))
     without = [flag for flag in latent_args if not flag.startswith("--train_data_dir")]
     other = [*without, *flags, f"--latents_dir={prepared}", f"--output_dir={tmp_path / 'other'}"]

@@ -43,6 +43,7 @@ from diffit.sources import load_image_table
 from diffit.stream import DIFFUSION, ImageDataset, PositionStream, position_generator, split_table
 from diffit_pipeline import DiffiTPipeline, latent_scaling
 from helpers import (
+    NO_WORKERS,
     ROOT,
     batch_at,
     mentions,
@@ -81,6 +82,7 @@ def base_flags(vae_dir, image_folder) -> list[str]:
         "--resolution=8",
         "--images_per_shard=10",
         "--batch_size=4",
+        NO_WORKERS,
     ]
 
 
