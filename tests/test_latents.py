@@ -46,9 +46,12 @@ from helpers import (
     NO_WORKERS,
     ROOT,
     batch_at,
+    encode,
     mentions,
+    noise_image,
     tiny_dit,
     tiny_vae,
+    write_files,
 )
 from warm_start import WarmProcess, run_ranks
 
@@ -564,6 +567,20 @@ def test_skipped_image_is_replaced_as_in_training_on_the_fly(base_flags, damaged
     moments = encode_moments(load_vae(flags[0].split("=")[1]), pixels)
     torch.testing.assert_close(batch["moments"], moments, rtol=0, atol=1e-5)
     assert len(batch["bad_images"]) == len(expected["bad_images"]) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_of_8_and_16_bits_share_a_batch_with_their_own_values(base_flags, vae_dir, tmp_path, workers):
+    files = {f"{i}.png": encode(noise_image(i, 8, 8)) for i in range(4)}
+    files |= {f"{i}.png": encode(noise_image(i, 8, 8).astype(np.uint16) * 256 + 77) for i in (1, 2)}
+    folder = write_files(tmp_path / "images", files)
+    flags = [*base_flags, f"--train_data_dir={folder}", f"--dataloader_num_workers={workers}"]
+    table, vae = open_latents(prepare(flags, tmp_path / "latents")), load_vae(str(vae_dir))
+    for index, name in enumerate(sorted(files)):
+        image = decode_image(name, files[name], (8, 8), 3)[None]
+        for mirrored, pixels in ((False, image), (True, image.flip(-1))):
+            moments = encode_moments(vae, pixels)[0]
+            torch.testing.assert_close(table.read(index, mirrored), moments, rtol=0, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
