@@ -33,7 +33,8 @@ def position_generator(seed: int, position: int, stream: int) -> np.random.Gener
         position: integer in [0, 2**64).
         stream: `PERMUTATION`, `AUGMENTATION` or `DIFFUSION`, which are independent of each other.
     """
-    return np.random.Generator(np.random.Philox(key=[seed, position], counter=[0, 0, 0, stream]))
+    key = np.array([seed, position], np.uint64)  # of a list with one number above 2**63 numpy makes floats
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, stream]))
 
 
 class PositionGenerator:
@@ -44,7 +45,7 @@ class PositionGenerator:
     """
 
     def __init__(self, seed: int):
-        self._philox = np.random.Philox(key=[seed, 0])
+        self._philox = np.random.Philox(key=np.array([seed, 0], np.uint64))
         self._generator = np.random.Generator(self._philox)
         self._start = self._philox.state
 

@@ -138,6 +138,13 @@ def test_position_generator_streams_are_independent():
     assert np.abs(correlation).max() < 0.1  # 4.5 standard deviations
 
 
+def test_every_seed_has_its_own_order():
+    """--seed may have 64 bits: numpy would round a key above 2**63 to a multiple of 2048, and the last one to 0."""
+    seeds = [0, 2**63 - 1, 2**63, 2**63 + 1, 2**64 - 1]
+    orders = {tuple(PositionStream(13, seed).index(position) for position in range(13)) for seed in seeds}
+    assert len(orders) == len(seeds)
+
+
 @pytest.mark.parametrize(("num_processes", "batch_size"), [(1, 8), (1, 4), (1, 1), (2, 4), (2, 2), (4, 2), (4, 1)])
 def test_optimizer_step_covers_same_positions_on_any_topology(num_processes, batch_size):
     stream = PositionStream(5, seed=1)
