@@ -50,7 +50,7 @@ from diffit.image_sets import (
 from diffit.losses import NoisyBatch, denoising_losses
 from diffit.metrics import MIN_IMAGES, FeatureSet, compute_metrics, images_needed, metrics_device
 from diffit.plots import PLOTS, plot_losses, plot_models, plot_neighbors
-from diffit.processes import join_processes, on_all_processes, run_on_main_and_broadcast
+from diffit.processes import count_workers, join_processes, on_all_processes, run_on_main_and_broadcast
 from diffit.run_dir import OutputFolder
 from diffit.sampling import load_sampler
 from diffit.sampling_config import GuidanceConfig
@@ -371,7 +371,7 @@ def main(config: EvalConfig) -> None:
     source, training_source, given = open_sources(processes, config)
     check_numbers(config, source, given)
     extractors = load_extractors(processes, metrics)
-    sizes = (output.batch_size, output.dataloader_num_workers, config.reference.resolution)
+    sizes = (output.batch_size, count_workers(output.dataloader_num_workers), config.reference.resolution)
     evaluation = Evaluation(processes, output.work_dir, extractors, *sizes)
 
     # 2. samples and features, by all processes

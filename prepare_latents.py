@@ -4,8 +4,7 @@
     python prepare_latents.py --vae_model_name_or_path outputs/vae-digits --resolution 32 --no-mirror \\
         --train_data_file data/digits.parquet --output_dir outputs/latents-digits
     torchrun --nproc_per_node 8 prepare_latents.py --vae_model_name_or_path stabilityai/sd-vae-ft-ema \\
-        --train_data_dir imagenet/train --resolution 256 --batch_size 64 --dataloader_num_workers 12 \\
-        --output_dir imagenet-latents
+        --train_data_dir imagenet/train --resolution 256 --batch_size 64 --output_dir imagenet-latents
 
 Images are center-cropped. The script stores the moments of the VAE's posterior (means and log-variances, float32), so
 that training still samples from it: 64 KiB for a 256x256 image and its mirror image.
@@ -46,7 +45,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from tqdm.auto import tqdm
 
 from diffit.command_line import run_script
-from diffit.decode import decode_image, warn_about_narrow_levels
+from diffit.decode import decode_pixels, normalize_pixels, warn_about_narrow_levels
 from diffit.devices import set_precision, tf32_settings
 from diffit.errors import BadImageError, UserError, user_errors
 from diffit.latents import (
@@ -61,7 +60,13 @@ from diffit.latents import (
     warn_of_scale,
 )
 from diffit.lock import OutputDirLock
-from diffit.processes import check_agreement, join_processes, on_all_processes, run_on_main_and_broadcast
+from diffit.processes import (
+    check_agreement,
+    count_workers,
+    join_processes,
+    on_all_processes,
+    run_on_main_and_broadcast,
+)
 from diffit.run_dir import OutputFolder
 from diffit.sources import ImageTable, detect_num_channels, is_same_data, load_image_table
 from diffit_pipeline import Autoencoder, latent_scaling
@@ -72,7 +77,7 @@ PATHS = ("vae", "source")  # metadata for people only: paths may differ although
 
 
 class CenterCrops(torch.utils.data.Dataset):
-    """Center-cropped images by index: (pixels, None), or (NaN, reason) for a bad image. Shape (C, H, W), in [-1, 1].
+    """Center-cropped images by index: (grey levels, None), or (zeros, reason) for a bad image; shape (C, H, W).
 
     Args:
         table: reader of the images.
@@ -89,16 +94,18 @@ class CenterCrops(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, str | None]:
         try:
-            return decode_image(*self.table.read(index), self.resolution, self.num_channels), None
+            return decode_pixels(*self.table.read(index), self.resolution, self.num_channels), None
         except BadImageError as error:
             if self.on_bad_image != "skip":
                 raise
-            return torch.full((self.num_channels, *self.resolution), torch.nan), str(error)
+            return torch.zeros(self.num_channels, *self.resolution, dtype=torch.uint8), str(error)
 
 
 def collate_crops(items: list[tuple[torch.Tensor, str | None]]) -> tuple[torch.Tensor, list[str | None]]:
-    """Collates items of `CenterCrops` into pixels, shape (B, C, H, W), and B messages."""
+    """Collates items of `CenterCrops` into grey levels for `normalize_pixels`, shape (B, C, H, W), and B messages."""
     pixels, messages = zip(*items, strict=True)
+    if len({image.dtype for image in pixels}) > 1:  # 8-bit and 16-bit images
+        pixels = [image.float() for image in pixels]
     return torch.stack(pixels), list(messages)
 
 
@@ -150,7 +157,9 @@ def encode(
     """
     columns = {"moments": []} | ({"mirrored_moments": []} if mirror else {}) | {"bad_image": []}
     for pixels, messages in batches:
-        pixels = pixels.to(vae.device)  # (B, C, H, W)
+        pixels = normalize_pixels(pixels.to(vae.device, non_blocking=True))  # (B, C, H, W)
+        if any(messages):
+            pixels[[message is not None for message in messages]] = torch.nan
         moments = encode_moments(vae, pixels)  # (B, 2c, h, w)
         if check_scale and not columns["moments"]:
             good = moments[[message is None for message in messages]]
@@ -217,8 +226,9 @@ def prepare(accelerator: Accelerator, config: LatentsConfig) -> None:
         DataLoader(
             CenterCrops(table, config.resolution, num_channels, config.on_bad_image),
             batch_sampler=[batch for of_shard in batches for batch in of_shard],
-            num_workers=config.dataloader_num_workers,
+            num_workers=count_workers(config.dataloader_num_workers),
             collate_fn=collate_crops,
+            pin_memory=accelerator.device.type == "cuda",
         )
     )
     progress = tqdm(total=sum(map(len, ranges)), unit=" images", disable=not accelerator.is_main_process)

@@ -71,6 +71,7 @@ from diffit.optimization import (
     finish_step,
     seed_dropout,
 )
+from diffit.packing import Batch
 from diffit.plan import (
     DataFacts,
     Plan,
@@ -87,6 +88,7 @@ from diffit.processes import (
     StopRequest,
     build_accelerator,
     check_agreement,
+    count_workers,
     is_restarted,
     join_processes,
     on_all_processes,
@@ -153,7 +155,8 @@ def main(config: TrainConfig) -> None:
         # 3. the data, and the plan
         table, held_out = on_all_processes(accelerator, open_tables, config.data, config.validation)
         data = on_all_processes(accelerator, describe_data, table, vae, config.data.num_channels)
-        plan = make_plan(config, network, batch, formulation, data, describe_vae(vae))
+        workers = count_workers(config.data.dataloader_num_workers)
+        plan = make_plan(config, network, batch, formulation, data, describe_vae(vae), workers)
         run = Run(accelerator, stop, lock, folder, checkpoint, plan, args_to_config(config, plan.resolved_flags()))
         check_agreement(accelerator, plan.agreement(data))
         if asked.dry_run:
@@ -166,7 +169,7 @@ def main(config: TrainConfig) -> None:
         extractor = build_extractor(accelerator, config.metrics, compared)
         state = build_state(run, networks, config.optimizer, config.schedule, config.ema, data)
         prepare_output_dir(accelerator, asked, folder, state.global_step)
-        evaluator = build_evaluator(accelerator, extractor, compared, plan, config.data, config.metrics, asked)
+        evaluator = build_evaluator(accelerator, extractor, compared, plan, config.metrics, asked)
         name = pipeline_name(config.hub.hub_model_id, asked.output_dir)
         facts = RunFacts(name, data.source, run.flags, plan, config.ema, config.metrics)
         requests = (config.validation, config.metrics, config.data)
@@ -262,7 +265,7 @@ def start_trackers(run: Run, asked: RunConfig, global_step: int) -> None:
 def train(
     run: Run,
     state: TrainingState,
-    batches: Iterator[dict],
+    batches: Iterator[Batch],
     prepare_batch: BatchPreparer,
     validation: Validation,
     asked: OptimizerConfig,

@@ -26,15 +26,15 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_cosine_schedule_with_warmup
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from diffit.batches import load_batches
 from diffit.command_line import run_script
 from diffit.decode import normalize_pixels, warn_about_narrow_levels
 from diffit.devices import set_up_device, use_cpu
 from diffit.run_dir import OutputFolder
 from diffit.sources import ImageTable, detect_num_channels, load_image_table
-from diffit.stream import ImageDataset, PositionStream, StreamBatchSampler, collate, split_table
+from diffit.stream import ImageDataset, PositionStream, StreamBatchSampler, split_table
 
 
 def read_batches(table: ImageTable, config: VaeConfig, num_channels: int) -> Iterator[torch.Tensor]:
@@ -42,7 +42,7 @@ def read_batches(table: ImageTable, config: VaeConfig, num_channels: int) -> Ite
     stream = PositionStream(len(table), config.seed)
     size = (config.resolution, config.resolution)
     dataset = ImageDataset(table, stream, size, num_channels, center_crop=True)
-    loader = DataLoader(dataset, batch_sampler=StreamBatchSampler(stream, config.train_batch_size), collate_fn=collate)
+    loader = load_batches(dataset, StreamBatchSampler(stream, config.train_batch_size))
     return (normalize_pixels(batch["pixel_values"]) for batch in loader)
 
 

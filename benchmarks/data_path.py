@@ -1,22 +1,31 @@
 """Data-loading throughput of one worker, ours against that of diffusers' `train_unconditional.py`.
 
     python -m benchmarks.data_path
+    python -m benchmarks.data_path --before 77cd3ef
 
 Measures the path from files to the float32 images and noise of a training step, in one process and one thread. The
 sides divide the work differently: our worker also samples the noise and leaves scaling to the device; theirs scales
 and leaves the noise to the device. Hence two ratios: of the workers alone, and of all work with the CPU as device.
 Also measures how long a training waits for its workers. Writes `benchmarks/results/data_path.md`.
+
+With --before, measures one worker of an earlier commit and of the working tree in turns instead: images per second,
+and the time to hand over a batch. Replaces that section of the results.
 """
 
 import argparse
 import io
+import json
+import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -28,8 +37,10 @@ from torch.utils.benchmark import Timer
 from torch.utils.data import default_collate
 
 import train_diffit
+from benchmarks.same_numbers import check_out
 from diffit.decode import decode_pixels, normalize_pixels
 from diffit.latents import LatentDataset, LatentTable, latent_features
+from diffit.packing import Batch
 from diffit.source_config import SourceConfig
 from diffit.sources import load_image_table
 from diffit.stream import (
@@ -38,7 +49,6 @@ from diffit.stream import (
     PositionStream,
     StreamBatchSampler,
     StreamDataset,
-    collate,
     position_generator,
 )
 
@@ -47,7 +57,7 @@ LATENT_SHAPE = (4, 32, 32)  # of 256 pixels, as in configs/train/imagenet256.yam
 TRAINING_STEPS, TRAINING_BATCH_SIZE = 12, 16
 
 # A worker's function that returns its next batch, and the training process's function that finishes the batch.
-Side = tuple[Callable[[], dict], Callable[[dict], list[torch.Tensor]]]
+Side = tuple[Callable[[], Any], Callable[[Any], list[torch.Tensor]]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,17 +106,17 @@ def our_side(source: dict[str, str], size: int, latent_shape: tuple[int, int, in
     stream = PositionStream(len(table), seed=0)
     dataset = ImageDataset(table, stream, (size, size), 3, random_flip=True, latent_shape=latent_shape)
 
-    def finish(batch: dict) -> list[torch.Tensor]:
+    def finish(batch: Batch) -> list[torch.Tensor]:
         noise = [batch[name] for name in ("noise", "posterior_noise") if name in batch]
         return [normalize_pixels(batch["pixel_values"]), *noise]
 
     return our_worker(dataset, batch_size), finish
 
 
-def our_worker(dataset: StreamDataset, batch_size: int) -> Callable[[], dict]:
+def our_worker(dataset: StreamDataset, batch_size: int) -> Callable[[], Batch]:
     """A function that returns our worker's next batch."""
     positions = iter(StreamBatchSampler(dataset.stream, batch_size))
-    return lambda: collate([dataset[position] for position in next(positions)])
+    return lambda: dataset.__getitems__(next(positions))
 
 
 def their_side(rows: Dataset, size: int, latent_shape: tuple[int, int, int] | None, batch_size: int) -> Side:
@@ -266,11 +276,105 @@ def time_waiting(num_workers: int, run_dir: str) -> tuple[float, float]:
     return total / (TRAINING_STEPS - 1), (sum(given[1:]) - sum(asked[1:])) / total
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Before and after
+
+BEFORE_AND_AFTER = "## One worker, before and after"
+
+
+def write_pngs(photos: Path, archive: Path, size: int) -> None:
+    """Writes photos as PNGs of `size` x `size` pixels into a zip."""
+    with zipfile.ZipFile(archive, "w") as file:
+        for photo in sorted(photos.iterdir()):
+            PIL.Image.open(photo).resize((size, size), PIL.Image.Resampling.BOX).save(buffer := io.BytesIO(), "png")
+            file.writestr(f"{photo.stem}.png", buffer.getvalue())
+
+
+def start_side(code: Path) -> subprocess.Popen:
+    """Starts `benchmarks/data_worker.py` with the package in a folder."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "benchmarks/data_worker.py")],
+        cwd=code,
+        env=os.environ | {"PYTHONPATH": str(code), "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ask(side: subprocess.Popen, case: dict) -> list[float]:
+    """Images per second and milliseconds per hand-over of a case."""
+    side.stdin.write(json.dumps(case) + "\n")
+    side.stdin.flush()
+    return json.loads(side.stdout.readline())
+
+
+def before_and_after(commit: str, work_dir: Path, rounds: int) -> list[str]:
+    """Lines of the section: a worker of a commit, ours when it decodes, and ours once images are in memory."""
+    write_jpegs(work_dir / "256", 256, 256)
+    write_pngs(work_dir / "256", work_dir / "64.zip", 64)
+    emoji = {"train_data_file": str(ROOT / "data/noto_emoji_32.parquet")}
+    zipped, photos = {"train_data_dir": str(work_dir / "64.zip")}, {"train_data_dir": str(work_dir / "256")}
+    cases = [  # name, source, pixels, images per batch, shape of latents
+        ("emoji PNG, parquet", emoji, 32, 64, None),
+        ("PNG, zip", zipped, 64, 64, None),
+        ("JPEG, folder", photos, 256, 16, None),
+        ("JPEG, folder, noise for latents", photos, 256, 16, LATENT_SHAPE),
+    ]
+    old = work_dir / "before"
+    old.mkdir()
+    check_out(commit, old)
+    before, after = start_side(old), start_side(ROOT)
+    lines = []
+    for name, source, size, batch_size, latent_shape in cases:
+        case = {"source": source, "size": size, "batch_size": batch_size, "latent_shape": latent_shape}
+        sides = [(before, case | {"keep": False}), (after, case | {"keep": False}), (after, case | {"keep": True})]
+        measured = [[ask(*side) for side in sides] for _ in range(rounds)]
+        old_side, decoding, kept = (
+            [statistics.median(values) for values in zip(*side, strict=True)] for side in zip(*measured, strict=True)
+        )
+        speeds = " | ".join(f"{side[0]:,.0f}" for side in (old_side, decoding, kept))
+        times = " | ".join(f"{side[1]:.2f}" for side in (old_side, kept))
+        lines.append(f"| {name} | {size} | {batch_size} | {speeds} | {times} |")
+    for side in (before, after):
+        side.communicate()
+    return [
+        BEFORE_AND_AFTER,
+        "",
+        f"`python -m benchmarks.data_path --before {commit}`, median of {rounds} rounds, in each of which the sides "
+        f"take turns; a process and a thread each. {platform.machine()}, {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}, torch {torch.__version__}, Pillow {PIL.__version__}, numpy "
+        f"{np.__version__}. With random crops and flips and, in pixel space, the random numbers of augmentation.",
+        "",
+        '"First epoch" decodes each image; "later" finds it in memory, where data sets stay that take at most an '
+        "eighth of it. A hand-over is the time in which the training process receives a batch that is ready while the "
+        "worker makes another one (lower quartile, because the machine is shared).",
+        "",
+        "| images | pixels | batch | before, images/s | after, first epoch | after, later | hand-over before, ms | "
+        "after, ms |",
+        "|---|---|---|---|---|---|---|---|",
+        *lines,
+    ]
+
+
+def write_section(lines: list[str]) -> None:
+    """Replaces the last section of the results by these lines, and prints them."""
+    file = ROOT / "benchmarks/results/data_path.md"
+    text = "\n".join(lines) + "\n"
+    print(text)
+    file.write_text(file.read_text().split(BEFORE_AND_AFTER)[0].rstrip() + "\n\n" + text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=7, help="number of rounds per case (default: 7)")
+    parser.add_argument("--before", metavar="COMMIT", help="compare one worker with that of this commit instead")
     args = parser.parse_args()
     datasets.disable_progress_bars()
+    if args.before is not None:
+        with tempfile.TemporaryDirectory() as work_dir:
+            write_section(before_and_after(args.before, Path(work_dir), args.rounds))
+        return
     with tempfile.TemporaryDirectory() as work_dir:
         photos, large_photos, archive = (Path(work_dir, name) for name in ("256", "1024x768", "256.zip"))
         num_bytes = write_jpegs(photos, 256, 256)
@@ -299,10 +403,7 @@ def main() -> None:
             table.append(
                 f"| {name} | {size} | {noise} | {ours:,.0f} | {peers:,.0f} | {of_workers:.2f} | {of_all:.2f} |"
             )
-        with zipfile.ZipFile(Path(work_dir, "64.zip"), "w") as file:
-            for photo in sorted(photos.iterdir()):
-                PIL.Image.open(photo).resize((64, 64), PIL.Image.Resampling.BOX).save(buffer := io.BytesIO(), "png")
-                file.writestr(f"{photo.stem}.png", buffer.getvalue())
+        write_pngs(photos, Path(work_dir, "64.zip"), 64)
         others = other_work(Path(work_dir, "64.zip"), args.rounds)
         others = [f"| {name} | {speed:,.0f} |" for name, speed in others.items()]
         parts = [f"| {name} | {ms:.2f} |" for name, ms in time_parts(photos, args.rounds).items()]
@@ -345,9 +446,11 @@ def main() -> None:
         "|---|---|---|",
         *waiting,
     ]
-    text = "\n".join(lines) + "\n"
+    file = ROOT / "benchmarks/results/data_path.md"
+    _, *earlier = file.read_text().partition(BEFORE_AND_AFTER)
+    text = "\n".join(lines) + "\n" + ("\n" + "".join(earlier) if any(earlier) else "")
     print(text)
-    (ROOT / "benchmarks/results/data_path.md").write_text(text)
+    file.write_text(text)
 
 
 if __name__ == "__main__":

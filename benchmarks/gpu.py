@@ -57,6 +57,7 @@ from diffit.optimization import (
     build_optimizer,
     finish_step,
 )
+from diffit.packing import Batch
 
 ROOT = Path(__file__).parents[1]
 PEAKS = {  # dense FLOP/s in bf16, of NVIDIA's data sheets
@@ -102,8 +103,9 @@ class Training:
         batch |= {name: torch.rand(batch_size) for name in ("time_uniform", "dropout_uniform")}
         batch["position"] = torch.arange(batch_size)
         batch["class_labels"] = torch.randint(0, model.null_label or 1, (batch_size,))
-        self.batch = {name: x.pin_memory() if device.type == "cuda" else x for name, x in batch.items()}
-        self.batch["bad_images"] = []
+        self.batch = Batch.pack(batch)
+        if device.type == "cuda":
+            self.batch = self.batch.pin_memory()
 
     def __call__(self) -> torch.Tensor:
         """Runs one optimizer step in the order of the script, and returns the loss, shape ()."""

@@ -76,6 +76,7 @@ def script_flags(config: str, num_turns: int, folder: str) -> list[str]:
         flags += [f"--model_config={file}", "--no-class_conditional", "--prediction_type=epsilon"]
     flags += [f"--max_train_steps={TURN * num_turns}", f"--logging_steps={TURN}", "--lr_warmup_steps=1"]
     flags += ["--checkpointing_steps=1000000", "--validation_steps=1000000", "--num_validation_images=1"]
+    flags += ["--dataloader_num_workers=0"]  # which would work on during the other side's turn
     return [*flags, "--validation_inference_steps=1", f"--output_dir={folder}/run"]
 
 

@@ -38,6 +38,7 @@ def time_training(run_dir: str) -> tuple[float, list[float], int]:
     train_diffit.save_checkpoint = timed
     flags = ["--max_train_steps=12", "--checkpointing_steps=4", "--logging_steps=4", "--num_validation_images=1"]
     flags += ["--validation_inference_steps=1", "--report_to=none", f"--output_dir={run_dir}"]
+    flags += ["--dataloader_num_workers=0"]  # a step includes all of its work
     steps = []
     images_per_second = Meter.images_per_second
 

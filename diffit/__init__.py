@@ -15,6 +15,7 @@
     sources, decode, stream, latents  reading images or prepared latents; the tensors at each position of the stream
     image_formats, colour_profiles    what the numbers in an image file mean; other color spaces to sRGB
     listing, labels                   the files in a folder or zip of images, and their classes
+    packing, decoded_images           a micro-batch in one block of memory; small data sets that stay decoded in memory
     batches, augment                  micro-batches on the device: VAE encoding, augmentation, noise
     formulations                      DDPM, EDM and rectified flow: noise levels, network inputs, loss, schedulers
     losses, learned_variance          the loss of a batch; that of a variance which the network predicts

@@ -1,7 +1,7 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
 """Micro-batches: opening the data, loading it, and preparing a batch on the device (VAE, augmentation, noise)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from diffit.augment import augment
 from diffit.config import DataConfig, ValidationConfig
 from diffit.decode import normalize_pixels
+from diffit.decoded_images import share_decoded_images
 from diffit.errors import UserError
 from diffit.formulations import Formulation
 from diffit.latents import (
@@ -24,10 +25,11 @@ from diffit.latents import (
 )
 from diffit.losses import NoisyBatch
 from diffit.networks import sample_shape
+from diffit.packing import Batch
 from diffit.plan import Plan
 from diffit.processes import ignore_stop_signals
 from diffit.sources import Table, load_image_table
-from diffit.stream import ImageDataset, PositionStream, StreamBatchSampler, StreamDataset, collate, split_table
+from diffit.stream import ImageDataset, PositionStream, StreamBatchSampler, StreamDataset, split_table
 from diffit_pipeline import Autoencoder, latent_scaling
 
 logger = get_logger(__name__, log_level="INFO")
@@ -65,8 +67,8 @@ def open_tables(data: DataConfig, validation: ValidationConfig) -> tuple[Table, 
 
 def build_batches(
     table: Table, plan: Plan, data: DataConfig, seed: int, start_position: int, accelerator: Accelerator
-) -> Iterator[dict]:
-    """Iterates endlessly over this process's micro-batches.
+) -> Iterator[Batch]:
+    """Iterates endlessly over this process's micro-batches. Must be called by all processes.
 
     Args:
         table: the training images or latents.
@@ -78,17 +80,40 @@ def build_batches(
     """
     stream = PositionStream(len(table), seed)
     dataset = build_dataset(table, stream, plan, data)
+    if isinstance(dataset, ImageDataset):  # prepared latents are mapped from a file, so they are shared already
+        shape = (dataset.num_channels, *plan.resolution)
+        dataset.decoded = share_decoded_images(accelerator, len(table), shape)
     shard = (accelerator.num_processes, accelerator.process_index)
-    return iter(
-        DataLoader(
-            dataset,
-            batch_sampler=StreamBatchSampler(stream, plan.batch.per_process, start_position, *shard),
-            num_workers=data.dataloader_num_workers,
-            collate_fn=collate,
-            worker_init_fn=ignore_stop_signals,
-            pin_memory=accelerator.device.type == "cuda",
-        )
+    sampler = StreamBatchSampler(stream, plan.batch.per_process, start_position, *shard)
+    return iter(load_batches(dataset, sampler, plan.num_workers, pin_memory=accelerator.device.type == "cuda"))
+
+
+def load_batches(
+    dataset: StreamDataset,
+    positions: Iterable[list[tuple[int, int]]],
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """A loader of `Batch`es.
+
+    Args:
+        dataset: builds them.
+        positions: (position, index) of each image in each batch.
+        num_workers: processes that build batches; 0 builds them in this one.
+        pin_memory: whether to copy them into pinned memory.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=positions,
+        num_workers=num_workers,
+        collate_fn=_already_collated,
+        worker_init_fn=ignore_stop_signals,
+        pin_memory=pin_memory,
     )
+
+
+def _already_collated(batch: Batch) -> Batch:
+    return batch
 
 
 def build_dataset(table: Table, stream: PositionStream, plan: Plan, data: DataConfig) -> StreamDataset:
@@ -130,68 +155,69 @@ class BatchPreparer:
     augmentation_probability: float = 0.0
     bad_images: set[str] = field(default_factory=set)
 
-    def __call__(self, batch: dict) -> NoisyBatch:
+    def __call__(self, batch: Batch) -> NoisyBatch:
         """Moves a batch to the device, encodes it with the VAE, augments it and adds noise.
 
         Args:
-            batch: output of `diffit.stream.collate`. It is augmented if it has random numbers for that.
+            batch: output of a `StreamDataset`. It is augmented if it has random numbers for that.
         """
-        for message in batch["bad_images"]:
+        for message in batch.bad_images:
             if message not in self.bad_images:
                 self.bad_images.add(message)
                 logger.warning(f"skipped ({len(self.bad_images)} so far): {message}", main_process_only=False)
-        levels = self.formulation.noise_levels(batch["time_uniform"])
-        level_bins = (batch["time_uniform"] * LEVEL_BINS).long()
-        labels = batch_labels(batch, self.label_dropout, self.null)
-        clean_images = encode_images(batch, self.vae, self.device)
-        tensors = (batch["noise"], levels, level_bins)
-        noise, levels, level_bins = (tensor.to(self.device, non_blocking=True) for tensor in tensors)
-        conditions = {"class_labels": None if labels is None else labels.to(self.device, non_blocking=True)}
-        if "augmentation" in batch:
-            numbers = batch["augmentation"].to(self.device, non_blocking=True)
-            clean_images, conditions["augment_labels"] = augment(clean_images, numbers, self.augmentation_probability)
-        network_inputs = self.formulation.network_inputs(clean_images, noise, levels)
+        # 1. on the host: numbers that are the same on every kind of device
         first_position = int(batch["position"][0])
-        return NoisyBatch(network_inputs, clean_images, noise, levels, conditions, level_bins, first_position)
+        levels = self.formulation.noise_levels(batch["time_uniform"])
+        batch = batch.fill(levels=levels, level_bins=(batch["time_uniform"] * LEVEL_BINS).long())
+        if self.null is not None:
+            batch = batch.fill(labels=batch_labels(batch, self.label_dropout, self.null))
+
+        # 2. on the device
+        batch = batch.to(self.device)
+        clean_images = encode_images(batch, self.vae)
+        conditions = {"class_labels": None if self.null is None else batch["labels"]}
+        if "augmentation" in batch:
+            augmentation = (batch["augmentation"], self.augmentation_probability)
+            clean_images, conditions["augment_labels"] = augment(clean_images, *augmentation)
+        noise, levels = batch["noise"], batch["levels"]
+        network_inputs = self.formulation.network_inputs(clean_images, noise, levels)
+        return NoisyBatch(network_inputs, clean_images, noise, levels, conditions, batch["level_bins"], first_position)
 
 
-def batch_labels(batch: dict, label_dropout: float, null: int | None) -> torch.Tensor | None:
-    """Class labels, a fraction of them replaced by the null class; shape (B). None for an unconditional network.
+def batch_labels(batch: Batch, label_dropout: float, null: int) -> torch.Tensor:
+    """Class labels, a fraction of them replaced by the null class; shape (B).
 
     They are checked here, on the CPU: the network on an accelerator cannot read them without waiting for the device.
 
     Raises:
         ValueError: if there are labels outside of [0, null).
     """
-    if null is None:
-        return None
     labels = batch["class_labels"]
     if labels.min() < 0 or labels.max() >= null:
         raise ValueError(f"class labels must be in [0, {null}), got {int(labels.min())} to {int(labels.max())}")
-    return torch.where(batch["dropout_uniform"] < label_dropout, null, batch["class_labels"])
+    return torch.where(batch["dropout_uniform"] < label_dropout, null, labels)
 
 
-def encode_images(batch: dict, vae: Autoencoder | None, device: torch.device) -> torch.Tensor:
-    """Moves clean images to the device, as pixels in [-1, 1] or as latents if there is a VAE; shape (B, C, H, W).
+def encode_images(batch: Batch, vae: Autoencoder | None) -> torch.Tensor:
+    """The clean images, as pixels in [-1, 1] or as latents if there is a VAE; shape (B, C, H, W).
 
     Latents are sampled from the encoder's Gaussian with noise from the batch, so they are a function of the position,
     too.
     """
     if "moments" in batch:
-        moments = batch["moments"].to(device, non_blocking=True)  # (B, 2C, H, W)
+        moments = batch["moments"]  # (B, 2C, H, W)
     else:
-        images = normalize_pixels(batch["pixel_values"].to(device, non_blocking=True))
+        images = normalize_pixels(batch["pixel_values"])
         if vae is None:
             return images
         moments = encode_moments(vae, images)  # (B, 2C, H, W)
-    posterior_noise = batch["posterior_noise"].to(device, non_blocking=True)
-    return sample_latents(moments, posterior_noise, *latent_scaling(vae, device))
+    return sample_latents(moments, batch["posterior_noise"], *latent_scaling(vae, moments.device))
 
 
-def with_checked_latents(batches: Iterator[dict], vae: Autoencoder | None, device: torch.device) -> Iterator[dict]:
+def with_checked_latents(batches: Iterator[Batch], vae: Autoencoder | None, device: torch.device) -> Iterator[Batch]:
     """The same batches; once the first is asked for, the scale of its latents is checked (see `warn_of_scale`)."""
     first = next(batches)
     if vae is not None:
-        warn_of_scale(encode_images(first, vae, device), vae)
+        warn_of_scale(encode_images(first.to(device), vae), vae)
     yield first
     yield from batches

@@ -172,9 +172,9 @@ class DataConfig:
         "when an image cannot be read: end the training, or skip the image and log a warning",
         choices=("error", "skip"),
     )
-    dataloader_num_workers: int = flag(
-        0,
-        "worker processes that load images, per training process; 0 loads them in the training process",
+    dataloader_num_workers: int | None = flag(
+        None,
+        "worker processes that load images, per training process; 0 for none (default: its CPU cores, at most 8)",
         type=at_least_zero,
     )
 

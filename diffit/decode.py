@@ -192,7 +192,7 @@ def _reduce(image: PIL.Image.Image | np.ndarray, resolution: tuple[int, int]) ->
     return unreduced
 
 
-def decode_pixels(
+def decode_cropped(
     name: str,
     data: bytes,
     resolution: tuple[int, int],
@@ -200,7 +200,7 @@ def decode_pixels(
     crop_position: tuple[float, float] = (0.5, 0.5),
     flip: bool = False,
     keep_colour: bool = False,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, bool]:
     """Decodes one image, crops it to the aspect ratio of `resolution`, resizes it (antialiased Lanczos) and flips it.
 
     Transparency is composed on white unless `num_channels` is 4. EXIF rotation is applied. An animation yields its
@@ -220,7 +220,7 @@ def decode_pixels(
 
     Returns:
         Grey levels in [0, 255], shape (C, H, W), for `normalize_pixels`: uint8, or float32 for 16-bit images and for
-        arrays.
+        arrays. And whether something was cropped, so that another `crop_position` gives another result.
 
     Raises:
         BadImageError: if the file is empty, truncated, not an image, in an unusable mode, or larger than
@@ -251,7 +251,12 @@ def decode_pixels(
     pixels = np.stack([np.asarray(band) for plane in planes for band in plane.split()])  # (C, H, W)
     if pixels.dtype != np.uint8:
         pixels = pixels.clip(0, 255)  # Lanczos overshoots, and only 8-bit images are clipped by Pillow
-    return torch.from_numpy(pixels)
+    return torch.from_numpy(pixels), image_height > height * scale or image_width > width * scale
+
+
+def decode_pixels(*args, **kwargs) -> torch.Tensor:
+    """The pixels of `decode_cropped`, which has the same arguments; shape (C, H, W)."""
+    return decode_cropped(*args, **kwargs)[0]
 
 
 def normalize_pixels(pixels: torch.Tensor) -> torch.Tensor:

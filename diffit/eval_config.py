@@ -178,7 +178,12 @@ class OutputConfig:
         "outputs/evaluation", "folder for samples, features and statistics, which are reused", type=path_type
     )
     batch_size: int = flag(64, "images per forward pass and process", type=positive_int)
-    dataloader_num_workers: int = flag(0, "processes that decode images, per process", type=number_type(int, 0))
+    dataloader_num_workers: int | None = flag(
+        None,
+        "worker processes that decode images, per process; 0 decodes in the main process (default: the CPU cores of a "
+        "process, at most 8)",
+        type=number_type(int, 0),
+    )
 
 
 @dataclass(frozen=True)

@@ -287,6 +287,8 @@ class LatentDataset(StreamDataset):
         UserError: names --random_flip, if the latents were prepared without mirror images.
     """
 
+    image_name = "moments"
+
     def __init__(
         self, table: LatentTable, stream: PositionStream, random_flip: bool = False, on_bad_image: str = "error"
     ):
@@ -294,5 +296,5 @@ class LatentDataset(StreamDataset):
             raise UserError(f"--random_flip: {table.source} was prepared without mirror images (--no-mirror)")
         super().__init__(table, stream, random_flip, on_bad_image, tuple(table.metadata["latent_shape"]))
 
-    def _load(self, index: int, flip: bool, crop_position: tuple[float, float]) -> dict[str, torch.Tensor]:
-        return {"moments": self.table.read(index, mirrored=flip)}
+    def _load(self, index: int, flip: bool, crop_position: tuple[float, float]) -> np.ndarray:
+        return self.table.read(index, mirrored=flip).numpy()

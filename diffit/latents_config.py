@@ -54,9 +54,10 @@ class LatentsConfig:
         "error: stop at the first image that cannot be read; skip: record it as bad and continue",
         choices=("error", "skip"),
     )
-    dataloader_num_workers: int = flag(
-        0,
-        "worker processes that decode images, per process; 0 decodes in the main process",
+    dataloader_num_workers: int | None = flag(
+        None,
+        "worker processes that decode images, per process; 0 decodes in the main process (default: the CPU cores of a "
+        "process, at most 8)",
         type=number_type(int, 0),
     )
     device: DeviceConfig = nested(DeviceConfig)

@@ -118,6 +118,7 @@ class Plan:
         decay_steps: length of the final decay in optimizer steps, or None without one.
         periods: optimizer steps between logs, checkpoints, validations and metrics; None means never.
         num_images: number of training images.
+        num_workers: number of processes that load images, per training process.
     """
 
     batch: BatchPlan
@@ -131,6 +132,7 @@ class Plan:
     decay_steps: int | None
     periods: dict[str, int | None]
     num_images: int
+    num_workers: int
 
     def due_after(self, step: int, stopping: bool = False) -> Due:
         """The periodic work that is due after an optimizer step. After the last step, all of it is.
@@ -263,6 +265,7 @@ def make_plan(
     formulation: Formulation,
     data: DataFacts,
     vae: VaeFacts | None = None,
+    num_workers: int = 0,
 ) -> Plan:
     """Derives the plan of a training.
 
@@ -273,6 +276,7 @@ def make_plan(
         formulation: see `plan_formulation`.
         data: the facts about the training images or latents.
         vae: the facts about a latent-space model's VAE, or None.
+        num_workers: see `count_workers`.
 
     Raises:
         UserError: names the flags or model config fields that contradict each other or the data.
@@ -315,6 +319,7 @@ def make_plan(
             "metrics": config.metrics.eval_steps,
         },
         num_images=data.num_images,
+        num_workers=num_workers,
     )
 
 
@@ -494,7 +499,8 @@ def describe_run(plan: Plan, model: ModelMixin, table: Table, num_held_out: int)
         f"{type(model).__name__} with {num_parameters:,} parameters; {plan.num_images:,} images of "
         f"{'x'.join(map(str, plan.resolution))} pixels, {model.config.in_channels} channels{held_out}; "
         f"{plan.max_train_steps:,} steps of {plan.batch.total} images ({plan.batch.per_process} x "
-        f"{plan.batch.num_processes} processes x {plan.batch.accumulation} accumulation), {epochs:.1f} epochs"
+        f"{plan.batch.num_processes} processes x {plan.batch.accumulation} accumulation), {epochs:.1f} epochs; "
+        f"{plan.num_workers} data-loader workers per process"
     )
     if table.class_names is not None and plan.class_names is None:
         text += f"; {table.source} has {len(table.class_names)} classes, which only --class_conditional uses"
@@ -518,6 +524,7 @@ def print_dry_run(
     if accelerator.is_main_process:
         print(yaml.safe_dump(flags), end="")
         print(f"model_config_resolved: {json.dumps(plan.model_config)}")
+        print(f"dataloader_num_workers_resolved: {plan.num_workers}")
         print(f"parameters: {sum(parameter.numel() for parameter in model.parameters())}")
         print(f"training_flops_per_image: {training_flops_per_image(plan.model_config)}")
     logger.info(describe_run(plan, model, table, 0 if held_out is None else len(held_out)))

@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT = timedelta(minutes=5)  # for all processes to start: imports may be slow on some machines
 TIMEOUT = timedelta(hours=6)  # for collectives: another process may be reading millions of files
+MAX_WORKERS = 8  # data-loader workers per process, unless more are asked for
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
@@ -559,6 +560,17 @@ def ignore_stop_signals(worker_id: int) -> None:
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def count_workers(asked: int | None) -> int:
+    """Number of data-loader workers of each process: --dataloader_num_workers, or the CPU cores it may use, at most 8.
+
+    Launchers say how many processes share the cores of a machine. (SLURM gives each its own.)
+    """
+    if asked is not None:
+        return asked
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(MAX_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def is_restarted() -> bool:

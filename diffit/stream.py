@@ -12,11 +12,13 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler, default_collate
+from torch.utils.data import Sampler
 
-from diffit.augment import sample_augmentation
-from diffit.decode import decode_pixels
+from diffit.augment import NUM_AUGMENT_NUMBERS, sample_augmentation
+from diffit.decode import decode_cropped
+from diffit.decoded_images import DecodedImages
 from diffit.errors import BadImageError, UserError
+from diffit.packing import Batch
 from diffit.sources import ImageTable, Table, detect_num_channels
 
 # Independent streams of random numbers for the same (seed, position).
@@ -31,7 +33,28 @@ def position_generator(seed: int, position: int, stream: int) -> np.random.Gener
         position: integer in [0, 2**64).
         stream: `PERMUTATION`, `AUGMENTATION` or `DIFFUSION`, which are independent of each other.
     """
-    return np.random.Generator(np.random.Philox(key=[seed, position], counter=[0, 0, 0, stream]))
+    key = np.array([seed, position], np.uint64)  # of a list with one number above 2**63 numpy makes floats
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, stream]))
+
+
+class PositionGenerator:
+    """`position_generator` for many positions: moving one generator takes a tenth of the time of building another.
+
+    Args:
+        seed: see `position_generator`.
+    """
+
+    def __init__(self, seed: int):
+        self._philox = np.random.Philox(key=np.array([seed, 0], np.uint64))
+        self._generator = np.random.Generator(self._philox)
+        self._start = self._philox.state
+
+    def at(self, position: int, stream: int) -> np.random.Generator:
+        """The generator of a position, valid until the next call."""
+        self._start["state"]["key"][1] = position
+        self._start["state"]["counter"][3] = stream
+        self._philox.state = self._start
+        return self._generator
 
 
 class PositionStream:
@@ -116,6 +139,8 @@ def split_table(table: Table, validation_fraction: float) -> tuple[Table, Table]
 class StreamDataset(torch.utils.data.Dataset, ABC):
     """Everything that training needs at a position of the stream: an image, its label, and their random numbers.
 
+    A data loader asks for whole batches (`__getitems__`), which are built in place, so that it has nothing to collate.
+
     Args:
         table: reader of the images.
         stream: order of the images; determines the replacement of a bad image.
@@ -125,6 +150,8 @@ class StreamDataset(torch.utils.data.Dataset, ABC):
         latent_shape: shape (c, h, w) of the latents to train on; None for pixel-space training.
         augment: draw the random numbers of `diffit.augment`.
     """
+
+    image_name: str  # of the image in a batch
 
     def __init__(
         self,
@@ -141,35 +168,61 @@ class StreamDataset(torch.utils.data.Dataset, ABC):
         self.on_bad_image = on_bad_image
         self.latent_shape = latent_shape
         self.augment = augment
+        self._generator = PositionGenerator(stream.seed)
 
     def __getitem__(self, position_and_index: tuple[int, int]) -> dict:
-        """Builds the item of one position; it depends on (seed, position) only.
+        """The tensors of one position, without the leading B, and `bad_images`. See `__getitems__`."""
+        batch = self.__getitems__([position_and_index])
+        return {name: tensor[0] for name, tensor in batch.tensors().items()} | {"bad_images": batch.bad_images}
+
+    def __getitems__(self, positions_and_indices: list[tuple[int, int]]) -> Batch:
+        """Builds a micro-batch; what it holds for a position depends on (seed, position) only.
 
         Returns:
-            A dictionary with
+            A batch of
 
-            - `position`;
-            - the image under the key that the subclass documents;
-            - `class_labels`: int; absent if the data have no labels;
-            - `noise`: standard normal, float32, shape of the pixels or latents that are trained on;
-            - `time_uniform`, `dropout_uniform`: float32 in [0, 1), mapped to the timestep and to label dropout;
+            - `position`: int64, shape (B);
+            - the image under the name that the subclass documents;
+            - `class_labels`: int64, shape (B); absent if the data have no labels;
+            - `noise`: standard normal, float32, shape (B, ...) of the pixels or latents that are trained on;
+            - `time_uniform`, `dropout_uniform`: float32 in [0, 1), mapped to the timestep and to label dropout; (B);
             - `posterior_noise`: like `noise`; only for latents, see `sample_latents`;
-            - `augmentation`: only if `augment` is set, see `diffit.augment`;
-            - `bad_images`: messages about images that were skipped.
+            - `augmentation`: only if `augment` is set, see `diffit.augment`.
 
         Raises:
             BadImageError: names the file, unless bad images are skipped.
         """
-        position, index = position_and_index
-        rng = position_generator(self.stream.seed, position, AUGMENTATION)
-        flip, *crop_position = rng.random(3)
-        augmentation = {"augmentation": torch.from_numpy(sample_augmentation(rng))} if self.augment else {}
-        flip = self.random_flip and flip < 0.5
+        images, indices, bad_images = [], [], []
+        augmentation = np.empty((len(positions_and_indices), NUM_AUGMENT_NUMBERS), np.float32)
+        for number, (position, index) in enumerate(positions_and_indices):
+            rng = self._generator.at(position, AUGMENTATION)
+            flip, *crop_position = rng.random(3)
+            if self.augment:
+                augmentation[number] = sample_augmentation(rng)
+            flip = self.random_flip and flip < 0.5
+            image, index, skipped = self._load_or_skip(position, index, flip, tuple(crop_position))
+            images.append(image)
+            indices.append(index)
+            bad_images += skipped
+        batch = Batch.allocate(self._contents(images), bad_images)
+        tensors = {name: tensor.numpy() for name, tensor in batch.tensors().items()}
+        for target, image in zip(tensors[self.image_name], images, strict=True):
+            target[:] = image
+        self._fill_noise(tensors, [position for position, _ in positions_and_indices])
+        if self.augment:
+            tensors["augmentation"][:] = augmentation
+        if "class_labels" in tensors:
+            tensors["class_labels"][:] = self.table.labels[self.table.indices[indices]]
+        return batch
+
+    def _load_or_skip(
+        self, position: int, index: int, flip: bool, crop_position: tuple[float, float]
+    ) -> tuple[np.ndarray, int, list[str]]:
+        """Reads the image at a position; returns it, its index, and messages about the images skipped before it."""
         bad_images = []
         while True:
             try:
-                image = self._load(index, flip, tuple(crop_position))
-                break
+                return self._load(index, flip, crop_position), index, bad_images
             except BadImageError as error:
                 if self.on_bad_image != "skip":
                     raise
@@ -179,26 +232,37 @@ class StreamDataset(torch.utils.data.Dataset, ABC):
                     raise BadImageError(f"no readable image in {self.table.source}; last error: {error}") from error
                 epoch_start = position - position % num_images
                 index = self.stream.index(epoch_start + (position + len(bad_images)) % num_images)
-        rng = position_generator(self.stream.seed, position, DIFFUSION)
-        shape = self.latent_shape or tuple(image["pixel_values"].shape)
-        item = {
-            "position": position,
-            **image,
-            **augmentation,
-            "time_uniform": torch.tensor(rng.random(dtype=np.float32)),
-            "dropout_uniform": torch.tensor(rng.random(dtype=np.float32)),
-            "noise": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
-            "bad_images": bad_images,
-        }
+
+    def _contents(self, images: list[np.ndarray]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of each tensor in a batch of these images."""
+        size = (len(images),)
+        noise = (torch.float32, size + (self.latent_shape or images[0].shape))
+        # 8-bit and 16-bit images may share a batch.
+        dtype = torch.uint8 if all(image.dtype == np.uint8 for image in images) else torch.float32
+        contents = {"position": (torch.int64, size), self.image_name: (dtype, size + images[0].shape)}
+        if self.augment:
+            contents["augmentation"] = (torch.float32, (*size, NUM_AUGMENT_NUMBERS))
+        contents |= {"time_uniform": (torch.float32, size), "dropout_uniform": (torch.float32, size), "noise": noise}
         if self.latent_shape is not None:
-            item["posterior_noise"] = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+            contents["posterior_noise"] = noise
         if self.table.class_names is not None:
-            item["class_labels"] = self.table.label(index)
-        return item
+            contents["class_labels"] = (torch.int64, size)
+        return contents
+
+    def _fill_noise(self, tensors: dict[str, np.ndarray], positions: list[int]) -> None:
+        """Draws what the diffusion needs at each position, straight into the batch."""
+        tensors["position"][:] = positions
+        for number, position in enumerate(positions):
+            rng = self._generator.at(position, DIFFUSION)
+            tensors["time_uniform"][number] = rng.random(dtype=np.float32)
+            tensors["dropout_uniform"][number] = rng.random(dtype=np.float32)
+            for name in ("noise", "posterior_noise"):
+                if name in tensors:
+                    rng.standard_normal(dtype=np.float32, out=tensors[name][number])
 
     @abstractmethod
-    def _load(self, index: int, flip: bool, crop_position: tuple[float, float]) -> dict[str, torch.Tensor]:
-        """Reads an image and returns it under its key in the item.
+    def _load(self, index: int, flip: bool, crop_position: tuple[float, float]) -> np.ndarray:
+        """Reads an image. The array is copied before the next one is read.
 
         Args:
             index: index of the image in the table.
@@ -225,7 +289,12 @@ class ImageDataset(StreamDataset):
             one's name.
         latent_shape: shape (c, h, w) of the latents to train on; None for pixel-space training.
         augment: draw the random numbers of `diffit.augment`, which transforms the images on the device.
+
+    Attributes:
+        decoded: images of shape (C, H, W) that stay decoded, by index in the table; None decodes each one anew.
     """
+
+    image_name = "pixel_values"
 
     def __init__(
         self,
@@ -244,23 +313,24 @@ class ImageDataset(StreamDataset):
         self.keep_colour = num_channels is None
         self.num_channels = num_channels or detect_num_channels(table)
         self.center_crop = center_crop
+        self.decoded: DecodedImages | None = None
 
-    def _load(self, index: int, flip: bool, crop_position: tuple[float, float]) -> dict[str, torch.Tensor]:
-        pixel_values = decode_pixels(
+    def _load(self, index: int, flip: bool, crop_position: tuple[float, float]) -> np.ndarray:
+        pixels = None if self.decoded is None else self.decoded.get(index)
+        if pixels is None:
+            pixels = self._decode(index, crop_position)
+        return pixels[..., ::-1] if flip else pixels
+
+    def _decode(self, index: int, crop_position: tuple[float, float]) -> np.ndarray:
+        """Decodes an image, and keeps it unless its next crop may be another or it has more than 8 bits."""
+        pixels, is_cropped = decode_cropped(
             *self.table.read(index),
             self.resolution,
             self.num_channels,
             (0.5, 0.5) if self.center_crop else crop_position,
-            flip=flip,
             keep_colour=self.keep_colour,
         )
-        return {"pixel_values": pixel_values}
-
-
-def collate(items: list[dict]) -> dict:
-    """Stacks items of a `StreamDataset` into a batch: tensors gain a leading B, `bad_images` becomes one list."""
-    bad_images = [message for item in items for message in item["bad_images"]]
-    if len({item["pixel_values"].dtype for item in items if "pixel_values" in item}) > 1:  # 8-bit and 16-bit images
-        items = [item | {"pixel_values": item["pixel_values"].float()} for item in items]
-    batch = default_collate([{key: value for key, value in item.items() if key != "bad_images"} for item in items])
-    return batch | {"bad_images": bad_images}
+        pixels = pixels.numpy()
+        if self.decoded is not None and pixels.dtype == np.uint8 and (self.center_crop or not is_cropped):
+            self.decoded.put(index, pixels)
+        return pixels

@@ -16,9 +16,8 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from diffusers import ModelMixin
-from torch.utils.data import DataLoader
 
-from diffit.batches import BatchPreparer, build_dataset
+from diffit.batches import BatchPreparer, build_dataset, load_batches
 from diffit.config import DataConfig, MetricsConfig, RunConfig, ValidationConfig
 from diffit.cpu_kernels import kernelize
 from diffit.errors import UserError
@@ -36,12 +35,12 @@ from diffit.metrics import (
 )
 from diffit.optimization import TrainingState, ema_weights, gather_state
 from diffit.plan import Plan
-from diffit.processes import StopRequest, ignore_stop_signals, on_all_processes
+from diffit.processes import StopRequest, on_all_processes
 from diffit.run_dir import OutputFolder
 from diffit.sampling import NonFiniteSamplesError, load_guidance_model, sample_seeds
 from diffit.sampling_config import GuidanceConfig, SamplingConfig
 from diffit.sources import Table, detect_num_channels
-from diffit.stream import PositionStream, collate
+from diffit.stream import PositionStream
 from diffit_pipeline import Autoencoder, image_grid, null_label, to_displayable
 
 logger = get_logger(__name__, log_level="INFO")
@@ -100,7 +99,6 @@ def build_evaluator(
     extractor: FeatureExtractor | None,
     source: Table,
     plan: Plan,
-    data: DataConfig,
     metrics: MetricsConfig,
     run: RunConfig,
 ) -> Evaluator | None:
@@ -110,8 +108,7 @@ def build_evaluator(
         accelerator: distributes the work over the processes.
         extractor: see `build_extractor`; None for no metrics.
         source: images to compare with.
-        plan: resolution and channels of the images.
-        data: number of workers.
+        plan: resolution and channels of the images, and the number of workers.
         metrics: which ones are computed.
         run: the run's folder.
     """
@@ -124,7 +121,7 @@ def build_evaluator(
         TableImages(source, plan.resolution, num_channels),
         {"data": source.data_digest(), "resolution": list(plan.resolution), "channels": num_channels},
         extractor,
-        num_workers=data.dataloader_num_workers,
+        num_workers=plan.num_workers,
     )
     reference = None
     if accelerator.is_main_process:
@@ -269,14 +266,9 @@ def validation_loss(accelerator: Accelerator, validation: Validation) -> dict[st
     batches = [positions[i : i + size] for i in range(0, num_positions, size)]
     prepare = BatchPreparer(plan.formulation, accelerator.device, validation.vae, null_label(model))
     losses = LossBins(accelerator.device)
-    for batch in DataLoader(
-        build_dataset(table, stream, plan, data),
-        batch_sampler=batches[accelerator.process_index :: accelerator.num_processes],
-        num_workers=data.dataloader_num_workers,
-        collate_fn=collate,
-        worker_init_fn=ignore_stop_signals,
-    ):
-        batch["time_uniform"] = (batch["position"] + 0.5) / num_positions
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    for batch in load_batches(build_dataset(table, stream, plan, data), mine, plan.num_workers):
+        batch["time_uniform"].copy_((batch["position"] + 0.5) / num_positions)
         noisy = prepare(batch)
         losses.add(denoising_losses(model, plan.formulation, noisy), noisy.level_bins)
         if validation.stop.is_wanted():

@@ -73,6 +73,8 @@ def image_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def base_args(tiny_model_config, image_folder) -> list[str]:
     """Flags of a training that takes a second, without --output_dir; later flags override them."""
+    from helpers import NO_WORKERS
+
     return [
         f"--model_config={tiny_model_config}",
         f"--train_data_dir={image_folder}",
@@ -84,6 +86,7 @@ def base_args(tiny_model_config, image_folder) -> list[str]:
         "--logging_steps=1",
         "--num_validation_images=3",
         "--validation_inference_steps=2",
+        NO_WORKERS,
     ]
 
 

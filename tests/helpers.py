@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +30,10 @@ import train_diffit
 from diffit.config import parse_args
 from diffit.decode import decode_image, normalize_pixels
 from diffit.networks import model_class
+from diffit.packing import Batch
 from diffit.source_config import SourceConfig
 from diffit.sources import ImageTable, load_image_table
-from diffit.stream import ImageDataset, PositionStream
+from diffit.stream import ImageDataset, PositionStream, StreamDataset
 from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import DiffiTPipeline
 from warm_start import WarmProcess
@@ -50,6 +52,7 @@ TINY_CONFIG = {
 # the CPU. So tests that compare trained networks need other weights there.
 TINY_TRAINED_CONFIG = TINY_CONFIG | {"zero_init_output": False}
 
+NO_WORKERS = "--dataloader_num_workers=0"  # which take longer to start than a test takes to load its images
 LAUNCH = ["-m", "accelerate.commands.launch"]
 STATES = [f"{folder}/diffusion_pytorch_model.safetensors" for folder in ("unet", "unet_ema")] + ["optimizer.pt"]
 
@@ -63,8 +66,8 @@ def torchrun(processes: int = 2) -> list[str]:
 
 
 def train(arguments: list[str]) -> None:
-    """Runs the training script in this process."""
-    train_diffit.main(parse_args(arguments))
+    """Runs the training script in this process, without workers unless told otherwise."""
+    train_diffit.main(parse_args([NO_WORKERS, *arguments]))
 
 
 def sample(folder: Path, output_dir: Path, *flags: str) -> dict[str, np.ndarray]:
@@ -78,7 +81,7 @@ def evaluate_folder(arguments: list[str], tmp_path: Path) -> dict:
     """The metrics that `eval_diffit.py` writes for the models of `--model_path`."""
     flags = ["--feature_extractor=helpers:mean_colours", "--num_images=24", "--num_inference_steps=2"]
     flags += [f"--work_dir={tmp_path / 'work'}", f"--output={tmp_path / 'metrics.json'}"]
-    eval_diffit.main(eval_diffit.parse_args([*arguments, *flags, "--metrics", "frechet_distance"]))
+    eval_diffit.main(eval_diffit.parse_args([NO_WORKERS, *arguments, *flags, "--metrics", "frechet_distance"]))
     return json.loads((tmp_path / "metrics.json").read_text())
 
 
@@ -391,3 +394,7 @@ def make_dataset(source: Path, seed: int = 0, resolution: tuple[int, int] = (6, 
 
 def item_at(dataset: ImageDataset, position: int) -> dict:
     return dataset[position, dataset.stream.index(position)]
+
+
+def batch_at(dataset: StreamDataset, positions: Iterable[int]) -> Batch:
+    return dataset.__getitems__([(position, dataset.stream.index(position)) for position in positions])

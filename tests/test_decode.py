@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from diffit.batches import load_batches
 from diffit.decode import decode_pixels, image_size
 from diffit.errors import BadImageError
 from diffit.features import TableImages
 from diffit.plan import describe_data
 from diffit.sources import detect_num_channels
-from diffit.stream import StreamBatchSampler, collate
+from diffit.stream import StreamBatchSampler
 from helpers import constant, encode, encode_npy, load_table, make_dataset, mentions, noise_image, write_files
 from prepare_latents import CenterCrops
 
@@ -110,11 +111,8 @@ def test_image_size_of_a_truncated_png_names_the_file():
 
 
 READERS = {  # a loader of batches of a table, with one worker
-    "training": lambda root: DataLoader(
-        (dataset := make_dataset(root, num_channels=3)),
-        batch_sampler=StreamBatchSampler(dataset.stream, 2),
-        num_workers=1,
-        collate_fn=collate,
+    "training": lambda root: load_batches(
+        (dataset := make_dataset(root, num_channels=3)), StreamBatchSampler(dataset.stream, 2), num_workers=1
     ),
     "evaluation": lambda root: DataLoader(TableImages(load_table(root), (4, 4), 3), batch_size=2, num_workers=1),
     "latents": lambda root: DataLoader(

@@ -66,7 +66,7 @@ from diffit.source_config import SourceConfig
 from diffit.sources import load_image_table
 from diffit_model import DiffiTUNet2DModel
 from diffit_pipeline import DiffiTPipeline
-from helpers import LAUNCH, ROOT, TINY_CONFIG, mentions, readme_commands, run
+from helpers import LAUNCH, NO_WORKERS, ROOT, TINY_CONFIG, mentions, readme_commands, run
 
 CPU = torch.device("cpu")
 
@@ -580,7 +580,7 @@ def test_features_are_computed_once_per_extractor_and_data(tmp_path, image_folde
 def evaluate(tmp_path: Path, *flags: str) -> dict:
     """Runs the script in this process; what it wrote."""
     output = tmp_path / "metrics.json"
-    arguments = [f"--output={output}", f"--work_dir={tmp_path / 'work'}", *flags]
+    arguments = [NO_WORKERS, f"--output={output}", f"--work_dir={tmp_path / 'work'}", *flags]
     eval_diffit.main(eval_diffit.parse_args(arguments))
     return json.loads(output.read_text())
 

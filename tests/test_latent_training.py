@@ -20,12 +20,14 @@ from diffit.learned_variance import variance_bound
 from diffit.networks import model_class
 from diffit.source_config import SourceConfig
 from diffit.sources import load_image_table
-from diffit.stream import ImageDataset, PositionStream, collate
+from diffit.stream import ImageDataset, PositionStream
 from diffit_model import DiffiTTransformer2DModel
 from diffit_pipeline import DiffiTPipeline
 from helpers import (
+    NO_WORKERS,
     ROOT,
     assert_same_files,
+    batch_at,
     evaluate_folder,
     losses,
     mentions,
@@ -197,7 +199,7 @@ def test_prepared_latents_train_like_those_encoded_on_the_way(latent_args, conve
     flags += [f"--pretrained_model_name_or_path={converted}"]
     train([*latent_args, *flags])
     prepared = tmp_path / "latents"
-    source = [f"--train_data_dir={image_folder}", "--resolution=8", f"--output_dir={prepared}"]
+    source = [f"--train_data_dir={image_folder}", "--resolution=8", f"--output_dir={prepared}", NO_WORKERS]
     prepare_latents.main(prepare_latents.parse_args([f"--vae_model_name_or_path={vae_dir}", *source]))
     without = [flag for flag in latent_args if not flag.startswith("--train_data_dir")]
     other = [*without, *flags, f"--latents_dir={prepared}", f"--output_dir={tmp_path / 'other'}"]
@@ -398,7 +400,7 @@ def test_finetuning_starts_from_the_loss_of_the_converted_model(finetuning_args,
     table = load_image_table(SourceConfig(train_data_file=str(ROOT / "data/digits.parquet")))
     stream = PositionStream(len(table), seed=0)
     dataset = ImageDataset(table, stream, (8, 8), 3, latent_shape=(2, 4, 4))
-    batch = collate([dataset[(p, stream.index(p))] for p in range(16)])
+    batch = batch_at(dataset, range(16))
     with torch.no_grad():
         posterior = vae.encode(normalize_pixels(batch["pixel_values"])).latent_dist
         clean = 0.7 * (posterior.mean + posterior.std * batch["posterior_noise"])

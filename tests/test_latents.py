@@ -41,9 +41,19 @@ from diffit.latents import (
 from diffit.networks import vae_on_meta
 from diffit.source_config import SourceConfig
 from diffit.sources import load_image_table
-from diffit.stream import DIFFUSION, ImageDataset, PositionStream, collate, position_generator, split_table
+from diffit.stream import DIFFUSION, ImageDataset, PositionStream, position_generator, split_table
 from diffit_pipeline import DiffiTPipeline, latent_scaling
-from helpers import ROOT, mentions, tiny_dit, tiny_vae
+from helpers import (
+    NO_WORKERS,
+    ROOT,
+    batch_at,
+    encode,
+    mentions,
+    noise_image,
+    tiny_dit,
+    tiny_vae,
+    write_files,
+)
 from warm_start import WarmProcess, run_ranks
 
 NUM_IMAGES = 24
@@ -76,6 +86,7 @@ def base_flags(vae_dir, image_folder) -> list[str]:
         "--resolution=8",
         "--images_per_shard=10",
         "--batch_size=4",
+        NO_WORKERS,
     ]
 
 
@@ -111,7 +122,8 @@ def datasets_of_both_kinds(
 
 
 def read_batch(dataset: ImageDataset | LatentDataset, positions: range) -> dict:
-    return collate([dataset[(position, dataset.stream.index(position))] for position in positions])
+    batch = batch_at(dataset, positions)
+    return batch.tensors() | {"bad_images": batch.bad_images}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -591,6 +603,20 @@ def test_skipped_image_is_replaced_as_in_training_on_the_fly(base_flags, damaged
     moments = encode_moments(load_vae(flags[0].split("=")[1]), pixels)
     torch.testing.assert_close(batch["moments"], moments, rtol=0, atol=1e-5)
     assert len(batch["bad_images"]) == len(expected["bad_images"]) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_of_8_and_16_bits_share_a_batch_with_their_own_values(base_flags, vae_dir, tmp_path, workers):
+    files = {f"{i}.png": encode(noise_image(i, 8, 8)) for i in range(4)}
+    files |= {f"{i}.png": encode(noise_image(i, 8, 8).astype(np.uint16) * 256 + 77) for i in (1, 2)}
+    folder = write_files(tmp_path / "images", files)
+    flags = [*base_flags, f"--train_data_dir={folder}", f"--dataloader_num_workers={workers}"]
+    table, vae = open_latents(prepare(flags, tmp_path / "latents")), load_vae(str(vae_dir))
+    for index, name in enumerate(sorted(files)):
+        image = decode_image(name, files[name], (8, 8), 3)[None]
+        for mirrored, pixels in ((False, image), (True, image.flip(-1))):
+            moments = encode_moments(vae, pixels)[0]
+            torch.testing.assert_close(table.read(index, mirrored), moments, rtol=0, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -61,8 +61,19 @@ def test_dry_run_prints_sizes_and_writes_nothing(train_args, capsys, caplog, tmp
     assert printed["parameters"] == sum(p.numel() for p in model.parameters())
     assert printed["training_flops_per_image"] > 6 * 64 * 8 * 8 * 9  # more than one convolution
     assert (printed["learning_rate"], printed["global_batch_size"]) == (1e-3, 4)
+    assert printed["dataloader_num_workers"] == printed["dataloader_num_workers_resolved"] == 0
     assert not (tmp_path / "run").exists()
     assert mentions("24 images", "4 x 1 processes x 1").search(caplog.text)
+
+
+def test_dry_run_shows_the_workers_that_the_machine_allows(train_args, capsys, caplog, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1, 2, 3, 4})
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    arguments = [flag for flag in train_args if not flag.startswith("--dataloader_num_workers")]
+    train_diffit.main(parse_args([*arguments, "--dry_run"]))
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["dataloader_num_workers_resolved"] == 5 and "dataloader_num_workers" not in printed
+    assert mentions("5 data-loader workers").search(caplog.text)
 
 
 def test_fp16_is_refused_on_a_cpu(train_args):
@@ -82,7 +93,6 @@ def test_fp16_of_the_launcher_is_refused_on_a_cpu(train_args, monkeypatch):
 def test_label_dropout_takes_the_null_class():
     batch = {"class_labels": torch.tensor([1, 2, 3]), "dropout_uniform": torch.tensor([0.05, 0.5, 0.09])}
     assert batch_labels(batch, 0.1, null=7).tolist() == [7, 2, 7]
-    assert batch_labels(batch, 0.1, null=None) is None
 
 
 # --- a run equals a plain loop, and what it writes

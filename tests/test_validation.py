@@ -182,9 +182,9 @@ def test_only_the_main_process_keeps_reference_features(is_main, monkeypatch):
     features = np.arange(36, dtype=np.float32).reshape(12, 3)
     monkeypatch.setattr("diffit.validation.extract_features", lambda *arguments, **keywords: features)
     accelerator = SimpleNamespace(is_main_process=is_main, device=torch.device("cpu"))
-    plan, source = SimpleNamespace(resolution=(8, 8), num_channels=3), SimpleNamespace(digest=lambda: "a")
-    data, run = SimpleNamespace(dataloader_num_workers=0), SimpleNamespace(output_dir="run")
-    evaluator = build_evaluator(accelerator, object(), source, plan, data, MetricsConfig(), run)
+    plan = SimpleNamespace(resolution=(8, 8), num_channels=3, num_workers=0)
+    source, run = SimpleNamespace(data_digest=lambda: "a"), SimpleNamespace(output_dir="run")
+    evaluator = build_evaluator(accelerator, object(), source, plan, MetricsConfig(), run)
     assert evaluator.num_reference == 12
     assert (evaluator.reference is not None) == is_main
     if is_main:
