@@ -921,11 +921,12 @@ def test_image_column_is_that_of_parquet_and_not_of_folders(folders, own_module,
 
 def test_extension_may_be_in_capitals(tmp_path):
     pq.write_table(pa.table({"pic": [b"an image"]}), tmp_path / "A.PARQUET")
-    source = open_source("--images", str(tmp_path / "A.PARQUET"), image_column="pic")
+    source = open_source("--images", str(tmp_path / "A.PARQUET"), ReferenceConfig(image_column="pic"))
     assert source.table.read(0)[1] == b"an image"
     np.savez(tmp_path / "a.npz", arr_0=np.full((2, 8, 8, 3), 5, np.uint8))
     (tmp_path / "a.npz").rename(tmp_path / "A.NPZ")
-    assert (open_source("--images", str(tmp_path / "A.NPZ")).array == np.full((2, 3, 8, 8), 5)).all()
+    source = open_source("--images", str(tmp_path / "A.NPZ"), ReferenceConfig())
+    assert (source.array == np.full((2, 3, 8, 8), 5)).all()
 
 
 @pytest.mark.parametrize("flag", ["--image_column pic", "--dataset_split test"])
