@@ -53,6 +53,17 @@ TINY_CONFIG = {
 TINY_TRAINED_CONFIG = TINY_CONFIG | {"zero_init_output": False}
 
 NO_WORKERS = "--dataloader_num_workers=0"  # which take longer to start than a test takes to load its images
+TINY_TRANSFORMER = {
+    "_class_name": "DiffiTTransformer2DModel",
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "in_channels": 2,
+    "out_channels": 4,
+    "num_layers": 2,
+    "sample_size": 4,
+    "patch_size": 1,
+}
+
 LAUNCH = ["-m", "accelerate.commands.launch"]
 STATES = [f"{folder}/diffusion_pytorch_model.safetensors" for folder in ("unet", "unet_ema")] + ["optimizer.pt"]
 

@@ -21,8 +21,7 @@ from benchmarks.fake_gpu import device, scripts
 from benchmarks.fake_gpu.trace import Counts, Trace
 from diffit_model import DiffiTResBlock
 from diffit_pipeline import EDM_SCHEDULERS, SCHEDULERS, DiffiTPipeline
-from helpers import TINY_CONFIG, tiny_unet, tiny_vae
-from test_latent_training import TINY_TRANSFORMER
+from helpers import TINY_CONFIG, TINY_TRANSFORMER, tiny_unet, tiny_vae
 
 REASON = fake_gpu.why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -41,15 +40,15 @@ MARGIN = 1.02  # of what was measured
 # Of a shipped config's step that logs: operators, casts, GB read and written, live GiB; and of its preview: live GiB.
 # When a change lowers them, the test prints the new line.
 BUDGETS = {
-    "cifar10": (1289, 442, 26.8, 3.15, 0.54),
-    "cifar10_l4": (2299, 822, 50.7, 5.92, 0.76),
-    "emoji32": (601, 4, 6.8, 0.89, 0.28),
-    "ffhq64": (1509, 534, 41.2, 4.82, 0.95),
-    "ffhq64_l4": (3117, 1142, 106.7, 12.15, 1.31),
-    "imagenet256": (2379, 867, 124.4, 19.79, 14.69),
-    "imagenet512": (3163, 1259, 315.6, 12.34, 20.92),
-    "latent_digits": (401, 3, 0.78, 0.14, 0.1),
-    "quickstart": (351, 4, 0.62, 0.10, 0.05),
+    "cifar10": (823, 40, 19.2, 2.67, 0.53),
+    "cifar10_l4": (1433, 70, 36.9, 5.04, 0.75),
+    "emoji32": (560, 4, 6.6, 0.89, 0.28),
+    "ffhq64": (949, 46, 29.4, 4.04, 0.91),
+    "ffhq64_l4": (1919, 94, 77.6, 10.31, 1.28),
+    "imagenet256": (1712, 321, 123.1, 19.78, 14.68),
+    "imagenet512": (2160, 433, 302.6, 12.81, 20.71),
+    "latent_digits": (374, 3, 0.8, 0.14, 0.08),
+    "quickstart": (328, 4, 0.6, 0.10, 0.05),
 }
 SLOW = ("cifar10_l4", "ffhq64", "ffhq64_l4", "imagenet512")  # another one has the same blocks
 

@@ -26,6 +26,7 @@ from diffit_pipeline import DiffiTPipeline
 from helpers import (
     NO_WORKERS,
     ROOT,
+    TINY_TRANSFORMER,
     assert_same_files,
     batch_at,
     evaluate_folder,
@@ -38,16 +39,6 @@ from helpers import (
     train,
 )
 
-TINY_TRANSFORMER = {
-    "_class_name": "DiffiTTransformer2DModel",
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-    "in_channels": 2,
-    "out_channels": 4,
-    "num_layers": 2,
-    "sample_size": 4,
-    "patch_size": 1,
-}
 PARTS = [f"{folder}/diffusion_pytorch_model.safetensors" for folder in ("transformer", "transformer_ema")]
 
 
