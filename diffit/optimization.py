@@ -156,7 +156,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 # Devices on which torch's fused optimizers skip a step where `found_inf` is set. On Apple's GPUs they did not until
 # pytorch/pytorch pull request 186360.
-OBEYING_DEVICES = ("cpu", "cuda")
+OBEYING_DEVICES = ("cpu", "cuda", "meta")  # where the fused optimizers obey `found_inf`; meta computes nothing
 
 
 def obeys_found_inf(optimizer_class: type[torch.optim.AdamW], device: torch.device) -> bool:
