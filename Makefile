@@ -8,7 +8,7 @@ CONSTRAINTS ?= -c constraints.txt
 QUICKSTART = outputs/quickstart
 LATENT = outputs/latent-digits
 
-.PHONY: install install-dev quickstart latent-quickstart say-quickstart say-latent-quickstart test test-slow test-slurm test-cpus chaos orphans quality style benchmark benchmark-gpu benchmark-quality benchmark-quality-tuning same-numbers
+.PHONY: install install-dev quickstart latent-quickstart say-quickstart say-latent-quickstart test test-slow test-slurm test-cpus chaos orphans quality style benchmark benchmark-gpu counts benchmark-quality benchmark-quality-tuning same-numbers
 
 install: $(VENV)/installed
 install-dev: $(VENV)/installed-dev
@@ -85,6 +85,10 @@ benchmark: install-dev
 # Checks correctness and speed on a CUDA machine. `python -m benchmarks.gpu --quick` is shorter.
 benchmark-gpu: install-dev
 	$(BIN)/python -m benchmarks.gpu
+
+# Operators, bytes, host synchronizations and memory of each config, counted without a GPU in a few minutes.
+counts: install-dev
+	$(BIN)/python -m benchmarks.counts
 
 # Is DiffiT worth it? About two hours on two cores, plus two more for the tuning, whose results this one reads.
 benchmark-quality: install-dev

@@ -17,7 +17,7 @@ import eval_diffit
 import sample_diffit
 import train_diffit
 from benchmarks import counts, fake_gpu, gpu, gpu_checks
-from benchmarks.fake_gpu import scripts
+from benchmarks.fake_gpu import device, scripts
 from benchmarks.fake_gpu.trace import Counts, Trace
 from diffit_model import DiffiTResBlock
 from diffit_pipeline import EDM_SCHEDULERS, SCHEDULERS, DiffiTPipeline
@@ -26,6 +26,16 @@ from test_latent_training import TINY_TRANSFORMER
 
 REASON = fake_gpu.why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+
+def test_it_says_why_there_is_no_fake_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert "C++ compiler" in fake_gpu.why_not()
+    (tmp_path / "version.py").write_text("cuda: Optional[str] = '13.0'\nhip: Optional[str] = None\n")
+    monkeypatch.setattr(fake_gpu, "_torch_folder", lambda: str(tmp_path))
+    assert "cuda 13.0" in fake_gpu.why_not()
+
 
 MARGIN = 1.02  # of what was measured
 # Of a shipped config's step that logs: operators, casts, GB read and written, live GiB; and of its preview: live GiB.
@@ -68,6 +78,9 @@ def known_program() -> dict[str, Counts]:
         torch.ones(2**16).to("cuda", non_blocking=True)
         torch.ones(2**16).to("cuda")
         x.to("cpu", non_blocking=True)
+        trace.begin("indices")
+        x[torch.tensor([1, 2])]
+        x[torch.tensor([1, 2], device="cuda")]
         trace.begin("values")
         assert torch.tensor([3, 5], device="cuda").add(1).tolist() == [4, 6]
         assert x.isfinite().all() and not (~x.isfinite()).any()
@@ -75,6 +88,11 @@ def known_program() -> dict[str, Counts]:
         w = torch.zeros(64, 64, device="cuda", requires_grad=True)
         torch.nn.functional.silu(x.view(64, 64) @ w).sum().backward()
         assert w.grad.device.type == "cuda" and w.grad.shape == w.shape
+        w.grad = None
+        trace.begin("forward")
+        loss = (x.view(64, 64) @ w).exp().sum()
+        trace.begin("saved for backward")
+        del loss
     return trace.phases
 
 
@@ -89,9 +107,12 @@ def test_counts_of_a_known_program():
     copies = phases["copies"]
     assert sum(copies.copies.values()) == 3 and sum(copies.pageable.values()) == 1  # the one that is not pinned
     assert copies.num_synchronizations == 1 and copies.num_operators == 0
+    assert sorted(key.split(":")[0] for key in phases["indices"].synchronizations) == ["index", "to the device"]
     assert phases["values"].num_synchronizations == 4  # to the device, to the host, and two bools
     backward = phases["backward"].operators
     assert backward["silu_backward"] == 1 and backward["mm"] == 2
+    # x, w, the exponentials, which autograd keeps, and the sum; not the product, which it does not need
+    assert phases["forward"].peak == 4 * 16384 and phases["saved for backward"].start == 3 * 16384 + 512
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,7 +157,7 @@ MATRIX = {
 }
 
 
-def train_tiny(config: dict, flags: list[str], folder: Path, sabotage=None) -> dict[str, Counts]:
+def train_tiny(config: dict, flags: list[str], folder: Path, prepare=None) -> dict[str, Counts]:
     """Trains three steps, of which the last one logs, on 8 x 8 pixels."""
     (folder / "model.json").write_text(json.dumps(config))
     data = scripts.write_images(folder / "images", (8, 8))
@@ -144,12 +165,12 @@ def train_tiny(config: dict, flags: list[str], folder: Path, sabotage=None) -> d
         flags = [flag for flag in flags if flag != "VAE"] + scripts.write_vae(folder / "vae", SMALL_VAE)
     fixed = [f"--model_config={folder / 'model.json'}", f"--output_dir={folder / 'run'}", "--train_batch_size=4"]
     fixed += [
-        "--max_train_steps=4",
+        "--max_train_steps=3",
         "--logging_steps=3",
         "--num_validation_images=2",
         "--validation_inference_steps=2",
     ]
-    return scripts.train([*fixed, *data, *flags], sabotage)
+    return scripts.train([*fixed, *data, *flags], prepare)
 
 
 def assert_never_waits(phases: dict[str, Counts]) -> None:
@@ -191,6 +212,17 @@ def test_a_training_runs_on_the_device_and_does_not_wait_for_it(name, matrix):
     assert_never_waits(phases)
     assert_logging_waits_only(phases["step 3"])
     assert phases["preview"].num_operators > 0 and phases["step 2"].operators["_fused_adamw_"] >= 1
+
+
+def test_xformers_attention_trains_on_the_device(tmp_path):
+    """Which `auto` takes if it is there."""
+    pytest.importorskip("xformers")
+    config = NARROW | {"block_out_channels": [16]}  # heads of 8 channels
+    phases = fake_gpu.run(train_tiny, config, ["--mixed_precision=bf16"], tmp_path, device.enable_xformers)
+    assert_never_waits(phases)
+    step = phases["step 2"]
+    names = ("_efficient_attention_forward", "_efficient_attention_backward")
+    assert step.operators[names[0]] == step.operators[names[1]] > 0 and not step.attention
 
 
 def within_budget(name: str, phases: dict[str, Counts]) -> dict[str, bool]:
@@ -252,7 +284,11 @@ def test_a_wait_in_a_step_is_found(sabotage, tmp_path):
 
 @pytest.mark.parametrize(
     ("sabotage", "message"),
-    [(leaves_losses_on_the_host, "(?s)cuda.*cpu|cpu.*cuda"), (mixes_dtypes, "(?s)float32.*bfloat16")],
+    [
+        (leaves_losses_on_the_host, "same device, but got .self. cpu, .index. cuda:0"),
+        (mixes_dtypes, "float32.*bfloat16"),
+    ],
+    ids=["device", "dtype"],
 )
 def test_a_wrong_device_or_dtype_is_found(sabotage, message, tmp_path):
     with pytest.raises(RuntimeError, match=message):

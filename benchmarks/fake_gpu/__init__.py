@@ -12,7 +12,6 @@ import torch, because the stub has to be loaded first.
 
 import ctypes
 import functools
-import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
@@ -37,10 +36,9 @@ def why_not() -> str | None:
     """The reason why there can be no fake GPU here, or None."""
     if sys.platform != "linux":
         return f"the fake GPU needs Linux, this is {sys.platform}"
-    build = Path(importlib.util.find_spec("torch").submodule_search_locations[0], "version.py").read_text()
-    if not re.search(r"^cuda[^=]*= None$", build, re.MULTILINE):
-        version = importlib.metadata.version("torch")
-        return f"the fake GPU needs a CPU build of torch, but {version} is a CUDA build"
+    build = Path(_torch_folder(), "version.py").read_text()
+    if other := re.search(r"^(cuda|hip|xpu)\b.*= '(.*)'$", build, re.MULTILINE):
+        return f"the fake GPU needs a CPU build of torch, but this one is for {other[1]} {other[2]}"
     if compiler() is None:
         return "the fake GPU needs a C++ compiler: neither $CXX nor c++, g++ or clang++ is on the PATH"
     return None
@@ -52,11 +50,15 @@ def compiler() -> str | None:
     return next(filter(None, map(shutil.which, filter(None, names))), None)
 
 
+def _torch_folder() -> str:
+    return importlib.util.find_spec("torch").submodule_search_locations[0]
+
+
 def load_stub() -> None:
     """Compiles the stub (2 seconds) and loads it, before torch is imported."""
     if "torch" in sys.modules:
         raise RuntimeError("torch was imported before the stub of the fake GPU")
-    folder = importlib.util.find_spec("torch").submodule_search_locations[0]
+    folder = _torch_folder()
     with tempfile.TemporaryDirectory(prefix="diffit-fake-gpu-") as build:
         library = f"{build}/stub.so"
         options = ["-w", "-O0", "-shared", "-fPIC", "-std=c++20", f"-I{folder}/include"]
@@ -79,7 +81,7 @@ def run(function: Callable, *arguments) -> Any:
     Raises:
         RuntimeError: with the traceback and the output of the function, if it fails.
     """
-    connection = _start_server()
+    connection, _ = _start_server()
     connection.send((function, arguments))
     result, failure = connection.recv()
     if failure is not None:
@@ -88,17 +90,19 @@ def run(function: Callable, *arguments) -> Any:
 
 
 @functools.cache
-def _start_server() -> Connection:
-    """Starts the process that has done the imports; it ends with this one. Not by multiprocessing, which would first
-    import this program's main module, and torch with it.
+def _start_server() -> tuple[Connection, subprocess.Popen]:
+    """Starts the process that has done the imports; it ends with this one.
+
+    Not by multiprocessing, which would first import this program's main module, and torch with it.
     """
     ours, theirs = multiprocessing.Pipe()
     program = f"from benchmarks.fake_gpu import _serve; _serve({theirs.fileno()})"
     paths = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    subprocess.Popen([sys.executable, "-c", program], pass_fds=[theirs.fileno()], env=environment)
+    command = [sys.executable, "-P", "-c", program]  # -P: the project of this file, whatever the current folder is
+    process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
     theirs.close()
-    return ours
+    return ours, process
 
 
 def _serve(handle: int) -> None:

@@ -101,6 +101,23 @@ def install() -> None:
     gc.freeze()  # what is there now need not be looked at by later collections
 
 
+def enable_xformers() -> None:
+    """Makes the installed xformers believe that its kernels for CUDA are there, as torch's own ones are."""
+    import xformers.ops.fmha.common
+    from torch._meta_registrations import meta__efficient_attention_backward as backward
+    from torch._subclasses.fake_impls import register_op_impl
+    from xformers.ops.fmha import cutlass
+
+    torch.version.cuda, xformers.ops.fmha.common._built_with_cuda = "13.0", True
+    for operator in (cutlass.FwOp, cutlass.BwOp):
+        operator.SUPPORTED_ATTN_BIAS_TYPES = (*operator.SUPPORTED_ATTN_BIAS_TYPES, FakeTensor)
+
+    @register_op_impl(torch.ops.aten._efficient_attention_backward.default)
+    def without_output(mode, function, *args, **kwargs):
+        with mode:  # torch 2.13's function of shapes lacks the argument `out`
+            return backward(*args[:5], *args[6:], **kwargs)
+
+
 def _constant(value):
     return lambda *args, **kwargs: value
 

@@ -108,7 +108,7 @@ def shipped_flags(config: Path, folder: Path, *flags: str) -> list[str]:
 # Training
 
 
-def train(flags: list[str], sabotage: Callable | None = None) -> dict[str, Counts]:
+def train(flags: list[str], prepare: Callable | None = None) -> dict[str, Counts]:
     """Runs `train_diffit.main`, and returns the counts of its phases.
 
     These are "setup", "step 1", "step 2", ..., and after the last step "checkpoint", "validation" and, in it, the
@@ -117,7 +117,7 @@ def train(flags: list[str], sabotage: Callable | None = None) -> dict[str, Count
 
     Args:
         flags: of `train_diffit.py`. `--dataloader_num_workers 0` is added.
-        sabotage: called first, to break something: tests of the tests.
+        prepare: called first, to switch something on, or to break it: tests of the tests.
     """
     trace = Trace()
     with contextlib.ExitStack() as patches:
@@ -133,26 +133,26 @@ def train(flags: list[str], sabotage: Callable | None = None) -> dict[str, Count
             (networks, "build_model", _on_device(networks.build_model)),
         ):
             patches.enter_context(mock.patch.object(owner, name, replacement))
-        if sabotage is not None:
-            sabotage()
+        if prepare is not None:
+            prepare()
         config = parse_args([*flags, "--dataloader_num_workers=0", "--report_to=none"])
         patches.enter_context(trace)
         train_diffit.main(config)
     return trace.phases
 
 
-def train_shipped(name: str, num_steps: int = 3, sabotage: Callable | None = None) -> dict[str, Counts]:
+def train_shipped(name: str, num_steps: int = 3, prepare: Callable | None = None) -> dict[str, Counts]:
     """Trains some steps by a shipped config: only the last one logs, and the sampler of its preview takes one step.
 
     Args:
         name: of a file in `configs/train`, without `.yaml`.
         num_steps: optimizer steps. The first one is not like the others, because it allocates the optimizer's state.
-        sabotage: see `train`.
+        prepare: see `train`.
     """
     periods = ("max_train_steps", "logging_steps", "checkpointing_steps", "validation_steps")
     short = [f"--{name}={num_steps}" for name in periods] + ["--lr_warmup_steps=0", "--validation_inference_steps=1"]
     with tempfile.TemporaryDirectory(prefix="diffit-fake-gpu-") as folder:
-        return train(shipped_flags(ROOT / f"configs/train/{name}.yaml", Path(folder), *short), sabotage)
+        return train(shipped_flags(ROOT / f"configs/train/{name}.yaml", Path(folder), *short), prepare)
 
 
 def _watch_batches(trace: Trace, build_batches: Callable, *arguments) -> Iterator[dict]:

@@ -26,6 +26,8 @@ ALLOCATIONS = set("empty empty_like empty_strided new_empty new_empty_strided re
 SYNCHRONIZING = set(
     "_local_scalar_dense equal nonzero masked_select _unique2 unique_dim _linalg_eigh _linalg_svd".split()
 )
+FREE = VIEWS | ALLOCATIONS
+INDEXING = set("index index_put index_put_ _index_put_impl_".split())
 EMPTY = {f"aten::{name}" for name in ALLOCATIONS}
 SMALL = 2048  # elements of a tensor whose values are known
 BLOCK = 512  # bytes, by which torch's allocator rounds
@@ -127,7 +129,7 @@ class Trace(TorchDispatchMode):
             with unset_fake_temporarily():
                 return function(*args, **kwargs)
         on_device = any(x.device.type == "cuda" for x in inputs)
-        if on_device and (name in SYNCHRONIZING or name.startswith("index") and _has_mask(inputs[1:])):
+        if on_device and (name in SYNCHRONIZING or name in INDEXING and _stalls(inputs[1:])):
             self.now.synchronizations[f"{name.removeprefix('_')}: {place()}"] += 1
         if name == "_local_scalar_dense":
             return to_numpy(inputs[0]).item()
@@ -143,7 +145,7 @@ class Trace(TorchDispatchMode):
         tensors = [x for x in tree_leaves(outputs) if isinstance(x, torch.Tensor)]
         _follow_values(function, args, kwargs, inputs, tensors)
         if on_device or any(x.device.type == "cuda" for x in tensors):
-            self.count(name, inputs, tensors, launches=not crosses and name not in VIEWS | ALLOCATIONS)
+            self.count(name, inputs, tensors, launches=not crosses and name not in FREE)
         return outputs
 
     def pin(self, name: str, tensor: torch.Tensor) -> torch.Tensor | bool:
@@ -207,15 +209,15 @@ class Trace(TorchDispatchMode):
 
 
 def place() -> str:
-    """The innermost line of this project, or of a library called by it, in whose name an operator runs."""
+    """The innermost line of this project on the stack, and in brackets that of the library that it has called."""
     frame, innermost = sys._getframe(2), None
     while frame is not None:
         file = Path(frame.f_code.co_filename)
         spot = f"{file.name}:{frame.f_lineno} {frame.f_code.co_name}"
-        if file.is_relative_to(ROOT) and not {"fake_gpu", ".venv"} & set(file.relative_to(ROOT).parts):
+        if file.is_relative_to(ROOT) and not {"fake_gpu", "site-packages"} & set(file.parts):
             inside = "" if innermost is None else f" ({innermost})"
             return f"{file.relative_to(ROOT)}:{frame.f_lineno} {frame.f_code.co_name}{inside}"
-        if innermost is None and "fake_gpu" not in file.parts and f"torch{'/'}_" not in str(file):
+        if innermost is None and not {"fake_gpu", "torch"} & set(file.parts):
             innermost = spot
         frame = frame.f_back
     return innermost or "?"
@@ -233,9 +235,12 @@ def _is_cast(name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor])
     return False
 
 
-def _has_mask(indices: list[torch.Tensor]) -> bool:
-    """Whether the device has to count the elements of a mask before the shape of the result is known."""
-    return any(x.dtype in (torch.bool, torch.uint8) for x in indices)
+def _stalls(indices: list[torch.Tensor]) -> bool:
+    """Whether indexing waits: for the number of elements of a mask, or for the copy of an index from the host."""
+    return any(
+        x.dtype in (torch.bool, torch.uint8) or x.device.type == "cpu" and x.dtype in (torch.int32, torch.int64)
+        for x in indices
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
