@@ -412,5 +412,5 @@ def benchmark(output: Path) -> list[str]:
 def test_gpu_benchmark_runs_on_the_device(tmp_path):
     """Its verdicts mean nothing here: all numbers are zero. But nothing fails to run."""
     lines = fake_gpu.run(benchmark, tmp_path / "gpu.md")
-    assert sum(line.startswith("## ") for line in lines) == 5
+    assert sum(line.startswith("## ") for line in lines) >= 5
     assert [line for line in lines if "Error" in line] == []

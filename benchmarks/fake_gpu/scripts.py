@@ -91,7 +91,10 @@ def shipped_flags(config: Path, folder: Path, *flags: str) -> list[str]:
         if "imagenet" in config.name:
             vae, size, classes = SD_VAE, resolution // 8, 1000
         else:
-            vae, classes = dict(train_vae.build_vae(VaeConfig(output_dir="", source=SourceConfig("")), 1).config), 10
+            vae, classes = (
+                dict(train_vae.build_vae(VaeConfig(output_dir="", source=SourceConfig("images")), 1).config),
+                10,
+            )
             resolution = 32
         data = write_vae(folder / "vae", vae | {"scaling_factor": 0.18215, "_class_name": "AutoencoderKL"})
         data += write_latents(folder / "latents", (4, size, size), resolution, classes)
