@@ -215,10 +215,10 @@ def test_a_training_runs_on_the_device_and_does_not_wait_for_it(name, matrix):
 
 
 def test_xformers_attention_trains_on_the_device(tmp_path):
-    """Which `auto` takes if it is there."""
     pytest.importorskip("xformers")
     config = NARROW | {"block_out_channels": [16]}  # heads of 8 channels
-    phases = fake_gpu.run(train_tiny, config, ["--mixed_precision=bf16"], tmp_path, device.enable_xformers)
+    flags = ["--mixed_precision=bf16", "--attention_backend=xformers"]
+    phases = fake_gpu.run(train_tiny, config, flags, tmp_path, device.enable_xformers)
     assert_never_waits(phases)
     step = phases["step 2"]
     names = ("_efficient_attention_forward", "_efficient_attention_backward")

@@ -92,7 +92,11 @@ def shipped_flags(config: Path, folder: Path, *flags: str) -> list[str]:
             vae, size, classes = SD_VAE, resolution // 8, 1000
         else:
             vae, classes = (
-                dict(train_vae.build_vae(VaeConfig(output_dir="", source=SourceConfig("images")), 1).config),
+                dict(
+                    train_vae.build_vae(
+                        VaeConfig(output_dir="", source=SourceConfig(train_data_dir="images")), 1
+                    ).config
+                ),
                 10,
             )
             resolution = 32
