@@ -65,6 +65,7 @@ class WeightCopies:
 
     def _enter(self, module: nn.Module, inputs: tuple) -> None:
         if not module.training or not torch.is_grad_enabled():
+            self.copies.clear()  # leaves their memory to previews and evaluation
             return
         if module is self.model:
             self._refresh()
@@ -84,13 +85,14 @@ class WeightCopies:
     def _refresh(self) -> None:
         """Copies all weights, unless they have accumulated gradients: then they are those of the last micro-batch."""
         weights = {module: self._find(module) for module in self.places}
-        if not self.copies:
+        is_new = not self.copies
+        if is_new:
             self.copies = {
                 module: [torch.empty_like(weight, dtype=self.dtype, requires_grad=False) for weight in found]
                 for module, found in weights.items()
             }
         originals = list(itertools.chain.from_iterable(weights.values()))
-        if all(weight.grad is not None for weight in originals):
+        if not is_new and all(weight.grad is not None for weight in originals):
             return
         with torch.no_grad():
             torch._foreach_copy_(list(itertools.chain.from_iterable(self.copies.values())), originals)

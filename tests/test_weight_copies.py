@@ -43,6 +43,13 @@ def losses(model: nn.Module, seed: int, dtype: torch.dtype | None = torch.bfloat
     return (output.float() - target).square().mean()
 
 
+def evaluate(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        loss = losses(model.eval(), seed=99)
+    model.train()
+    return loss
+
+
 def train(model: nn.Module, optimizer: str = "adamw", steps: int = 3, accumulation: int = 2) -> list[torch.Tensor]:
     """The weights after some steps, and after each the losses; validates with an average before the last step."""
     optimizer = build_optimizer(OptimizerConfig(optimizer=optimizer, learning_rate=1e-2), model)
@@ -52,13 +59,14 @@ def train(model: nn.Module, optimizer: str = "adamw", steps: int = 3, accumulati
             loss = losses(model, seed=10 * step + part)
             loss.backward()
             seen.append(loss.detach())
+            if step == 1 and part == 0:  # between micro-batches, so that there are gradients
+                seen.append(evaluate(model))
         optimizer.step()
         optimizer.zero_grad()
         average.step(model.parameters())
         if step == steps - 2:
-            with ema_weights(average, model.eval()), torch.no_grad():
-                seen.append(losses(model, seed=99))
-            model.train()
+            with ema_weights(average, model):
+                seen.append(evaluate(model))
     return [*seen, *(parameter.detach().clone() for parameter in model.parameters())]
 
 
@@ -128,6 +136,16 @@ def test_parameters_and_gradients_stay_in_float32():
     after = list(model.parameters())
     assert all(old is new for old, new in zip(before, after, strict=True))
     assert {parameter.dtype for parameter in after} | {parameter.grad.dtype for parameter in after} == {torch.float32}
+
+
+def test_evaluation_leaves_no_copies_in_memory():
+    torch.manual_seed(0)
+    model = DiffiTUNet2DModel(**TINY_TRAINED_CONFIG).train()
+    copies = WeightCopies(model, torch.bfloat16)
+    losses(model, seed=0).backward()
+    assert sum(copy.numel() for each in copies.copies.values() for copy in each) > 0.9 * model.num_parameters()
+    evaluate(model)
+    assert not copies.copies
 
 
 def test_parameters_return_after_an_error():
