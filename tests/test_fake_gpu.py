@@ -247,6 +247,9 @@ def test_every_shipped_config_has_a_budget():
 def test_a_shipped_config_stays_within_its_budget(name):
     phases = fake_gpu.run(scripts.train_shipped, name, 2)
     assert_logging_waits_only(phases["step 2"])
+    assert (
+        phases["preview"].attention.keys() == phases["step 2"].attention.keys()
+    )  # samples use the kernel of training
     assert within_budget(name, phases) == dict.fromkeys(within_budget(name, phases), True)
 
 
@@ -319,7 +322,7 @@ def test_a_waste_is_found():
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling, evaluation, benchmarks
 
-# Waits of the host for each evaluation of a network with classes. DDPM asks its scheduler for the step before.
+# Waits of the host for each evaluation of a network with classes. DDPM copies the noise of each image's generator.
 WAITS = {"ddim": 0, "ddpm": 1, "dpmsolver++": 0, "edm_heun": 0}
 
 
