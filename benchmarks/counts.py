@@ -112,7 +112,7 @@ def write_section(file: Path, label: str, lines: list[str]) -> None:
     start, *sections = text.rstrip("\n").split("\n## ")
     kept = {section.split("\n", 1)[0]: section for section in sections}
     kept[label] = "\n".join([label, "", *lines])
-    file.write_text("\n## ".join([start, *(f"{section.rstrip()}\n" for section in kept.values())]))
+    file.write_text("\n## ".join(f"{part.rstrip()}\n" for part in (start, *kept.values())))
 
 
 def describe(argv: list[str]) -> list[str]:

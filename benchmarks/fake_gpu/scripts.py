@@ -22,6 +22,7 @@ from benchmarks.fake_gpu import ROOT
 from benchmarks.fake_gpu.trace import Counts, Trace
 from diffit import networks, validation
 from diffit.config import parse_args
+from diffit.devices import DeviceConfig, set_up_device
 from diffit.latents import LATENTS_METADATA, latent_features, latent_shard_names
 from diffit.networks import model_class, set_attention_backend
 from diffit.source_config import SourceConfig
@@ -223,6 +224,7 @@ def sample(config: dict, scheduler: str, batch_size: int, num_steps: int, option
     dtype = getattr(torch, options.pop("dtype", "float32"))
     trace = Trace()
     with trace, torch.device("cuda"):
+        set_up_device(torch.device("cuda"), DeviceConfig())  # as the scripts do
         model = model_class(config).from_config(config).to(dtype).eval()
     with trace:
         set_attention_backend(model, "native")
