@@ -9,7 +9,7 @@ Samples, features and reference statistics are kept in `--work_dir`: an interrup
 is measured only once.
 """
 
-from diffit.eval_config import EvalConfig, EvalMetricsConfig, ReferenceConfig, parse_args
+from diffit.eval_config import EvalConfig, EvalMetricsConfig, EvaluatedConfig, ReferenceConfig, parse_args
 from diffit.launcher import follow_launcher
 
 if __name__ == "__main__":
@@ -19,11 +19,10 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -53,7 +52,7 @@ from diffit.plots import PLOTS, plot_losses, plot_models, plot_neighbors
 from diffit.processes import count_workers, join_processes, on_all_processes, run_on_main_and_broadcast
 from diffit.run_dir import OutputFolder
 from diffit.sampling import load_sampler
-from diffit.sampling_config import GuidanceConfig
+from diffit.sampling_config import GuidanceConfig, SamplingConfig
 from diffit.sweep import Measured, best_of, format_sweep, plot_sweep, sweep_results, swept_values
 from diffit_pipeline import DiffiTPipeline, null_label
 
@@ -105,6 +104,26 @@ def loss_by_level(
             parts.append(denoising_losses(network, formulation, batch))
         losses.append(torch.cat(parts).mean().item())
     return levels, losses
+
+
+def measure_images(
+    evaluation: Evaluation, source: ImageSource, size: tuple[int, int], evaluated: EvaluatedConfig
+) -> EvaluatedSet:
+    """Measures --images; prints a warning if there are fewer than --num_images."""
+    images = evaluation.measure(image_set(source, size, evaluated.num_images), name=evaluated.images)
+    asked, found = evaluated.num_images, len(images.features)
+    if asked is not None and found < asked and evaluation.processes.is_main_process:
+        print(f"Warning: --num_images {asked}, but --images {evaluated.images} has {found} images only")
+    return images
+
+
+def load_for_losses(
+    names: Iterable[str], sampling: SamplingConfig, device: torch.device, weights: str | None
+) -> Iterator[tuple[str, DiffiTPipeline]]:
+    """Loads models one after the other, each with its path; without guidance, which has no part in their losses."""
+    plain = dataclasses.replace(sampling, scheduler=None, guidance=GuidanceConfig())
+    for name in names:
+        yield name, load_sampler(name, plain, device, weights)[0]
 
 
 def loss_curves(
@@ -378,10 +397,7 @@ def main(config: EvalConfig) -> None:
     step_sets = []
     if evaluated.images is not None:
         size = config.reference.resolution or on_all_processes(processes, natural_size, given)
-        sets = [evaluation.measure(image_set(given, size, evaluated.num_images), name=evaluated.images)]
-        asked, found = evaluated.num_images, len(sets[0].features)
-        if asked is not None and found < asked and processes.is_main_process:
-            print(f"Warning: --num_images {asked}, but --images {evaluated.images} has {found} images only")
+        sets = [measure_images(evaluation, given, size, evaluated)]
     else:
         sets = measure_models(evaluation, evaluated, config.sampling, plots, source.table, config.sweep)
         step_sets = measure_by_steps(evaluation, sets[-1], evaluated, config.sampling, plots, source.table)
@@ -418,10 +434,8 @@ def main(config: EvalConfig) -> None:
         held_out = None if training_source is None else reference
         plot_neighbors(folder.folder, shown, training, held_out, metrics.feature_extractor, output.batch_size)
         if evaluated.model_path is not None:
-            plain = dataclasses.replace(config.sampling, scheduler=None, guidance=GuidanceConfig())
-            load = functools.partial(load_sampler, sampling=plain, device=processes.device, weights=evaluated.weights)
             names = dict.fromkeys(images.name for images in sets)
-            pipelines = ((name, load(name)[0]) for name in names)  # one after the other
+            pipelines = load_for_losses(names, config.sampling, processes.device, evaluated.weights)
             curves = loss_curves(pipelines, training_source or source, size, output.batch_size)
             plot_losses(folder.folder / "loss_by_timestep.png", *curves)
         folder.record(PLOTS)

@@ -130,8 +130,7 @@ def main(config: TrainConfig) -> None:
     set_up_logging()
     with contextlib.ExitStack() as resources, out_of_memory_errors():
         # 1. the processes, and everything that follows from the flags alone
-        stop = StopRequest(config.batch.max_train_time)
-        resources.callback(stop.close)
+        stop = resources.enter_context(contextlib.closing(StopRequest(config.batch.max_train_time)))
         asked = resume_after_restart(config.run)
         network = read_model_config(config.model)
         join_processes(config.precision)
@@ -147,8 +146,7 @@ def main(config: TrainConfig) -> None:
         # 2. the folder
         lock = OutputDirLock(asked.output_dir)
         if not asked.dry_run:
-            resources.push(lock)  # before taking it, because a signal may arrive in between
-            take_folder(accelerator, lock)
+            take_folder(accelerator, lock, resources)
         folder = run_on_main_and_broadcast(accelerator, open_run_dir, asked, *config.folders_read())
         checkpoint = run_on_main_and_broadcast(accelerator, find_checkpoint, asked)
 
@@ -172,15 +170,15 @@ def main(config: TrainConfig) -> None:
         evaluator = build_evaluator(accelerator, extractor, compared, plan, config.metrics, asked)
         name = pipeline_name(config.hub.hub_model_id, asked.output_dir)
         facts = RunFacts(name, data.source, run.flags, plan, config.ema, config.metrics)
-        requests = (config.validation, config.metrics, config.data)
-        validation = Validation(plan, *requests, state, networks.vae, guide, held_out, evaluator, facts, folder, stop)
+        asks = (config.validation, config.metrics, config.data)
+        validation = Validation(plan, *asks, state, networks.vae, guide, held_out, evaluator, facts, folder, stop)
 
         # 5. train and finish
         batches = build_batches(table, plan, config.data, config.batch.seed, state.position, accelerator)
         batches = with_checked_latents(batches, networks.vae, accelerator.device)
-        probabilities = (config.diffusion.label_dropout, config.data.augmentation_probability)
+        rates = (config.diffusion.label_dropout, config.data.augmentation_probability)
         null = null_label(networks.model)
-        preparer = BatchPreparer(plan.formulation, accelerator.device, networks.vae, null, *probabilities)
+        preparer = BatchPreparer(plan.formulation, accelerator.device, networks.vae, null, *rates)
         start_trackers(run, asked, state.global_step)
         logger.info(describe_run(plan, state.model, table, 0 if held_out is None else len(held_out)))
         validated = train(run, state, batches, preparer, validation, config.optimizer, config.batch.seed)
@@ -204,8 +202,9 @@ def resume_after_restart(asked: RunConfig) -> RunConfig:
     return asked
 
 
-def take_folder(accelerator: Accelerator, lock: OutputDirLock) -> None:
+def take_folder(accelerator: Accelerator, lock: OutputDirLock, resources: contextlib.ExitStack) -> None:
     """Locks --output_dir for this run, and checks that all processes see the same folder."""
+    resources.push(lock)  # before taking it, because a signal may arrive in between
     token = run_on_main_and_broadcast(accelerator, lock.__enter__)
     on_all_processes(accelerator, lock.check_visible, token)
 

@@ -286,10 +286,8 @@ def make_plan(
     factor = 1 if vae is None else vae.pixels_per_latent
     resolution = plan_resolution(config.data.resolution, model_config.get("sample_size"), data, factor)
     class_names = data.class_names if config.data.class_conditional else None
-    length = config.batch
-    max_train_steps = to_steps(
-        *(batch.total, data.num_images), length.max_train_steps, length.num_train_epochs, length.max_train_kimg
-    )
+    durations = (config.batch.max_train_steps, config.batch.num_train_epochs, config.batch.max_train_kimg)
+    max_train_steps = to_steps(batch.total, data.num_images, *durations)
     warmup_steps, decay_steps = plan_schedule(config.schedule, max_train_steps, batch)
     height, width = (side // factor for side in resolution)
     complete = model_config | {"sample_size": height if height == width else [height, width]}
@@ -298,9 +296,7 @@ def make_plan(
         check_learned_variance(complete["out_channels"], formulation)
     complete |= plan_classes(complete, class_names, config.model.pretrained_model_name_or_path is not None)
     if config.data.augmentation_probability > 0:
-        if not issubclass(model_class(complete), DiffiTUNet2DModel):
-            raise UserError("--augmentation_probability needs a DiffiTUNet2DModel, which is conditioned on it")
-        complete["num_augment_labels"] = NUM_AUGMENT_LABELS
+        complete |= plan_augmentation(complete)
     check_network(complete, config.model, resolution, (height, width))
     return Plan(
         batch=batch,
@@ -321,6 +317,17 @@ def make_plan(
         num_images=data.num_images,
         num_workers=num_workers,
     )
+
+
+def plan_augmentation(complete: dict[str, Any]) -> dict[str, int]:
+    """The field of the model config that conditions the network on the augmentation.
+
+    Raises:
+        UserError: if the network cannot be conditioned on it.
+    """
+    if not issubclass(model_class(complete), DiffiTUNet2DModel):
+        raise UserError("--augmentation_probability needs a DiffiTUNet2DModel, which is conditioned on it")
+    return {"num_augment_labels": NUM_AUGMENT_LABELS}
 
 
 def plan_resolution(
