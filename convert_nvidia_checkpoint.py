@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from diffit.command_line import run_script
 from diffit.errors import UserError, user_errors
 from diffit.latents import load_vae
-from diffit.pretrained import model_folder, network_subfolder
+from diffit.pretrained import check_weights, model_folder, network_subfolder
 from diffit.run_dir import OutputFolder, listed
 from diffit.scheduler_configs import complete_scheduler_config
 from diffit_model import DiffiTTransformer2DModel, relative_position_index
@@ -252,6 +252,7 @@ def read_trained_folder(path: Path) -> dict[str, torch.Tensor]:
     file = path / (network_subfolder(str(path)) or "") / "diffusion_pytorch_model.safetensors"
     if not file.is_file():
         raise UserError(f"--checkpoint {path}: {file} is missing")
+    check_weights(f"--checkpoint {path}", file.parent.absolute())
     check_objective(path)
     print(f"weights: {file}")
     return read_safetensors(file)

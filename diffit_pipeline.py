@@ -544,12 +544,12 @@ def choose_scheduler(model_path: str, scheduler: str | None = None) -> str:
         )
     if "_class_name" not in config:
         raise ValueError(f"{model_path}: scheduler_config.json has no _class_name, so it says nothing about the model")
-    known = (None, "epsilon", "sample", "v_prediction")
+    formulation = trained_with(config)
+    known = (None, "flow", "sample") if formulation == "flow" else (None, "epsilon", "sample", "v_prediction")
     if config.get("prediction_type") not in known:
         raise ValueError(
             f"{model_path} has prediction_type {config['prediction_type']!r}, expected {', '.join(known[1:])}"
         )
-    formulation = trained_with(config)
     names = sorted(SAMPLERS[formulation])
     scheduler = scheduler or DEFAULT_SAMPLERS[formulation]
     if scheduler not in names:
@@ -578,25 +578,28 @@ def load_network(model_path: str, model_class: Callable[[dict], type], dtype=tor
     return network_class.from_pretrained(model_path, subfolder=part, torch_dtype=dtype, use_safetensors=True)
 
 
-def load_scheduler(scheduler_class: type, model_path: str, **settings):
-    """Loads a scheduler of another class with the settings of the one in a pipeline folder.
+def scheduler_from_config(scheduler_class: type, config: dict, **settings):
+    """A scheduler with the settings of another one's config.
 
     diffusers' schedulers of flows do not know a `prediction_type`, and warn of one; it is kept for this pipeline.
 
     Args:
         scheduler_class: class of the scheduler.
-        model_path: local folder or hub name with `scheduler/`.
-        settings: settings that replace the saved ones.
+        config: config of the other scheduler.
+        settings: settings that replace those of the config.
     """
-    config = dict(scheduler_class.load_config(model_path, subfolder="scheduler"))
-    kept = (
-        {"prediction_type": config.pop("prediction_type")}
-        if trained_with(config) == "flow" and "prediction_type" in config
-        else {}
-    )
+    config, kept = dict(config), {}
+    if trained_with({"_class_name": scheduler_class.__name__}) == "flow" and "prediction_type" in config:
+        kept["prediction_type"] = config.pop("prediction_type")
     scheduler = scheduler_class.from_config(config, **settings)
     scheduler.register_to_config(**kept)
     return scheduler
+
+
+def load_scheduler(scheduler_class: type, model_path: str, **settings):
+    """`scheduler_from_config` for the scheduler in a pipeline folder, local or on the hub."""
+    config = scheduler_class.load_config(model_path, subfolder="scheduler")
+    return scheduler_from_config(scheduler_class, config, **settings)
 
 
 class DiffiTPipeline(DiffusionPipeline):
@@ -672,7 +675,7 @@ class DiffiTPipeline(DiffusionPipeline):
         index = cls.load_config(model_path) if network is None else {}
         scheduler = choose_scheduler(model_path, scheduler)
         heun = scheduler.endswith("_heun")
-        scheduler_class = (SCHEDULERS | EDM_SCHEDULERS | FLOW_SCHEDULERS)[scheduler]
+        scheduler_class = {name: kind for kinds in SAMPLERS.values() for name, kind in kinds.items()}[scheduler]
         network = load_network(model_path, model_class, dtype) if network is None else network
         if component_name(network) == "unet":
             scheduler = load_scheduler(scheduler_class, model_path)
@@ -835,8 +838,8 @@ class DiffiTPipeline(DiffusionPipeline):
             return_dict: return an `ImagePipelineOutput` rather than a tuple.
             guidance_schedule: dependence of the scale on the timestep, see `guidance_weight`.
             guidance_power: exponent of the `"power_cosine"` schedule, see `guidance_weight`.
-            guidance_interval: lowest and highest timestep that is guided, as fractions of the training timesteps, or
-                as `edm_time` for an EDM model.
+            guidance_interval: lowest and highest timestep that is guided, as fractions of the training timesteps, as
+                `edm_time` for an EDM model, or as fractions of noise for rectified flow.
             guidance_channels: apply guidance to the first N channels only; the other channels, and a predicted
                 variance in any case, come from the conditional pass. Default: all. The published ImageNet numbers of
                 DiT and DiffiT guide 3 of 4 latent channels.
@@ -950,7 +953,10 @@ class DiffiTPipeline(DiffusionPipeline):
             )
 
     def _set_timesteps(self, num_inference_steps: int) -> None:
-        """Sets the scheduler's timesteps; those of a flow are evenly spaced before the shift, which applies once."""
+        """Sets the scheduler's timesteps.
+
+        Those of a `FlowMatchEulerDiscreteScheduler` are evenly spaced before the shift, which is applied once.
+        """
         scheduler = self.scheduler
         # On the CPU, because schedulers look up each timestep, and a look-up on an accelerator would wait for it.
         if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):

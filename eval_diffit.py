@@ -309,7 +309,7 @@ def check_numbers(config: EvalConfig, reference: ImageSource, given: ImageSource
         needed = images_needed(names, config.metrics.num_subsets)
         if number < needed:
             raise UserError(
-                f"{what}: {number} images are too few, --metrics {' '.join(names)} with --num_subsets "
+                f"{what}: {number} images are too few: --metrics {' '.join(names)} with --num_subsets "
                 f"{config.metrics.num_subsets} needs at least {needed}"
             )
 
@@ -430,12 +430,12 @@ def main(config: EvalConfig) -> None:
             plot_sweep(folder.folder, sweep)
         else:
             plot_models(folder.folder, results, step_results)
-        shown = best_of(sweep)[0] if sweep else sets[-1]
+        shown, weights = (best_of(sweep)[0], best_of(sweep)[2].evaluated.weights) if sweep else (sets[-1], None)
         held_out = None if training_source is None else reference
         plot_neighbors(folder.folder, shown, training, held_out, metrics.feature_extractor, output.batch_size)
         if evaluated.model_path is not None:
             names = dict.fromkeys(images.name for images in sets)
-            pipelines = load_for_losses(names, config.sampling, processes.device, evaluated.weights)
+            pipelines = load_for_losses(names, config.sampling, processes.device, weights or evaluated.weights)
             curves = loss_curves(pipelines, training_source or source, size, output.batch_size)
             plot_losses(folder.folder / "loss_by_timestep.png", *curves)
         folder.record(PLOTS)

@@ -33,7 +33,6 @@ from tqdm.auto import tqdm
 
 from diffit.batches import BatchPreparer, build_batches, open_tables, with_checked_latents
 from diffit.checkpoint import (
-    file_digest,
     find_checkpoint,
     load_checkpoint,
     open_run_dir,
@@ -94,7 +93,7 @@ from diffit.processes import (
     on_all_processes,
     run_on_main_and_broadcast,
 )
-from diffit.run_dir import CODE_FOLDER, OutputFolder, files_below
+from diffit.run_dir import CODE_FOLDER, OutputFolder, file_digest, files_below
 from diffit.sharding import check_sharding, prepare, whole
 from diffit.validation import Validation, build_evaluator, build_extractor, build_guidance_model, validate_and_export
 from diffit_pipeline import null_label

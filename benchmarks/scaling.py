@@ -40,7 +40,7 @@ ASSUMED = {
     "fraction of it that the latent-space networks reach (MFU)": (0.35, "35 %"),
     "fraction of it that the pixel-space networks reach (128 to 256 channels, norms, small windows)": (0.15, "15 %"),
     "launching an operator from Python, eager": (8e-6, "8 µs"),
-    "factor on operators due to autocast's casts (counted without a GPU: CIFAR-10 1.03, XL/2 1.23)": (1.2, "1.2"),
+    "factor on operators due to autocast's casts (counted without a GPU: CIFAR-10 1.05, XL/2 1.23)": (1.2, "1.2"),
     "memory bandwidth of a GPU, for optimizer and EMA (80 % of 3.35 TB/s)": (2.7e12, "2.7 TB/s"),
     "bandwidth of a GPU within a node (NVLink 4, one direction)": (450e9, "450 GB/s"),
     "bandwidth of a node to other nodes (eight InfiniBand NDR ports, shared by the rings)": (400e9, "400 GB/s"),

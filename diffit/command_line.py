@@ -164,7 +164,7 @@ def add_flags(
         options, text = dict(field.metadata["options"]), field.metadata["help"]
         if prefix + field.name in several:
             options["nargs"] = "+"
-            text += "; several values: see above"
+            text += "; of several values, all combinations with those of other such flags are measured"
         if isinstance(field.default, bool):
             options["action"] = argparse.BooleanOptionalAction
             text += f" (default: {'on' if field.default else 'off'})"

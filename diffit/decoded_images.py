@@ -128,7 +128,10 @@ def share_decoded_images(
     elif problem is not None:
         logger.info(f"images are decoded in each epoch: {problem}")
     else:
-        logger.info(f"decoded images stay in memory: {_gigabytes(size)} for {num_images:,} images")
+        logger.info(
+            f"decoded images are kept in memory unless their crops vary: up to {_gigabytes(size)} for "
+            f"{num_images:,} images"
+        )
     return images
 
 
@@ -143,7 +146,7 @@ def _open_first(addresses: list[tuple]) -> DecodedImages | None:
 
 
 def _gigabytes(number: float) -> str:
-    return f"{number / 1e9:.2g} GB"
+    return f"{number / 1e9:,.0f} GB" if number >= 1e11 else f"{number / 1e9:.2g} GB"
 
 
 def available_memory(root: Path = Path("/")) -> int:

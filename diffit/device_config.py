@@ -1,5 +1,8 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The flags of every script that choose the device and how precisely it computes. Nothing slow is imported here."""
+"""The flags of every script that runs a network: the device, and how precisely it computes.
+
+Nothing slow is imported here.
+"""
 
 from dataclasses import dataclass
 
@@ -11,7 +14,9 @@ class DeviceConfig:
     """The device, and the precision of float32 on it."""
 
     cpu: bool = flag(
-        False, "compute on the CPU even if there is a GPU, or signs of one that cannot be used, which are an error"
+        False,
+        "compute on the CPU even if there is a GPU; without this flag, signs of a GPU that cannot be used are an "
+        "error",
     )
     allow_tf32: bool = flag(
         False,

@@ -152,7 +152,8 @@ class PlotsConfig:
     )
     plot_schedulers: tuple[str, ...] | None = flag(
         None,
-        "schedulers of --plot_steps (default: ddim dpmsolver++ unipc; for EDM models all edm_*)",
+        "schedulers of --plot_steps (default: ddim dpmsolver++ unipc; for EDM all edm_*, for rectified flow all "
+        "flow_*)",
         nargs="+",
         choices=SCHEDULERS,
     )
@@ -239,8 +240,7 @@ TITLES = {
     "evaluated": "evaluated images, or models to sample from",
     "reference": "reference images",
     "metrics": "metrics",
-    "sampling": "sampling from --model_path; of --guidance_scale, --num_inference_steps and --weights with several "
-    "values, all combinations are measured",
+    "sampling": "sampling from --model_path",
     "plots": "plots",
     "device": "device and precision",
     "output": "output and speed",

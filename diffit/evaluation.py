@@ -20,7 +20,15 @@ from diffit.formulations import FORMULATIONS
 from diffit.image_sets import ArrayImages, EvaluatedSet, ImageSet, check_resolution
 from diffit.processes import on_all_processes
 from diffit.run_dir import list_checkpoints
-from diffit.sampling import check_steps, load_sampler, parse_class_labels, resolve_scheduler, sample_seeds
+from diffit.sampling import (
+    check_sampling,
+    check_steps,
+    load_pipeline,
+    load_sampler,
+    parse_class_labels,
+    resolve_scheduler,
+    sample_seeds,
+)
 from diffit.sampling_config import SamplingConfig
 from diffit.sources import ImageTable
 from diffit.stream import PositionStream
@@ -149,11 +157,28 @@ def measure_models(
     paths = expand_checkpoints(evaluated.model_path, evaluated.all_checkpoints)
     on_all_processes(evaluation.processes, check_plot_steps, paths[-1], sampling, plots)  # not when all is sampled
     points = [(point.sampling, point.evaluated) for point in sweep] or [(sampling, evaluated)]
+    if len(paths) * len(points) > 1:  # a single one is checked as it is loaded
+        on_all_processes(evaluation.processes, check_points, paths, points)
     sets = [evaluation.measure_model(path, *point, table) for path in paths for point in points]
     shapes = {tuple(one.images.images[0].shape) for one in sets}
     if len(shapes) > 1:
         raise UserError(f"the models of --model_path sample images of different shapes (C, H, W): {sorted(shapes)}")
     return sets
+
+
+def check_points(paths: list[str], points: list[tuple[SamplingConfig, EvaluatedConfig]]) -> None:
+    """Refuses models, and points of a sweep, that cannot be sampled, before any of them is.
+
+    Raises:
+        UserError: names the flag.
+    """
+    for path in paths:
+        pipelines = {}  # by the name of the weights; one at a time is in memory
+        for sampling, evaluated in points:
+            sampling = resolve_scheduler(sampling, path)
+            if evaluated.weights not in pipelines:
+                pipelines = {evaluated.weights: load_pipeline(path, sampling, evaluated.weights)}
+            check_sampling(pipelines[evaluated.weights], sampling, path)
 
 
 def plotted_samplings(plots: PlotsConfig, sampling: SamplingConfig, scheduler: str) -> list[SamplingConfig]:

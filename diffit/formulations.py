@@ -32,7 +32,7 @@ from diffit.diffusion_config import DiffusionConfig
 from diffit.errors import UserError
 from diffit.learned_variance import variance_bound
 from diffit.scheduler_configs import complete_scheduler_config
-from diffit_pipeline import trained_with
+from diffit_pipeline import scheduler_from_config, trained_with
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Formulation(ABC):
         theirs = {name: value for name, value in recorded.items() if given[name] is None}
         for name, value in theirs.items():
             choices = DiffusionConfig.__dataclass_fields__[name].metadata["options"].get("choices")
+            choices = cls.prediction_types if name == "prediction_type" else choices
             if choices is not None and value not in choices:
                 raise ValueError(f"its {name} is {value!r}, not one of {', '.join(choices)}; --{name} chooses one")
         values = {name: value for name, value in (given | theirs).items() if value is not None}
@@ -87,7 +88,8 @@ class Formulation(ABC):
             config: config of the pipeline's scheduler, which may be of any class.
         """
         formulation = cls(**cls.flags_of(config))
-        vars(formulation)["scheduler"] = cls.scheduler_class.from_config(config)  # keeps all its other settings
+        scheduler = scheduler_from_config(cls.scheduler_class, config)  # keeps all its other settings
+        vars(formulation)["scheduler"] = scheduler
         return formulation
 
     @classmethod
@@ -121,7 +123,7 @@ class Formulation(ABC):
             uniform: shape (B).
 
         Returns:
-            Timesteps or standard deviations of the noise; shape (B).
+            Timesteps, standard deviations of the noise, or fractions of noise; shape (B).
         """
 
     @abstractmethod
@@ -175,6 +177,7 @@ class Formulation(ABC):
 
     max_sampling_steps: ClassVar[int | None] = None  # largest number of sampling steps, or None for no limit
     can_learn_variance: ClassVar[bool] = False  # whether the network may also predict the variance
+    prediction_types: ClassVar[tuple[str, ...]] = ()  # choices of --prediction_type, where the formulation has any
     without_flag: ClassVar[tuple[str, ...]] = ()  # settings of `scheduler` that only pretrained weights determine
 
 
@@ -193,6 +196,7 @@ class DDPM(Formulation):
     """
 
     scheduler_class = DDPMScheduler
+    prediction_types = ("epsilon", "sample", "v_prediction")
     without_flag = ("beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
 
     prediction_type: str = "v_prediction"
@@ -407,6 +411,7 @@ class RectifiedFlow(Formulation):
     """
 
     scheduler_class = FlowMatchEulerDiscreteScheduler
+    prediction_types = ("flow", "sample")
     without_flag = ("num_train_timesteps",)
 
     prediction_type: str = "flow"
@@ -424,10 +429,11 @@ class RectifiedFlow(Formulation):
             if pretrained.get(name):
                 raise ValueError(f"its scheduler has {name} {pretrained[name]}, which is not supported")
         for name in ("logit_mean", "logit_std"):
-            if asked.timestep_sampling == "uniform" and (value := getattr(asked, name)) is not None:
+            value = getattr(asked, name)
+            if asked.timestep_sampling == "uniform" and value not in (None, getattr(cls, name)):  # as saved with a run
                 raise UserError(f"--{name} {value} has no effect with --timestep_sampling uniform")
         formulation = super().from_flags(asked, pretrained, in_latents)
-        if formulation.prediction_type not in ("flow", "sample"):
+        if formulation.prediction_type not in cls.prediction_types:
             raise UserError(f"--prediction_type {formulation.prediction_type} is for --formulation ddpm, not flow")
         return formulation
 
@@ -446,7 +452,8 @@ class RectifiedFlow(Formulation):
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         scheduler = FlowMatchEulerDiscreteScheduler(shift=self.flow_shift or 1.0, **dict(self.inherited))
         if self.prediction_type == "sample":
-            scheduler.register_to_config(prediction_type="sample")  # for `DiffiTPipeline`; the scheduler has no such
+            # For `DiffiTPipeline`; the scheduler itself has none.
+            scheduler.register_to_config(prediction_type="sample")
         return scheduler
 
     def preview_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
@@ -454,7 +461,7 @@ class RectifiedFlow(Formulation):
 
     def noise_levels(self, uniform: torch.Tensor) -> torch.Tensor:
         """Fractions of noise t in [0, 1] after the shift; float32."""
-        fraction = uniform.double() + 2**-25  # as in EDM's
+        fraction = uniform.double() + 2**-25  # as in `EDM`
         if self.timestep_sampling == "logit_normal":
             normal = torch.special.ndtri(fraction.clamp(max=1 - 2**-25))
             fraction = torch.sigmoid(self.logit_mean + self.logit_std * normal)

@@ -145,10 +145,8 @@ def open_source(flag: str, name: str, asked: ReferenceConfig) -> ImageSource:
     elif path.is_file() or (path.is_dir() and (column is None or not any(path.rglob("*.parquet")))):
         kind, source = "zip" if path.is_file() else "folder", SourceConfig(train_data_dir=name, **files)
     else:
-        kind, source = (
-            "dataset",
-            SourceConfig(dataset_name=name, dataset_split=asked.dataset_split, image_column=column),
-        )
+        kind = "hub dataset"
+        source = SourceConfig(dataset_name=name, dataset_split=asked.dataset_split, image_column=column)
     try:
         table = load_image_table(source, need_labels=False)
     except (UserError, OSError) as error:

@@ -19,6 +19,7 @@ from diffit.eval_config import METRICS
 
 NUM_NEIGHBORS = 3  # neighbors that span the manifold of precision and recall, as in arXiv 1904.06991
 INCEPTION_SPLITS = 10  # as in arXiv 1606.03498
+HIGHER_IS_BETTER = ("inception_score", "precision", "recall")  # of all other metrics, lower values are better
 MIN_IMAGES = 10_000  # below, values are not comparable with published ones
 CHUNK_ROWS = 2048  # of a distance or kernel matrix that are in memory at once
 CHUNK_COLUMNS = 10_000  # of a kernel matrix; a block takes 164 MB

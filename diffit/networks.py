@@ -319,7 +319,8 @@ def set_up_model(model: ModelMixin, asked: ModelConfig, device: torch.device, mi
         model: the network; modified in place.
         asked: the flags of the network.
         device: device to train on.
-        mixed_precision: `"no"`, `"fp16"` or `"bf16"`, the autocast that the network will be trained under.
+        mixed_precision: `"no"`, `"fp16"` or `"bf16"`: the autocast for which copies of the weights in low precision
+            are kept (see `WeightCopies`).
 
     Raises:
         UserError: if the attention backend cannot train on the device.

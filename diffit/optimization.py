@@ -38,6 +38,7 @@ logger = get_logger(__name__, log_level="INFO")
 A, B, C = 3.4445, -4.7750, 2.0315
 ITERATIONS = 5
 MOMENTUM = 0.95
+DROPOUT = 3  # the stream of `position_generator` that seeds the network's dropout
 MANY_MUON_WEIGHTS = 100_000_000  # DiffiT-XL/2 has 500 million: 15 TFLOP per step and process
 
 
@@ -155,8 +156,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 # Devices on which torch's fused optimizers skip a step where `found_inf` is set. On Apple's GPUs they did not until
-# pytorch/pytorch pull request 186360.
-OBEYING_DEVICES = ("cpu", "cuda", "meta")  # where the fused optimizers obey `found_inf`; meta computes nothing
+# pytorch/pytorch pull request 186360. Networks on the meta device compute nothing.
+OBEYING_DEVICES = ("cpu", "cuda", "meta")
 
 
 def obeys_found_inf(optimizer_class: type[torch.optim.AdamW], device: torch.device) -> bool:
@@ -208,9 +209,6 @@ def skip_by_restoring(optimizer: torch.optim.Optimizer) -> None:
 
     optimizer.register_step_pre_hook(remember)
     optimizer.register_step_post_hook(restore)
-
-
-DROPOUT = 3  # the stream of `position_generator` that seeds the network's dropout
 
 
 def build_optimizer(asked: OptimizerConfig, model: ModelMixin) -> torch.optim.Optimizer:
@@ -363,7 +361,7 @@ class TrainingState:
     bad_steps_in_a_row: int = 0
 
 
-def gather_state(state: TrainingState, keep: bool) -> TrainingState:
+def gather_state(state: TrainingState, keep: bool, with_optimizer: bool = True) -> TrainingState:
     """The state to write to files: the same one, or a copy on the CPU with whole tensors if the network is sharded.
 
     Must be called by all processes.
@@ -371,6 +369,7 @@ def gather_state(state: TrainingState, keep: bool) -> TrainingState:
     Args:
         state: the training state.
         keep: whether this process writes the files. Otherwise the copy of a sharded state is empty.
+        with_optimizer: whether the optimizer's state is gathered as well; otherwise the copy keeps the sharded one.
     """
     if not is_sharded(state.model):
         return state
@@ -378,7 +377,7 @@ def gather_state(state: TrainingState, keep: bool) -> TrainingState:
     averages = {name: copy.copy(average) for name, average in state.ema_models.items()}
     for average in averages.values():
         average.shadow_params = gather(average.shadow_params, keep)
-    optimizer = gather_optimizer(state.optimizer, model, keep)
+    optimizer = gather_optimizer(state.optimizer, model, keep) if with_optimizer else state.optimizer
     return dataclasses.replace(state, model=model, ema_models=averages, optimizer=optimizer)
 
 

@@ -13,7 +13,8 @@ the weights of that block are gathered, used and freed. Everything else stays wh
   stream keep their precision, and FSDP's policy would round the noise levels that the network is given as well. The
   price: weights are gathered in float32, and autocast's copies live until backward without --gradient_checkpointing.
 
-Every function works on unsharded networks and tensors too, where it does nothing, so its callers need not ask.
+Every function but those of the last section also takes unsharded networks and tensors, and then does nothing, so its
+callers need not ask.
 """
 
 import contextlib
@@ -203,6 +204,20 @@ def exchange_contents(first: torch.Tensor, second: torch.Tensor) -> None:
     second.copy_(kept)
 
 
+def shard_optimizer_state(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A saved state dict with whole tensors, as the optimizer of a sharded network loads it."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def shard_values(parameter: torch.Tensor, values: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: shard_like(value, parameter) if value.shape == parameter.shape else value  # unlike the step's
+            for name, value in values.items()
+        }
+
+    state = {index: shard_values(parameters[index], values) for index, values in saved["state"].items()}
+    return saved | {"state": state}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole states for files
 
@@ -249,17 +264,3 @@ def gather_optimizer(optimizer: torch.optim.AdamW, model: ModelMixin, keep: bool
             state[index][name] = value
         copy.load_state_dict(saved | {"state": state})
     return copy
-
-
-def shard_optimizer_state(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """A saved state dict with whole tensors, as the optimizer of a sharded network loads it."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-    def shard_values(parameter: torch.Tensor, values: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: shard_like(value, parameter) if value.shape == parameter.shape else value  # unlike the step's
-            for name, value in values.items()
-        }
-
-    state = {index: shard_values(parameters[index], values) for index, values in saved["state"].items()}
-    return saved | {"state": state}

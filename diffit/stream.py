@@ -262,7 +262,7 @@ class StreamDataset(torch.utils.data.Dataset, ABC):
 
     @abstractmethod
     def _load(self, index: int, flip: bool, crop_position: tuple[float, float]) -> np.ndarray:
-        """Reads an image. The array is copied before the next one is read.
+        """Reads an image. The array must not change until the batch is built.
 
         Args:
             index: index of the image in the table.

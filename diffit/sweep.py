@@ -1,18 +1,18 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
 """Sweeps of eval_diffit.py: a model measured with every combination of guidance scale, average and sampling steps.
 
-The best average and guidance scale depend on each other and on the length of the training, so that they are chosen
+The best average and guidance scale depend on each other and on the length of the training, so they are chosen
 together.
 """
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
 from diffit.eval_config import SweepPoint
 from diffit.image_sets import EvaluatedSet
+from diffit.metrics import HIGHER_IS_BETTER
 from diffit.plots import AXIS_LABELS, new_figure
-
-HIGHER_IS_BETTER = ("inception_score", "precision", "recall")
 
 # A set of samples, its metrics (see `diffit.metrics.compute_metrics`), and the combination that it was sampled with.
 Measured = tuple[EvaluatedSet, dict[str, dict], SweepPoint]
@@ -27,8 +27,13 @@ def swept_values(sweep: tuple[SweepPoint, ...]) -> dict[str, list]:
 def best_of(measured: list[Measured]) -> Measured:
     """The combination with the best value of the first metric."""
     metric = next(iter(measured[0][1]))
-    choose = max if metric in HIGHER_IS_BETTER else min
-    return choose(measured, key=lambda one: one[1][metric]["value"])
+    sign = -1 if metric in HIGHER_IS_BETTER else 1
+
+    def score(one: Measured) -> float:
+        value = sign * one[1][metric]["value"]
+        return math.inf if math.isnan(value) else value
+
+    return min(measured, key=score)
 
 
 def row(images: EvaluatedSet, point: SweepPoint) -> dict[str, object]:
@@ -52,7 +57,7 @@ def format_sweep(measured: list[Measured]) -> str:
 
 def sweep_results(measured: list[Measured]) -> dict[str, object]:
     """The contents of --output: the rows in order, and the best of them."""
-    rows = [row(images, point) | result for images, result, point in measured]
+    rows = [row(images, point) | {"kimg": images.kimg} | result for images, result, point in measured]
     images, _, point = best_of(measured)
     return {"sweep": rows, "best": row(images, point)}
 

@@ -27,6 +27,7 @@ from diffit.formulations import Formulation
 from diffit.logs import LossBins
 from diffit.losses import denoising_losses
 from diffit.metrics import (
+    HIGHER_IS_BETTER,
     MAX_KERNEL_REFERENCE,
     NUM_NEIGHBORS,
     FeatureSet,
@@ -190,7 +191,9 @@ def validate_and_export(accelerator: Accelerator, validation: Validation, with_m
             break
         results[name] = result
     finished = len(results) == len(averages)
-    whole = gather_state(state, keep=accelerator.is_main_process) if finished else None
+    whole = None
+    if finished:
+        whole = gather_state(state, keep=accelerator.is_main_process, with_optimizer=False)
     if finished and accelerator.is_main_process:
         log_results(accelerator, results, state.global_step, validation.run_dir)
         best = best_average(validation.metrics.eval_metrics[0], results)
@@ -206,8 +209,8 @@ def validate_weights(
 ) -> tuple[dict[str, float], PIL.Image.Image | None] | None:
     """Held-out loss, metrics and preview grid of the network's current weights; None if a stop was requested.
 
-    There are neither metrics nor a preview if values overflow in sampling, which a warning says: early in a training,
-    or with much guidance, that need not be the end of it.
+    If values overflow in sampling, a warning is logged and the preview is left out, and so are the metrics if it was
+    their samples that overflowed: early in a training, or with strong guidance, the run may well recover.
 
     Args:
         accelerator: distributes the work over the processes.
@@ -383,7 +386,7 @@ def best_average(metric: str, results: dict[str, tuple[dict[str, float], PIL.Ima
 
 def selection_score(metric: str, values: dict[str, float]) -> float:
     """The model-selection score (lower is better): the metric if it was computed, otherwise the held-out loss."""
-    sign = -1 if metric in ("precision", "recall") else 1
+    sign = -1 if metric in HIGHER_IS_BETTER else 1
     score = sign * values[f"eval/{metric}"] if f"eval/{metric}" in values else values.get("validation/loss", 0.0)
     return math.inf if math.isnan(score) else score
 

@@ -31,7 +31,7 @@ class ValidationConfig:
     num_validation_images: int = flag(64, "number of images in the preview grid", type=at_least_one)
     validation_inference_steps: int = flag(
         50,
-        "sampling steps for previews and --eval_metrics, with DDIM (DPM-Solver++ for EDM)",
+        "sampling steps for previews and --eval_metrics, with DDIM (DPM-Solver++ for EDM, Euler for rectified flow)",
         type=at_least_one,
     )
     guidance: GuidanceConfig = nested(GuidanceConfig, "validation_guidance_")

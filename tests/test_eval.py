@@ -19,6 +19,7 @@ import pytest
 import scipy.linalg
 import torch
 from accelerate import PartialState
+from datasets import Dataset, Features, Image
 from diffusers import DDPMScheduler, EDMEulerScheduler
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -927,6 +928,13 @@ def test_extension_may_be_in_capitals(tmp_path):
     (tmp_path / "a.npz").rename(tmp_path / "A.NPZ")
     source = open_source("--images", str(tmp_path / "A.NPZ"), ReferenceConfig())
     assert (source.array == np.full((2, 3, 8, 8), 5)).all()
+
+
+def test_dataset_is_opened_with_its_column_and_split(tmp_path, image_folder):
+    images = [{"bytes": file.read_bytes(), "path": None} for file in sorted(image_folder.glob("*/*.png"))[:3]]
+    Dataset.from_dict({"pic": images}, features=Features({"pic": Image()})).to_parquet(tmp_path / "x.parquet")
+    source = open_source("--reference", str(tmp_path), ReferenceConfig(image_column="pic"))
+    assert len(source.table) == 3 and source.reader == ("image_column", "dataset_split")
 
 
 @pytest.mark.parametrize("flag", ["--image_column pic", "--dataset_split test"])

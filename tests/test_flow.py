@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchH
 
 from diffit.diffusion_config import DiffusionConfig
 from diffit.errors import UserError
-from diffit.formulations import RectifiedFlow, choose_formulation, differences, formulation_of
+from diffit.formulations import EDM, RectifiedFlow, choose_formulation, differences, formulation_flags, formulation_of
 from diffit_pipeline import DiffiTPipeline
 from helpers import (
     STATES,
@@ -20,6 +20,7 @@ from helpers import (
     evaluate_folder,
     generators,
     mentions,
+    open_pipeline,
     quiet,
     sample,
     tiny_unet,
@@ -198,6 +199,28 @@ def test_default_shift_follows_the_size_of_the_input(size, shift):
 def test_flags_without_effect_are_refused(flags, words):
     with pytest.raises(UserError, match=mentions(*words)):
         choose_formulation(DiffusionConfig(**flags), {}, False)
+
+
+@pytest.mark.parametrize("formulation", [RectifiedFlow(timestep_sampling="uniform"), RectifiedFlow("sample"), EDM()])
+def test_flags_as_saved_with_a_run_give_its_formulation(formulation):
+    formulation = formulation.for_input(3, 64, 64)
+    assert choose_formulation(DiffusionConfig(**formulation_flags(formulation)), {}, False) == formulation
+
+
+def test_message_about_a_pretrained_target_offers_those_of_the_formulation():
+    config = json.loads(RectifiedFlow().for_input(3, 8, 8).scheduler.to_json_string()) | {"prediction_type": "epsilon"}
+    with pytest.raises(ValueError, match=mentions("epsilon", "flow, sample", "--prediction_type")) as error:
+        choose_formulation(DiffusionConfig(), config, False)
+    assert "v_prediction" not in str(error.value)
+
+
+def test_folder_of_a_flow_with_another_target_is_refused(tmp_path):
+    optimal = DiffiTPipeline(tiny_unet(), RectifiedFlow(flow_shift=1.0).scheduler)
+    optimal.save_pretrained(tmp_path)
+    file = tmp_path / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "epsilon"}))
+    with pytest.raises(ValueError, match=mentions("prediction_type", "epsilon", tmp_path)):
+        open_pipeline(tmp_path)
 
 
 def test_fine_tuning_takes_over_the_flow_of_the_weights():

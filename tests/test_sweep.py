@@ -1,6 +1,7 @@
 """Sweeps: all combinations of guidance scale, average and steps, each equal to an evaluation of its own."""
 
 import json
+import math
 from pathlib import Path
 
 import PIL.Image
@@ -8,6 +9,7 @@ import pytest
 
 import diffit.evaluation
 import eval_diffit
+from diffit.errors import UserError
 from diffit.eval_config import parse_args
 from diffit.sweep import best_of
 from helpers import evaluate_folder, mentions, train
@@ -82,6 +84,12 @@ def test_interrupted_sweep_samples_only_what_is_missing(checkpoint, image_folder
     assert second["sweep"][:2] == first["sweep"]
 
 
+def test_point_that_cannot_be_sampled_is_refused_before_anything_is(checkpoint, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(diffit.evaluation, "sample_seeds", lambda *args, **kwargs: pytest.fail("was sampled"))
+    with pytest.raises(UserError, match=mentions("--num_inference_steps", 2000)):
+        sweep(checkpoint, image_folder, tmp_path, "--num_inference_steps", "2", "2000")
+
+
 def test_the_best_is_the_highest_precision_and_the_lowest_distance():
     def measured(value):
         return (None, {"precision": {"value": value}}, None)
@@ -89,6 +97,7 @@ def test_the_best_is_the_highest_precision_and_the_lowest_distance():
     assert best_of([measured(0.2), measured(0.7), measured(0.5)])[1]["precision"]["value"] == 0.7
     distances = [(None, {"frechet_distance": {"value": value}}, None) for value in (4.0, 3.0, 5.0)]
     assert best_of(distances) is distances[1]
+    assert best_of([measured(math.nan), measured(0.1)])[1]["precision"]["value"] == 0.1
 
 
 @pytest.mark.parametrize(
