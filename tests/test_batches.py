@@ -321,7 +321,7 @@ def test_training_is_the_same_with_and_without_decoded_images_and_after_a_resume
     train([*arguments, "--max_train_steps=4", f"--output_dir={tmp_path / 'resumed'}"])
     again = ["--resume_from_checkpoint=latest", "--dataloader_num_workers=2"]
     train([*arguments, "--max_train_steps=9", f"--output_dir={tmp_path / 'resumed'}", *again])
-    assert mentions("decoded images stay", "24 images").search(caplog.text)
+    assert mentions("decoded images are kept", "24 images").search(caplog.text)
     caplog.clear()
     monkeypatch.setattr(decoded_images, "MEMORY_SHARE", 0)
     train([*arguments, "--max_train_steps=9", f"--output_dir={tmp_path / 'decoded'}"])
