@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -130,6 +131,8 @@ def build_accelerator(precision: PrecisionConfig, run: RunConfig) -> Accelerator
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     logging_dir = str(Path(run.output_dir, run.logging_dir))
+    # torch 2.13 calls it `forward_sync_buffers`, which earlier versions do not know.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     accelerator = Accelerator(
         cpu=device.type == "cpu",  # as in `join_processes`
         mixed_precision=precision.mixed_precision,

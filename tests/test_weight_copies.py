@@ -204,6 +204,7 @@ def test_bf16_step_is_as_exact_as_with_norms_in_float32():
 
 
 SCRIPT = """
+import os
 import sys
 import torch
 import test_weight_copies as this
@@ -236,8 +237,12 @@ for copies in (False, True):
     results.append([parameter.detach().clone() for parameter in model.parameters()])
 assert all(map(torch.equal, *results))
 assert events[: events.index("first layer")].count("bucket") > 1, events
-print(f"process {accelerator.process_index} is done\\n", end="")
+print(f"process {accelerator.process_index} is done\\n", end="", flush=True)
+accelerator.wait_for_everyone()
+del network, prepared, model, optimizer  # DDP must go before the process group: gloo may abort otherwise (torch 2.13)
+accelerator.free_memory()
 accelerator.end_training()
+os._exit(0)  # without the destructors of the interpreter's end, for the same reason
 """
 
 
