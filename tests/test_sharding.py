@@ -336,6 +336,7 @@ def test_fsdp_that_accelerate_would_ignore_is_refused(train_args, monkeypatch):
 
 def test_muon_is_refused_before_anything_is_written(base_args, tmp_path):
     codes, output = run_ranks(*commands(base_args, tmp_path / "run", "--optimizer=muon"))
-    assert codes == [2, 2] and not (tmp_path / "run").exists()
+    # A slower process may only see that the other one has ended.
+    assert 2 in codes and set(codes) <= {1, 2} and not (tmp_path / "run").exists()
     assert [line for line in output.splitlines() if mentions("error", "--optimizer muon").search(line)]
     assert "Traceback" not in output
