@@ -18,7 +18,7 @@ import torch
 
 from diffit.colour_profiles import to_srgb
 from diffit.errors import BadImageError, global_rank, message_of
-from diffit.image_formats import _orientation, check_levels, grey_levels, upright, upright_size
+from diffit.image_formats import check_levels, grey_levels, orientation, upright, upright_size
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ def _reduce(image: PIL.Image.Image | np.ndarray, resolution: tuple[int, int]) ->
     full_size = upright_size(image)
     scale = min(full_size[0] / resolution[1], full_size[1] / resolution[0])
     for divisor in (8, 4, 2):
-        fits = not any(side % divisor for side in image.size) or (divisor == 2 and _orientation(image) == 1)
+        fits = not any(side % divisor for side in image.size) or (divisor == 2 and orientation(image) == 1)
         if fits and scale >= divisor * MIN_OVERSAMPLING:
             if image.draft(None, tuple(side // divisor for side in image.size)) is None:
                 break

@@ -1,8 +1,8 @@
 # Copyright 2026 The DiffiT for diffusers authors. Licensed under the Apache License, Version 2.0.
 """Small data sets stay decoded in memory, which the workers and training processes of a machine share.
 
-Whoever decodes an image first keeps it for all. Only what depends on no random number is kept, so that the images are
-bitwise those that would be decoded anew.
+Whoever decodes an image first keeps it for all. Only what does not depend on random numbers is kept, so the images are
+bitwise those that decoding again would give.
 """
 
 import math
@@ -37,7 +37,7 @@ class DecodedImages:
         shape: of each image, (C, H, W).
 
     Raises:
-        OSError: if there is no such memory.
+        OSError: if the system cannot provide such memory.
     """
 
     def __init__(self, num_images: int, shape: tuple[int, int, int]):

@@ -24,7 +24,7 @@ TURNS = {
 }
 
 
-def _orientation(image: PIL.Image.Image) -> int:
+def orientation(image: PIL.Image.Image) -> int:
     # Pillow turns a TIFF itself: its size when it is opened, its pixels when they are decoded.
     return 1 if image.format == "TIFF" else image.getexif().get(ORIENTATION, 1)
 
@@ -34,7 +34,7 @@ def upright_size(image: PIL.Image.Image) -> tuple[int, int]:
 
     Decodes a PNG, whose EXIF may follow its pixels.
     """
-    turned = _orientation(image) in (5, 6, 7, 8)
+    turned = orientation(image) in (5, 6, 7, 8)
     return (image.height, image.width) if turned else (image.width, image.height)
 
 
@@ -44,7 +44,7 @@ def upright(image: PIL.Image.Image) -> PIL.Image.Image:
     Not `ImageOps.exif_transpose`, which also rewrites the EXIF block, and fails on fields of an unexpected type.
     """
     image.load()
-    turn = TURNS.get(_orientation(image))
+    turn = TURNS.get(orientation(image))
     return image if turn is None else image.transpose(turn)
 
 

@@ -291,7 +291,7 @@ class ImageDataset(StreamDataset):
         augment: draw the random numbers of `diffit.augment`, which transforms the images on the device.
 
     Attributes:
-        decoded: images of shape (C, H, W) that stay decoded, by index in the table; None decodes each one anew.
+        decoded: images of shape (C, H, W) that stay decoded, by index in the table; None decodes each one every time.
     """
 
     image_name = "pixel_values"

@@ -19,6 +19,7 @@ from diffit.launcher import EXIT_STOPPED
 from diffit.sharding import check_sharding
 from helpers import (
     STATES,
+    TINY_TRANSFORMER,
     assert_same_files,
     logged,
     losses,
@@ -215,16 +216,6 @@ UNET = {
     "attention_head_dim": 8,
     "num_class_embeds": 4,
 }
-TRANSFORMER = {
-    "_class_name": "DiffiTTransformer2DModel",
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-    "in_channels": 2,
-    "out_channels": 4,
-    "num_layers": 2,
-    "sample_size": 4,
-    "patch_size": 1,
-}
 EDM = ["--formulation=edm", "--augmentation_probability=0.1"]
 LATENTS = ["--vae_model_name_or_path=vae", "--prediction_type=epsilon", "--beta_schedule=linear"]
 TRAININGS = {
@@ -241,7 +232,7 @@ TRAININGS = {
 @pytest.mark.parametrize("name", TRAININGS)
 def test_training_has_the_same_numbers_sharded_over_three_processes(name, base_args, tmp_path):
     """The shards are of different sizes, and some are empty."""
-    for file, config in (("unet.json", UNET), ("transformer.json", TRANSFORMER)):
+    for file, config in (("unet.json", UNET), ("transformer.json", TINY_TRANSFORMER)):
         (tmp_path / file).write_text(json.dumps(config))
     tiny_vae(latent_channels=2).save_pretrained(tmp_path / "vae")
     flags = [re.sub(r"=(\w+\.json|vae)$", rf"={tmp_path}/\1", flag) for flag in TRAININGS[name]]

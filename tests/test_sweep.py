@@ -1,4 +1,4 @@
-"""Sweeps: all combinations of guidance scale, average and steps, each equal to an evaluation of its own."""
+"""Sweeps: all combinations of guidance scale, average and steps, each equal to a separate evaluation."""
 
 import json
 import math

@@ -4,7 +4,7 @@
 devices, dtypes, shapes, memory layouts, operators, bytes, live memory, copies and host synchronizations. It shows
 neither kernels nor numbers: values read back from the device are zero, and finite.
 
-    counts = fake_gpu.run(function, *arguments)   # in a process of its own, where `function` finds a CUDA device
+    counts = fake_gpu.run(function, *arguments)   # in a separate process, where `function` finds a CUDA device
 
 `trace.py` counts, `device.py` stands in for the driver, and `scripts.py` has the functions to run. This file must not
 import torch, because the stub has to be loaded first.

@@ -30,7 +30,7 @@ FREE = VIEWS | ALLOCATIONS
 INDEXING = set("index index_put index_put_ _index_put_impl_".split())
 EMPTY = {f"aten::{name}" for name in ALLOCATIONS}
 SMALL = 2048  # elements of a tensor whose values are known
-BLOCK = 512  # bytes, by which torch's allocator rounds
+BLOCK = 512  # bytes; torch's allocator rounds sizes up to multiples of this
 PAGEABLE = 2**16  # bytes; CUDA stages smaller copies out of pageable memory at once
 
 
